@@ -1,0 +1,76 @@
+"""The static KV cache: allocated once, a ring for each local layer.
+
+    k, v: [slots, HK, capacity, K] for each layer
+
+A slot holds one sequence.  Position p stands at index p % capacity.  A global layer's capacity is
+the longest sequence, so that p % capacity is p.  A local layer keeps its window and one prefill
+chunk: the chunk is written before it is attended to, and with that much room it overwrites nothing
+that one of its own queries still sees.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.config import GemmaConfig
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer: k, v [slots, HK, capacity, K]."""
+
+    k: Tensor
+    v: Tensor
+
+
+class KVCache:
+    """Keys and values of `num_slots` sequences of up to `max_seq_len` tokens, in every layer."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        *,
+        num_slots: int,
+        max_seq_len: int,
+        prefill_chunk: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        """Allocate it; MemoryError names the size where the device has no room for it."""
+        self.num_slots = num_slots
+        self.max_seq_len = max_seq_len
+        self.prefill_chunk = prefill_chunk
+        self.nbytes = num_slots * slot_bytes(config, max_seq_len, prefill_chunk, dtype)
+        layers = []
+        try:
+            for layer in range(config.num_layers):
+                capacity = layer_capacity(config, layer, max_seq_len, prefill_chunk)
+                shape = (num_slots, config.num_kv_heads, capacity, config.head_dim)
+                k = torch.zeros(shape, device=device, dtype=dtype)
+                layers.append(LayerCache(k, torch.zeros_like(k)))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise MemoryError(
+                f"the KV cache of {num_slots} slots of {max_seq_len} tokens takes "
+                f"{self.nbytes / 1e9:.2f} GB, which {device} does not have; "
+                f"lower max_batch_size or max_seq_len"
+            ) from error
+        self.layers = layers
+
+
+def layer_capacity(config: GemmaConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:
+    """Tokens that a slot holds in `layer`."""
+    if config.sliding_window is None or not config.is_local(layer):
+        return max_seq_len
+    return min(max_seq_len, config.sliding_window + prefill_chunk)
+
+
+def slot_bytes(
+    config: GemmaConfig, max_seq_len: int, prefill_chunk: int, dtype: torch.dtype
+) -> int:
+    """Bytes of one slot over all layers."""
+    tokens = sum(
+        layer_capacity(config, layer, max_seq_len, prefill_chunk)
+        for layer in range(config.num_layers)
+    )
+    return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize

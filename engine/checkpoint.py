@@ -1,0 +1,324 @@
+"""Checkpoints on disk: safetensors in, safetensors out, and nothing but what the model expects.
+
+A file is judged by its header before a byte is allocated: transformers fills a missing weight with
+random numbers and drops one that it does not know; here both are errors.  Tensors are then copied
+one at a time out of the memory-mapped file into their rows of the fused ones, so that the model is
+in memory once.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from gemcut.engine.checks import check_int, shorten
+from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config_file import LFS_POINTER, as_token_ids, read_json_object
+from gemcut.engine.weights import Part, Weights, empty_weights, parts
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"BF16": 2, "F32": 4, "F16": 2, "F64": 8}  # safetensors' names, and bytes an element
+PIECE = 2**25  # elements copied or examined at a time
+
+# Multimodal Gemma 3: `language_model.model.layers` on the Hub, `model.language_model.layers` as
+# transformers 5 saves it.
+_TEXT_PREFIX = re.compile(r"^(model\.)?language_model\.(model\.)?")
+_VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_BARE = re.compile(r"^(?=(embed_tokens|layers|norm)\.)")  # what is saved without a head
+_BUFFER = re.compile(r"rotary_emb\.inv_freq$")  # old files; rope.py computes it
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as its file's header describes it."""
+
+    file: Path
+    key: str  # its name there
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.file.name}: {self.key}"
+
+
+def load_checkpoint(
+    path: str | Path, config: GemmaConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> Weights:
+    """The weights in folder `path`, on `device` in `dtype`; ValueError names what is at fault.
+
+    Expects exactly the tensors of `config`.  Left aside are rotary buffers of old files, and what
+    belongs to the vision part of a multimodal Gemma 3.
+    """
+    if dtype == torch.float16:
+        raise ValueError("dtype float16 is refused: Gemma's activations overflow it; use bfloat16")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype} is refused: weights are bfloat16 or float32")
+    folder = Path(path)
+    stored = _by_model_name(_read_headers(folder), config)
+    expected = {part.name: part for part in parts(config)}
+    if config.tie_word_embeddings:
+        _check_tied_head(stored)
+    _check(folder, stored, expected)
+
+    weights = empty_weights(config, device=device, dtype=dtype)
+    by_file: dict[Path, list[tuple[str, Part]]] = {}
+    for name, part in expected.items():
+        by_file.setdefault(stored[name].file, []).append((stored[name].key, part))
+    size = sum(
+        torch.Size(tensor.shape).numel() * FLOATS[tensor.dtype] for tensor in stored.values()
+    )
+    with tqdm(
+        total=size, desc="loading", unit="B", unit_scale=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        for file, entries in by_file.items():
+            with _open(file) as shard:
+                for key, part in entries:
+                    source = shard.get_tensor(key)
+                    for piece, target in zip(
+                        _pieces(source), _pieces(part.of(weights)), strict=True
+                    ):
+                        target.copy_(piece)
+                        bar.update(piece.nbytes)
+    return weights
+
+
+def find_nonfinite(path: str | Path) -> list[str]:
+    """The names of the tensors in folder `path` that hold a NaN or an infinity."""
+    found = []
+    for file in _shards(Path(path)):
+        with _open(file) as shard:
+            for key in sorted(shard.keys()):
+                tensor = shard.get_tensor(key)
+                if tensor.is_floating_point() and not all(
+                    piece.float().isfinite().all() for piece in _pieces(tensor)
+                ):
+                    found.append(key)
+    return found
+
+
+def read_generation_config(path: str | Path) -> dict[str, Any]:
+    """The object in generation_config.json of folder `path`, empty where there is no such file."""
+    file = Path(path) / "generation_config.json"
+    return read_json_object(file) if file.exists() else {}
+
+
+def stop_token_ids(path: str | Path, config: GemmaConfig) -> tuple[int, ...]:
+    """The ids that end a generation: those of config.json and of generation_config.json."""
+    more = as_token_ids(read_generation_config(path).get("eos_token_id"))
+    for token_id in more:
+        check_int("generation_config.json: eos_token_id", token_id, 0, config.vocab_size - 1)
+    return tuple(dict.fromkeys(config.eos_token_ids + more))
+
+
+def save_checkpoint(
+    path: str | Path,
+    config: GemmaConfig,
+    weights: Weights,
+    *,
+    tokenizer_file: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write config.json, weights and tokenizer to folder `path`, for this package and transformers.
+
+    More than `max_shard_bytes` become several files and an index.  Each file is written under a
+    temporary name and renamed, config.json last; weight files of an earlier save are removed.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Part]] = [{}]
+    size = total = 0
+    for part in parts(config):
+        view = part.of(weights)
+        if view.shape != part.shape:
+            raise ValueError(f"{part.name} is {tuple(view.shape)}, the config says {part.shape}")
+        if size and size + view.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][part.name] = part
+        size += view.nbytes
+        total += view.nbytes
+
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [
+            f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+    weight_map: dict[str, str] = {}
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {key: part.of(weights).detach().cpu().contiguous() for key, part in shard.items()}
+        weight_map |= dict.fromkeys(tensors, name)
+        with _renamed(folder / name) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    if len(names) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / INDEX, index)
+    stale = {folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")}
+    for file in stale - {folder / name for name in (*names, *([INDEX] if len(names) > 1 else []))}:
+        file.unlink(missing_ok=True)
+
+    if tokenizer_file is not None:
+        with _renamed(folder / "tokenizer.model") as temporary:
+            shutil.copyfile(tokenizer_file, temporary)
+    dtype = str(weights.embedding.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", replace(config, dtype=dtype).to_dict())
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that hold the weights; a single file comes first, as in transformers."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        hint = ""
+        if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
+            hint = "; pickled weights are read by `gemcut convert` alone"
+        raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint}")
+    return sorted({folder / name for name in _weight_map(folder).values()})
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = folder / INDEX
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map {shorten(weight_map)} is not an object with entries")
+    for name, file in weight_map.items():
+        # A bare name only.  (The Hub's cache links files elsewhere, so links are not followed up.)
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise ValueError(
+                f"{index}: {name} is in {shorten(file)}, which is no safetensors file of its folder"
+            )
+    return weight_map
+
+
+def _open(file: Path) -> Any:
+    try:
+        with file.open("rb") as raw:
+            start = raw.read(len(LFS_POINTER))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    if start == LFS_POINTER:
+        raise ValueError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`")
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file}: damaged or cut short ({error})") from None
+
+
+def _read_headers(folder: Path) -> list[StoredTensor]:
+    """Every tensor in the folder's weight files; an index must agree with the files it names."""
+    found: dict[str, StoredTensor] = {}
+    for file in _shards(folder):
+        with _open(file) as shard:
+            for key in sorted(shard.keys()):
+                if key in found:
+                    raise ValueError(
+                        f"{folder}: {key} is in {found[key].file.name} and {file.name}"
+                    )
+                header = shard.get_slice(key)
+                found[key] = StoredTensor(
+                    file, key, tuple(header.get_shape()), str(header.get_dtype())
+                )
+    if not (folder / SINGLE).exists():
+        weight_map = _weight_map(folder)
+        for key in weight_map.keys() | found.keys():
+            listed = weight_map.get(key)
+            held = found[key].file.name if key in found else None
+            if listed != held:
+                raise ValueError(
+                    f"{folder / INDEX}: {key} is listed in {listed or 'no file'}, "
+                    f"but held by {held or 'none'}"
+                )
+    return list(found.values())
+
+
+def _by_model_name(tensors: list[StoredTensor], config: GemmaConfig) -> dict[str, StoredTensor]:
+    """The tensors of the language model by the names that `parts` gives them."""
+    stored: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        if _BUFFER.search(tensor.key):
+            continue
+        name = tensor.key
+        if config.model_type == "gemma3_text":
+            if _VISION.match(name):
+                continue
+            name = _TEXT_PREFIX.sub("", name)
+        name = _BARE.sub("model.", name)
+        if name in stored:
+            raise ValueError(f"{stored[name]} and {tensor} are the same weight")
+        stored[name] = tensor
+    return stored
+
+
+def _check_tied_head(stored: dict[str, StoredTensor]) -> None:
+    """Drop a head that repeats the tied embedding: some trainers write it out."""
+    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return
+    if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
+        with _open(head.file) as one, _open(embedding.file) as other:
+            both = zip(
+                _pieces(one.get_tensor(head.key)),
+                _pieces(other.get_tensor(embedding.key)),
+                strict=True,
+            )
+            if all(torch.equal(a, b) for a, b in both):
+                del stored["lm_head.weight"]
+                return
+    raise ValueError(f"{head} differs from the embedding, but tie_word_embeddings is true")
+
+
+def _check(folder: Path, stored: dict[str, StoredTensor], expected: dict[str, Part]) -> None:
+    if missing := [name for name in expected if name not in stored]:
+        raise ValueError(f"{folder}: {_first_of(missing)} missing")
+    if extra := [str(stored[name]) for name in stored if name not in expected]:
+        raise ValueError(f"{folder}: {_first_of(extra)} not part of the model")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{folder}: {tensor} is {list(tensor.shape)}, "
+                f"the config says {list(expected[name].shape)}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{folder}: {tensor} is {tensor.dtype}; supported are {', '.join(FLOATS)}"
+            )
+
+
+def _first_of(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{names[0]} and {len(names) - 1} more are"
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views that bound the buffer of a copy that converts, or of a test of every element."""
+    return tensor.view(-1).split(PIECE)
+
+
+@contextmanager
+def _renamed(file: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `file` when the writing has succeeded."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    with _renamed(file) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")

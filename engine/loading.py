@@ -1,0 +1,78 @@
+"""What `auto` means: device, dtype, ops and the length of a slot, from what the machine has."""
+
+import os
+from types import ModuleType
+
+import torch
+
+from gemcut.engine.cache import slot_bytes
+from gemcut.engine.checks import check_int
+from gemcut.engine.config import GemmaConfig
+from gemcut.kernels import reference
+
+MEMORY_SHARE = 0.8  # of the free memory, for the cache; the rest is for activations
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device asked for; "auto" is cuda where there is one, else cpu."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {device!r} is unknown; give 'auto', 'cpu' or 'cuda'") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; give 'auto', 'cpu' or 'cuda'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype asked for; "auto" is bfloat16 on cuda and float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen == torch.float16:
+        raise ValueError(
+            "dtype float16 is refused: Gemma's activations overflow it; use bfloat16 or float32"
+        )
+    if chosen not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype {dtype!r} is not supported; give 'auto', 'bfloat16' or 'float32'")
+    return chosen
+
+
+def choose_ops(ops: str) -> ModuleType:
+    """The op table; "auto" takes the reference until the Triton kernels are there."""
+    if ops == "triton":
+        raise NotImplementedError("ops 'triton' is not there yet; 'reference' is")
+    if ops not in ("auto", "reference"):
+        raise ValueError(f"ops {ops!r} is unknown; give 'auto' or 'reference'")
+    return reference
+
+
+def choose_max_seq_len(
+    max_seq_len: int | None,
+    config: GemmaConfig,
+    num_slots: int,
+    prefill_chunk: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Tokens that a slot holds: what was asked for, or the model's limit capped by free memory."""
+    limit = config.max_position_embeddings
+    if max_seq_len is not None:
+        check_int("max_seq_len", max_seq_len, 1, limit)
+        return max_seq_len
+    budget = MEMORY_SHARE * free_bytes(device) / num_slots
+    length = limit
+    while length > 1 and slot_bytes(config, length, prefill_chunk, dtype) > budget:
+        length //= 2
+    return length
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

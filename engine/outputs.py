@@ -1,0 +1,98 @@
+"""What the engine gives back."""
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """How likely the model thought one token, before temperature, filters and penalties."""
+
+    logprob: float  # natural logarithm
+    rank: int  # 1 is the likeliest
+    decoded_token: str
+
+
+TokenLogprobs = dict[int, Logprob]  # by token id
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a prompt."""
+
+    index: int  # 0 to n - 1
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None  # of token_ids; None unless logprobs were asked for
+    logprobs: list[TokenLogprobs] | None  # one entry for each of token_ids
+    finish_reason: str | None  # "stop" | "length" | "abort"; None while it runs
+    stop_reason: int | str | None  # the stop token id or stop string; None for EOS and otherwise
+
+
+@dataclass
+class RequestMetrics:
+    """Counts, and times in seconds, of one request (all its completions together)."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    reused_prefix_tokens: int
+    time_to_first_token: float  # from the call to the first token
+    time_between_tokens: float  # mean over the completions' later tokens; 0 where there are none
+    tokens_per_second: float  # generated tokens over the time from the call to the last
+
+
+@dataclass
+class RequestOutput:
+    """A prompt with its completions; `text`, `token_ids`, `finish_reason` are the first one's."""
+
+    request_id: str
+    prompt: str | None  # None where the prompt was given as ids
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[TokenLogprobs | None] | None  # the first token has none
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+
+@dataclass
+class Delta:
+    """What one more token added to a stream; joined, the texts are the completion's text.
+
+    A token may add no text: its bytes begin a character, or its text may begin a stop string.
+    """
+
+    text: str
+    token_ids: list[int]
+    index: int = 0  # which of the n completions
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None  # set in a completion's last delta
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class ScoreOutput:
+    """How likely the model thinks a text."""
+
+    prompt: str | None
+    token_ids: list[int]
+    logprobs: list[float] = field(repr=False)  # of token_ids[1:], each given those before; natural
+
+    @property
+    def total(self) -> float:
+        """The log-probability of all but the first token."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-self.total / len(self.logprobs))

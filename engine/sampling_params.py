@@ -1,0 +1,100 @@
+"""SamplingParams: how the tokens of one request are chosen, and when it ends."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gemcut.engine.checks import check_int, check_number, shorten
+
+# token ids generated so far, float32 logits [V] -> float32 logits [V]
+LogitsProcessor = Callable[[list[int], Tensor], Tensor]
+
+INT64_MAX = 2**63 - 1
+MAX_N = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """The settings of a request, by the names that vLLM gave them.
+
+    ValueError names a value out of range.  Token ids are checked against the vocabulary by the
+    engine, which knows it.
+    """
+
+    n: int = 1  # completions of the prompt; completion i draws with seed + i
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # the k likeliest tokens; 0 or -1: all
+    top_p: float = 1.0  # the fewest tokens that hold this much probability, of what top_k left
+    min_p: float = 0.0  # tokens at least this likely, as a share of the likeliest
+    max_tokens: int | None = None  # None: to the end of the slot
+    min_tokens: int = 0  # before them no EOS and no stop token id; stop strings still end the text
+    stop: str | Sequence[str] | None = None  # not shown in the text
+    stop_token_ids: Sequence[int] | None = None  # in token_ids, not in the text
+    ignore_eos: bool = False
+    seed: int | None = None  # the same seed gives the same text, whatever else runs
+    logprobs: int | None = None  # that many likeliest tokens at each position, and the chosen one
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    repetition_penalty: float = 1.0  # > 1 discourages tokens of prompt and output
+    presence_penalty: float = 0.0  # > 0 discourages tokens of the output
+    frequency_penalty: float = 0.0  # the same, for each time they stand there
+    logit_bias: Mapping[int, float] | None = None  # added to logits; -inf bans a token
+    skip_special_tokens: bool = True  # leave <bos>, <end_of_turn>, ... out of the text
+    logits_processors: Sequence[LogitsProcessor] | None = None
+
+    def __post_init__(self) -> None:
+        check_int("n", self.n, 1, MAX_N)
+        check_number("temperature", self.temperature, at_least=0)
+        check_int("top_k", self.top_k, -1, INT64_MAX)
+        check_number("top_p", self.top_p, above=0)
+        check_number("min_p", self.min_p, at_least=0)
+        for name in ("top_p", "min_p"):
+            if (value := getattr(self, name)) > 1:
+                raise ValueError(f"{name} {value} must be at most 1")
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, 1, INT64_MAX)
+        check_int("min_tokens", self.min_tokens, 0, INT64_MAX)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} {shorten(value)} is neither True nor False")
+        if self.seed is not None:
+            check_int("seed", self.seed, -INT64_MAX - 1, INT64_MAX)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value, 0, INT64_MAX)
+        check_number("repetition_penalty", self.repetition_penalty, above=0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_number(name, getattr(self, name))
+        self._check_collections()
+
+    def _check_collections(self) -> None:
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop:
+                raise ValueError(f"stop {shorten(stop)} is not a string of at least one character")
+        if isinstance(self.stop_token_ids, str | bytes | int):
+            raise ValueError(f"stop_token_ids {shorten(self.stop_token_ids)} is not a list of ids")
+        for token_id, bias in (self.logit_bias or {}).items():
+            if bias != -math.inf:
+                check_number(f"logit_bias of token {shorten(token_id)}", bias)
+        for processor in self.logits_processors or ():
+            if not callable(processor):
+                raise ValueError(f"logits_processors: {shorten(processor)} cannot be called")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Nothing, or ValueError where a token id or a count is past the vocabulary."""
+        for token_id in self.stop_token_ids or ():
+            check_int("stop_token_ids: id", token_id, 0, vocab_size - 1)
+        for token_id in self.logit_bias or {}:
+            check_int("logit_bias: id", token_id, 0, vocab_size - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value, 0, vocab_size)

@@ -1,0 +1,186 @@
+"""Requests and their sequences, as the host sees them: ids and text so far, and why they end."""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from gemcut.engine.outputs import (
+    CompletionOutput,
+    Delta,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
+from gemcut.engine.sampling_params import SamplingParams
+from gemcut.tokenizer import StopStrings, StreamDecoder, Tokenizer
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """One completion of a prompt on its way; `deltas` wait for whoever consumes it."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    tokenizer: Tokenizer
+    eos_ids: frozenset[int]  # tokens that end it, unless ignore_eos
+    max_seq_len: int  # tokens of prompt and output together
+    seed: int
+    index: int = 0
+    score_only: bool = False  # its prompt's log-probabilities are wanted, and no token
+
+    slot: int | None = None
+    output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    deltas: deque[Delta] = field(default_factory=deque)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: Exception | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        keep = not self.params.skip_special_tokens
+        self._text: list[str] = []
+        self._decoder = StreamDecoder(self.tokenizer, skip_special_tokens=not keep)
+        self._stops = StopStrings(self.params.stop_strings)
+        self._eos_ids = frozenset() if self.params.ignore_eos else self.eos_ids
+        self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
+        room = self.max_seq_len - len(self.prompt_ids)
+        self._max_tokens = min(room, self.params.max_tokens or room)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end the sequence, and must not come before min_tokens."""
+        return self._eos_ids | self._stop_token_ids
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output: the position of the next one."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """Take the token that was chosen; it may be the last."""
+        self.last_token_at = time.perf_counter()
+        if self.first_token_at is None:
+            self.first_token_at = self.last_token_at
+        self.output_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+
+        text = ""
+        if token_id in self.end_ids:
+            self.finish_reason = "stop"
+            self.stop_reason = token_id if token_id in self._stop_token_ids else None
+        else:
+            text, self.stop_reason = self._stops.push(self._decoder.push(token_id))
+            if self.stop_reason is not None:
+                self.finish_reason = "stop"
+            elif len(self.output_ids) >= self._max_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self._rest()
+        self._emit(text, [token_id], None if logprobs is None else [logprobs])
+
+    def finish_scored(self, scores: list[float]) -> None:
+        """End a sequence of which only the prompt's log-probabilities were wanted."""
+        self.scores = scores
+        self.finish_reason = "length"
+
+    def abort(self) -> None:
+        """End it where it stands, for instance because its consumer left."""
+        if not self.finished:
+            self.finish_reason = "abort"
+            self._emit(self._rest(), [], None)
+
+    def fail(self, error: Exception) -> None:
+        """End it with an exception for its consumer alone."""
+        if not self.finished:
+            self.error = error
+
+    def _rest(self) -> str:
+        """Text that was held back: it can no longer become a character or a stop string."""
+        if isinstance(self.stop_reason, str):
+            return ""
+        text, matched = self._stops.push(self._decoder.flush())
+        if matched is not None:
+            self.finish_reason, self.stop_reason = "stop", matched
+            return text
+        return text + self._stops.flush()
+
+    def _emit(self, text: str, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> None:
+        self._text.append(text)
+        self.deltas.append(
+            Delta(text, token_ids, self.index, logprobs, self.finish_reason, self.stop_reason)
+        )
+
+    def output(self) -> CompletionOutput:
+        wanted = self.params.logprobs is not None
+        chosen = zip(self.logprobs, self.output_ids, strict=False)
+        return CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=list(self.output_ids),
+            cumulative_logprob=sum(of[id_].logprob for of, id_ in chosen) if wanted else None,
+            logprobs=list(self.logprobs) if wanted else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and its n sequences."""
+
+    request_id: str
+    prompt: str | None
+    sequences: list[TokenSequence]
+    arrived_at: float = 0.0
+
+    def start(self) -> None:
+        """Note the time from which latencies count."""
+        self.arrived_at = time.perf_counter()
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
+
+    @property
+    def error(self) -> Exception | None:
+        return next((s.error for s in self.sequences if s.error is not None), None)
+
+    def output(self) -> RequestOutput:
+        first = self.sequences[0]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(first.prompt_ids),
+            prompt_logprobs=first.prompt_logprobs,
+            outputs=[sequence.output() for sequence in self.sequences],
+            metrics=self._metrics(),
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        begun = [s for s in self.sequences if s.first_token_at is not None]
+        firsts = [s.first_token_at for s in begun if s.first_token_at is not None]
+        lasts = [s.last_token_at for s in begun if s.last_token_at is not None]
+        generated = sum(len(s.output_ids) for s in begun)
+        later = generated - len(begun)
+        spans = sum(last - first for first, last in zip(firsts, lasts, strict=True))
+        return RequestMetrics(
+            prompt_tokens=len(self.sequences[0].prompt_ids),
+            generated_tokens=generated,
+            reused_prefix_tokens=0,
+            time_to_first_token=min(firsts) - self.arrived_at if firsts else 0.0,
+            time_between_tokens=spans / later if later else 0.0,
+            tokens_per_second=generated / (max(lasts) - self.arrived_at) if lasts else 0.0,
+        )

@@ -1,0 +1,137 @@
+"""Weights: a model's tensors as the kernels read them, and where a checkpoint keeps each of them.
+
+Checkpoints hold q, k and v, and gate and up, apart; here each group is one matrix, read by one
+product.  `parts` is the only list of names and shapes: loading, checking and saving follow it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.config import GemmaConfig
+
+
+@dataclass
+class LayerWeights:
+    """One layer; a tensor that the family lacks is None."""
+
+    input_norm: Tensor  # [D]
+    qkv: Tensor  # [(HQ + 2 HK) * K, D], rows of q, then k, then v
+    qkv_bias: Tensor | None  # [(HQ + 2 HK) * K]
+    o: Tensor  # [D, HQ * K]
+    o_bias: Tensor | None  # [D]
+    post_attention_norm: Tensor | None  # [D]
+    pre_mlp_norm: Tensor  # [D]
+    gate_up: Tensor  # [2 F, D], rows of gate, then up
+    down: Tensor  # [D, F]
+    post_mlp_norm: Tensor | None  # [D]
+    q_norm: Tensor | None  # [K]
+    k_norm: Tensor | None  # [K]
+
+
+@dataclass
+class Weights:
+    """One model; `lm_head` is the `embedding` itself where they are tied."""
+
+    embedding: Tensor  # [V, D]
+    layers: list[LayerWeights]
+    norm: Tensor  # [D]
+    lm_head: Tensor  # [V, D]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a checkpoint, and the rows that it takes of a tensor in Weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    field: str
+    layer: int | None = None  # None: a field of Weights itself
+    start: int = 0
+
+    def of(self, weights: Weights) -> Tensor:
+        """The view of `weights` that holds this part, of `shape`."""
+        owner = weights if self.layer is None else weights.layers[self.layer]
+        return getattr(owner, self.field)[self.start : self.start + self.shape[0]]
+
+
+# Gemma 1's post_attention_layernorm is the norm before the MLP, despite its name.
+_NORMS = {
+    "gemma": {"input_norm": "input_layernorm", "pre_mlp_norm": "post_attention_layernorm"},
+    "vaultgemma": {"input_norm": "input_layernorm", "pre_mlp_norm": "pre_feedforward_layernorm"},
+}
+_SANDWICH_NORMS = {
+    "input_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "pre_mlp_norm": "pre_feedforward_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+
+def parts(config: GemmaConfig) -> Iterator[Part]:
+    """Every tensor that a checkpoint of this model holds, in the order of the computation."""
+    table = (config.vocab_size, config.hidden_size)
+    yield Part("model.embed_tokens.weight", table, "embedding")
+    for layer in range(config.num_layers):
+        yield from _layer_parts(config, layer)
+    yield Part("model.norm.weight", (config.hidden_size,), "norm")
+    if not config.tie_word_embeddings:
+        yield Part("lm_head.weight", table, "lm_head")
+
+
+def _layer_parts(config: GemmaConfig, layer: int) -> Iterator[Part]:
+    D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_q_heads * K, config.num_kv_heads * K
+
+    def part(name: str, shape: tuple[int, ...], field: str, start: int = 0) -> Part:
+        return Part(f"model.layers.{layer}.{name}", shape, field, layer, start)
+
+    for field, name in _NORMS.get(config.model_type, _SANDWICH_NORMS).items():
+        yield part(f"{name}.weight", (D,), field)
+    for name, rows, start in (
+        ("q_proj", q_size, 0),
+        ("k_proj", kv_size, q_size),
+        ("v_proj", kv_size, q_size + kv_size),
+    ):
+        yield part(f"self_attn.{name}.weight", (rows, D), "qkv", start)
+        if config.attention_bias:
+            yield part(f"self_attn.{name}.bias", (rows,), "qkv_bias", start)
+    yield part("self_attn.o_proj.weight", (D, q_size), "o")
+    if config.attention_bias:
+        yield part("self_attn.o_proj.bias", (D,), "o_bias")
+    if config.has_qk_norm:
+        yield part("self_attn.q_norm.weight", (K,), "q_norm")
+        yield part("self_attn.k_norm.weight", (K,), "k_norm")
+    yield part("mlp.gate_proj.weight", (F, D), "gate_up")
+    yield part("mlp.up_proj.weight", (F, D), "gate_up", F)
+    yield part("mlp.down_proj.weight", (D, F), "down")
+
+
+def empty_weights(
+    config: GemmaConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> Weights:
+    """Uninitialised tensors of the model's shapes, fused; every one is covered by `parts`."""
+    shapes: dict[tuple[int | None, str], tuple[int, ...]] = {}
+    for part in parts(config):
+        shapes[part.layer, part.field] = (part.start + part.shape[0], *part.shape[1:])
+
+    def allocate(layer: int | None, field: str) -> Tensor:
+        return torch.empty(shapes[layer, field], device=device, dtype=dtype)
+
+    def allocate_layer(layer: int) -> LayerWeights:
+        return LayerWeights(
+            **{
+                field: allocate(layer, field) if (layer, field) in shapes else None
+                for field in LayerWeights.__dataclass_fields__
+            }  # pyright: ignore[reportArgumentType]  # only the optional ones may be absent
+        )
+
+    embedding = allocate(None, "embedding")
+    return Weights(
+        embedding=embedding,
+        layers=[allocate_layer(layer) for layer in range(config.num_layers)],
+        norm=allocate(None, "norm"),
+        lm_head=embedding if config.tie_word_embeddings else allocate(None, "lm_head"),
+    )

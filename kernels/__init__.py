@@ -1,0 +1,1 @@
+"""Fused ops of Gemma: launchers and, in `reference`, their oracles."""

@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import hypothesis
+import pytest
+from vocabulary import hugging_face_twin, train_vocabulary
+
+from gemcut.tokenizer import Tokenizer
+
+# the same examples in every run: a failure on one machine is a failure on all
+hypothesis.settings.register_profile(
+    "deterministic", derandomize=True, deadline=None, max_examples=300
+)
+hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+    train_vocabulary(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file):
+    return Tokenizer.from_file(tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def twin(tokenizer_file):
+    return hugging_face_twin(tokenizer_file)

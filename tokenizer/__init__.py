@@ -1,0 +1,7 @@
+"""Text to token ids and back, chat turns, and text as it comes."""
+
+from gemcut.tokenizer.chat import render_chat
+from gemcut.tokenizer.codec import Tokenizer
+from gemcut.tokenizer.stream import StopStrings, StreamDecoder
+
+__all__ = ["StopStrings", "StreamDecoder", "Tokenizer", "render_chat"]

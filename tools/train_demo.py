@@ -1,0 +1,283 @@
+"""Train the bundled demo model: a Gemma 2 of a few million parameters, from plain text.
+
+    python -P -m gemcut.tools.train_demo --text stories_train.txt --heldout stories_heldout.txt
+
+The model is trained by transformers (an implementation that gemcut did not write), in bfloat16
+autocast under torch.compile, and judged by gemcut: the bits per byte in the model card come from
+`Engine.score`.  A run is seeded, shows its progress, writes its whole state every few hundred steps
+and goes on from there when it is started again with the same arguments.
+
+Text files hold paragraphs separated by blank lines.  A tenth of the training windows are chats:
+neighbouring paragraphs of dialogue, dressed as turns of Gemma's chat template.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+VOCAB_SIZE = 3072
+CONTEXT = 512
+CHAT_SHARE = 0.1
+VALIDATION_SHARE = 0.01  # of the training text, split off from its end; the held-out file is not used
+
+# Everything that sets Gemma 2 apart is on: grouped heads, both softcaps, a score scale that is not
+# head_dim**-0.5, windows much shorter than the context.  3.7 million parameters, 7.5 MB in bf16.
+MODEL_CONFIG = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 96,
+    "sliding_window": 64,
+    "max_position_embeddings": CONTEXT,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is trained; a changed recipe is another run."""
+
+    steps: int = 1500
+    batch_size: int = 16  # windows of CONTEXT tokens
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    dropout: float = 0.1  # on what each sublayer adds to the residual stream
+    seed: int = 0
+
+
+def train_tokenizer(paragraphs: list[str], path: Path) -> sentencepiece.SentencePieceProcessor:
+    """A byte-fallback BPE vocabulary of Gemma's kind at `path`: same special ids, same rules."""
+    newlines = ["\n" * n for n in range(1, 5)]
+    spaces = ["▁" * n for n in range(2, 9)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(paragraphs),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        character_coverage=0.9999,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>", *newlines, *spaces, "\t"],
+        max_sentence_length=1 << 20,
+        num_threads=1,  # the same file on every machine
+        minloglevel=2,
+    )
+    path.with_suffix(".vocab").unlink()
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+class Windows:
+    """Random windows [batch_size, CONTEXT + 1] of token ids that begin where a paragraph begins."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, paragraphs: list[str]):
+        pieces = [tokenizer.encode(p + "\n\n") for p in paragraphs]
+        pieces[-1].append(tokenizer.eos_id())
+        self.bos = tokenizer.bos_id()
+        self.text = np.concatenate(pieces).astype(np.int64)
+        self.text_starts = np.cumsum([0, *(len(p) for p in pieces[:-1])])
+        chats = [tokenizer.encode(chat) for chat in dialogues(paragraphs)]
+        chats = [[self.bos, *chat] for chat in chats]
+        self.chat = np.concatenate(chats).astype(np.int64)
+        self.chat_starts = np.cumsum([0, *(len(c) for c in chats[:-1])])
+
+    def sample(self, rng: np.random.Generator, batch_size: int) -> torch.Tensor:
+        rows = []
+        for _ in range(batch_size):
+            if rng.random() < CHAT_SHARE:
+                start = rng.choice(self.chat_starts)
+                rows.append(np.take(self.chat, range(start, start + CONTEXT + 1), mode="wrap"))
+            else:
+                start = rng.choice(self.text_starts)
+                row = np.take(self.text, range(start, start + CONTEXT), mode="wrap")
+                rows.append(np.concatenate([[self.bos], row]))
+        return torch.from_numpy(np.stack(rows))
+
+    def in_order(self) -> Iterator[torch.Tensor]:
+        """Every token of the text once, in windows [1, up to CONTEXT + 1] with a BOS each."""
+        for start in range(0, len(self.text), CONTEXT):
+            row = np.concatenate([[self.bos], self.text[start : start + CONTEXT]])
+            yield torch.from_numpy(row)[None]
+
+
+def dialogues(paragraphs: list[str]) -> Iterator[str]:
+    """Runs of at least two spoken paragraphs, as chats without their BOS."""
+
+    def spoken(paragraph: str) -> bool:
+        return paragraph[:1] in "'\"" and len(paragraph) < 400
+
+    run: list[str] = []
+    for paragraph, following in pairwise([*paragraphs, ""]):
+        if spoken(paragraph):
+            run.append(paragraph)
+        if run and (not spoken(following) or not spoken(paragraph) or len(run) == 6):
+            run = run[: len(run) // 2 * 2]  # a chat ends with the model's turn
+            roles = ["user", "model"] * (len(run) // 2)
+            if run:
+                yield "".join(
+                    f"<start_of_turn>{role}\n{text.strip()}<end_of_turn>\n"
+                    for role, text in zip(roles, run, strict=True)
+                )
+            run = []
+
+
+def new_model(recipe: Recipe) -> Gemma2ForCausalLM:
+    torch.manual_seed(recipe.seed)
+    model = Gemma2ForCausalLM(Gemma2Config(**MODEL_CONFIG, attn_implementation="eager"))
+
+    def drop(module, args, output):  # Gemma's own configuration knows attention dropout only
+        return F.dropout(output, recipe.dropout, module.training)
+
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.register_forward_hook(drop)
+        layer.post_feedforward_layernorm.register_forward_hook(drop)
+    return model
+
+
+def new_optimizers(model: Gemma2ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embedding and norms."""
+    parameters = dict(model.named_parameters())
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
+    decay = recipe.weight_decay
+    return [
+        torch.optim.Muon(
+            matrices, recipe.learning_rate, decay, adjust_lr_fn="match_rms_adamw", nesterov=True
+        ),
+        torch.optim.AdamW(others, recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return recipe.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def cross_entropy(model, window: torch.Tensor) -> torch.Tensor:
+    """Nats per token over window [B, T + 1]."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(input_ids=window[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validation_loss(model: Gemma2ForCausalLM, windows: Windows) -> float:
+    model.eval()
+    rows = list(windows.in_order())
+    total = sum(cross_entropy(model, row).item() * (row.shape[1] - 1) for row in rows)
+    model.train()
+    return total / sum(row.shape[1] - 1 for row in rows)
+
+
+def train(recipe: Recipe, paragraphs: list[str], out: Path, save_every: int) -> Gemma2ForCausalLM:
+    """The trained model; its state is kept in `out` and picked up from there."""
+    split = int(len(paragraphs) * (1 - VALIDATION_SHARE))
+    text_hash = hashlib.sha256("\n\n".join(paragraphs).encode()).hexdigest()
+    identity = {"recipe": asdict(recipe), "model": MODEL_CONFIG, "text": text_hash}
+
+    tokenizer = train_tokenizer(paragraphs, out / "tokenizer.model")
+    training = Windows(tokenizer, paragraphs[:split])
+    validation = Windows(tokenizer, paragraphs[split:])
+    model = new_model(recipe).train()
+    optimizers = new_optimizers(model, recipe)
+    rng = np.random.default_rng(recipe.seed)
+    first_step = 0
+
+    state_file = out / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        if json.loads(state["identity"]) != identity:
+            raise SystemExit(f"{state_file} is of another run: other text or recipe; give another --out")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        rng.bit_generator.state = json.loads(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        first_step = state["step"]
+
+    compiled = torch.compile(model)
+    progress = tqdm(range(first_step, recipe.steps), initial=first_step, total=recipe.steps)
+    for step in progress:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            optimizer.zero_grad()
+        loss = cross_entropy(compiled, training.sample(rng, recipe.batch_size))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+
+        if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+            progress.write(f"step {step + 1}: validation {validation_loss(model, validation):.4f}")
+            state = {
+                "identity": json.dumps(identity),
+                "step": step + 1,
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "rng": json.dumps(rng.bit_generator.state),
+                "torch_rng": torch.get_rng_state(),
+            }
+            torch.save(state, state_file.with_suffix(".new"))
+            state_file.with_suffix(".new").rename(state_file)
+    return model.eval()
+
+
+def read_paragraphs(files: list[Path]) -> list[str]:
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    return [p.strip("\n") for text in texts for p in text.split("\n\n") if p.strip()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files to train on")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="state and result")
+    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
+    for name, default in asdict(Recipe()).items():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=type(default), default=default)
+    args = parser.parse_args()
+    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = train(recipe, read_paragraphs(args.text), args.out, args.save_every)
+    checkpoint = args.out / "checkpoint"
+    model.bfloat16().save_pretrained(checkpoint)
+    shutil.copy(args.out / "tokenizer.model", checkpoint / "tokenizer.model")
+    print(f"wrote {checkpoint}")
+
+
+if __name__ == "__main__":
+    main()
