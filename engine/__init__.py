@@ -1,16 +1,20 @@
 """The engine: `Engine` takes prompts and yields text."""
 
-from gemcut.engine.config import PUBLISHED, GemmaConfig
-from gemcut.engine.engine import Engine
-from gemcut.engine.outputs import (
-    CompletionOutput,
-    Delta,
-    Logprob,
-    RequestMetrics,
-    RequestOutput,
-    ScoreOutput,
-)
-from gemcut.engine.sampling_params import SamplingParams
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemcut.engine.config import PUBLISHED, GemmaConfig
+    from gemcut.engine.engine import Engine
+    from gemcut.engine.outputs import (
+        CompletionOutput,
+        Delta,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        ScoreOutput,
+    )
+    from gemcut.engine.sampling_params import SamplingParams
 
 __all__ = [
     "PUBLISHED",
@@ -24,3 +28,18 @@ __all__ = [
     "SamplingParams",
     "ScoreOutput",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the command line is in this package too, and `gemcut --help` should not wait two
+    # seconds for torch.
+    if name in __all__:
+        for module in ("config", "outputs", "sampling_params", "engine"):
+            names = vars(import_module(f"gemcut.engine.{module}"))
+            if name in names:
+                return names[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -254,6 +254,8 @@ class Engine:
             raise ValueError(
                 f"the prompt has {len(ids)} {kind}, but a slot holds {self.max_seq_len}"
             )
+        if score and len(ids) < 2:
+            raise ValueError("a score needs at least two tokens: the first has none before it")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         sequences = [
             TokenSequence(

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -25,12 +26,12 @@ FILES = [
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
-def resolve_checkpoint(model: str | Path) -> Path:
+def resolve_checkpoint(model: str | Path, *, files: Sequence[str] = FILES) -> Path:
     """The folder that holds the files of `model`.
 
     "demo" is the bundled model (a local folder of that name is "./demo"), an existing folder is
-    itself, and owner/name is a model on the Hugging Face Hub, fetched into its cache;
-    HF_HUB_OFFLINE keeps to the cache.  ValueError says why a model cannot be had.
+    itself, and owner/name is a model on the Hugging Face Hub, of which `files` are fetched into its
+    cache; HF_HUB_OFFLINE keeps to the cache.  ValueError says why a model cannot be had.
     """
     if model == "demo":
         return DEMO
@@ -45,7 +46,7 @@ def resolve_checkpoint(model: str | Path) -> Path:
             f"nor a Hugging Face id (owner/name)"
         )
     try:
-        return Path(snapshot_download(model, allow_patterns=FILES))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except GatedRepoError:  # a kind of RepositoryNotFoundError
         reason = f"is gated: accept its terms at https://huggingface.co/{model}, then log in"
     except RepositoryNotFoundError:

@@ -13,6 +13,12 @@ LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
 INT64_MAX = 2**63 - 1
 MAX_N = 1024
+COLLECTIONS = {
+    "stop": list | tuple | set | str | None,
+    "stop_token_ids": list | tuple | set | frozenset | None,
+    "logit_bias": Mapping | None,
+    "logits_processors": list | tuple | None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # > 0 discourages tokens of the output
     frequency_penalty: float = 0.0  # the same, for each time they stand there
     logit_bias: Mapping[int, float] | None = None  # added to logits; -inf bans a token
-    skip_special_tokens: bool = True  # leave <bos>, <end_of_turn>, ... out of the text
+    skip_special_tokens: bool = True  # no <bos>, <end_of_turn>, ... in the text
     logits_processors: Sequence[LogitsProcessor] | None = None
 
     def __post_init__(self) -> None:
@@ -71,11 +77,13 @@ class SamplingParams:
         self._check_collections()
 
     def _check_collections(self) -> None:
+        for name, kind in COLLECTIONS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                what = "mapping" if name == "logit_bias" else "list"
+                raise ValueError(f"{name} {shorten(value)} is not a {what}")
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop {shorten(stop)} is not a string of at least one character")
-        if isinstance(self.stop_token_ids, str | bytes | int):
-            raise ValueError(f"stop_token_ids {shorten(self.stop_token_ids)} is not a list of ids")
         for token_id, bias in (self.logit_bias or {}).items():
             if bias != -math.inf:
                 check_number(f"logit_bias of token {shorten(token_id)}", bias)

@@ -281,12 +281,20 @@ def sample(
     # the greatest becomes 0, so that no temperature overflows
     scaled = logits - logits.amax(-1, keepdim=True)
     scaled = scaled / temperature.masked_fill(greedy, 1.0).unsqueeze(-1)
+    kept = filter_logits(scaled, top_k, top_p, min_p)
+    drawn = (kept + gumbel_noise(seeds, positions, logits.shape[-1])).argmax(-1)
+    return torch.where(greedy, best, drawn)
 
-    threshold = torch.full_like(temperature, -torch.inf)  # [B]: tokens below it are dropped
+
+def filter_logits(
+    logits: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """Logits [B, V] with -inf for every token that the filters [B] drop."""
+    threshold = torch.full_like(logits[:, 0], -torch.inf)  # [B]: tokens below it are dropped
     if min_p is not None:
-        threshold = torch.maximum(threshold, min_p.log())
+        threshold = torch.maximum(threshold, logits.amax(-1) + min_p.log())
     if top_k is not None or top_p is not None:
-        ordered = scaled.sort(-1, descending=True).values
+        ordered = logits.sort(-1, descending=True).values
         if top_k is not None:
             last = (top_k - 1).clamp(0, logits.shape[-1] - 1)
             kth = ordered.gather(-1, last.unsqueeze(-1)).squeeze(-1)
@@ -297,11 +305,9 @@ def sample(
             mass = ordered.softmax(-1).cumsum(-1)
             last = (mass < top_p.unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
             smallest = ordered.gather(-1, last.unsqueeze(-1)).squeeze(-1)
+            # rounding must not drop the last token of a row that keeps all
             threshold = torch.maximum(threshold, smallest.masked_fill(top_p >= 1, -torch.inf))
-
-    kept = scaled.masked_fill(scaled < threshold.unsqueeze(-1), -torch.inf)
-    drawn = (kept + gumbel_noise(seeds, positions, logits.shape[-1])).argmax(-1)
-    return torch.where(greedy, best, drawn)
+    return logits.masked_fill(logits < threshold.unsqueeze(-1), -torch.inf)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

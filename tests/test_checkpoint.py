@@ -449,6 +449,14 @@ def test_saving_replaces_what_was_there(sharded):
     )
 
 
+def test_a_tensor_above_the_limit_has_a_file_of_its_own(saved):
+    config, weights = GemmaConfig.from_file(saved), load(saved)
+    save_checkpoint(saved, config, weights, max_shard_bytes=1)
+    for file in saved.glob("model-*.safetensors"):
+        assert len(load_file(file)) == 1
+    assert torch.equal(load(saved).embedding, weights.embedding)
+
+
 def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
     config, weights = GemmaConfig.from_file(saved), load(saved)
     before = {file.name: file.read_bytes() for file in saved.iterdir()}

@@ -101,10 +101,12 @@ def test_equals_transformers(rope, length):
 def test_trained_length_beside_the_rope_object_wins():
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}
     yarn["original_max_position_embeddings"] = 4096
-    theirs = random_config("gemma2", rope_parameters=yarn, original_max_position_embeddings=512)
+    # a copy: transformers writes into the object it is given
+    theirs = random_config(
+        "gemma2", rope_parameters=dict(yarn), original_max_position_embeddings=512
+    )
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
-    values = theirs.to_dict() | {"rope_parameters": yarn}
-    config = GemmaConfig.from_dict(values)
+    config = GemmaConfig.from_dict(theirs.to_dict() | {"rope_parameters": yarn})
     actual = Rope(config.rope, HEAD_DIM, MAX_LENGTH, "cpu").inv_freq()
     torch.testing.assert_close(actual, expected, rtol=4e-7, atol=0)
     assert GemmaConfig.from_dict(config.to_dict()) == config

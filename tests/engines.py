@@ -1,0 +1,42 @@
+"""Engines on small random models, and a way to make them say what a test needs."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from random_models import random_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gemcut.engine import Engine
+from gemcut.tokenizer import Tokenizer
+
+
+def save_random_model(
+    folder: Path, tokenizer_file: Path, model_type: str = "gemma2", **overrides
+) -> PreTrainedModel:
+    """A random model and a tokenizer, in `folder` as a published checkpoint has them."""
+    vocab_size = len(Tokenizer.from_file(tokenizer_file))
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": 128}
+    model = random_model(model_type, **(sizes | overrides))
+    model.save_pretrained(folder)
+    shutil.copy(tokenizer_file, folder / "tokenizer.model")
+    return model
+
+
+def dictate(token_ids: Sequence[int]):
+    """A logits processor that makes the engine generate these tokens."""
+
+    def processor(generated: list[int], logits: Tensor) -> Tensor:
+        forced = torch.full_like(logits, -torch.inf)
+        forced[token_ids[len(generated)]] = 0.0
+        return forced
+
+    return [processor]
+
+
+def assert_serves(engine: Engine) -> None:
+    """The engine answers, and every slot is free."""
+    assert len(engine.generate("Once").token_ids) > 0
+    assert engine._scheduler.all() == []

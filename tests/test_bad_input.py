@@ -1,0 +1,286 @@
+"""Bad input: one clear line, and the engine still serves the next request."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from engines import assert_serves, save_random_model
+from safetensors.torch import load_file, save_file
+from vocabulary import train_vocabulary
+
+from gemcut.engine import Engine, SamplingParams
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer_file):
+    folder = tmp_path_factory.mktemp("model")
+    save_random_model(folder, tokenizer_file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    with Engine.from_pretrained(folder, max_batch_size=2) as engine:
+        yield engine
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """A copy of the checkpoint, to be damaged."""
+    return shutil.copytree(folder, tmp_path / "damaged")
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert message.strip()
+    assert "\n" not in message
+    assert len(message) < 300
+    return message
+
+
+BAD_PROMPTS = {
+    "empty text": ("", "the prompt is empty"),
+    "no ids": ([], "the prompt is empty"),
+    "negative id": ([2, -1], "token id -1 in the prompt is outside 0..519"),
+    "id past the vocabulary": ([2, 520], "token id 520 in the prompt is outside 0..519"),
+    "id far past int64": ([2, 10**30], "is outside 0..519"),
+    "fraction for an id": ([2, 1.5], "token id 1.5"),
+    "bool for an id": ([True], "token id True"),
+    "lone surrogate": ("a\ud800b", "U+D800"),
+    "too long": ([5] * 128, "the prompt has 128 tokens and one to generate, but a slot holds 128"),
+    "bytes": (b"abc", "neither a string nor a list"),
+    "none": (None, "neither a string nor a list"),
+    "list of lists of lists": ([[[1]]], "not a list of lists"),
+    "one bad prompt in a list": (["fine", ""], "the prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompt(engine, name):
+    prompt, message = BAD_PROMPTS[name]
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        engine.generate(prompt)
+    one_line(error)
+    assert_serves(engine)
+
+
+@pytest.mark.parametrize("name", ["empty text", "id past the vocabulary", "too long"])
+def test_bad_prompt_is_refused_when_a_stream_is_asked_for(engine, name):
+    with pytest.raises(ValueError, match=re.escape(BAD_PROMPTS[name][1])):
+        engine.stream(BAD_PROMPTS[name][0])
+    assert_serves(engine)
+
+
+def test_a_text_to_score_may_fill_the_slot_but_no_more(engine):
+    assert len(engine.score([5] * 128).logprobs) == 127
+    with pytest.raises(ValueError, match="129 tokens, but a slot holds 128"):
+        engine.score([5] * 129)
+    assert_serves(engine)
+
+
+def test_a_single_token_has_no_score_and_no_perplexity(engine):
+    with pytest.raises(ValueError, match="at least two tokens"):
+        engine.score([5])
+    assert_serves(engine)
+
+
+def test_numpy_ids_are_ids(engine):
+    assert engine.generate(list(np.array([2, 5])), SamplingParams(max_tokens=1)).token_ids
+
+
+BAD_PARAMS = {
+    "n": [0, -1, 1.5, True, "2", 10**9],
+    "temperature": [-0.1, INF, NAN, "hot", None],
+    "top_k": [-2, 1.5, "all"],
+    "top_p": [0, -0.5, 1.01, NAN],
+    "min_p": [-0.1, 1.1, NAN],
+    "max_tokens": [0, -5, 2.5, True],
+    "min_tokens": [-1, 0.5],
+    "stop": ["", ["a", ""], [1], 5],
+    "stop_token_ids": [[-1], [520], [1.0], 7, "12"],
+    "seed": [1.5, 2**63, -(2**63) - 1, "x"],
+    "logprobs": [-1, 521, 1.5],
+    "prompt_logprobs": [-1, 521],
+    "repetition_penalty": [0, -1, NAN, INF],
+    "presence_penalty": [NAN, INF],
+    "frequency_penalty": [NAN, -INF],
+    "logit_bias": [{-1: 1.0}, {520: 1.0}, {5: NAN}, {5: INF}, {"a": 1.0}, {5: "b"}, [5]],
+    "ignore_eos": [1, None],
+    "skip_special_tokens": ["yes"],
+    "logits_processors": [["not callable"], 5],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_PARAMS.items() for value in values]
+)
+def test_bad_sampling_params_are_refused_by_name(engine, name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        engine.generate("x", SamplingParams(**{name: value}))
+    one_line(error)
+    assert_serves(engine)
+
+
+def test_min_tokens_over_max_tokens():
+    with pytest.raises(ValueError, match="min_tokens 5 is above max_tokens 4"):
+        SamplingParams(min_tokens=5, max_tokens=4)
+
+
+def test_params_of_another_kind_and_of_another_number(engine):
+    with pytest.raises(ValueError, match="must be a SamplingParams, got dict"):
+        engine.generate("x", {"temperature": 0})
+    with pytest.raises(ValueError, match="1 SamplingParams for 2 prompts"):
+        engine.generate(["x", "y"], [SamplingParams()])
+    assert_serves(engine)
+
+
+def test_a_failing_logits_processor_harms_its_own_request_alone(engine):
+    def fails(generated, logits):
+        if len(generated) == 3:
+            raise RuntimeError("processor broke")
+        return logits
+
+    harmless = SamplingParams(seed=1, max_tokens=10, ignore_eos=True)
+    alone = engine.generate("x", harmless)
+    other = engine.stream("x", harmless)
+    text = next(other).text
+    with pytest.raises(RuntimeError, match="processor broke"):
+        engine.generate("x", SamplingParams(ignore_eos=True, logits_processors=[fails]))
+    assert text + "".join(d.text for d in other) == alone.text
+    with pytest.raises(ValueError, match="must return a tensor of shape"):
+        engine.generate("x", SamplingParams(logits_processors=[lambda ids, logits: logits[:5]]))
+    assert_serves(engine)
+
+
+def test_system_turns_and_wrong_turns(engine):
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    with pytest.raises(ValueError, match="system"):
+        engine.chat(system)
+    assert engine.chat(system, SamplingParams(max_tokens=1), merge_system=True).token_ids
+    for messages in ([], [{"role": "model", "content": "Hi"}], [{"role": "user"}]):
+        with pytest.raises(ValueError, match="message"):
+            engine.chat(messages)
+    assert_serves(engine)
+
+
+def test_a_closed_engine_says_so(folder):
+    engine = Engine.from_pretrained(folder)
+    stream = engine.stream("x", SamplingParams(ignore_eos=True))
+    next(stream)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(stream)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.generate("x")
+    engine.close()
+
+
+# Arguments of from_pretrained
+
+BAD_ARGUMENTS = {
+    "float16": ({"dtype": "float16"}, "Gemma's activations overflow it"),
+    "torch.float16": ({"dtype": torch.float16}, "Gemma's activations overflow it"),
+    "unknown dtype": ({"dtype": "int8"}, "dtype 'int8' is not supported"),
+    "dtype that is no dtype": ({"dtype": "nn"}, "dtype 'nn' is not supported"),
+    "unknown device": ({"device": "gpu"}, "device 'gpu' is unknown"),
+    "device without support": ({"device": "meta"}, "device 'meta' is not supported"),
+    "unknown ops": ({"ops": "fast"}, "ops 'fast' is unknown"),
+    "no slot": ({"max_batch_size": 0}, "max_batch_size 0 is outside 1..4096"),
+    "no tokens": ({"max_seq_len": 0}, "max_seq_len 0 is outside 1..128"),
+    "more tokens than the model has positions": ({"max_seq_len": 129}, "outside 1..128"),
+    "no chunk": ({"prefill_chunk": 0}, "prefill_chunk 0 is outside"),
+    "unknown quantization": ({"quantization": "int3"}, "quantization 'int3'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_argument(folder, name):
+    arguments, message = BAD_ARGUMENTS[name]
+    with pytest.raises((ValueError, NotImplementedError), match=re.escape(message)) as error:
+        Engine.from_pretrained(folder, **arguments)
+    one_line(error)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_cuda_where_there_is_none(folder):
+    with pytest.raises(ValueError, match="torch sees 0 CUDA devices"):
+        Engine.from_pretrained(folder, device="cuda")
+
+
+def test_a_cache_that_does_not_fit_names_its_size(folder):
+    # 4096 slots of a model whose context is long enough for no machine
+    with pytest.raises(MemoryError, match=r"the KV cache of 4096 slots .* takes .* GB"):
+        config = json.loads((folder / "config.json").read_text())
+        engine = Engine.from_pretrained(folder)
+        object.__setattr__(engine.config, "max_position_embeddings", 2**24)
+        assert config["max_position_embeddings"] == 128
+        Engine(engine.model, engine.tokenizer, max_batch_size=4096, max_seq_len=2**24)
+
+
+# Files
+
+
+def test_unknown_model_while_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="'nobody/no-such-model' is no existing folder") as error:
+        Engine.from_pretrained("nobody/no-such-model")
+    one_line(error)
+
+
+def test_folder_without_a_config(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        Engine.from_pretrained(tmp_path)
+
+
+def test_missing_tokenizer(damaged):
+    (damaged / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.model"):
+        Engine.from_pretrained(damaged)
+
+
+def test_broken_tokenizer(damaged):
+    (damaged / "tokenizer.model").write_bytes(b"\x00garbage")
+    with pytest.raises(ValueError, match=r"tokenizer\.model") as error:
+        Engine.from_pretrained(damaged)
+    one_line(error)
+
+
+def test_vocabulary_larger_than_the_embedding(damaged):
+    train_vocabulary(damaged / "tokenizer.model", vocab_size=540)
+    with pytest.raises(ValueError, match="540 pieces, but the embedding only 520 rows"):
+        Engine.from_pretrained(damaged)
+
+
+def test_embedding_larger_than_the_vocabulary_never_yields_a_token_without_text(
+    tmp_path, tokenizer_file
+):
+    save_random_model(tmp_path, tokenizer_file, vocab_size=600)
+    with Engine.from_pretrained(tmp_path) as engine:
+        params = SamplingParams(
+            temperature=50.0, max_tokens=100, seed=0, ignore_eos=True, logprobs=520
+        )
+        output = engine.generate("x", params)
+        assert max(output.token_ids) < 520
+        with pytest.raises(ValueError, match="stop_token_ids"):
+            engine.generate("x", SamplingParams(stop_token_ids=[599]))
+
+
+def test_missing_tensor(damaged):
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, damaged / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight") as error:
+        Engine.from_pretrained(damaged)
+    one_line(error)
+
+
+def test_truncated_weights(damaged):
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        Engine.from_pretrained(damaged)

@@ -1,0 +1,70 @@
+"""Imports point one way, stand at the top of the file, and are absolute."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TORCH = {"torch", "triton"}
+# folder: the other folders of gemcut that it may import, and packages that it may not
+RULES = {
+    "kernels": (set(), set()),
+    "tokenizer": (set(), TORCH),
+    "engine": ({"kernels", "tokenizer"}, set()),
+    "bench": ({"kernels", "tokenizer", "engine"}, set()),
+    "tools": ({"kernels", "tokenizer", "engine", "bench"}, set()),
+}
+FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
+
+
+def imports(tree: ast.AST):
+    """(dotted name, node) of everything that is imported anywhere in a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            # `from gemcut import engine` names a folder too
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def problems(folder: str, source: str) -> list[str]:
+    allowed, forbidden = RULES[folder]
+    found = []
+    for name, node in imports(ast.parse(source)):
+        top, *rest = name.split(".")
+        if top == "gemcut" and rest[0] not in allowed | {folder}:
+            found.append(f"line {node.lineno}: {folder} imports {name}")
+        if top in forbidden:
+            found.append(f"line {node.lineno}: {folder} imports {top}")
+        if top in RULES:
+            found.append(f"line {node.lineno}: {top} without gemcut.")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_down(path):
+    assert problems(path.parts[0], (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("kernels", "from gemcut.engine.config import GemmaConfig"),
+        ("engine", "import gemcut.bench.timing"),
+        ("tokenizer", "import torch.nn"),
+        ("engine", "from kernels import reference"),
+        ("engine", "def f():\n    from gemcut.tools import train_demo"),
+    ],
+)
+def test_a_wrong_import_is_found(folder, source):
+    assert problems(folder, source) != []
+
+
+def test_modules_do_not_bear_the_names_of_dependencies_or_of_the_standard_library():
+    taken = set(sys.stdlib_module_names) | {"triton", "torch", "sentencepiece", "numpy", "tqdm"}
+    for path in FILES:
+        if path.parent.name != "kernels" or path.stem != "__init__":
+            assert path.stem == "__init__" or path.stem not in taken, path

@@ -1,0 +1,216 @@
+"""The whole model, on the oracles, against transformers and against itself."""
+
+import pytest
+import torch
+from random_models import MODEL_TYPES, random_model
+from twins import (
+    all_logits,
+    assert_same_logits,
+    gemcut_twin,
+    greedy,
+    new_cache,
+    random_ids,
+)
+
+from gemcut.engine.cache import slot_bytes
+from gemcut.engine.config import PUBLISHED
+
+WINDOW = 5
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+YARN["original_max_position_embeddings"] = 32
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+LONGROPE |= {"short_factor": [1.0 + 0.1 * i for i in range(8)]}
+LONGROPE |= {"long_factor": [2.0 + 0.5 * i for i in range(8)]}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+NO_SOFTCAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+ODD = {"vocab_size": 131, "hidden_size": 52, "intermediate_size": 75, "head_dim": 18}
+
+
+def gemma3_rope(**of_global) -> dict:
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    return {"rope_parameters": {LOCAL: local, GLOBAL: {"rope_theta": 1e6, **of_global}}}
+
+
+# A random model each: what it is there for, its family, and what it changes.
+CASES = {
+    "gemma": ("gemma", {}),
+    "gemma-one-kv-head": ("gemma", {"num_key_value_heads": 1}),
+    "gemma-every-head-its-own": ("gemma", {"num_key_value_heads": 4}),
+    "gemma-bias": ("gemma", {"attention_bias": True}),
+    "gemma-untied": ("gemma", {"tie_word_embeddings": False}),
+    "gemma-odd-sizes": ("gemma", ODD),
+    "gemma-linear": ("gemma", {"rope_parameters": LINEAR}),
+    "gemma-dynamic": ("gemma", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32}),
+    "gemma-longrope": ("gemma", {"rope_parameters": LONGROPE}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-no-softcaps": ("gemma2", NO_SOFTCAPS),
+    "gemma2-one-kv-head": ("gemma2", {"num_key_value_heads": 1}),
+    "gemma2-all-local": ("gemma2", {"layer_types": [LOCAL] * 4}),
+    "gemma2-all-global": ("gemma2", {"layer_types": [GLOBAL] * 4}),
+    "gemma2-global-first": ("gemma2", {"layer_types": [GLOBAL, LOCAL] * 2}),
+    "gemma2-odd-sizes-bias-untied": (
+        "gemma2",
+        ODD | {"attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "gemma2-yarn": ("gemma2", {"rope_parameters": YARN}),
+    "gemma2-llama3": ("gemma2", {"rope_parameters": LLAMA3}),
+    "vaultgemma": ("vaultgemma", {}),
+    "vaultgemma-as-published": (
+        "vaultgemma",
+        NO_SOFTCAPS | {"num_key_value_heads": 4, "layer_types": [GLOBAL] * 4},
+    ),
+    "vaultgemma-dynamic": (
+        "vaultgemma",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 32},
+    ),
+    "vaultgemma-bias-untied": (
+        "vaultgemma",
+        {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 1},
+    ),
+    "gemma3": ("gemma3_text", {}),
+    "gemma3-odd-sizes-bias": ("gemma3_text", ODD | {"attention_bias": True}),
+    "gemma3-every-head-its-own": ("gemma3_text", {"num_key_value_heads": 4}),
+    "gemma3-default-pattern": ("gemma3_text", {"num_hidden_layers": 7}),
+    "gemma3-linear-global": ("gemma3_text", gemma3_rope(rope_type="linear", factor=8.0)),
+    "gemma3-yarn-global": ("gemma3_text", gemma3_rope(**YARN)),
+    "gemma3-longrope-global": ("gemma3_text", gemma3_rope(**LONGROPE)),
+    "gemma3-no-final-softcap": ("gemma3_text", {"final_logit_softcapping": None}),
+}
+CONTEXT = {"max_position_embeddings": 128}
+
+all_cases = pytest.mark.parametrize("case", CASES)
+
+
+def random_twins(case: str):
+    """A fresh transformers model (some RoPE types keep state) and gemcut's of the same weights."""
+    model_type, overrides = CASES[case]
+    model = random_model(model_type, **CONTEXT | overrides)
+    model.generation_config.eos_token_id = None
+    return model, gemcut_twin(model)
+
+
+@all_cases
+def test_logits_are_those_of_transformers(case):
+    theirs, ours = random_twins(case)
+    ids = random_ids(60, ours.config.vocab_size)
+    with torch.inference_mode():
+        expected = theirs(input_ids=ids[None]).logits[0]
+    assert_same_logits(all_logits(ours, ids), expected)
+
+
+@all_cases
+def test_greedy_tokens_are_those_of_transformers(case):
+    theirs, ours = random_twins(case)
+    ids = random_ids(21, ours.config.vocab_size)
+    expected = theirs.generate(ids[None], max_new_tokens=64, do_sample=False, pad_token_id=0)
+    # chunks of 3: the ring of a local layer holds 8 tokens and turns many times
+    assert greedy(ours, [ids], 64, prefill_chunk=3)[0].tolist() == expected[0, 21:].tolist()
+
+
+# transformers takes the frequencies of the longest row for the whole batch where they depend on it
+@pytest.mark.parametrize("case", [c for c in CASES if "dynamic" not in c and "longrope" not in c])
+def test_ragged_batches_decode_as_left_padded_ones_do_in_transformers(case):
+    theirs, ours = random_twins(case)
+    prompts = [random_ids(length, ours.config.vocab_size, seed=length) for length in (3, 17, 9)]
+    padded = torch.stack([torch.nn.functional.pad(ids, (17 - len(ids), 0)) for ids in prompts])
+    mask = torch.stack([torch.arange(17) >= 17 - len(ids) for ids in prompts]).long()
+    expected = theirs.generate(
+        padded, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0
+    )
+    assert greedy(ours, prompts, 24, prefill_chunk=4).tolist() == expected[:, 17:].tolist()
+
+
+# Against itself, in float64: what is left is rounding, far below the smallest real difference.
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def precise(request):
+    return gemcut_twin(random_model(request.param, **CONTEXT), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, WINDOW - 1, WINDOW + 3])
+def test_prefill_in_chunks_gives_what_one_chunk_gives(precise, chunk):
+    ids = random_ids(50, precise.config.vocab_size)
+    torch.testing.assert_close(all_logits(precise, ids, chunk), all_logits(precise, ids))
+
+
+@pytest.mark.parametrize("case", ["gemma-dynamic", "gemma-longrope"])
+def test_frequencies_that_depend_on_the_length_do_not_see_the_chunks(case):
+    _, ours = random_twins(case)
+    ids = random_ids(50, ours.config.vocab_size)
+    torch.testing.assert_close(all_logits(ours, ids, 7), all_logits(ours, ids))
+
+
+@torch.inference_mode()
+def test_ring_gives_what_a_full_cache_gives(precise):
+    ids = random_ids(100, precise.config.vocab_size)
+    ring, full = new_cache(precise, prefill_chunk=4), new_cache(precise, prefill_chunk=128)
+    assert full.layers[0].k.shape[2] == 128
+    if precise.config.is_local(0):
+        assert ring.layers[0].k.shape[2] == WINDOW + 4
+    for cache in (ring, full):
+        precise.prefill(ids[:30], cache, slot=0)
+    slots = torch.tensor([0])
+    for position in range(30, 100):  # seven turns of the ring
+        step = (ids[position : position + 1], slots, torch.tensor([position]))
+        torch.testing.assert_close(
+            precise.decode(step[0], ring, *step[1:]), precise.decode(step[0], full, *step[1:])
+        )
+
+
+@torch.inference_mode()
+def test_each_row_of_a_ragged_batch_gets_what_it_gets_alone(precise):
+    lengths = [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 5]
+    prompts = [random_ids(n, precise.config.vocab_size, seed=n) for n in lengths]
+    together = new_cache(precise, len(prompts), prefill_chunk=4)
+    for slot, ids in enumerate(prompts):
+        precise.prefill(ids, together, slot)
+    tokens, positions = random_ids(len(prompts), 97), torch.tensor(lengths)
+    slots = torch.arange(len(prompts))
+    batch = precise.decode(tokens, together, slots, positions)
+    for row, ids in enumerate(prompts):
+        alone = new_cache(precise, prefill_chunk=4)
+        precise.prefill(ids, alone, slot=0)
+        one = precise.decode(tokens[row : row + 1], alone, torch.tensor([0]), positions[row, None])
+        torch.testing.assert_close(batch[row : row + 1], one)
+
+
+@torch.inference_mode()
+def test_a_prompt_continues_where_an_earlier_one_ended(precise):
+    ids = random_ids(40, precise.config.vocab_size)
+    cache = new_cache(precise, prefill_chunk=6)
+    first = precise.prefill(ids[:13], cache, slot=0)
+    second = precise.prefill(ids[13:], cache, slot=0, start=13)
+    hidden = torch.cat([first, second])
+    torch.testing.assert_close(precise.logits(hidden), all_logits(precise, ids))
+
+
+@torch.inference_mode()
+def test_inactive_rows_change_nothing(precise):
+    """A negative position: what a captured graph runs for slots that nobody uses."""
+    cache = new_cache(precise, 2, prefill_chunk=4)
+    precise.prefill(random_ids(9, 97), cache, slot=0)
+    before = [layer.k.clone() for layer in cache.layers]
+    tokens, slots = torch.tensor([5, 5]), torch.tensor([1, 0])
+    precise.decode(tokens, cache, slots, torch.tensor([-1, -1]))
+    for layer, k in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.k, k)
+
+
+def test_what_a_cache_takes():
+    """Rings: Gemma-2-9b at 8192 tokens takes 0.76 of a full cache with chunks of 128."""
+    config = PUBLISHED["gemma-2-9b"]
+    full = 8192 * config.kv_bytes_per_token(2)
+    assert slot_bytes(config, 8192, 8192, torch.bfloat16) == full
+    assert slot_bytes(config, 8192, 128, torch.bfloat16) / full <= 0.76
+    assert slot_bytes(config, 8192, 512, torch.bfloat16) / full <= 0.79
+
+
+def test_a_cache_that_does_not_fit_names_its_size():
+    model = gemcut_twin(random_model("gemma2"))
+    with pytest.raises(MemoryError, match=r"of 1000000 tokens takes .* GB"):
+        new_cache(model, 10_000_000, 1_000_000)

@@ -1,0 +1,76 @@
+"""gemcut's model beside transformers': the same weights, through a checkpoint on disk."""
+
+import tempfile
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gemcut.engine.cache import KVCache
+from gemcut.engine.checkpoint import load_checkpoint
+from gemcut.engine.config import GemmaConfig
+from gemcut.engine.model import Gemma
+from gemcut.kernels import reference
+
+
+def gemcut_twin(
+    model: PreTrainedModel,
+    ops: ModuleType | SimpleNamespace = reference,
+    dtype: torch.dtype = torch.float32,
+) -> Gemma:
+    """The model that gemcut makes of what transformers saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = GemmaConfig.from_file(folder)
+        weights = load_checkpoint(folder, config, device="cpu", dtype=dtype)
+    return Gemma(config, weights, ops)
+
+
+def new_cache(
+    model: Gemma, num_slots: int = 1, max_seq_len: int = 128, prefill_chunk: int = 128
+) -> KVCache:
+    return KVCache(
+        model.config,
+        num_slots=num_slots,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        device=model.device,
+        dtype=model.dtype,
+    )
+
+
+def random_ids(length: int, vocab_size: int, seed: int = 0) -> Tensor:
+    """Token ids without the special ones: [length] int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, vocab_size, (length,), generator=generator)
+
+
+@torch.inference_mode()
+def all_logits(model: Gemma, ids: Tensor, prefill_chunk: int = 128) -> Tensor:
+    """Logits of every position of one sequence: ids [T] -> [T, V]."""
+    return model.logits(model.prefill(ids, new_cache(model, prefill_chunk=prefill_chunk), slot=0))
+
+
+@torch.inference_mode()
+def greedy(model: Gemma, prompts: list[Tensor], count: int, prefill_chunk: int = 128) -> Tensor:
+    """The `count` likeliest next tokens of each prompt, decoded as one batch: [B, count]."""
+    cache = new_cache(model, len(prompts), prefill_chunk=prefill_chunk)
+    # slots in another order than rows
+    slots = torch.arange(len(prompts)).flip(0)
+    last = [
+        model.logits(model.prefill(ids, cache, slot)[-1:])
+        for ids, slot in zip(prompts, slots.tolist(), strict=True)
+    ]
+    tokens = [torch.cat(last).argmax(-1)]
+    positions = torch.tensor([len(ids) for ids in prompts])
+    for _ in range(count - 1):
+        tokens.append(model.decode(tokens[-1], cache, slots, positions).argmax(-1))
+        positions = positions + 1
+    return torch.stack(tokens, dim=1)
+
+
+def assert_same_logits(actual: Tensor, expected: Tensor) -> None:
+    """Two float32 implementations may differ by 1e-4 of the logits' scale."""
+    error, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= 1e-4 * scale, f"logits differ by {error:.2e}, on a scale of {scale:.2e}"
