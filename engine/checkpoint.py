@@ -72,7 +72,13 @@ def load_checkpoint(
         _check_tied_head(stored)
     _check(folder, stored, expected)
 
-    weights = empty_weights(config, device=device, dtype=dtype)
+    try:
+        weights = empty_weights(config, device=device, dtype=dtype)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        size = config.num_parameters() * dtype.itemsize
+        raise MemoryError(
+            f"the weights take {size / 1e9:.2f} GB in {dtype}, which {device} does not have"
+        ) from error
     by_file: dict[Path, list[tuple[str, Part]]] = {}
     for name, part in expected.items():
         by_file.setdefault(stored[name].file, []).append((stored[name].key, part))
@@ -80,7 +86,12 @@ def load_checkpoint(
         torch.Size(tensor.shape).numel() * FLOATS[tensor.dtype] for tensor in stored.values()
     )
     with tqdm(
-        total=size, desc="loading", unit="B", unit_scale=True, disable=not sys.stderr.isatty()
+        total=size,
+        desc="loading",
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
     ) as bar:
         for file, entries in by_file.items():
             with _open(file) as shard:

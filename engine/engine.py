@@ -78,7 +78,9 @@ class Engine:
         self._eos_ids = frozenset(config.eos_token_ids if eos_ids is None else eos_ids)
         self._sampler = Sampler(max_batch_size, len(tokenizer), model.device, model.ops)
         self._scheduler = Scheduler(max_batch_size)
-        self._lock = threading.Lock()  # held for one step at a time
+        # Held for one step at a time.  Reentrant: a step may free an abandoned stream, which then
+        # cancels its request in the midst of it.
+        self._lock = threading.RLock()
         self._request_numbers = itertools.count()
         self._closed = False
 
@@ -123,9 +125,9 @@ class Engine:
     # Callers
 
     @overload
-    def generate(
+    def generate(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         use_tqdm: bool | None = None,
@@ -198,9 +200,17 @@ class Engine:
         request = self._request(ids, params, eos_ids=self._eos_ids | {end_of_turn})
         return self._deltas(request) if stream else self._run([request], show=False)[0]
 
+    @overload
+    def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
+        self, texts: Prompt, *, use_tqdm: bool | None = None
+    ) -> ScoreOutput: ...
+
+    @overload
     def score(
-        self, texts: Prompt | Sequence[Prompt], *, use_tqdm: bool | None = None
-    ) -> ScoreOutput | list[ScoreOutput]:
+        self, texts: Sequence[Prompt], *, use_tqdm: bool | None = None
+    ) -> list[ScoreOutput]: ...
+
+    def score(self, texts, *, use_tqdm=None):
         """Log-probabilities of a text's tokens, each given those before it; a list for a list.
 
         A string gets a BOS, whose own probability is not asked.  A text must fit a slot.

@@ -1,6 +1,9 @@
 """What `auto` means: device, dtype, ops and the length of a slot, from what the machine has."""
 
 import os
+import re
+from bisect import bisect_right
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -10,6 +13,7 @@ from gemcut.engine.checks import check_int
 from gemcut.engine.config import GemmaConfig
 from gemcut.kernels import reference
 
+MEMINFO = Path("/proc/meminfo")
 MEMORY_SHARE = 0.8  # of the free memory, for the cache; the rest is for activations
 
 
@@ -64,15 +68,26 @@ def choose_max_seq_len(
     if max_seq_len is not None:
         check_int("max_seq_len", max_seq_len, 1, limit)
         return max_seq_len
-    budget = MEMORY_SHARE * free_bytes(device) / num_slots
-    length = limit
-    while length > 1 and slot_bytes(config, length, prefill_chunk, dtype) > budget:
-        length //= 2
-    return length
+    budget = MEMORY_SHARE * free_bytes(device)
+    return max(1, longest_slot(config, num_slots, prefill_chunk, dtype, budget))
+
+
+def longest_slot(
+    config: GemmaConfig, num_slots: int, prefill_chunk: int, dtype: torch.dtype, budget: float
+) -> int:
+    """The most tokens, up to the model's limit, that each slot can hold in `budget` bytes."""
+    return bisect_right(
+        range(1, config.max_position_embeddings + 1),
+        budget / num_slots,
+        key=lambda length: slot_bytes(config, length, prefill_chunk, dtype),
+    )
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if MEMINFO.exists():  # counts what the page cache would give back, a checkpoint just read, say
+        (available,) = re.findall(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
+        return int(available) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

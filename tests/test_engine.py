@@ -1,12 +1,14 @@
 """Engine: what callers get, against transformers and against itself."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from engines import assert_serves, dictate, save_random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.logprobs import LOGITS_ROWS
@@ -25,8 +27,6 @@ def folder(tmp_path_factory, tokenizer_file):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
@@ -141,10 +141,8 @@ def test_eos_ends_the_text_unless_ignored(engine, tokenizer):
     params = SamplingParams(ignore_eos=True, max_tokens=len(ids), logits_processors=dictate(ids))
     output = engine.generate("x", params).outputs[0]
     assert (output.text, output.finish_reason) == ("endmore", "length")
-    params = SamplingParams(
-        ignore_eos=True, max_tokens=len(ids), skip_special_tokens=False, logits_processors=dictate(ids)
-    )  # fmt: skip
-    assert engine.generate("x", params).text == "end<eos>more"
+    with_specials = replace(params, skip_special_tokens=False)
+    assert engine.generate("x", with_specials).text == "end<eos>more"
 
 
 def test_stop_token_ids(engine, tokenizer):
@@ -237,7 +235,7 @@ def test_greedy_ignores_the_seed(engine):
 
 
 def their_logprobs(theirs, ids: list[int]) -> torch.Tensor:
-    """log P of every token given those before it, by transformers: [T - 1, V]."""
+    """Transformers' log P of every token given those before it: [T - 1, V]."""
     with torch.inference_mode():
         return theirs(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
 
@@ -358,6 +356,24 @@ def test_a_stream_that_nobody_reads_takes_no_slot(engine):
     del unread
 
 
+def test_a_stream_may_be_abandoned_in_the_midst_of_a_step(engine):
+    """As the garbage collector does: the step holds the lock that the cancellation wants."""
+    abandoned = [engine.stream("x", SamplingParams(ignore_eos=True))]
+    next(abandoned[0])
+
+    def forget(generated, logits):
+        abandoned.clear()
+        return logits
+
+    params = SamplingParams(max_tokens=3, ignore_eos=True, logits_processors=[forget])
+    caller = threading.Thread(target=engine.generate, args=("x", params), daemon=True)
+    caller.start()
+    caller.join(timeout=30)
+    assert not caller.is_alive()
+    assert abandoned == []
+    assert_serves(engine)
+
+
 def test_threads_share_the_engine(engine):
     wanted = {p: engine.generate(p, GREEDY).text for p in PROMPTS}
     got, errors = [], []
@@ -386,9 +402,9 @@ def test_metrics_are_filled(engine):
     assert metrics.prompt_tokens == len(output.prompt_token_ids)
     assert metrics.generated_tokens == 20
     assert metrics.reused_prefix_tokens == 0
-    assert 0 < metrics.time_to_first_token
+    assert metrics.time_to_first_token > 0
     assert 0 < metrics.time_between_tokens < 1
-    assert 0 < metrics.tokens_per_second
+    assert metrics.tokens_per_second > 0
 
 
 def test_progress_bar_on_request(engine, capsys):

@@ -1,5 +1,7 @@
 """The whole model, on the oracles, against transformers and against itself."""
 
+import tempfile
+
 import pytest
 import torch
 from random_models import MODEL_TYPES, random_model
@@ -11,6 +13,7 @@ from twins import (
     new_cache,
     random_ids,
 )
+from transformers import AutoModelForCausalLM
 
 from gemcut.engine.cache import slot_bytes
 from gemcut.engine.config import PUBLISHED
@@ -122,6 +125,26 @@ def test_ragged_batches_decode_as_left_padded_ones_do_in_transformers(case):
         padded, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0
     )
     assert greedy(ours, prompts, 24, prefill_chunk=4).tolist() == expected[:, 17:].tolist()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_bf16_logits_err_at_most_twice_as_much_as_those_of_transformers(model_type):
+    exact_model = random_model(model_type, **CONTEXT)
+    exact_model.bfloat16().float()  # the rounded weights are what both are given
+    ours = gemcut_twin(exact_model, dtype=torch.bfloat16)
+    ids = random_ids(40, ours.config.vocab_size)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        exact_model.save_pretrained(folder)
+        # not .bfloat16(): that rounds the rotary frequencies too
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+        expected = theirs(input_ids=ids[None]).logits[0].float()
+        exact = all_logits(gemcut_twin(exact_model, dtype=torch.float64), ids)
+    budget = (
+        2 * (expected - exact).abs().max() + 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    )
+    assert (all_logits(ours, ids) - exact).abs().max() <= budget
 
 
 # Against itself, in float64: what is left is rounding, far below the smallest real difference.

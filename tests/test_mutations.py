@@ -34,12 +34,15 @@ IN_THE_OPS = {
         "positions.unsqueeze(-1).float() * inv_freq",
         "(positions.unsqueeze(-1).bfloat16() * inv_freq.bfloat16()).float()",
     ),
-    "interleaved rotation": ("x.to(cos.dtype).chunk(2, dim=-1)", "x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)"),
-    "post-norm after the add": (
-        "        x = rmsnorm(x, post_weight, eps)\n    residual.add_(x)",
-        "        residual.copy_(rmsnorm(residual + x, post_weight, eps))\n    else:\n        residual.add_(x)",
+    "interleaved rotation": (
+        "x.to(cos.dtype).chunk(2, dim=-1)",
+        "x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)",
     ),
-}  # fmt: skip
+    "post-norm after the add": (
+        "x = rmsnorm(x, post_weight, eps)\n",
+        "x = rmsnorm(residual + x, post_weight, eps) - residual\n",
+    ),
+}
 
 IN_THE_CONFIG = {
     "wrong parity of local layers": lambda c: replace(c, layer_types=c.layer_types[::-1]),

@@ -18,8 +18,10 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -28,14 +30,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from gemcut.engine import Engine, SamplingParams
+
 VOCAB_SIZE = 3072
 CONTEXT = 512
 CHAT_SHARE = 0.1
-VALIDATION_SHARE = 0.01  # of the training text, split off from its end; the held-out file is not used
+VALIDATION_SHARE = 0.01  # of the training text, from its end; the held-out file is not touched
 
 # Everything that sets Gemma 2 apart is on: grouped heads, both softcaps, a score scale that is not
 # head_dim**-0.5, windows much shorter than the context.  3.7 million parameters, 7.5 MB in bf16.
-MODEL_CONFIG = {
+MODEL_CONFIG: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -151,14 +155,16 @@ def dialogues(paragraphs: list[str]) -> Iterator[str]:
 
 def new_model(recipe: Recipe) -> Gemma2ForCausalLM:
     torch.manual_seed(recipe.seed)
-    model = Gemma2ForCausalLM(Gemma2Config(**MODEL_CONFIG, attn_implementation="eager"))
+    config = Gemma2Config(**MODEL_CONFIG)
+    config._attn_implementation = "eager"  # the only one that knows the softcap
+    model = Gemma2ForCausalLM(config)
 
     def drop(module, args, output):  # Gemma's own configuration knows attention dropout only
         return F.dropout(output, recipe.dropout, module.training)
 
-    for layer in model.model.layers:
-        layer.post_attention_layernorm.register_forward_hook(drop)
-        layer.post_feedforward_layernorm.register_forward_hook(drop)
+    for name, module in model.named_modules():
+        if name.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
+            module.register_forward_hook(drop)
     return model
 
 
@@ -218,10 +224,10 @@ def train(recipe: Recipe, paragraphs: list[str], out: Path, save_every: int) -> 
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         if json.loads(state["identity"]) != identity:
-            raise SystemExit(f"{state_file} is of another run: other text or recipe; give another --out")
+            raise SystemExit(f"{state_file} is of another text or recipe; give another --out")
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
         rng.bit_generator.state = json.loads(state["rng"])
         torch.set_rng_state(state["torch_rng"])
         first_step = state["step"]
@@ -255,14 +261,101 @@ def train(recipe: Recipe, paragraphs: list[str], out: Path, save_every: int) -> 
     return model.eval()
 
 
+def bits_per_byte(checkpoint: Path, text: str) -> float:
+    """How many bits gemcut's `Engine.score` needs for a byte of a text of any length.
+
+    Every token is scored once, given a BOS and between half a context and a whole one before it.
+    """
+    with Engine.from_pretrained(checkpoint, dtype="float32") as engine:
+        ids = engine.tokenizer.encode(text, add_bos=False)
+        room, stride = CONTEXT - 1, CONTEXT // 2
+        starts = range(0, max(1, len(ids) - room + stride), stride)
+        windows = [[engine.tokenizer.bos_id, *ids[start : start + room]] for start in starts]
+        nats, scored = 0.0, 0
+        for start, output in zip(starts, engine.score(windows), strict=True):
+            nats -= math.fsum(output.logprobs[scored - start :])
+            scored = start + len(output.logprobs)
+        assert scored == len(ids)
+    return nats / math.log(2) / len(text.encode())
+
+
+CARD = """\
+---
+license: apache-2.0
+language: en
+pipeline_tag: text-generation
+tags: [gemma2, gemcut]
+---
+
+# The gemcut demo model
+
+A Gemma 2 of {parameters:,} parameters that writes a kind of late Victorian English.  It is there so
+that every part of gemcut can be tried on any machine, without a download; it knows nothing.
+
+| | |
+|---|---|
+| shape | {layers} layers, hidden {hidden}, MLP {mlp}, {q_heads} query and {kv_heads} KV heads of {head_dim}, vocabulary {vocab} |
+| Gemma 2's traits | both softcaps, a window of {window} on every other layer, context {context}, tied embeddings |
+| files | {megabytes:.2f} MB together; weights in bfloat16 |
+| data | {data_bytes:,} bytes of English prose in the public domain: {data} |
+| vocabulary | SentencePiece BPE with byte fallback, trained on the same text; Gemma's special tokens and turn markers |
+| training | {steps} steps of {batch} windows of {context} tokens, seed {seed}: Muon and AdamW, a tenth of the windows as chats |
+| held-out bits per byte | **{bits:.3f}** on {heldout_bytes:,} bytes never trained on, by `Engine.score` in float32 |
+
+"{prompt}", continued at temperature 0.7, top_p 0.9, seed 0:
+
+> {sample}
+
+Made by `python -P -m gemcut.tools.train_demo --text stories_train.txt --heldout
+stories_heldout.txt --steps {steps}` with torch {torch} and transformers {transformers}.
+"""  # noqa: E501
+DATA = "Lewis Carroll's *Alice's Adventures in Wonderland*, A. C. Doyle's Sherlock Holmes stories"
+
+
+def write_card(checkpoint: Path, recipe: Recipe, training: list[Path], heldout: Path) -> None:
+    """README.md of the model: what it is and what gemcut measured."""
+    text = heldout.read_text(encoding="utf-8")
+    prompt = "It was"
+    with Engine.from_pretrained(checkpoint) as engine:
+        params = SamplingParams(temperature=0.7, top_p=0.9, seed=0, max_tokens=120)
+        sample = prompt + engine.generate(prompt, params).text
+        config = engine.config
+    card = CARD.format(
+        parameters=config.num_parameters(),
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        mlp=config.intermediate_size,
+        q_heads=config.num_q_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
+        window=config.sliding_window,
+        context=config.max_position_embeddings,
+        megabytes=sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6,
+        data=DATA,
+        data_bytes=sum(file.stat().st_size for file in training),
+        steps=recipe.steps,
+        batch=recipe.batch_size,
+        seed=recipe.seed,
+        bits=bits_per_byte(checkpoint, text),
+        heldout_bytes=len(text.encode()),
+        prompt=prompt,
+        sample=sample.strip().replace("\n", "\n> "),
+        torch=version("torch"),
+        transformers=version("transformers"),
+    )
+    (checkpoint / "README.md").write_text(card, encoding="utf-8")
+
+
 def read_paragraphs(files: list[Path]) -> list[str]:
     texts = [file.read_text(encoding="utf-8") for file in files]
     return [p.strip("\n") for text in texts for p in text.split("\n\n") if p.strip()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train the demo model from plain text.")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files to train on")
+    parser.add_argument("--heldout", type=Path, required=True, help="file to judge it by")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="state and result")
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
     for name, default in asdict(Recipe()).items():
@@ -276,7 +369,8 @@ def main() -> None:
     checkpoint = args.out / "checkpoint"
     model.bfloat16().save_pretrained(checkpoint)
     shutil.copy(args.out / "tokenizer.model", checkpoint / "tokenizer.model")
-    print(f"wrote {checkpoint}")
+    write_card(checkpoint, recipe, args.text, args.heldout)
+    print((checkpoint / "README.md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""The `gemcut` command: its arguments, and what becomes of its errors.
+
+commands.py holds what each command does.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+INTERRUPTED = 128 + 2  # what a shell reports for a program that SIGINT or SIGPIPE has killed
+PIPE_CLOSED = 128 + 13
+
+EPILOG = """\
+exit codes: 0 fine, 1 an error (one line on standard error), 2 wrong usage, 130 after Ctrl-C,
+141 where whoever read the output has left
+"""
+GENERATE = """\
+Print the text with which the model goes on from a prompt, as it comes, and a newline.  The prompt
+itself is not printed, and nothing else is written to standard output.
+"""
+CHAT = """\
+Talk with the model.  /reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an
+answer, and leaves at the prompt (exit code 130).  Where standard input or output is no terminal,
+each line read is a turn of the user, nothing but the answers is written to standard output, and the
+exit code is 1 if a turn was refused.
+"""
+INFO = """\
+Print a model's shape, its size in memory, and what fits on this machine now.  The config is
+enough: no weights are read or fetched.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `gemcut` with these arguments, by default the command line's."""
+    _prepare_streams()
+    try:
+        try:
+            return _run(_parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()  # here, and not at the interpreter's exit, to see it fail
+    except KeyboardInterrupt:
+        # The terminal stands behind "^C" or half an answer.
+        print(file=sys.stdout if sys.stdout.isatty() else sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()
+        return PIPE_CLOSED
+    except (ValueError, NotImplementedError, MemoryError, OSError) as error:
+        reason = " ".join(str(error).splitlines()) or type(error).__name__
+        print(f"gemcut: error: {reason}", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Not at the top: this brings torch, two seconds for which --help and a typo should not wait.
+    from gemcut.engine import commands
+
+    run = {"generate": commands.generate, "chat": commands.chat, "info": commands.info}
+    return run[args.command](args)
+
+
+def _prepare_streams() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the caller had closed it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open to the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character gets its number, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Flush what standard output still holds; where that fails, let it go nowhere.
+
+    The interpreter flushes once more at its exit, and would complain.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gemcut",
+        description="Run Gemma models.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gemcut {version('gemcut')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=description, epilog=EPILOG, allow_abbrev=False
+        )
+
+    generate = command("generate", "continue a prompt", GENERATE)
+    generate.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="without it, or where it is -, standard input is the prompt, less one newline that "
+        "ends it",
+    )
+    generate.add_argument("--model", default="demo", help=_MODEL)
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: text, token_ids, finish_reason, stop_reason, "
+        "prompt_token_ids, outputs (all completions), metrics",
+    )
+    generate.add_argument(
+        "--no-stream", action="store_true", help="print the text when it is complete"
+    )
+    sampling = _add_sampling(generate, max_tokens=256)
+    sampling.add_argument(
+        "--n",
+        type=int,
+        default=1,
+        help="completions; several are printed when all are complete, a line --- between them "
+        "(default: 1)",
+    )
+    sampling.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="with --json, the log-probabilities of each token and of the K likeliest in its place",
+    )
+    _add_engine(generate)
+
+    chat = command("chat", "talk with a model", CHAT)
+    _add_model(chat, _MODEL)
+    chat.add_argument("--system", metavar="TEXT", help="goes before your first turn")
+    _add_sampling(chat, max_tokens=None)
+    _add_engine(chat)
+
+    info = command("info", "show a model's shape, its size, and what fits here", INFO)
+    _add_model(info, f"{_MODEL}; or a published size, such as gemma-2-9b")
+    info.add_argument(
+        "--check",
+        action="store_true",
+        help="read the weights too, and name every NaN or infinity, every tensor that is missing, "
+        "unknown or misshapen, in one line each; exit code 1 if there is any",
+    )
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_device(info)
+    return parser
+
+
+_MODEL = "demo (the default), a folder, or a Hugging Face id"
+
+
+def _add_model(parser: argparse.ArgumentParser, text: str) -> None:
+    either = parser.add_mutually_exclusive_group()
+    # SUPPRESS: a MODEL that is not there must not undo --model
+    either.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=text)
+    either.add_argument("--model", dest="model", default="demo", help="the same, as an option")
+
+
+def _add_sampling(
+    parser: argparse.ArgumentParser, *, max_tokens: int | None
+) -> argparse._ArgumentGroup:
+    """The options that become SamplingParams, under its names."""
+    group = parser.add_argument_group("sampling")
+
+    def number(name: str, kind: type, default: float | None, text: str) -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        group.add_argument(name, type=kind, default=default, metavar="X", help=text + shown)
+
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help="tokens to generate at most; the slot's end is a limit too (default: "
+        f"{max_tokens or 'to the end of the turn'})",
+    )
+    number("--min-tokens", int, 0, "tokens before which the text does not end by itself")
+    number("--temperature", float, 0.8, "0 takes the likeliest token")
+    number("--top-k", int, 0, "choose among the k likeliest tokens; 0: among all")
+    number("--top-p", float, 0.95, "choose among the fewest tokens with this much probability")
+    number("--min-p", float, 0.0, "leave out tokens below this share of the likeliest")
+    number("--seed", int, None, "the same seed gives the same text; by default it varies")
+    number("--repetition-penalty", float, 1.0, "above 1 discourages tokens of prompt and text")
+    number("--presence-penalty", float, 0.0, "above 0 discourages tokens of the text")
+    number("--frequency-penalty", float, 0.0, "the same, for each time they stand there")
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on after an end of text")
+    return group
+
+
+def _add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--device", default="auto", help="cuda, cpu (default: cuda if there is one)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        help="bfloat16, float32 (default: bfloat16 on cuda, else float32)",
+    )
+    return group
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = _add_device(parser)
+    group.add_argument(
+        "--max-seq-len",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and text together (default: the model's limit, as memory allows)",
+    )
+    group.add_argument("--ops", default="auto", help="triton, reference (default: what runs here)")

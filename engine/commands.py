@@ -1,0 +1,189 @@
+"""What each `gemcut` command does with its parsed arguments; they yield exit codes."""
+
+import argparse
+import json
+import re
+import sys
+from contextlib import suppress
+from dataclasses import asdict, fields
+from typing import Any
+
+from gemcut.engine.engine import Engine
+from gemcut.engine.info import describe, find_config, find_problems, rows
+from gemcut.engine.loading import choose_device, choose_dtype
+from gemcut.engine.sampling_params import SamplingParams
+from gemcut.tokenizer import render_chat
+
+MAX_SLOTS = 8  # more completions than that take turns
+SEPARATOR = "\n---\n"
+WELCOME = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+RESET_HELP = "/reset begins a new one"
+
+Messages = list[dict[str, str]]
+
+
+def generate(args: argparse.Namespace) -> int:
+    """0, once the completions of the prompt are printed."""
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs has no place in plain text; add --json")
+    params = _sampling_params(args)
+    prompt = _read_prompt() if args.prompt in (None, "-") else args.prompt
+    with _engine(args, max_batch_size=min(params.n, MAX_SLOTS)) as engine:
+        if params.n == 1 and not (args.json or args.no_stream):
+            for delta in engine.stream(prompt, params):
+                _show(delta.text)
+            print()
+            return 0
+        output = engine.generate(prompt, params)
+    if not args.json:
+        print(SEPARATOR.join(completion.text for completion in output.outputs))
+        return 0
+    completions = asdict(output)
+    first = completions["outputs"][0]
+    names = ("text", "token_ids", "finish_reason", "stop_reason")
+    _print_json({"model": args.model, **{name: first[name] for name in names}, **completions})
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """0 when the person has left; 1 where a turn from a file or pipe was refused."""
+    params = _sampling_params(args)
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  # gives input() its line editing; writes to a pipe too
+    beginning: Messages = [{"role": "system", "content": args.system}] if args.system else []
+    messages = beginning
+    refused = False
+    with _engine(args, max_batch_size=1) as engine:
+        if on_terminal:
+            _note(WELCOME)
+        while True:
+            try:
+                text = _ask() if on_terminal else _next_line()
+                if text is None or text == "/exit":
+                    break
+                if text == "/reset":
+                    messages = beginning
+                    _note("the conversation is forgotten")
+                elif text.strip():
+                    turn = {"role": "user", "content": text}
+                    messages = _converse(engine, [*messages, turn], params, on_terminal)
+            except ValueError as error:  # about this turn alone: the conversation goes on
+                _note(f"error: {error}")
+                refused = True
+    return int(refused and not on_terminal)
+
+
+def info(args: argparse.Namespace) -> int:
+    """0, or 1 where --check has found a problem, once all is printed."""
+    device = choose_device(args.device)
+    config = find_config(args.model)
+    facts = describe(config, device, choose_dtype(args.dtype, device))
+    problems = find_problems(args.model, config) if args.check else None
+    if args.json:
+        checked = {} if problems is None else {"problems": problems}
+        values = {"model": args.model, **asdict(facts), "config": config.to_dict(), **checked}
+        _print_json(values)
+        return int(bool(problems))
+    for label, value in rows(args.model, config, facts):
+        print(f"{label:<13} {value}")
+    if problems is not None:
+        for problem in problems or ["names, shapes and values are right"]:
+            print(f"{'check':<13} {problem}")
+    return int(bool(problems))
+
+
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    names = [field.name for field in fields(SamplingParams) if hasattr(args, field.name)]
+    return SamplingParams(**{name: getattr(args, name) for name in names})
+
+
+def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
+    return Engine.from_pretrained(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        max_batch_size=max_batch_size,
+        max_seq_len=args.max_seq_len,
+        ops=args.ops,
+    )
+
+
+def _converse(
+    engine: Engine, messages: Messages, params: SamplingParams, on_terminal: bool
+) -> Messages:
+    """The conversation with the model's answer, which is printed as it comes.
+
+    Ctrl-C on a terminal ends the answer where it stands.  ValueError where the conversation does
+    not fit the slot.
+    """
+    length = len(render_chat(engine.tokenizer, messages, merge_system=True))
+    if length >= engine.max_seq_len:
+        raise ValueError(
+            f"with this turn the conversation has {length} tokens and one to generate, "
+            f"but a slot holds {engine.max_seq_len}; {RESET_HELP}"
+        )
+    answer, finish_reason = "", None
+    try:
+        for delta in engine.chat(messages, params, stream=True, merge_system=True):
+            _show(delta.text)
+            answer += delta.text
+            length += len(delta.token_ids)
+            finish_reason = delta.finish_reason
+    except KeyboardInterrupt:
+        if not on_terminal:
+            raise
+    print(flush=True)
+    if length >= engine.max_seq_len:
+        _note(f"the conversation fills its slot of {length} tokens; {RESET_HELP}")
+    elif finish_reason == "length":
+        _note(f"the answer was cut at --max-tokens {params.max_tokens}")
+    return [*messages, {"role": "model", "content": answer}]
+
+
+def _read_prompt() -> str:
+    """Standard input, less the one newline with which echo and editors end a text."""
+    if sys.stdin.isatty():
+        _note("reading the prompt; Ctrl-D ends it")
+    return _decode(sys.stdin.buffer.read())
+
+
+def _ask() -> str | None:
+    """A line that a person typed; None at Ctrl-D."""
+    try:
+        return input(">>> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _next_line() -> str | None:
+    """The next line of standard input; None at its end."""
+    line = sys.stdin.buffer.readline()
+    return _decode(line) if line else None
+
+
+def _decode(data: bytes) -> str:
+    """The text of bytes from standard input; ValueError where they are none."""
+    # Not sys.stdin.read(): in the C locale it lets broken bytes pass, and it alters "\r\n".
+    try:
+        return re.sub(r"\r?\n\Z", "", data.decode(sys.stdin.encoding))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"standard input is not {error.encoding}: byte 0x{data[error.start]:02x} "
+            f"at position {error.start} ({error.reason})"
+        ) from None
+
+
+def _show(text: str) -> None:
+    if text:
+        print(text, end="", flush=True)
+
+
+def _note(text: str) -> None:
+    print(f"gemcut: {text}", file=sys.stderr, flush=True)
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, allow_nan=False))

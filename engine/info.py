@@ -1,0 +1,192 @@
+"""What `gemcut info` knows of a model: its shape, its bytes, and what fits on a device."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gemcut.engine.cache import slot_bytes
+from gemcut.engine.checkpoint import find_nonfinite, load_checkpoint, stop_token_ids
+from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.hub import resolve_checkpoint
+from gemcut.engine.loading import MEMORY_SHARE, free_bytes, longest_slot
+from gemcut.engine.rope_parameters import RopeParameters
+from gemcut.tokenizer import Tokenizer
+
+PREFILL_CHUNK = 512  # Engine's default; rings are that much longer than their window
+BATCH_SIZES = (1, 8)
+FAMILIES = {
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "vaultgemma": "VaultGemma",
+    "gemma3_text": "Gemma 3",
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What fits on one device, now, in one dtype."""
+
+    device: str
+    dtype: str
+    free_bytes: int
+    weight_bytes: int
+    slots: int  # of the model's own limit, beside the weights
+    longest_slot: dict[int, int]  # slots -> tokens in each; 0 where there is no room
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Sizes that follow from a config; the cache's are in bfloat16."""
+
+    parameters: int
+    weight_bytes: dict[str, int]  # by dtype
+    kv_bytes_per_token: int  # while the token is within every window
+    slot_bytes: int  # of the model's own limit
+    full_slot_bytes: int  # the same if local layers kept all tokens
+    room: Room
+
+
+def find_config(model: str) -> GemmaConfig:
+    """The config of "demo", a folder, a Hugging Face id or a published size; no weights fetched."""
+    if _is_published(model):
+        return PUBLISHED[model]
+    try:
+        folder = resolve_checkpoint(model, files=["config.json"])
+    except ValueError as error:
+        raise ValueError(f"{error}; known without files are {', '.join(PUBLISHED)}") from None
+    return GemmaConfig.from_file(folder)
+
+
+def _is_published(model: str) -> bool:
+    return model in PUBLISHED and not os.path.isdir(model)
+
+
+def describe(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> ModelInfo:
+    """The model's sizes, and what fits on `device` in `dtype`."""
+    parameters = config.num_parameters()
+    limit = config.max_position_embeddings
+    return ModelInfo(
+        parameters=parameters,
+        weight_bytes={"bfloat16": 2 * parameters, "float32": 4 * parameters},
+        kv_bytes_per_token=config.kv_bytes_per_token(),
+        slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
+        full_slot_bytes=limit * config.kv_bytes_per_token(),
+        room=_room(config, device, dtype),
+    )
+
+
+def _room(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> Room:
+    limit = config.max_position_embeddings
+    free = free_bytes(device)
+    weights = config.num_parameters() * dtype.itemsize
+    budget = MEMORY_SHARE * (free - weights)  # as the engine's own choice of max_seq_len
+
+    return Room(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        free_bytes=free,
+        weight_bytes=weights,
+        slots=max(0, int(budget // slot_bytes(config, limit, PREFILL_CHUNK, dtype))),
+        longest_slot={
+            slots: longest_slot(config, slots, PREFILL_CHUNK, dtype, budget)
+            for slots in BATCH_SIZES
+        },
+    )
+
+
+def rows(model: str, config: GemmaConfig, info: ModelInfo) -> Iterator[tuple[str, str]]:
+    """Label and value of each line that a person reads."""
+    limit = config.max_position_embeddings
+    yield "model", model
+    yield "family", f"{FAMILIES[config.model_type]} ({config.model_type})"
+    yield "parameters", f"{info.parameters:,}"
+    sizes = ", ".join(f"{_size(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
+    yield "weights", sizes
+    yield "layers", _layers(config)
+    yield "hidden size", f"{config.hidden_size}, MLP {config.intermediate_size}"
+    heads = f"{config.num_q_heads} query, {config.num_kv_heads} key and value"
+    yield "heads", f"{heads}, head_dim {config.head_dim}, scale {config.scale:.6g}"
+    tied = "tied" if config.tie_word_embeddings else "not tied"
+    yield "vocabulary", f"{config.vocab_size}, embedding and head {tied}"
+    caps = (("attention", config.attn_softcap), ("logits", config.final_softcap))
+    yield "softcaps", ", ".join(f"{name} {cap:g}" for name, cap in caps if cap) or "none"
+    yield "rope", _rope(config)
+    yield "longest text", f"{limit} tokens"
+    yield "KV cache", f"{info.kv_bytes_per_token / 1024:g} KiB a token in bfloat16"
+    slot = f"{_size(info.slot_bytes)} a slot of {limit} tokens"
+    if info.slot_bytes < info.full_slot_bytes:
+        slot += f"; {_size(info.full_slot_bytes)} if local layers were no rings"
+    yield "", slot
+    yield from _room_rows(info.room, limit)
+
+
+def _room_rows(room: Room, limit: int) -> Iterator[tuple[str, str]]:
+    needs = f"{_size(room.free_bytes)} free, {_size(room.weight_bytes)} for weights in {room.dtype}"
+    yield f"on {room.device}", needs
+    if room.longest_slot[1] == 0:
+        yield "", "does not fit"
+        return
+    yield "", f"room for {room.slots} slots of {limit} tokens"
+    longest = ", ".join(f"{length} at batch {n}" for n, length in room.longest_slot.items())
+    yield "", f"longest slot, in tokens: {longest}"
+
+
+def _layers(config: GemmaConfig) -> str:
+    num_local = sum(config.is_local(layer) for layer in range(config.num_layers))
+    if num_local == 0:
+        return f"{config.num_layers}, all global"
+    num_global = config.num_layers - num_local
+    return (
+        f"{config.num_layers}: {num_local} local (window {config.sliding_window}), "
+        f"{num_global} global"
+    )
+
+
+def _rope(config: GemmaConfig) -> str:
+    if config.rope_local == config.rope:
+        return _rotation(config.rope)
+    return f"{_rotation(config.rope)}; local layers {_rotation(config.rope_local)}"
+
+
+def _rotation(rope: RopeParameters) -> str:
+    scaling = "" if rope.rope_type == "default" else f", {rope.rope_type}"
+    factor = "" if rope.factor is None else f" by {rope.factor:g}"
+    return f"base {rope.rope_theta:,.0f}{scaling}{factor}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def find_problems(model: str, config: GemmaConfig) -> list[str]:
+    """What keeps the files of `model` from being used, a line each; reads every weight."""
+    if _is_published(model):
+        raise ValueError(f"{model} is known by its size alone: --check needs a folder or a Hub id")
+    folder = resolve_checkpoint(model)
+    problems = [*_weight_problems(folder, config), *_token_problems(folder, config)]
+    return list(dict.fromkeys(problems))  # a damaged file shows twice
+
+
+def _weight_problems(folder: Path, config: GemmaConfig) -> Iterator[str]:
+    try:  # on "meta" all is checked and nothing allocated
+        load_checkpoint(folder, config, device="meta", dtype=torch.bfloat16)
+    except ValueError as error:
+        yield str(error)
+    try:
+        for name in find_nonfinite(folder):
+            yield f"{folder}: {name} holds a NaN or an infinity"
+    except ValueError as error:
+        yield str(error)
+
+
+def _token_problems(folder: Path, config: GemmaConfig) -> Iterator[str]:
+    try:
+        size = len(Tokenizer.from_file(folder))
+        if size > config.vocab_size:
+            yield f"{folder}: tokenizer.model has {size} pieces, the embedding {config.vocab_size}"
+        stop_token_ids(folder, config)
+    except ValueError as error:
+        yield str(error)
