@@ -316,7 +316,9 @@ def _first_of(names: list[str]) -> str:
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     """Views that bound the buffer of a copy that converts, or of a test of every element."""
-    return tensor.view(-1).split(PIECE)
+    rows = torch.atleast_1d(tensor)  # a foreign file may hold a scalar, or no rows
+    row_size = max(1, rows.numel() // max(1, rows.shape[0]))
+    return rows.split(max(1, PIECE // row_size))
 
 
 @contextmanager

@@ -43,7 +43,8 @@ class Gemma:
             device=self.device,
         )
         self.rope_global = rotary(config.rope)
-        self.rope_local = rotary(config.rope_local)
+        one_kind = config.rope_local == config.rope  # all but Gemma 3
+        self.rope_local = self.rope_global if one_kind else rotary(config.rope_local)
         # what each layer's last add is normalised by: the next layer's first norm
         self.next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
 
@@ -104,22 +105,26 @@ class Gemma:
         attend: Callable[..., Tensor],
     ) -> Tensor:
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
-        inv_freq_global = self.rope_global.inv_freq(lengths)
-        inv_freq_local = self.rope_local.inv_freq(lengths)
+        tables = {
+            rope: ops.rope_tables(
+                positions, rope.inv_freq(lengths), rope.attention_scaling, self.dtype
+            )
+            for rope in {self.rope_global, self.rope_local}
+        }
 
         residual = ops.embed(token_ids, self.weights.embedding, self.embedding_scale)  # [M, D]
         h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
         for i, layer in enumerate(self.weights.layers):
             local = config.is_local(i)
-            rope = self.rope_local if local else self.rope_global
+            cos, sin = tables[self.rope_local if local else self.rope_global]
             q = ops.rope_and_store_(
                 ops.linear(h, layer.qkv, layer.qkv_bias),
                 cache.layers[i].k,
                 cache.layers[i].v,
                 slots,
                 positions,
-                inv_freq_local if local else inv_freq_global,
-                rope.attention_scaling,
+                cos,
+                sin,
                 layer.q_norm,
                 layer.k_norm,
                 eps,

@@ -8,13 +8,25 @@ cache is a ring: position p lives at index p % C, which is p itself where C is t
 A negative position marks an inactive row: nothing is stored for it, and what it yields is zero.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _widened(x: Tensor) -> Tensor:
+    """Float64 stays, float32 stays, bfloat16 becomes float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a `to` that does nothing still costs 1 us
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)  # a Python number is converted each time
 
 
 # Embedding and norms
@@ -28,12 +40,17 @@ def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last axis: x [..., D], weight [D] -> new tensor [..., D] in x's dtype.
 
+        y = x * rsqrt(mean(x ** 2) + eps) * (1 + weight)
+
     Gemma stores the weight as an offset from one: zeros are the identity.
     """
-    wide = _wide(x)
-    x_wide = x.to(wide)
-    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-    return (x_wide * rstd * (1 + weight.to(wide))).to(x.dtype)
+    x_wide = _widened(x)
+    norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+    mean_square = torch.addcmul(
+        _constant(eps, norm.dtype, norm.device), norm, norm, value=1 / x.shape[-1]
+    )
+    y = x_wide * torch.rsqrt(mean_square)
+    return _rounded(torch.addcmul(y, y, _widened(weight)), x.dtype)
 
 
 def add_rmsnorm_(
@@ -54,14 +71,33 @@ def add_rmsnorm_(
 # Rotary embedding and cache
 
 
+def rope_tables(
+    positions: Tensor, inv_freq: Tensor, attention_scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The cos and sin by which `rope_and_store_` rotates, in every layer of one kind.
+
+    positions [M], inv_freq [K/2] or [M, K/2] in float32 -> cos, sin [M, K].  Dimension i pairs with
+    i + K/2, so both halves hold the same angles; the first half of sin is negated, and then
+
+        rotated = x * cos + roll(x, K/2) * sin
+
+    Angles are float32 (a bf16 position is wrong from 257 on); cos and sin are rounded to the dtype
+    of the activations.
+    """
+    angles = positions.unsqueeze(-1).float() * inv_freq  # [M, K/2]
+    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return cos.to(dtype), sin.to(dtype)
+
+
 def rope_and_store_(
     qkv: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
     positions: Tensor,
-    inv_freq: Tensor,
-    attention_scaling: float,
+    cos: Tensor,
+    sin: Tensor,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
@@ -69,36 +105,30 @@ def rope_and_store_(
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
     qkv [M, (HQ + 2 HK) * K]; k_cache, v_cache [slots, HK, C, K], written at each token's slot and
-    position; slots, positions [M]; inv_freq [K/2] or [M, K/2] in float32 -> [M, HQ, K].
-    Dimension i pairs with i + K/2.  Angles are float32 (a bf16 position is wrong from 257 on);
-    cos and sin are rounded to qkv's dtype.  Gemma 3 normalises q and k per head first.
+    position; slots, positions [M]; cos, sin [M, K] -> [M, HQ, K].  Gemma 3 normalises q and k over
+    each head first.
     """
-    M = qkv.shape[0]
     _, HK, C, K = k_cache.shape
-    heads = qkv.view(M, -1, K)
+    heads = qkv.view(qkv.shape[0], -1, K)
     HQ = heads.shape[1] - 2 * HK
-    q, k, v = heads.split([HQ, HK, HK], dim=1)
+    qk, v = heads[:, : HQ + HK], heads[:, HQ + HK :]
     if q_norm_weight is not None and k_norm_weight is not None:
-        q = rmsnorm(q, q_norm_weight, eps)
-        k = rmsnorm(k, k_norm_weight, eps)
+        q, k = rmsnorm(qk[:, :HQ], q_norm_weight, eps), rmsnorm(qk[:, HQ:], k_norm_weight, eps)
+        qk = torch.cat([q, k], dim=1)
+    qk = _rotated(_widened(qk), _widened(cos).unsqueeze(1), _widened(sin).unsqueeze(1))
+    q, k = qk[:, :HQ], qk[:, HQ:]
 
-    angles = positions.unsqueeze(-1).float() * inv_freq  # [M, K/2]
-    cos = (angles.cos() * attention_scaling).to(qkv.dtype).to(_wide(qkv)).unsqueeze(1)
-    sin = (angles.sin() * attention_scaling).to(qkv.dtype).to(_wide(qkv)).unsqueeze(1)
-    k = _rotate(k, cos, sin)
-
-    active = positions >= 0
-    if not bool(active.all()):
+    if int(positions.min()) < 0:
+        active = positions >= 0
         slots, positions, k, v = slots[active], positions[active], k[active], v[active]
-    k_cache[slots, :, positions % C] = k.to(k_cache.dtype)
-    v_cache[slots, :, positions % C] = v.to(v_cache.dtype)
-    return _rotate(q, cos, sin)
+    places = (slots, positions % C)
+    k_cache.transpose(1, 2).index_put_(places, _rounded(k, k_cache.dtype))
+    v_cache.transpose(1, 2).index_put_(places, _rounded(v, v_cache.dtype))
+    return _rounded(q, qkv.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # Attention
@@ -121,22 +151,13 @@ def attention_prefill(
     token has position starts[b]; its keys are in slots[b] -> [M, HQ, K].
     """
     bounds = cu_seqlens.tolist()
-    out = torch.empty_like(q)
-    for b, start in enumerate(starts.tolist()):
-        rows = slice(bounds[b], bounds[b + 1])
-        T = bounds[b + 1] - bounds[b]
-        keys = min(start + T, k_cache.shape[2])
-        out[rows] = _attend(
-            q[rows].unsqueeze(0),
-            k_cache[slots[b], :, :keys].unsqueeze(0),
-            v_cache[slots[b], :, :keys].unsqueeze(0),
-            starts[b : b + 1],
-            k_cache.shape[2],
-            scale,
-            softcap,
-            sliding_window,
-        )[0]
-    return out
+    chunks = [
+        _attend(q[first:end], k_cache[slot], v_cache[slot], start, scale, softcap, sliding_window)
+        for first, end, slot, start in zip(
+            bounds, bounds[1:], slots.tolist(), starts.tolist(), strict=False
+        )
+    ]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 def attention_decode(
@@ -153,49 +174,73 @@ def attention_decode(
 
     slots, positions [B]; query t of row b stands at positions[b] + t, and its key is in the cache.
     """
-    keys = min(k_cache.shape[2], max(1, int(positions.max()) + q.shape[1]))
-    k, v = k_cache[slots, :, :keys], v_cache[slots, :, :keys]
-    return _attend(q, k, v, positions, k_cache.shape[2], scale, softcap, sliding_window)
+    rows = [
+        _attend(row, k_cache[slot], v_cache[slot], start, scale, softcap, sliding_window)
+        for row, slot, start in zip(q, slots.tolist(), positions.tolist(), strict=True)
+    ]
+    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
 def _attend(
-    q: Tensor,  # [B, T, HQ, K]
-    k: Tensor,  # [B, HK, S, K]: the first S indices of each ring
-    v: Tensor,
-    positions: Tensor,  # [B], of the first query
-    capacity: int,
+    q: Tensor,  # [T, HQ, K]
+    k_cache: Tensor,  # [HK, C, K]: one slot
+    v_cache: Tensor,
+    start: int,  # position of the first query
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    B, T, HQ, K = q.shape
-    HK, S = k.shape[1], k.shape[2]
-    wide = _wide(q)
+    """Attention of the queries of one sequence; only keys that some query sees are read."""
+    if start < 0:
+        return torch.zeros_like(q)
+    T, HQ, K = q.shape
+    HK, dtype = k_cache.shape[0], q.dtype
+    end = start + T
+    first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+    k, v = _tokens(k_cache, first, end), _tokens(v_cache, first, end)  # [HK, S, K]
 
-    q_positions = positions.unsqueeze(-1) + torch.arange(T, device=q.device)
-    q_positions = q_positions.masked_fill(positions.unsqueeze(-1) < 0, -1)
-    newest = q_positions[:, -1:]
-    indices = torch.arange(S, device=q.device)
-    k_positions = newest - (newest - indices) % capacity  # [B, S]; negative: never written
-    visible = _visible(q_positions.unsqueeze(-1), k_positions.unsqueeze(1), sliding_window)
-
-    q = q.to(wide).view(B, T, HK, HQ // HK, K).permute(0, 2, 3, 1, 4)  # [B, HK, G, T, K]
-    scores = q.reshape(B, HK, -1, K) @ k.to(wide).transpose(-1, -2) * scale
-    if softcap is not None:  # before the mask: a capped -inf would be -softcap, and leak
-        scores = softcap * torch.tanh(scores / softcap)
-    hidden = ~visible[:, None, None]  # [B, 1, 1, T, S]
-    scores = scores.view(B, HK, -1, T, S).masked_fill(hidden, -torch.inf)
-    # a row without a visible key has no softmax: the substitute weights fall on zeros
-    scores = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    # what no query sees may be anything, NaN included
-    v = v.to(wide).masked_fill(~visible.any(1)[:, None, :, None], 0.0)
-    out = scores.softmax(-1).view(B, HK, -1, S) @ v
-    return out.view(B, HK, HQ // HK, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, HQ, K).to(k.dtype)
+    q, k, v = _widened(q), _widened(k), _widened(v)
+    if T == 1:  # all keys are visible
+        weights = _scores(q.view(HK, -1, K), k, scale, softcap).softmax(-1)
+        return _rounded(torch.bmm(weights, v).view(1, HQ, K), dtype)
+    q = q.view(T, HK, -1, K).permute(1, 2, 0, 3).reshape(HK, -1, K)  # [HK, G T, K]
+    scores = _scores(q, k, scale, softcap).view(HK, -1, T, end - first)
+    hidden = ~_visible(start, first, end, sliding_window, q.device)  # [T, S]
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+    out = torch.bmm(weights.view(HK, -1, end - first), v).view(HK, -1, T, K)
+    return _rounded(out.permute(2, 0, 1, 3).reshape(T, HQ, K), dtype)
 
 
-def _visible(q_positions: Tensor, k_positions: Tensor, sliding_window: int | None) -> Tensor:
-    """Position q sees k iff q - W < k <= q: itself and the W - 1 before it."""
-    visible = (k_positions >= 0) & (k_positions <= q_positions)
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scores before the mask: q [HK, Q, K], k [HK, S, K] -> [HK, Q, S].
+
+    The softcap comes before the mask: a capped -inf would be -softcap, and leak.
+    """
+    none = _constant(0.0, q.dtype, q.device)
+    if softcap is None:
+        return torch.baddbmm(none, q, k.mT, beta=0, alpha=scale)
+    return torch.baddbmm(none, q, k.mT, beta=0, alpha=scale / softcap).tanh_().mul_(softcap)
+
+
+def _tokens(cache: Tensor, first: int, end: int) -> Tensor:
+    """Keys or values of positions first to end - 1, in order: one slot [HK, C, K] -> [HK, S, K]."""
+    C = cache.shape[1]
+    first, end = first % C, first % C + end - first
+    if end <= C:
+        return cache[:, first:end]
+    return torch.cat([cache[:, first:], cache[:, : end - C]], dim=1)  # the ring's end is inside
+
+
+def _visible(
+    start: int, first: int, end: int, sliding_window: int | None, device: torch.device
+) -> Tensor:
+    """Which keys first to end - 1 the queries start to end - 1 see: [T, S] bool.
+
+    Position q sees k iff q - W < k <= q: itself and the W - 1 before it.
+    """
+    q_positions = torch.arange(start, end, device=device).unsqueeze(-1)
+    k_positions = torch.arange(first, end, device=device)
+    visible = k_positions <= q_positions
     if sliding_window is not None:
         visible &= k_positions > q_positions - sliding_window
     return visible
@@ -211,8 +256,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh approximation: gate_up [M, 2 F], gate first -> [M, F]."""
-    gate, up = gate_up.to(_wide(gate_up)).chunk(2, dim=-1)
-    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+    gate, up = _widened(gate_up).chunk(2, dim=-1)
+    return _rounded(F.gelu(gate, approximate="tanh") * up, gate_up.dtype)
 
 
 def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
@@ -225,9 +270,8 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
     bf16 logits tie: about one row in twenty would have two equal maxima.
     """
-    wide = _wide(x)
-    logits = linear(x.to(wide), weight.to(wide))
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = linear(_widened(x), _widened(weight))
+    return logits if softcap is None else (logits / softcap).tanh_() * softcap
 
 
 # Token choice

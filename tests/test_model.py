@@ -5,6 +5,7 @@ import tempfile
 import pytest
 import torch
 from random_models import MODEL_TYPES, random_model
+from transformers import AutoModelForCausalLM
 from twins import (
     all_logits,
     assert_same_logits,
@@ -13,7 +14,6 @@ from twins import (
     new_cache,
     random_ids,
 )
-from transformers import AutoModelForCausalLM
 
 from gemcut.engine.cache import slot_bytes
 from gemcut.engine.config import PUBLISHED

@@ -19,15 +19,15 @@ from gemcut.kernels import reference
 LENGTH = 40  # eight windows
 
 IN_THE_OPS = {
-    "norm by w instead of 1 + w": ("(1 + weight.to(wide))", "weight.to(wide)"),
+    "norm by w instead of 1 + w": ("torch.addcmul(y, y, _widened(weight))", "y * _widened(weight)"),
     "window one too long": ("> q_positions - sliding_window", ">= q_positions - sliding_window"),
     "window one too short": (
         "> q_positions - sliding_window",
         "> q_positions - sliding_window + 1",
     ),
     "cap after the mask": (
-        "masked_fill(hidden, -torch.inf)",
-        "masked_fill(hidden, -softcap if softcap else -torch.inf)",
+        "masked_fill_(hidden, -torch.inf)",
+        "masked_fill_(hidden, -softcap if softcap else -torch.inf)",
     ),
     "exact GELU": ('approximate="tanh"', 'approximate="none"'),
     "bf16 angles": (
@@ -35,8 +35,8 @@ IN_THE_OPS = {
         "(positions.unsqueeze(-1).bfloat16() * inv_freq.bfloat16()).float()",
     ),
     "interleaved rotation": (
-        "x.to(cos.dtype).chunk(2, dim=-1)",
-        "x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)",
+        "x.roll(x.shape[-1] // 2, -1)",
+        "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)",
     ),
     "post-norm after the add": (
         "x = rmsnorm(x, post_weight, eps)\n",
