@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW_ROWS, BLOCKS = 16, 4  # see linear
+
 
 def _widened(x: Tensor) -> Tensor:
     """Float64 stays, float32 stays, bfloat16 becomes float32."""
@@ -76,8 +78,8 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """The cos and sin by which `rope_and_store_` rotates, in every layer of one kind.
 
-    positions [M], inv_freq [K/2] or [M, K/2] in float32 -> cos, sin [M, K].  Dimension i pairs with
-    i + K/2, so both halves hold the same angles; the first half of sin is negated, and then
+    positions [M], inv_freq [K/2] or [M, K/2] in float32 -> cos, sin [M, 1, K].  Dimension i pairs
+    with i + K/2, so both halves hold the same angles; the first half of sin is negated, and then
 
         rotated = x * cos + roll(x, K/2) * sin
 
@@ -87,7 +89,7 @@ def rope_tables(
     angles = positions.unsqueeze(-1).float() * inv_freq  # [M, K/2]
     cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-    return cos.to(dtype), sin.to(dtype)
+    return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
 
 
 def rope_and_store_(
@@ -105,20 +107,19 @@ def rope_and_store_(
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
     qkv [M, (HQ + 2 HK) * K]; k_cache, v_cache [slots, HK, C, K], written at each token's slot and
-    position; slots, positions [M]; cos, sin [M, K] -> [M, HQ, K].  Gemma 3 normalises q and k over
-    each head first.
+    position; slots, positions [M]; cos, sin [M, 1, K] -> [M, HQ, K].  Gemma 3 normalises q and k
+    over each head first.
     """
     _, HK, C, K = k_cache.shape
     heads = qkv.view(qkv.shape[0], -1, K)
     HQ = heads.shape[1] - 2 * HK
-    qk, v = heads[:, : HQ + HK], heads[:, HQ + HK :]
+    qk, v = heads.split([HQ + HK, HK], dim=1)
     if q_norm_weight is not None and k_norm_weight is not None:
-        q, k = rmsnorm(qk[:, :HQ], q_norm_weight, eps), rmsnorm(qk[:, HQ:], k_norm_weight, eps)
-        qk = torch.cat([q, k], dim=1)
-    qk = _rotated(_widened(qk), _widened(cos).unsqueeze(1), _widened(sin).unsqueeze(1))
-    q, k = qk[:, :HQ], qk[:, HQ:]
+        q, k = qk.split([HQ, HK], dim=1)
+        qk = torch.cat([rmsnorm(q, q_norm_weight, eps), rmsnorm(k, k_norm_weight, eps)], dim=1)
+    q, k = _rotated(_widened(qk), _widened(cos), _widened(sin)).split([HQ, HK], dim=1)
 
-    if int(positions.min()) < 0:
+    if min(positions.tolist()) < 0:
         active = positions >= 0
         slots, positions, k, v = slots[active], positions[active], k[active], v[active]
     places = (slots, positions % C)
@@ -250,8 +251,15 @@ def _visible(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X [M, D], weight [N, D], bias [N] -> [M, N]; the sum is kept in float32 and rounded once."""
-    return F.linear(x, weight, bias)
+    """Project rows: x [M, D], weight [N, D], bias [N] -> [M, N]; float32 sums, rounded once."""
+    M, (N, D) = x.shape[0], weight.shape
+    if M > FEW_ROWS or N % BLOCKS or x.dtype != torch.float32 or not x.is_cpu:
+        return F.linear(x, weight, bias)
+    # The same product from the weight's side, a few blocks at a time: torch reads the demo model's
+    # matrices in 0.8 ms this way, instead of 2.2, at one row and two threads.
+    blocks = weight.view(BLOCKS, N // BLOCKS, D)
+    y = torch.bmm(blocks, x.mT.expand(BLOCKS, D, M)).view(N, M).mT.contiguous()
+    return y if bias is None else y.add_(bias)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
