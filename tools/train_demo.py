@@ -13,6 +13,7 @@ neighbouring paragraphs of dialogue, dressed as turns of Gemma's chat template.
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -70,9 +71,10 @@ def train_tokenizer(paragraphs: list[str], path: Path) -> sentencepiece.Sentence
     """A byte-fallback BPE vocabulary of Gemma's kind at `path`: same special ids, same rules."""
     newlines = ["\n" * n for n in range(1, 5)]
     spaces = ["▁" * n for n in range(2, 9)]
+    model = io.BytesIO()  # a file's name would be written into it
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(paragraphs),
-        model_prefix=str(path.with_suffix("")),
+        model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
         character_coverage=0.9999,
@@ -95,8 +97,8 @@ def train_tokenizer(paragraphs: list[str], path: Path) -> sentencepiece.Sentence
         num_threads=1,  # the same file on every machine
         minloglevel=2,
     )
-    path.with_suffix(".vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 class Windows:
@@ -108,15 +110,15 @@ class Windows:
         self.bos = tokenizer.bos_id()
         self.text = np.concatenate(pieces).astype(np.int64)
         self.text_starts = np.cumsum([0, *(len(p) for p in pieces[:-1])])
-        chats = [tokenizer.encode(chat) for chat in dialogues(paragraphs)]
-        chats = [[self.bos, *chat] for chat in chats]
-        self.chat = np.concatenate(chats).astype(np.int64)
-        self.chat_starts = np.cumsum([0, *(len(c) for c in chats[:-1])])
+        # a text without dialogue has no chats
+        chats = [[self.bos, *tokenizer.encode(chat)] for chat in dialogues(paragraphs)]
+        self.chat = np.concatenate([np.empty(0, np.int64), *chats]).astype(np.int64)
+        self.chat_starts = np.cumsum([0, *(len(c) for c in chats)])[:-1]
 
     def sample(self, rng: np.random.Generator, batch_size: int) -> torch.Tensor:
         rows = []
         for _ in range(batch_size):
-            if rng.random() < CHAT_SHARE:
+            if rng.random() < CHAT_SHARE and len(self.chat):
                 start = rng.choice(self.chat_starts)
                 rows.append(np.take(self.chat, range(start, start + CONTEXT + 1), mode="wrap"))
             else:
@@ -212,6 +214,7 @@ def train(recipe: Recipe, paragraphs: list[str], out: Path, save_every: int) -> 
     text_hash = hashlib.sha256("\n\n".join(paragraphs).encode()).hexdigest()
     identity = {"recipe": asdict(recipe), "model": MODEL_CONFIG, "text": text_hash}
 
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(paragraphs, out / "tokenizer.model")
     training = Windows(tokenizer, paragraphs[:split])
     validation = Windows(tokenizer, paragraphs[split:])
@@ -364,7 +367,6 @@ def main() -> None:
     args = parser.parse_args()
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
 
-    args.out.mkdir(parents=True, exist_ok=True)
     model = train(recipe, read_paragraphs(args.text), args.out, args.save_every)
     checkpoint = args.out / "checkpoint"
     model.bfloat16().save_pretrained(checkpoint)
