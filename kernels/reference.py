@@ -111,15 +111,15 @@ def rope_and_store_(
     over each head first.
     """
     _, HK, C, K = k_cache.shape
-    heads = qkv.view(qkv.shape[0], -1, K)
-    HQ = heads.shape[1] - 2 * HK
+    HQ = qkv.shape[1] // K - 2 * HK
+    heads = qkv.view(-1, HQ + 2 * HK, K)
     qk, v = heads.split([HQ + HK, HK], dim=1)
     if q_norm_weight is not None and k_norm_weight is not None:
         q, k = qk.split([HQ, HK], dim=1)
         qk = torch.cat([rmsnorm(q, q_norm_weight, eps), rmsnorm(k, k_norm_weight, eps)], dim=1)
     q, k = _rotated(_widened(qk), _widened(cos), _widened(sin)).split([HQ, HK], dim=1)
 
-    if min(positions.tolist()) < 0:
+    if min(positions.tolist(), default=0) < 0:
         active = positions >= 0
         slots, positions, k, v = slots[active], positions[active], k[active], v[active]
     places = (slots, positions % C)
@@ -158,7 +158,7 @@ def attention_prefill(
             bounds, bounds[1:], slots.tolist(), starts.tolist(), strict=False
         )
     ]
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+    return torch.cat(chunks) if chunks else torch.empty_like(q)
 
 
 def attention_decode(
@@ -179,7 +179,7 @@ def attention_decode(
         _attend(row, k_cache[slot], v_cache[slot], start, scale, softcap, sliding_window)
         for row, slot, start in zip(q, slots.tolist(), positions.tolist(), strict=True)
     ]
-    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+    return torch.stack(rows) if rows else torch.empty_like(q)
 
 
 def _attend(

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from random_models import random_model
-from twins import all_logits, assert_same_logits, gemcut_twin, random_ids
+from twins import all_logits, assert_same_logits, gemcut_twin, random_ids, stepwise_logits
 
 from gemcut.engine.model import Gemma
 from gemcut.kernels import reference
@@ -24,6 +24,15 @@ IN_THE_OPS = {
     "window one too short": (
         "> q_positions - sliding_window",
         "> q_positions - sliding_window + 1",
+    ),
+    "window one too long in decode": ("start - sliding_window + 1)", "start - sliding_window)"),
+    "window one too short in decode": (
+        "start - sliding_window + 1)",
+        "start - sliding_window + 2)",
+    ),
+    "ring off by one": (
+        "first, end = first % C, first % C + end - first",
+        "first, end = (first + 1) % C, (first + 1) % C + end - first",
     ),
     "cap after the mask": (
         "masked_fill_(hidden, -torch.inf)",
@@ -73,13 +82,15 @@ def mutated_ops(old: str, new: str) -> ModuleType:
 
 
 def assert_seen(model: Gemma, expected: torch.Tensor) -> None:
+    ids = random_ids(LENGTH, 97)
     with pytest.raises(AssertionError, match="logits differ by"):
-        assert_same_logits(all_logits(model, random_ids(LENGTH, 97)), expected)
+        assert_same_logits(stepwise_logits(model, ids, LENGTH // 2), expected)
 
 
 def test_no_mutation_is_no_difference(theirs, expected):
     ops = mutated_ops("-torch.log(-torch.log(uniform))", "-(-uniform.log()).log()")
-    assert_same_logits(all_logits(gemcut_twin(theirs, ops), random_ids(LENGTH, 97)), expected)
+    ours, ids = gemcut_twin(theirs, ops), random_ids(LENGTH, 97)
+    assert_same_logits(stepwise_logits(ours, ids, LENGTH // 2), expected)
 
 
 @pytest.mark.parametrize("mistake", IN_THE_OPS)

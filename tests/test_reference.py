@@ -157,6 +157,19 @@ def test_an_inactive_row_gives_zeros_and_stores_nothing():
     assert cache.isnan().all()
 
 
+def test_no_rows_give_an_empty_result():
+    cache, none = torch.zeros(1, 1, 4, 8), torch.empty(0).long()
+    tables = reference.rope_tables(none, torch.ones(4), 1.0, torch.float32)
+    q = reference.rope_and_store_(torch.empty(0, 4 * 8), cache, cache, none, none, *tables)
+    assert q.shape == (0, 2, 8)
+    options = (1.0, None, None)
+    decoded = reference.attention_decode(q[:, None], cache, cache, none, none, *options)
+    assert decoded.shape == (0, 1, 2, 8)
+    zero = torch.zeros(1).long()
+    assert reference.attention_prefill(q, cache, cache, none, none, zero, *options).shape == q.shape
+    assert reference.linear(torch.empty(0, 8), torch.empty(12, 8)).shape == (0, 12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_geglu_is_the_tanh_approximation(dtype):
     gate_up = torch.cat([torch.linspace(-6, 6, 50), torch.linspace(1, 2, 50)]).to(dtype)
@@ -171,6 +184,21 @@ def test_linear_geglu_is_the_product_and_then_geglu():
     x, weight = torch.randn(3, 8), torch.randn(12, 8)
     expected = F.gelu(x @ weight[:6].T, approximate="tanh") * (x @ weight[6:].T)
     torch.testing.assert_close(reference.linear_geglu(x, weight), expected)
+
+
+@pytest.mark.parametrize("M", [1, 3, 16, 17], ids=lambda M: f"{M}-rows")
+@pytest.mark.parametrize("N", [12, 7], ids=["blocks", "no-blocks"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_linear_is_the_product_by_either_way(M, N, bias):
+    torch.manual_seed(0)
+    x, weight, b = torch.randn(M, 40), torch.randn(N, 40), torch.randn(N) if bias else None
+    exact = x.double() @ weight.double().T + (0 if b is None else b.double())
+    y = reference.linear(x, weight, b)
+    assert y.shape == (M, N)
+    assert y.is_contiguous()
+    budget = 2 * (F.linear(x, weight, b) - exact).abs().max()
+    budget += 2 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (y - exact).abs().max() <= budget
 
 
 def test_logits_are_float32_and_capped():

@@ -53,6 +53,17 @@ def all_logits(model: Gemma, ids: Tensor, prefill_chunk: int = 128) -> Tensor:
 
 
 @torch.inference_mode()
+def stepwise_logits(model: Gemma, ids: Tensor, prefilled: int) -> Tensor:
+    """The same, by a prefill of the first tokens and a decode step for each of the others."""
+    cache, slot = new_cache(model, prefill_chunk=7), torch.tensor([0])
+    logits = [model.logits(model.prefill(ids[:prefilled], cache, slot=0))]
+    for position in range(prefilled, len(ids)):
+        token = ids[position : position + 1]
+        logits.append(model.decode(token, cache, slot, torch.tensor([position])))
+    return torch.cat(logits)
+
+
+@torch.inference_mode()
 def greedy(model: Gemma, prompts: list[Tensor], count: int, prefill_chunk: int = 128) -> Tensor:
     """The `count` likeliest next tokens of each prompt, decoded as one batch: [B, count]."""
     cache = new_cache(model, len(prompts), prefill_chunk=prefill_chunk)
