@@ -1,0 +1,1 @@
+"""Measurements: `gemcut-bench`."""

@@ -72,9 +72,10 @@ class Sampler:
             self._bias[slot, token_ids] = self._bias.new_tensor(values)
 
         self._is_end[slot] = False
-        if params.min_tokens and sequence.end_ids:
+        end_ids = [token_id for token_id in sequence.end_ids if token_id < self._vocab_size]
+        if params.min_tokens and end_ids:
             uses.add("min_tokens")
-            self._is_end[slot, list(sequence.end_ids)] = True
+            self._is_end[slot, end_ids] = True
             self._first_end[slot] = len(sequence.prompt_ids) + params.min_tokens
         self._uses[slot] = uses
 

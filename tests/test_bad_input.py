@@ -267,6 +267,8 @@ def test_embedding_larger_than_the_vocabulary_never_yields_a_token_without_text(
         assert max(output.token_ids) < 520
         with pytest.raises(ValueError, match="stop_token_ids"):
             engine.generate("x", SamplingParams(stop_token_ids=[599]))
+        engine._eos_ids = frozenset({1, 599})  # an EOS that has no piece
+        assert len(engine.generate("x", SamplingParams(min_tokens=5)).token_ids) >= 5
 
 
 def test_missing_tensor(damaged):

@@ -1,0 +1,1 @@
+"""The bundled model, as data; `Engine.from_pretrained("demo")` loads it."""
