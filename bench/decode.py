@@ -106,7 +106,7 @@ def setup_decode(model: str, device: str, dtype: str, workload: Workload) -> Set
     target = choose_device(device)
     weights_dtype = choose_dtype(dtype, target)
     folder = resolve_checkpoint(model)
-    limit = GemmaConfig.from_file(folder).max_position_embeddings
+    limit = GemmaConfig.from_file(folder).context_length
     if workload.length > limit:
         raise ValueError(
             f"{workload.prompt_tokens} prompt tokens and {workload.new_tokens} new ones are "

@@ -1,16 +1,16 @@
-"""Checks of the numbers in a checkpoint's config.json: one line that names value and limit."""
+"""Checks of numbers that come from outside: one line that names the value and the limit."""
 
 import math
-import sys
+from numbers import Integral, Real
 from reprlib import repr as shorten  # a hostile value must not flood the message
 from typing import Any
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> None:
     """Nothing, or ValueError where `value` is no integer of low..high (a bool is none)."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"{name} {shorten(value)} is not an integer")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise ValueError(f"{name} {shorten(value)} is outside {low}..{high}")
 
 
@@ -23,13 +23,17 @@ def check_number(
     below: float = math.inf,
 ) -> None:
     """Nothing, or ValueError where `value` is no finite number within the given limits."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} {shorten(value)} is not a number")
-    if not abs(value) <= sys.float_info.max:  # JSON's integers pass it; NaN compares false
+    try:
+        number = float(value)
+    except OverflowError:  # JSON's integers have no limit
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} {shorten(value)} is not finite")
-    if above is not None and value <= above:
+    if above is not None and number <= above:
         raise ValueError(f"{name} {shorten(value)} must be above {above}")
-    if at_least is not None and value < at_least:
+    if at_least is not None and number < at_least:
         raise ValueError(f"{name} {shorten(value)} must be at least {at_least}")
-    if value >= below:
+    if number >= below:
         raise ValueError(f"{name} {shorten(value)} must be below {below}")

@@ -191,6 +191,13 @@ class GemmaConfig:
         return math.sqrt(self.hidden_size)
 
     @property
+    def context_length(self) -> int:
+        """The longest sequence; dynamic RoPE stretches the trained positions by its factor."""
+        if self.rope.rope_type == "dynamic" and self.rope.factor is not None:
+            return int(self.max_position_embeddings * self.rope.factor)
+        return self.max_position_embeddings
+
+    @property
     def group_size(self) -> int:
         """Query heads on each KV head."""
         return self.num_q_heads // self.num_kv_heads

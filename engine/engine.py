@@ -10,7 +10,7 @@ import itertools
 import secrets
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
@@ -82,6 +82,7 @@ class Engine:
         # cancels its request in the midst of it.
         self._lock = threading.RLock()
         self._request_numbers = itertools.count()
+        self._stepping = False
         self._closed = False
 
     @classmethod
@@ -194,6 +195,8 @@ class Engine:
         "content".  Gemma has no system role: it is refused, or with `merge_system` put before the
         first user content.  The answer ends at the end of the turn.
         """
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise ValueError(f"messages must be a list, got {type(messages).__name__}")
         ids = render_chat(self.tokenizer, messages, merge_system=merge_system)
         end_of_turn = self.tokenizer.end_of_turn_id
         assert end_of_turn is not None  # render_chat refuses such a vocabulary
@@ -253,6 +256,8 @@ class Engine:
         eos_ids: frozenset[int] | None = None,
         score: bool = False,
     ) -> Request:
+        if self._closed:
+            raise RuntimeError("the engine is closed")
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
@@ -264,6 +269,11 @@ class Engine:
             raise ValueError(
                 f"the prompt has {len(ids)} {kind}, but a slot holds {self.max_seq_len}"
             )
+        if len(ids) + params.min_tokens > self.max_seq_len:
+            raise ValueError(
+                f"min_tokens {params.min_tokens} is more than a slot of {self.max_seq_len} tokens "
+                f"has room for after a prompt of {len(ids)}"
+            )
         if score and len(ids) < 2:
             raise ValueError("a score needs at least two tokens: the first has none before it")
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -274,7 +284,7 @@ class Engine:
                 tokenizer=self.tokenizer,
                 eos_ids=self._eos_ids if eos_ids is None else eos_ids,
                 max_seq_len=self.max_seq_len,
-                seed=(seed + index) & INT64_MAX,
+                seed=(int(seed) + index) & INT64_MAX,
                 index=index,
                 score_only=score,
             )
@@ -307,15 +317,14 @@ class Engine:
                     with self._lock:
                         if not all(request.finished for request in waiting):
                             self._step()
+                    if failed := [request.error for request in waiting if request.error]:
+                        raise failed[0]
                     still = [request for request in waiting if not request.finished]
                     progress.update(len(waiting) - len(still))
                     waiting = still
         finally:
             for request in waiting:
                 self._cancel(request)
-        for request in requests:
-            if request.error is not None:
-                raise request.error
         return [request.output() for request in requests]
 
     def _deltas(self, request: Request) -> Iterator[Delta]:
@@ -340,22 +349,31 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Prefill whoever gets a slot, then one token for everyone who runs."""
-        for sequence in self._scheduler.admit():
-            self._guarded(self._prefill, [sequence])
-        if running := self._scheduler.running:
-            self._guarded(self._decode, running)
+        """Prefill one sequence that has a slot and no token yet, then one token for all that have.
 
-    def _guarded(self, work, sequences: list[TokenSequence]) -> None:
+        A step that Ctrl-C interrupts is made again: until a sequence has its token, nothing that
+        it did counts.
+        """
+        if self._stepping:
+            raise RuntimeError("a logits processor must not call its own engine")
+        self._stepping = True
+        try:
+            self._scheduler.admit()
+            fresh = [s for s in self._scheduler.running if not s.output_ids]
+            if fresh:
+                self._guarded(self._prefill, fresh[:1])
+            if begun := [s for s in self._scheduler.running if s.output_ids]:
+                self._guarded(self._decode, begun)
+        finally:
+            self._stepping = False
+
+    def _guarded(self, work: Callable, sequences: list[TokenSequence]) -> None:
         """Do `work`; where it fails, the sequences concerned end with the reason, and no others."""
         try:
             work(sequences)
-        except BaseException as error:
-            reason = error if isinstance(error, Exception) else RuntimeError("interrupted")
+        except Exception as error:
             for sequence in sequences:
-                sequence.fail(reason)
-            if not isinstance(error, Exception):
-                raise
+                sequence.fail(error)
         finally:
             for sequence in sequences:
                 if sequence.finished:
@@ -384,12 +402,20 @@ class Engine:
     def _choose(self, logits: Tensor, sequences: list[TokenSequence]) -> None:
         """Give each sequence its next token: logits [B, V] of B sequences."""
         positions = torch.tensor([s.length for s in sequences], device=logits.device)
-        chosen = self._sampler.choose(logits, sequences, positions)
+        chosen, possible = self._sampler.choose(logits, sequences, positions)
         for row, (sequence, token_id) in enumerate(zip(sequences, chosen.tolist(), strict=True)):
             if sequence.finished:  # a logits processor failed
+                continue
+            if not possible[row]:
+                sequence.fail(ValueError("no token is left: logits are NaN, or all are banned"))
                 continue
             entry = None
             if (top := sequence.params.logprobs) is not None:
                 one = slice(row, row + 1)
                 entry = describe_tokens(logits[one], chosen[one], top, self.tokenizer)[0]
-            sequence.append(token_id, entry)
+            try:
+                self._sampler.count(sequence, token_id)
+                sequence.append(token_id, entry)
+            except BaseException:  # Ctrl-C: with half a token taken, it cannot go on
+                sequence.fail(RuntimeError("interrupted in the midst of a token"))
+                raise

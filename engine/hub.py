@@ -33,6 +33,8 @@ def resolve_checkpoint(model: str | Path, *, files: Sequence[str] = FILES) -> Pa
     itself, and owner/name is a model on the Hugging Face Hub, of which `files` are fetched into its
     cache; HF_HUB_OFFLINE keeps to the cache.  ValueError says why a model cannot be had.
     """
+    if not isinstance(model, str | Path):
+        raise ValueError(f"model must be a name or a path, got {type(model).__name__}")
     if model == "demo":
         return DEMO
     folder = os.path.expanduser(model)  # os.path: a name that no file can bear is just not there

@@ -67,7 +67,7 @@ def _is_published(model: str) -> bool:
 def describe(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> ModelInfo:
     """The model's sizes, and what fits on `device` in `dtype`."""
     parameters = config.num_parameters()
-    limit = config.max_position_embeddings
+    limit = config.context_length
     return ModelInfo(
         parameters=parameters,
         weight_bytes={"bfloat16": 2 * parameters, "float32": 4 * parameters},
@@ -79,7 +79,7 @@ def describe(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> M
 
 
 def _room(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> Room:
-    limit = config.max_position_embeddings
+    limit = config.context_length
     free = free_bytes(device)
     weights = config.num_parameters() * dtype.itemsize
     budget = MEMORY_SHARE * (free - weights)  # as the engine's own choice of max_seq_len
@@ -99,7 +99,7 @@ def _room(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> Room
 
 def rows(model: str, config: GemmaConfig, info: ModelInfo) -> Iterator[tuple[str, str]]:
     """Label and value of each line that a person reads."""
-    limit = config.max_position_embeddings
+    limit = config.context_length
     yield "model", model
     yield "family", f"{FAMILIES[config.model_type]} ({config.model_type})"
     yield "parameters", f"{info.parameters:,}"

@@ -64,12 +64,18 @@ def choose_max_seq_len(
     dtype: torch.dtype,
 ) -> int:
     """Tokens that a slot holds: what was asked for, or the model's limit capped by free memory."""
-    limit = config.max_position_embeddings
+    limit = config.context_length
     if max_seq_len is not None:
-        check_int("max_seq_len", max_seq_len, 1, limit)
+        check_int("max_seq_len", max_seq_len, 2, limit)  # a prompt and what comes of it
         return max_seq_len
     budget = MEMORY_SHARE * free_bytes(device)
-    return max(1, longest_slot(config, num_slots, prefill_chunk, dtype, budget))
+    length = longest_slot(config, num_slots, prefill_chunk, dtype, budget)
+    if length < 2:
+        raise MemoryError(
+            f"{device} has {budget / 1e9:.2f} GB for the KV cache, "
+            f"too little for {num_slots} slots; lower max_batch_size"
+        )
+    return length
 
 
 def longest_slot(
@@ -77,7 +83,7 @@ def longest_slot(
 ) -> int:
     """The most tokens, up to the model's limit, that each slot can hold in `budget` bytes."""
     return bisect_right(
-        range(1, config.max_position_embeddings + 1),
+        range(1, config.context_length + 1),
         budget / num_slots,
         key=lambda length: slot_bytes(config, length, prefill_chunk, dtype),
     )

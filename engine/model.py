@@ -55,6 +55,11 @@ class Gemma:
         are already there.  Long prompts are computed in chunks of `cache.prefill_chunk`.
         """
         length = start + token_ids.shape[0]  # frequencies that depend on it must not see the chunks
+        if not (0 <= slot < cache.num_slots and 0 <= start < length <= cache.max_seq_len):
+            raise ValueError(
+                f"tokens {start} to {length - 1} in slot {slot} do not fit a cache of "
+                f"{cache.num_slots} slots of {cache.max_seq_len} tokens"
+            )
         chunks = token_ids.split(cache.prefill_chunk)
         states = []
         for chunk in chunks:

@@ -15,7 +15,7 @@ def is_batch(prompt: Any) -> bool:
     """Whether it is a list of prompts, which gets a list of outputs."""
     if isinstance(prompt, str):
         return False
-    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+    if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence):
         raise ValueError(f"prompt {shorten(prompt)} is neither a string nor a list")
     return len(prompt) > 0 and isinstance(prompt[0], str | Sequence)
 
@@ -26,6 +26,8 @@ def spread(
     """One SamplingParams for each of `count` prompts."""
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence):
+        raise ValueError(f"params must be a SamplingParams or a list, got {type(params).__name__}")
     if len(params) != count:
         raise ValueError(f"{len(params)} SamplingParams for {count} prompts")
     return list(params)

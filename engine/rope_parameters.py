@@ -72,9 +72,8 @@ class RopeParameters:
         for name in _NUMBERS:
             if (value := getattr(self, name)) is None:
                 continue
-            if (
-                name == "factor"
-            ):  # below 1 would shrink the context; dynamic's base would go negative
+            if name == "factor":
+                # below 1 it would shrink the context, and dynamic's base would go negative
                 check_number("rope factor", value, at_least=1, below=2**24)
             else:
                 check_number(f"rope {name}", value, above=0)

@@ -19,7 +19,13 @@ class Sampler:
         self, num_slots: int, vocab_size: int, device: torch.device, ops: ModuleType
     ) -> None:
         def by_slot(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
+            try:
+                return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                raise MemoryError(
+                    f"{device} has no memory for the sampling settings of {num_slots} slots; "
+                    f"lower max_batch_size"
+                ) from error
 
         self._ops = ops
         self._vocab_size = vocab_size
@@ -51,25 +57,27 @@ class Sampler:
                 uses.add("top_p")
             if params.min_p > 0:
                 uses.add("min_p")
-        self._temperature[slot] = params.temperature
-        self._top_k[slot] = max(params.top_k, 0)
-        self._top_p[slot] = params.top_p
-        self._min_p[slot] = params.min_p
+        # float: a number of NumPy, or an integer past int64, is none to torch
+        self._temperature[slot] = float(params.temperature)
+        self._top_k[slot] = max(int(params.top_k), 0)
+        self._top_p[slot] = float(params.top_p)
+        self._min_p[slot] = float(params.min_p)
 
-        self._repetition[slot] = params.repetition_penalty
-        self._presence[slot] = params.presence_penalty
-        self._frequency[slot] = params.frequency_penalty
+        self._repetition[slot] = float(params.repetition_penalty)
+        self._presence[slot] = float(params.presence_penalty)
+        self._frequency[slot] = float(params.frequency_penalty)
         if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
             uses.add("penalties")
             self._output_counts[slot] = 0
             self._in_prompt[slot] = False
-            self._in_prompt[slot, sequence.prompt_ids] = True
+            known = [token_id for token_id in sequence.prompt_ids if token_id < self._vocab_size]
+            self._in_prompt[slot, known] = True
 
         self._bias[slot] = 0
         if params.logit_bias:
             uses.add("bias")
-            token_ids, values = list(params.logit_bias), list(params.logit_bias.values())
-            self._bias[slot, token_ids] = self._bias.new_tensor(values)
+            token_ids, values = list(params.logit_bias), map(float, params.logit_bias.values())
+            self._bias[slot, token_ids] = self._bias.new_tensor(list(values))
 
         self._is_end[slot] = False
         end_ids = [token_id for token_id in sequence.end_ids if token_id < self._vocab_size]
@@ -79,10 +87,18 @@ class Sampler:
             self._first_end[slot] = len(sequence.prompt_ids) + params.min_tokens
         self._uses[slot] = uses
 
-    def choose(self, logits: Tensor, sequences: list[TokenSequence], positions: Tensor) -> Tensor:
+    def count(self, sequence: TokenSequence, token_id: int) -> None:
+        """Note a token that a sequence has taken, for its penalties."""
+        if sequence.slot is not None and "penalties" in self._uses[sequence.slot]:
+            self._output_counts[sequence.slot, token_id] += 1
+
+    def choose(
+        self, logits: Tensor, sequences: list[TokenSequence], positions: Tensor
+    ) -> tuple[Tensor, list[bool]]:
         """The next token of each row: logits [B, V], positions [B] of these tokens -> ids [B].
 
-        An embedding may have more rows than the vocabulary has pieces: those are never chosen.
+        With it, whether a row had a token to choose: NaN logits and a ban of all leave none.  An
+        embedding may have more rows than the vocabulary has pieces: those are never chosen.
         """
         indices = [s.slot for s in sequences if s.slot is not None]
         slots = torch.tensor(indices, device=logits.device)
@@ -116,9 +132,8 @@ class Sampler:
             setting("random", self._seeds),
             positions,
         )
-        if "penalties" in uses:
-            self._output_counts[slots, chosen] += 1
-        return chosen
+        possible = logits.gather(-1, chosen.unsqueeze(-1)).isfinite().squeeze(-1)
+        return chosen, possible.tolist()
 
 
 def run_processors(logits: Tensor, sequences: list[TokenSequence]) -> Tensor:

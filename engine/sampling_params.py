@@ -13,11 +13,14 @@ LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
 INT64_MAX = 2**63 - 1
 MAX_N = 1024
+MAX_MIN_TOKENS = 2**31
+LIMIT = 1e30  # of numbers that are multiplied with logits in float32
+LISTS = list | tuple | set | frozenset | None
 COLLECTIONS = {
-    "stop": list | tuple | set | str | None,
-    "stop_token_ids": list | tuple | set | frozenset | None,
+    "stop": LISTS | str,
+    "stop_token_ids": LISTS,
     "logit_bias": Mapping | None,
-    "logits_processors": list | tuple | None,
+    "logits_processors": LISTS,
 }
 
 
@@ -51,7 +54,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_int("n", self.n, 1, MAX_N)
-        check_number("temperature", self.temperature, at_least=0)
+        check_number("temperature", self.temperature, at_least=0, below=LIMIT)
         check_int("top_k", self.top_k, -1, INT64_MAX)
         check_number("top_p", self.top_p, above=0)
         check_number("min_p", self.min_p, at_least=0)
@@ -60,7 +63,7 @@ class SamplingParams:
                 raise ValueError(f"{name} {value} must be at most 1")
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1, INT64_MAX)
-        check_int("min_tokens", self.min_tokens, 0, INT64_MAX)
+        check_int("min_tokens", self.min_tokens, 0, MAX_MIN_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         for name in ("ignore_eos", "skip_special_tokens"):
@@ -71,22 +74,29 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 check_int(name, value, 0, INT64_MAX)
-        check_number("repetition_penalty", self.repetition_penalty, above=0)
+        check_number("repetition_penalty", self.repetition_penalty, above=0, below=LIMIT)
         for name in ("presence_penalty", "frequency_penalty"):
-            check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name), above=-LIMIT, below=LIMIT)
         self._check_collections()
 
     def _check_collections(self) -> None:
         for name, kind in COLLECTIONS.items():
-            if not isinstance(value := getattr(self, name), kind):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
                 what = "mapping" if name == "logit_bias" else "list"
                 raise ValueError(f"{name} {shorten(value)} is not a {what}")
+            if value is not None and not isinstance(value, str):  # later changes must not reach us
+                copied = dict(value) if isinstance(value, Mapping) else tuple(value)
+                object.__setattr__(self, name, copied)
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop {shorten(stop)} is not a string of at least one character")
+            if any("\ud800" <= character <= "\udfff" for character in stop):
+                raise ValueError(f"stop {shorten(stop)} holds half a surrogate pair: no text does")
         for token_id, bias in (self.logit_bias or {}).items():
-            if bias != -math.inf:
-                check_number(f"logit_bias of token {shorten(token_id)}", bias)
+            if not (isinstance(bias, float) and bias == -math.inf):
+                name = f"logit_bias of token {shorten(token_id)}"
+                check_number(name, bias, above=-LIMIT, below=LIMIT)
         for processor in self.logits_processors or ():
             if not callable(processor):
                 raise ValueError(f"logits_processors: {shorten(processor)} cannot be called")

@@ -1,11 +1,10 @@
 """Which sequence runs next: slots of the cache, given out in the order of arrival.
 
-No tensors here.  A sequence waits until a slot is free, is prefilled, then takes part in every
-decode step until it ends.
+No tensors here.  A sequence waits until a slot is free, is prefilled in the next step, then takes
+part in every decode step until it ends.
 """
 
 from collections import deque
-from collections.abc import Iterator
 
 from gemcut.engine.sequence import TokenSequence
 
@@ -27,13 +26,15 @@ class Scheduler:
     def add(self, sequence: TokenSequence) -> None:
         self._waiting.append(sequence)
 
-    def admit(self) -> Iterator[TokenSequence]:
-        """Sequences that have just been given a slot, for prefill."""
-        while self._waiting and self._free:
+    def admit(self) -> None:
+        """Give a free slot to the sequence that has waited longest.
+
+        One at a time: whoever runs already waits for one prefill at most between two tokens.
+        """
+        if self._waiting and self._free:
             sequence = self._waiting.popleft()
             sequence.slot = self._free.pop()
             self._running[sequence.slot] = sequence
-            yield sequence
 
     def remove(self, sequence: TokenSequence) -> None:
         """Forget a sequence that has ended or was cancelled; its slot is free again."""

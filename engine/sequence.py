@@ -41,9 +41,10 @@ class TokenSequence:
     last_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        keep = not self.params.skip_special_tokens
         self._text: list[str] = []
-        self._decoder = StreamDecoder(self.tokenizer, skip_special_tokens=not keep)
+        self._decoder = StreamDecoder(
+            self.tokenizer, skip_special_tokens=self.params.skip_special_tokens
+        )
         self._stops = StopStrings(self.params.stop_strings)
         self._eos_ids = frozenset() if self.params.ignore_eos else self.eos_ids
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())

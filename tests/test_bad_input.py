@@ -54,6 +54,7 @@ BAD_PROMPTS = {
     "lone surrogate": ("a\ud800b", "U+D800"),
     "too long": ([5] * 128, "the prompt has 128 tokens and one to generate, but a slot holds 128"),
     "bytes": (b"abc", "neither a string nor a list"),
+    "bytearray": (bytearray(b"abc"), "neither a string nor a list"),
     "none": (None, "neither a string nor a list"),
     "list of lists of lists": ([[[1]]], "not a list of lists"),
     "one bad prompt in a list": (["fine", ""], "the prompt is empty"),
@@ -89,27 +90,53 @@ def test_a_single_token_has_no_score_and_no_perplexity(engine):
     assert_serves(engine)
 
 
-def test_numpy_ids_are_ids(engine):
-    assert engine.generate(list(np.array([2, 5])), SamplingParams(max_tokens=1)).token_ids
+def test_numbers_of_numpy_are_numbers(engine):
+    params = SamplingParams(
+        max_tokens=np.int64(3),
+        temperature=np.float32(0.5),
+        seed=np.int64(-1),
+        top_k=np.int32(5),
+        stop_token_ids=[np.int64(7)],
+        logit_bias={np.int64(9): np.float32(1.0)},
+    )
+    assert engine.generate(list(np.array([2, 5])), params).token_ids
+
+
+def test_settings_are_those_of_construction():
+    bias, stops = {5: 1.0}, ["a"]
+    params = SamplingParams(logit_bias=bias, stop=stops)
+    bias[6], stops[0] = "b", ""
+    assert params.logit_bias == {5: 1.0}
+    assert params.stop_strings == ("a",)
 
 
 BAD_PARAMS = {
     "n": [0, -1, 1.5, True, "2", 10**9],
-    "temperature": [-0.1, INF, NAN, "hot", None],
+    "temperature": [-0.1, INF, NAN, 1e39, 10**31, "hot", None],
     "top_k": [-2, 1.5, "all"],
     "top_p": [0, -0.5, 1.01, NAN],
     "min_p": [-0.1, 1.1, NAN],
     "max_tokens": [0, -5, 2.5, True],
-    "min_tokens": [-1, 0.5],
-    "stop": ["", ["a", ""], [1], 5],
+    "min_tokens": [-1, 0.5, 2**63 - 1, 127],
+    "stop": ["", ["a", ""], [1], 5, "\ud800"],
     "stop_token_ids": [[-1], [520], [1.0], 7, "12"],
     "seed": [1.5, 2**63, -(2**63) - 1, "x"],
     "logprobs": [-1, 521, 1.5],
     "prompt_logprobs": [-1, 521],
-    "repetition_penalty": [0, -1, NAN, INF],
-    "presence_penalty": [NAN, INF],
-    "frequency_penalty": [NAN, -INF],
-    "logit_bias": [{-1: 1.0}, {520: 1.0}, {5: NAN}, {5: INF}, {"a": 1.0}, {5: "b"}, [5]],
+    "repetition_penalty": [0, -1, NAN, INF, 1e39],
+    "presence_penalty": [NAN, INF, 1e39],
+    "frequency_penalty": [NAN, -INF, -1e39],
+    "logit_bias": [
+        {-1: 1.0},
+        {520: 1.0},
+        {5: NAN},
+        {5: INF},
+        {5: 1e39},
+        {"a": 1.0},
+        {5: "b"},
+        {5: np.ones(2)},
+        [5],
+    ],
     "ignore_eos": [1, None],
     "skip_special_tokens": ["yes"],
     "logits_processors": [["not callable"], 5],
@@ -134,6 +161,8 @@ def test_min_tokens_over_max_tokens():
 def test_params_of_another_kind_and_of_another_number(engine):
     with pytest.raises(ValueError, match="must be a SamplingParams, got dict"):
         engine.generate("x", {"temperature": 0})
+    with pytest.raises(ValueError, match="or a list, got int"):
+        engine.generate(["x"], 5)
     with pytest.raises(ValueError, match="1 SamplingParams for 2 prompts"):
         engine.generate(["x", "y"], [SamplingParams()])
     assert_serves(engine)
@@ -157,11 +186,81 @@ def test_a_failing_logits_processor_harms_its_own_request_alone(engine):
     assert_serves(engine)
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, logit_bias=dict.fromkeys(range(520), -INF)),
+        SamplingParams(top_p=0.9, logit_bias=dict.fromkeys(range(520), -INF)),
+        SamplingParams(logits_processors=[lambda generated, logits: logits * NAN]),
+        SamplingParams(stop_token_ids=list(range(520)), min_tokens=2),
+    ],
+    ids=["banned-greedy", "banned-random", "nan", "all-end-too-early"],
+)
+def test_where_no_token_is_left_none_is_made_up(engine, params):
+    other = engine.stream("x", SamplingParams(seed=1, max_tokens=5, ignore_eos=True))
+    text = next(other).text
+    with pytest.raises(ValueError, match="no token is left"):
+        engine.generate("x", params)
+    alone = engine.generate("x", SamplingParams(seed=1, max_tokens=5, ignore_eos=True))
+    assert text + "".join(delta.text for delta in other) == alone.text
+    assert_serves(engine)
+
+
+def test_a_logits_processor_may_not_call_its_engine(engine):
+    def calls(generated, logits):
+        engine.score("It was")
+        return logits
+
+    other = engine.stream("x", SamplingParams(seed=1, max_tokens=5, ignore_eos=True))
+    next(other)
+    with pytest.raises(RuntimeError, match="must not call its own engine"):
+        engine.generate("x", SamplingParams(logits_processors=[calls]))
+    assert len(list(other)) == 4
+    assert_serves(engine)
+
+
+def test_one_failed_prompt_of_a_list_ends_the_list(engine):
+    def fails(generated, logits):
+        raise RuntimeError("at once")
+
+    params = [SamplingParams(logits_processors=[fails]), SamplingParams(ignore_eos=True)]
+    with pytest.raises(RuntimeError, match="at once"):
+        engine.generate(["x", "y"], params)
+    assert_serves(engine)
+
+
+@pytest.mark.parametrize("where", ["_prefill", "_decode"])
+def test_ctrl_c_in_one_call_harms_no_other(engine, monkeypatch, where):
+    params = SamplingParams(seed=1, max_tokens=8, repetition_penalty=1.5, ignore_eos=True)
+    alone = engine.generate("x", params)
+    other = engine.stream("x", params)
+    text = next(other).text
+
+    def interrupted(sequences):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("y")
+    assert text + "".join(delta.text for delta in other) == alone.text
+    assert_serves(engine)
+
+
+def test_prompt_ids_without_a_piece_take_penalties(tmp_path, tokenizer_file):
+    save_random_model(tmp_path, tokenizer_file, vocab_size=600)
+    with Engine.from_pretrained(tmp_path) as engine:
+        params = SamplingParams(repetition_penalty=1.1, max_tokens=3)
+        assert engine.generate([2, 599], params).token_ids
+
+
 def test_system_turns_and_wrong_turns(engine):
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     with pytest.raises(ValueError, match="system"):
         engine.chat(system)
     assert engine.chat(system, SamplingParams(max_tokens=1), merge_system=True).token_ids
+    with pytest.raises(ValueError, match="messages must be a list, got NoneType"):
+        engine.chat(None)
     for messages in ([], [{"role": "model", "content": "Hi"}], [{"role": "user"}]):
         with pytest.raises(ValueError, match="message"):
             engine.chat(messages)
@@ -175,8 +274,9 @@ def test_a_closed_engine_says_so(folder):
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         list(stream)
-    with pytest.raises(RuntimeError, match="the engine is closed"):
-        engine.generate("x")
+    for call in (engine.generate, engine.stream, engine.score):
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            call("x")
     engine.close()
 
 
@@ -191,8 +291,8 @@ BAD_ARGUMENTS = {
     "device without support": ({"device": "meta"}, "device 'meta' is not supported"),
     "unknown ops": ({"ops": "fast"}, "ops 'fast' is unknown"),
     "no slot": ({"max_batch_size": 0}, "max_batch_size 0 is outside 1..4096"),
-    "no tokens": ({"max_seq_len": 0}, "max_seq_len 0 is outside 1..128"),
-    "more tokens than the model has positions": ({"max_seq_len": 129}, "outside 1..128"),
+    "no tokens": ({"max_seq_len": 0}, "max_seq_len 0 is outside 2..128"),
+    "more tokens than the model has positions": ({"max_seq_len": 129}, "outside 2..128"),
     "no chunk": ({"prefill_chunk": 0}, "prefill_chunk 0 is outside"),
     "unknown quantization": ({"quantization": "int3"}, "quantization 'int3'"),
 }
@@ -219,6 +319,19 @@ def test_a_cache_that_does_not_fit_names_its_size(folder, damaged):
     with pytest.raises(MemoryError, match=r"the KV cache of 4096 slots .* takes .* GB") as error:
         Engine.from_pretrained(damaged, max_batch_size=4096, max_seq_len=2**24)
     one_line(error)
+
+
+def test_no_memory_for_a_cache_is_said(folder, monkeypatch):
+    monkeypatch.setattr("gemcut.engine.loading.free_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match="too little for 8 slots") as error:
+        Engine.from_pretrained(folder)
+    one_line(error)
+
+
+@pytest.mark.parametrize("model", [None, 5])
+def test_a_model_that_is_no_name(model):
+    with pytest.raises(ValueError, match="must be a name or a path"):
+        Engine.from_pretrained(model)
 
 
 # Files

@@ -167,7 +167,7 @@ def test_default_sampling(command, max_tokens):
         pytest.param(["generate"], "the prompt is empty", id="empty-standard-input"),
         pytest.param(["generate", "a", "--top-p", "1.5"], "top_p 1.5", id="sampling"),
         pytest.param(["generate", "a", "--temperature", "nan"], "not finite", id="nan"),
-        pytest.param(["generate", "a", "--max-seq-len", "1"], "slot holds 1", id="slot-too-short"),
+        pytest.param(["generate", "a", "--max-seq-len", "2"], "slot holds 2", id="slot-too-short"),
         pytest.param(["generate", "a", "--dtype", "float16"], "overflow", id="dtype"),
         pytest.param(["generate", "a", "--device", "tpu"], "device 'tpu'", id="device"),
         pytest.param(["generate", "a", "--ops", "triton"], "'triton'", id="not-implemented"),

@@ -9,6 +9,7 @@ from engines import assert_serves, dictate, save_random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
+from twins import poison
 
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.logprobs import LOGITS_ROWS
@@ -33,6 +34,7 @@ def theirs(folder):
 @pytest.fixture(scope="module")
 def engine(folder):
     with Engine.from_pretrained(folder, max_batch_size=3, prefill_chunk=8) as engine:
+        poison(engine.cache)
         yield engine
 
 
@@ -69,6 +71,21 @@ def test_each_prompt_of_a_list_may_have_its_own_params(engine):
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 5)]
     outputs = engine.generate(PROMPTS[:2], params)
     assert [len(o.token_ids) for o in outputs] == [2, 5]
+
+
+def test_dynamic_rope_goes_on_past_the_trained_positions(tmp_path, tokenizer_file):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+    short = {"rope_parameters": dynamic, "max_position_embeddings": 32}
+    theirs = save_random_model(tmp_path, tokenizer_file, "gemma", **short)
+    theirs.generation_config.eos_token_id = None
+    with Engine.from_pretrained(tmp_path) as engine:
+        assert engine.max_seq_len == 96
+        prompt = engine.tokenizer.encode(PROMPTS[0])
+        output = engine.generate(prompt, SamplingParams(temperature=0, ignore_eos=True))
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_length=96, do_sample=False, pad_token_id=0
+    )
+    assert prompt + output.token_ids == expected[0].tolist()
 
 
 # Streaming
@@ -393,6 +410,27 @@ def test_threads_share_the_engine(engine):
     assert errors == []
     assert len(got) == 16
     assert all(text == wanted[prompt] for prompt, text in got)
+    assert_serves(engine)
+
+
+def test_a_queue_of_short_requests_does_not_stall_a_running_one(engine, monkeypatch):
+    """Between two of its tokens a stream waits for one prefill at most."""
+    prefills = []
+    prefill = engine.model.prefill
+    monkeypatch.setattr(
+        engine.model, "prefill", lambda *args: (prefills.append(1), prefill(*args))[1]
+    )
+    stream = engine.stream("x", SamplingParams(max_tokens=20, ignore_eos=True))
+    next(stream)
+    for _ in range(30):  # a score needs a slot for one step
+        engine._add(engine._request(PROMPTS[1], None, score=True))
+    for _ in range(10):
+        before = len(prefills)
+        next(stream)
+        assert len(prefills) - before <= 1
+    assert len(prefills) >= 9  # one with nearly every token: nobody starves either
+    stream.close()
+    engine.score(PROMPTS[0])  # after all that wait
     assert_serves(engine)
 
 

@@ -30,7 +30,7 @@ def gemcut_twin(
 def new_cache(
     model: Gemma, num_slots: int = 1, max_seq_len: int = 128, prefill_chunk: int = 128
 ) -> KVCache:
-    return KVCache(
+    cache = KVCache(
         model.config,
         num_slots=num_slots,
         max_seq_len=max_seq_len,
@@ -38,6 +38,15 @@ def new_cache(
         device=model.device,
         dtype=model.dtype,
     )
+    poison(cache)
+    return cache
+
+
+def poison(cache: KVCache) -> None:
+    """Fill a fresh cache with NaN: whoever reads what was never written will show it."""
+    for layer in cache.layers:
+        layer.k.fill_(torch.nan)
+        layer.v.fill_(torch.nan)
 
 
 def random_ids(length: int, vocab_size: int, seed: int = 0) -> Tensor:

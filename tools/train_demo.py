@@ -215,6 +215,10 @@ def train(recipe: Recipe, paragraphs: list[str], out: Path, save_every: int) -> 
     identity = {"recipe": asdict(recipe), "model": MODEL_CONFIG, "text": text_hash}
 
     out.mkdir(parents=True, exist_ok=True)
+    state_file = out / "state.pt"
+    state = torch.load(state_file, weights_only=True) if state_file.exists() else None
+    if state is not None and json.loads(state["identity"]) != identity:
+        raise SystemExit(f"{state_file} is of another text or recipe; give another --out")
     tokenizer = train_tokenizer(paragraphs, out / "tokenizer.model")
     training = Windows(tokenizer, paragraphs[:split])
     validation = Windows(tokenizer, paragraphs[split:])
@@ -223,11 +227,7 @@ def train(recipe: Recipe, paragraphs: list[str], out: Path, save_every: int) -> 
     rng = np.random.default_rng(recipe.seed)
     first_step = 0
 
-    state_file = out / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        if json.loads(state["identity"]) != identity:
-            raise SystemExit(f"{state_file} is of another text or recipe; give another --out")
+    if state is not None:
         model.load_state_dict(state["model"])
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
@@ -300,7 +300,7 @@ that every part of gemcut can be tried on any machine, without a download; it kn
 | shape | {layers} layers, hidden {hidden}, MLP {mlp}, {q_heads} query and {kv_heads} KV heads of {head_dim}, vocabulary {vocab} |
 | Gemma 2's traits | both softcaps, a window of {window} on every other layer, context {context}, tied embeddings |
 | files | {megabytes:.2f} MB together; weights in bfloat16 |
-| data | {data_bytes:,} bytes of English prose in the public domain: {data} |
+| data | {data_bytes:,} bytes: {data} |
 | vocabulary | SentencePiece BPE with byte fallback, trained on the same text; Gemma's special tokens and turn markers |
 | training | {steps} steps of {batch} windows of {context} tokens, seed {seed}: Muon and AdamW, a tenth of the windows as chats |
 | held-out bits per byte | **{bits:.3f}** on {heldout_bytes:,} bytes never trained on, by `Engine.score` in float32 |
@@ -309,15 +309,21 @@ that every part of gemcut can be tried on any machine, without a download; it kn
 
 > {sample}
 
-Made by `python -P -m gemcut.tools.train_demo --text stories_train.txt --heldout
-stories_heldout.txt --steps {steps}` with torch {torch} and transformers {transformers}.
+Made by `python -P -m gemcut.tools.train_demo {arguments}` with torch {torch} and transformers {transformers}.
 """  # noqa: E501
-DATA = "Lewis Carroll's *Alice's Adventures in Wonderland*, A. C. Doyle's Sherlock Holmes stories"
 
 
-def write_card(checkpoint: Path, recipe: Recipe, training: list[Path], heldout: Path) -> None:
+def write_card(
+    checkpoint: Path, recipe: Recipe, training: list[Path], heldout: Path, data: str
+) -> None:
     """README.md of the model: what it is and what gemcut measured."""
     text = heldout.read_text(encoding="utf-8")
+    names = " ".join(file.name for file in training)
+    changed = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in asdict(recipe).items()
+        if value != getattr(Recipe(), name)
+    ]
     prompt = "It was"
     with Engine.from_pretrained(checkpoint) as engine:
         params = SamplingParams(temperature=0.7, top_p=0.9, seed=0, max_tokens=120)
@@ -335,7 +341,8 @@ def write_card(checkpoint: Path, recipe: Recipe, training: list[Path], heldout: 
         window=config.sliding_window,
         context=config.max_position_embeddings,
         megabytes=sum(file.stat().st_size for file in checkpoint.iterdir()) / 1e6,
-        data=DATA,
+        data=data,
+        arguments=" ".join([f"--text {names} --heldout {heldout.name}", *changed]),
         data_bytes=sum(file.stat().st_size for file in training),
         steps=recipe.steps,
         batch=recipe.batch_size,
@@ -359,6 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model from plain text.")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files to train on")
     parser.add_argument("--heldout", type=Path, required=True, help="file to judge it by")
+    parser.add_argument("--data", default="plain text", help="what the card calls the text")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="state and result")
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
     for name, default in asdict(Recipe()).items():
@@ -367,11 +375,17 @@ def main() -> None:
     args = parser.parse_args()
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
 
+    for file in (*args.text, args.heldout):
+        if not file.is_file():
+            parser.error(f"{file} is no file")
+    if args.save_every < 1:
+        parser.error("--save-every must be at least 1")
+
     model = train(recipe, read_paragraphs(args.text), args.out, args.save_every)
     checkpoint = args.out / "checkpoint"
     model.bfloat16().save_pretrained(checkpoint)
     shutil.copy(args.out / "tokenizer.model", checkpoint / "tokenizer.model")
-    write_card(checkpoint, recipe, args.text, args.heldout)
+    write_card(checkpoint, recipe, args.text, args.heldout, args.data)
     print((checkpoint / "README.md").read_text())
 
 
