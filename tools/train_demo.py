@@ -56,14 +56,18 @@ MODEL_CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the model is trained; a changed recipe is another run."""
+    """How the model is trained; a changed recipe is another run.
 
-    steps: int = 600  # about 5 epochs; with many more it learns the text by heart
+    600 steps with dropout 0.2 predict the held-out text better (1.62 bits per byte, not 1.77), but
+    write duller: the model repeats itself where this one tells a story.
+    """
+
+    steps: int = 1400  # 11 epochs
     batch_size: int = 16  # windows of CONTEXT tokens
     learning_rate: float = 3e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
-    dropout: float = 0.2  # on what each sublayer adds to the residual stream
+    dropout: float = 0.1  # on what each sublayer adds to the residual stream
     seed: int = 0
 
 
