@@ -517,7 +517,8 @@ def test_demo_and_folders_are_found(tmp_path, monkeypatch):
     "model",
     ["./nowhere", "/no/such/folder", "gemma", "", "a/b/c", "../x", "a" * 999, Path("owner/name")],
 )
-def test_no_such_folder_asks_no_network(monkeypatch, model):
+def test_no_such_folder_asks_no_network(monkeypatch, tmp_path, model):
+    monkeypatch.chdir(tmp_path)  # where "../x" is surely nothing
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     with pytest.raises(
         ValueError, match="neither 'demo', an existing folder, nor a Hugging Face id"
