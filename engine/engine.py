@@ -61,9 +61,7 @@ class Engine:
             )
         check_int("max_batch_size", max_batch_size, 1, 4096)
         check_int("prefill_chunk", prefill_chunk, 1, 2**20)
-        self.model = model
-        self.config = config
-        self.tokenizer = tokenizer
+        self.model, self.config, self.tokenizer = model, config, tokenizer
         self.max_seq_len = choose_max_seq_len(
             max_seq_len, config, max_batch_size, prefill_chunk, model.device, model.dtype
         )
@@ -82,8 +80,7 @@ class Engine:
         # cancels its request in the midst of it.
         self._lock = threading.RLock()
         self._request_numbers = itertools.count()
-        self._stepping = False
-        self._closed = False
+        self._stepping = self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -127,11 +124,7 @@ class Engine:
 
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        use_tqdm: bool | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, *, use_tqdm: bool | None = None
     ) -> RequestOutput: ...
 
     @overload
@@ -195,8 +188,6 @@ class Engine:
         "content".  Gemma has no system role: it is refused, or with `merge_system` put before the
         first user content.  The answer ends at the end of the turn.
         """
-        if isinstance(messages, str) or not isinstance(messages, Sequence):
-            raise ValueError(f"messages must be a list, got {type(messages).__name__}")
         ids = render_chat(self.tokenizer, messages, merge_system=merge_system)
         end_of_turn = self.tokenizer.end_of_turn_id
         assert end_of_turn is not None  # render_chat refuses such a vocabulary
@@ -263,19 +254,7 @@ class Engine:
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
         params.check_token_ids(len(self.tokenizer))
         text, ids = prompts.encode(prompt, self.tokenizer, self.config.vocab_size)
-        room = self.max_seq_len if score else self.max_seq_len - 1
-        if len(ids) > room:
-            kind = "tokens" if score else "tokens and one to generate"
-            raise ValueError(
-                f"the prompt has {len(ids)} {kind}, but a slot holds {self.max_seq_len}"
-            )
-        if len(ids) + params.min_tokens > self.max_seq_len:
-            raise ValueError(
-                f"min_tokens {params.min_tokens} is more than a slot of {self.max_seq_len} tokens "
-                f"has room for after a prompt of {len(ids)}"
-            )
-        if score and len(ids) < 2:
-            raise ValueError("a score needs at least two tokens: the first has none before it")
+        prompts.check_length(len(ids), params.min_tokens, self.max_seq_len, score=score)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         sequences = [
             TokenSequence(

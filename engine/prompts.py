@@ -58,3 +58,20 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple[str |
     if not ids:
         raise ValueError("the prompt is empty")
     return None, ids
+
+
+def check_length(count: int, min_tokens: int, max_seq_len: int, *, score: bool) -> None:
+    """Nothing, or ValueError where a slot has no room for a prompt of `count` tokens.
+
+    Beside a prompt that is not only scored stand at least one new token, and `min_tokens`.
+    """
+    if count > max_seq_len - (not score):
+        what = "tokens" if score else "tokens and one to generate"
+        raise ValueError(f"the prompt has {count} {what}, but a slot holds {max_seq_len}")
+    if count + min_tokens > max_seq_len:
+        raise ValueError(
+            f"min_tokens {min_tokens} is more than a slot of {max_seq_len} tokens "
+            f"has room for after a prompt of {count}"
+        )
+    if score and count < 2:
+        raise ValueError("a score needs at least two tokens: the first has none before it")

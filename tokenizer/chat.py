@@ -51,6 +51,8 @@ def render_chat(
 
 def _turns(messages: Iterable[Mapping[str, str]], merge_system: bool) -> list[tuple[str, str]]:
     """The role, as the template writes it, and the stripped content of each turn."""
+    if isinstance(messages, str) or not isinstance(messages, Iterable):
+        raise ValueError(f"messages must be a list, got {type(messages).__name__}")
     turns: list[tuple[str, str]] = []
     system = ""
     for index, message in enumerate(messages):
