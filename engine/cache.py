@@ -15,6 +15,8 @@ from torch import Tensor
 
 from gemcut.engine.config import GemmaConfig
 
+PREFILL_CHUNK = 512  # tokens; the default
+
 
 @dataclass(frozen=True)
 class LayerCache:

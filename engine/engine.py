@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gemcut.engine import prompts
-from gemcut.engine.cache import KVCache
+from gemcut.engine.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.checkpoint import load_checkpoint, stop_token_ids
 from gemcut.engine.checks import check_int
 from gemcut.engine.config import GemmaConfig
@@ -47,7 +47,7 @@ class Engine:
         eos_ids: Sequence[int] | None = None,
         max_batch_size: int = 8,
         max_seq_len: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
@@ -91,7 +91,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         max_batch_size: int = 8,
         max_seq_len: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
         quantization: str | None = None,
         ops: str = "auto",
     ) -> "Engine":

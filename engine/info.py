@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gemcut.engine.cache import slot_bytes
+from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
 from gemcut.engine.checkpoint import find_nonfinite, load_checkpoint, stop_token_ids
 from gemcut.engine.config import PUBLISHED, GemmaConfig
 from gemcut.engine.hub import resolve_checkpoint
@@ -15,7 +15,6 @@ from gemcut.engine.loading import MEMORY_SHARE, free_bytes, longest_slot
 from gemcut.engine.rope_parameters import RopeParameters
 from gemcut.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 512  # Engine's default; rings are that much longer than their window
 BATCH_SIZES = (1, 8)
 FAMILIES = {
     "gemma": "Gemma 1",

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from engines import save_random_model
 from vocabulary import hugging_face_twin, train_vocabulary
 
 from gemcut.tokenizer import Tokenizer
@@ -28,3 +29,11 @@ def tokenizer(tokenizer_file):
 @pytest.fixture(scope="session")
 def twin(tokenizer_file):
     return hugging_face_twin(tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer_file) -> Path:
+    """A small random Gemma 2 with its tokenizer, as a published checkpoint has them."""
+    path = tmp_path_factory.mktemp("model")
+    save_random_model(path, tokenizer_file)
+    return path

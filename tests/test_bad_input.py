@@ -17,13 +17,6 @@ INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer_file):
-    folder = tmp_path_factory.mktemp("model")
-    save_random_model(folder, tokenizer_file)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def engine(folder):
     with Engine.from_pretrained(folder, max_batch_size=2) as engine:
         yield engine

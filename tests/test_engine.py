@@ -20,13 +20,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer_file):
-    folder = tmp_path_factory.mktemp("model")
-    save_random_model(folder, tokenizer_file)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def theirs(folder):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
