@@ -1,7 +1,15 @@
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
+
+# Without a GPU the kernels run in Triton's interpreter, which must be on before the first import
+# of gemcut.kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from engines import save_random_model
 from vocabulary import hugging_face_twin, train_vocabulary
 
@@ -37,3 +45,18 @@ def folder(tmp_path_factory, tokenizer_file) -> Path:
     path = tmp_path_factory.mktemp("model")
     save_random_model(path, tokenizer_file)
     return path
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> None:
+    """Fresh buffers hold NaN, and integers that are no index: an unwritten element shows."""
+
+    def poisoning(allocate):
+        def poisoned_buffer(*args, **kwargs):
+            buffer = allocate(*args, **kwargs)
+            return buffer.fill_(torch.nan if buffer.is_floating_point() else -77)
+
+        return poisoned_buffer
+
+    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))

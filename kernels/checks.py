@@ -1,0 +1,56 @@
+"""Checks that stand before a launch: a kernel launched on wrong shapes reads foreign memory."""
+
+import torch
+from torch import Tensor
+
+from gemcut.kernels.interpreter import INTERPRETED
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` unless the condition holds; an assert would vanish under -O."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_tensors(x: Tensor, **others: Tensor | None) -> None:
+    """Everything lies on x's device, which a kernel can run on, and floats have x's dtype."""
+    require(
+        x.is_cuda or (INTERPRETED and x.is_cpu),
+        f"a kernel needs tensors on cuda, not {x.device}; a CPU runs gemcut.kernels.reference, "
+        f"or the kernels themselves with TRITON_INTERPRET=1 set before the import",
+    )
+    require(x.dtype in DTYPES, f"dtype {x.dtype} is not supported; float32, bfloat16, float16 are")
+    for name, other in others.items():
+        if other is None:
+            continue
+        require(other.device == x.device, f"{name} is on {other.device}, the input on {x.device}")
+        if other.is_floating_point():
+            require(other.dtype == x.dtype, f"{name} is {other.dtype}, the input {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, *shape: int) -> None:
+    """A dense row-major tensor of exactly this shape."""
+    require(tuple(x.shape) == shape, f"{name} is {list(x.shape)}, must be {list(shape)}")
+    require(x.is_contiguous(), f"{name} has strides {list(x.stride())}, must be contiguous")
+
+
+def check_rows(name: str, x: Tensor, width: int) -> None:
+    """Rows of a matrix, [M, width]; they may lie apart, each is contiguous."""
+    require(
+        x.dim() == 2 and x.shape[1] == width,
+        f"{name} is {list(x.shape)}, must be [M, {width}]",
+    )
+    require(
+        x.stride(1) == 1 or width == 1,
+        f"{name} has strides {list(x.stride())}, the last must be 1",
+    )
+
+
+def check_index(name: str, x: Tensor, *shape: int) -> None:
+    """A contiguous tensor of int64 or int32 of exactly this shape."""
+    require(
+        x.dtype in (torch.int64, torch.int32), f"{name} is {x.dtype}, must be int64 or int32"
+    )
+    check_shape(name, x, *shape)

@@ -1,0 +1,92 @@
+"""The rule that a kernel is held to: it may err twice as much as torch does in the same dtype.
+
+Kernel tests run on the GPU where there is one, in Triton's interpreter elsewhere.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.kernels import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GUARD = 64  # elements before and after every buffer
+
+
+def guarded(x: Tensor) -> Tensor:
+    """A copy with the same strides in the middle of a buffer of NaN, or of absurd integers.
+
+    An overrun that a mask forgot reads NaN and shows; the interpreter would not notice it.
+    """
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    fill = torch.nan if x.is_floating_point() else (0 if x.dtype == torch.bool else -77)
+    buffer = torch.full((span + 2 * GUARD,), fill, dtype=x.dtype, device=x.device)
+    copy = buffer.as_strided(x.shape, x.stride(), GUARD)
+    return copy.copy_(x)
+
+
+def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """What a call returns and what its floating arguments hold afterwards, by name."""
+    copies = {
+        name: guarded(x) if isinstance(x, Tensor) and x.numel() else x
+        for name, x in arguments.items()
+    }
+    result = function(**copies)
+    found = dict(enumerate(result)) if isinstance(result, tuple) else {0: result}
+    found = {f"result {key}": value for key, value in found.items()}
+    return found | {
+        name: x for name, x in copies.items() if isinstance(x, Tensor) and x.is_floating_point()
+    }
+
+
+def assert_accurate(
+    op: Callable[..., Any], *args: Any, oracle: Callable[..., Any] | None = None, **kwargs: Any
+) -> None:
+    """Hold an op to the oracle of its name, in the results and in every argument it may write.
+
+    Error at most twice that of the oracle in the same dtype, plus two units in the last place of
+    the greatest value.  NaN is where the oracle has it, and nowhere else.
+    """
+    oracle = oracle or getattr(reference, op.__name__)
+    arguments = inspect.signature(oracle).bind(*args, **kwargs).arguments
+
+    def double(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    exact = outcome(oracle, {name: double(x) for name, x in arguments.items()})
+    eager = outcome(oracle, arguments)
+    actual = outcome(op, arguments)
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        _assert_within_budget(name, value, eager[name], exact[name])
+
+
+def _assert_within_budget(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    assert actual.shape == eager.shape, f"{name}: {actual.shape} instead of {eager.shape}"
+    assert actual.dtype == eager.dtype, f"{name}: {actual.dtype} instead of {eager.dtype}"
+    if not actual.is_floating_point():
+        assert torch.equal(actual, eager), name
+        return
+    unknown = exact.isnan()
+    assert torch.equal(actual.isnan(), unknown), f"{name}: NaN at {actual.isnan().nonzero()[:4]}"
+    if exact[~unknown].numel() == 0:
+        return
+
+    def error(x: Tensor) -> float:
+        difference = (x.double() - exact)[~unknown]
+        return difference.abs().max().item()
+
+    ulp = torch.finfo(actual.dtype).eps * exact[~unknown].abs().max().item()
+    budget = 2 * error(eager) + 2 * ulp
+    assert error(actual) <= budget, (
+        f"{name}: max error {error(actual):.2e} exceeds the budget of {budget:.2e}"
+    )
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Normal numbers on the device under test; the same for a shape under a given seed."""
+    return (scale * torch.randn(shape)).to(DEVICE, dtype)
