@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: tanh, and what Gemma makes of it."""
+"""Device functions shared by the kernels: tanh, by the hardware's instruction or not, and GELU."""
 
 import triton
 import triton.language as tl
@@ -8,8 +8,8 @@ import triton.language as tl
 def tanh(x, APPROXIMATE: tl.constexpr):
     """Tanh of a float32 tile; APPROXIMATE takes the hardware's instruction (relative error 2**-11).
 
-    The portable form errs by a few units in the last place.  For small x it would cancel, hence the
-    odd polynomial there: x - x^3/3 + 2x^5/15 - 17x^7/315.
+    The portable form errs by a few units in the last place.  Near zero it would cancel, hence the
+    series there: x - x^3/3 + 2x^5/15 - 17x^7/315.
     """
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
@@ -24,7 +24,10 @@ def tanh(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def gelu(x, APPROXIMATE: tl.constexpr):
-    """GELU of a float32 tile, by its tanh approximation (Hendrycks and Gimpel, 2016)."""
-    inner = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)  # sqrt(2 / pi)
-    return 0.5 * x * (1.0 + tanh(inner, APPROXIMATE))
+def gelu(x):
+    """GELU of a float32 tile, by its tanh approximation (Hendrycks and Gimpel, 2016).
+
+    (1 + tanh(u)) / 2 is the logistic function of 2 u, which does not cancel for negative x.
+    """
+    u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)  # sqrt(2 / pi)
+    return x / (1.0 + tl.exp2(-2.885390081777927 * u))  # exp(-2 u)

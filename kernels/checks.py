@@ -50,7 +50,20 @@ def check_rows(name: str, x: Tensor, width: int) -> None:
 
 def check_index(name: str, x: Tensor, *shape: int) -> None:
     """A contiguous tensor of int64 or int32 of exactly this shape."""
-    require(
-        x.dtype in (torch.int64, torch.int32), f"{name} is {x.dtype}, must be int64 or int32"
-    )
+    require(x.dtype in (torch.int64, torch.int32), f"{name} is {x.dtype}, must be int64 or int32")
     check_shape(name, x, *shape)
+
+
+def check_counters(counters: Tensor, count: int, x: Tensor) -> None:
+    """Scratch by which the last program to finish knows itself: at least `count` zeros in int32."""
+    require(counters.dtype == torch.int32, f"counters are {counters.dtype}, must be int32")
+    require(counters.device == x.device, f"counters are on {counters.device}, x on {x.device}")
+    require(
+        counters.dim() == 1 and counters.is_contiguous() and counters.numel() >= count,
+        f"counters is {list(counters.shape)}, must be dense and at least [{count}]",
+    )
+
+
+def check_softcap(softcap: float | None) -> None:
+    """A cap is positive, or absent."""
+    require(softcap is None or softcap > 0, f"softcap is {softcap}, must be above 0 or None")

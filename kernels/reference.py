@@ -14,6 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemcut.kernels.reference_sampling import filter_logits, gumbel_noise, penalize, sample
+
+__all__ = [
+    "add_rmsnorm_",
+    "attention_decode",
+    "attention_prefill",
+    "embed",
+    "filter_logits",
+    "geglu",
+    "gumbel_noise",
+    "linear",
+    "lm_head",
+    "lm_head_argmax",
+    "norm_linear",
+    "norm_linear_geglu",
+    "norm_qkv_rope_and_store_",
+    "penalize",
+    "rmsnorm",
+    "rope_and_store_",
+    "rope_tables",
+    "sample",
+    "skinny_linear",
+]
+
 FEW_ROWS, BLOCKS = 16, 4  # see linear
 
 
@@ -262,15 +286,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
+def skinny_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """A product of few rows, with an add behind it: x [M, D], residual [M, N] -> [M, N]."""
+    y = linear(x, weight, bias)
+    return y if residual is None else residual + y
+
+
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh approximation: gate_up [M, 2 F], gate first -> [M, F]."""
     gate, up = _widened(gate_up).chunk(2, dim=-1)
     return _rounded(F.gelu(gate, approximate="tanh") * up, gate_up.dtype)
-
-
-def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
-    """The first half of the MLP: x [M, D], gate_up_weight [2 F, D], gate first -> [M, F]."""
-    return geglu(linear(x, gate_up_weight))
 
 
 def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
@@ -282,111 +309,79 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else (logits / softcap).tanh_() * softcap
 
 
-# Token choice
+def lm_head_argmax(x: Tensor, weight: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """The greatest logit and its token id, the lowest of equals: x [M, D] -> [M] float32, [M]."""
+    best = lm_head(x, weight, softcap).max(-1)
+    return best.values, best.indices
 
 
-def penalize(
-    logits: Tensor,
-    output_counts: Tensor,
-    in_prompt: Tensor,
-    repetition: Tensor,
-    presence: Tensor,
-    frequency: Tensor,
-) -> Tensor:
-    """Penalised logits [B, V], from how often each token was generated and whether it was prompted.
-
-    output_counts [B, V] int, in_prompt [B, V] bool; repetition, presence, frequency [B].
-    Repetition divides what speaks for a seen token (Keskar et al., 2019, CTRL, section 4.1);
-    presence and frequency are subtracted for generated tokens only (OpenAI's definition).
-    """
-    generated = output_counts > 0
-    repetition = repetition.unsqueeze(-1)
-    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(generated | in_prompt, repeated, logits)
-    return logits - frequency.unsqueeze(-1) * output_counts - presence.unsqueeze(-1) * generated
+# What a decode step does in one kernel: each begins with the residual stream, to which the branch
+# of the layer before is still to be added
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    seeds: Tensor | None = None,
-    positions: Tensor | None = None,
-) -> Tensor:
-    """One token id for each row: logits [B, V] float32 -> [B] int64.  The rest is [B] each.
-
-    temperature 0 (or None for all rows) takes the maximum.  top_k 0, top_p 1 and min_p 0 keep
-    all; None means that no row uses it.  A filter keeps every token that ties with the last one it
-    keeps; top_p measures what top_k left; min_p is a share of the greatest probability.
-
-    The draw is exact and stateless: argmax of logits / temperature + Gumbel noise, where the noise
-    is a hash of the row's seed, the position of the new token and the token id.
-    """
-    best = logits.argmax(-1)
-    if temperature is None:
-        return best
-    assert seeds is not None
-    assert positions is not None
-    greedy = temperature == 0
-    # the greatest becomes 0, so that no temperature overflows
-    scaled = logits - logits.amax(-1, keepdim=True)
-    scaled = scaled / temperature.masked_fill(greedy, 1.0).unsqueeze(-1)
-    kept = filter_logits(scaled, top_k, top_p, min_p)
-    drawn = (kept + gumbel_noise(seeds, positions, logits.shape[-1])).argmax(-1)
-    return torch.where(greedy, best, drawn)
+def _add_norm(
+    residual: Tensor,
+    branch: Tensor | None,
+    post_weight: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Normed sum and sum; the residual is left as it is, and is itself the sum of no branch."""
+    if branch is None:
+        return rmsnorm(residual, norm_weight, eps), residual
+    if post_weight is not None:
+        branch = rmsnorm(branch, post_weight, eps)
+    summed = residual + branch
+    return rmsnorm(summed, norm_weight, eps), summed
 
 
-def filter_logits(
-    logits: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
-) -> Tensor:
-    """Logits [B, V] with -inf for every token that the filters [B] drop."""
-    threshold = torch.full_like(logits[:, 0], -torch.inf)  # [B]: tokens below it are dropped
-    if min_p is not None:
-        threshold = torch.maximum(threshold, logits.amax(-1) + min_p.log())
-    if top_k is not None or top_p is not None:
-        ordered = logits.sort(-1, descending=True).values
-        if top_k is not None:
-            last = (top_k - 1).clamp(0, logits.shape[-1] - 1)
-            kth = ordered.gather(-1, last.unsqueeze(-1)).squeeze(-1)
-            kth = kth.masked_fill(top_k == 0, -torch.inf)
-            threshold = torch.maximum(threshold, kth)
-            ordered = ordered.masked_fill(ordered < kth.unsqueeze(-1), -torch.inf)
-        if top_p is not None:
-            mass = ordered.softmax(-1).cumsum(-1)
-            last = (mass < top_p.unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
-            smallest = ordered.gather(-1, last.unsqueeze(-1)).squeeze(-1)
-            # rounding must not drop the last token of a row that keeps all
-            threshold = torch.maximum(threshold, smallest.masked_fill(top_p >= 1, -torch.inf))
-    return logits.masked_fill(logits < threshold.unsqueeze(-1), -torch.inf)
+def norm_linear(
+    residual: Tensor,
+    branch: Tensor | None,
+    post_weight: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a branch, normalise and project: residual, branch [M, D] -> y [M, N], summed [M, D]."""
+    h, summed = _add_norm(residual, branch, post_weight, norm_weight, eps)
+    return linear(h, weight, bias), summed
 
 
-def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel(0, 1) noise [B, V] float32: a hash of seeds [B], positions [B] and token id."""
-    token_ids = torch.arange(1, vocab_size + 1, device=seeds.device)
-    streams = _mix64(seeds + (positions + 1) * GOLDEN_GAMMA)  # [B]
-    bits = _mix64(streams.unsqueeze(-1) + token_ids * GOLDEN_GAMMA)  # [B, V]
-    # 23 bits and a half: exact in float32, and never 0 or 1
-    uniform = (_shift_right(bits, 41).float() + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(uniform))
+def norm_qkv_rope_and_store_(
+    residual: Tensor,
+    branch: Tensor | None,
+    post_weight: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first part of a layer, up to the cache write -> q [M, HQ, K], summed [M, D]."""
+    qkv, summed = norm_linear(residual, branch, post_weight, norm_weight, eps, weight, bias)
+    q = rope_and_store_(
+        qkv, k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps
+    )
+    return q, summed
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 64)
-
-
-# SplitMix64 (Steele, Lea, Flood, 2014, "Fast splittable pseudorandom number generators")
-GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
-MIX_1 = _signed(0xBF58476D1CE4E5B9)
-MIX_2 = _signed(0x94D049BB133111EB)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's own shift keeps the sign
-
-
-def _mix64(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * MIX_1
-    x = (x ^ _shift_right(x, 27)) * MIX_2
-    return x ^ _shift_right(x, 31)
+def norm_linear_geglu(
+    residual: Tensor,
+    branch: Tensor | None,
+    post_weight: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    gate_up_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The first half of the MLP: gate_up_weight [2 F, D], gate first -> y [M, F], summed [M, D]."""
+    gate_up, summed = norm_linear(residual, branch, post_weight, norm_weight, eps, gate_up_weight)
+    return geglu(gate_up), summed

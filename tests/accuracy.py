@@ -90,3 +90,17 @@ def _assert_within_budget(name: str, actual: Tensor, eager: Tensor, exact: Tenso
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     """Normal numbers on the device under test; the same for a shape under a given seed."""
     return (scale * torch.randn(shape)).to(DEVICE, dtype)
+
+
+def assert_row_invariant(op: Callable[[slice], Tensor | tuple[Tensor, ...]], count: int) -> None:
+    """Alone and in company of 2 to `count`, an op gives the same bits for the same row."""
+
+    def bits(rows: slice) -> list[Tensor]:
+        result = op(rows)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    together = bits(slice(0, count))
+    companies = [slice(0, n) for n in range(1, count)] + [slice(n, n + 1) for n in (1, count - 1)]
+    for rows in companies:
+        for part, whole in zip(bits(rows), together, strict=True):
+            assert torch.equal(part, whole[rows]), f"rows {rows.start} to {rows.stop - 1} differ"

@@ -1,0 +1,138 @@
+"""The gated MLP's first half: GeGLU after a product of many rows, or inside one of few rows.
+
+    geglu               gelu(gate) * up                       gate_up [M, 2 F], gate first: prefill
+    norm_linear_geglu   the same of rmsnorm(residual + ..., norm_weight) @ gate_up.T: decode
+
+GELU is its tanh approximation, which is what every published Gemma was trained with.  Arithmetic is
+float32, rounded once.  In decode a program owns the same BLOCK_N rows of gate and of up, so that
+nothing between the two products leaves its registers.
+
+Cost of geglu: 3 M F elements moved, about 15 operations each: bound by memory bandwidth.  Of
+norm_linear_geglu: 2 F D weights read once for 16 rows, 2 operations each a row: likewise, see
+linear.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemcut.kernels.activations import gelu
+from gemcut.kernels.checks import check_rows, check_tensors, require
+from gemcut.kernels.linear import BLOCK_M, check_linear, halves, pipeline, weight_tile
+from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
+
+BLOCK_F = 1024  # columns of a program of geglu
+BLOCK_N = 16  # rows of gate, and of up, that a program of norm_linear_geglu streams
+
+
+@triton.jit
+def geglu_kernel(
+    gate_up_ptr, y_ptr,  # [M, 2 F], [M, F]
+    stride_gate_up_m,
+    F,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 on a long prefill
+    offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask_f = offs_f < F
+
+    gate_ptrs = gate_up_ptr + row * stride_gate_up_m + offs_f
+    gate = tl.load(gate_ptrs, mask=mask_f, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + F, mask=mask_f, other=0.0).to(tl.float32)
+    y = gelu(gate) * up
+    tl.store(y_ptr + row * F + offs_f, y.to(y_ptr.dtype.element_ty), mask=mask_f)
+
+
+@triton.jit
+def norm_linear_geglu_kernel(
+    residual_ptr, branch_ptr, summed_ptr,  # [M, D] x 3
+    post_w_ptr, norm_w_ptr,  # [D] x 2
+    w_ptr, y_ptr,  # [2 F, D], [M, F]
+    M, F, D,
+    EPS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    HAS_POST_NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_n = tl.program_id(1).to(tl.int64) * BLOCK_N
+    offs_2n = tl.arange(0, 2 * BLOCK_N)  # BLOCK_N rows of gate, then the same of up
+    rows = start_n + offs_2n % BLOCK_N + offs_2n // BLOCK_N * F
+    mask_m, mask_rows = offs_m < M, start_n + offs_2n % BLOCK_N < F
+    mask_stored = offs_m < tl.where(tl.program_id(1) == 0, M, 0)  # by one program of all
+    branch_rstd = offs_m
+    if HAS_POST_NORM:
+        branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
+
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        summed = summed_tile(
+            residual_ptr, branch_ptr, post_w_ptr, summed_ptr,
+            branch_rstd, offs_m, mask_m, offs_d, D, mask_stored, HAS_BRANCH, HAS_POST_NORM,
+        )  # fmt: skip
+        squares += summed * summed
+        x = (summed * offset_weight(norm_w_ptr, offs_d, D)[None, :]).to(w_ptr.dtype.element_ty)
+        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+
+    acc *= tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
+    gate, up = halves(acc, BLOCK_M, BLOCK_N)
+    y = gelu(gate) * up
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    y_ptrs = y_ptr + offs_m[:, None] * F + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < F)[None, :])
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up: gate_up [M, 2 F], gate first -> [M, F].  Rows may lie apart."""
+    require(
+        gate_up.dim() == 2 and gate_up.shape[1] > 0 and gate_up.shape[1] % 2 == 0,
+        f"gate_up is {list(gate_up.shape)}, must be [M, 2 F]",
+    )
+    check_tensors(gate_up)
+    M, F = gate_up.shape[0], gate_up.shape[1] // 2
+    check_rows("gate_up", gate_up, 2 * F)
+
+    y = torch.empty((M, F), device=gate_up.device, dtype=gate_up.dtype)
+    if M:
+        geglu_kernel[(M, triton.cdiv(F, BLOCK_F))](
+            gate_up_ptr=gate_up, y_ptr=y, stride_gate_up_m=gate_up.stride(0),
+            F=F, BLOCK_F=BLOCK_F, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def norm_linear_geglu(
+    residual: Tensor,
+    branch: Tensor | None,
+    post_weight: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    gate_up_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Add a branch, normalise, project to gate and up, combine: y [M, F], summed [M, D].
+
+    residual, branch [M, D]; post_weight, norm_weight [D]; gate_up_weight [2 F, D], gate first.
+    Without a branch `summed` is `residual` itself.  A row's bits do not depend on the others.
+    """
+    check_linear(residual, gate_up_weight, None)
+    rows = gate_up_weight.shape[0]
+    require(rows % 2 == 0, f"gate_up_weight has {rows} rows, must have as many of gate as of up")
+    summed = check_prologue(residual, branch, post_weight, norm_weight)
+
+    M, D, F = *residual.shape, rows // 2
+    y = torch.empty((M, F), device=residual.device, dtype=residual.dtype)
+    if M:
+        norm_linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(F, BLOCK_N))](
+            residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,
+            norm_w_ptr=norm_weight, summed_ptr=summed, w_ptr=gate_up_weight, y_ptr=y,
+            M=M, F=F, D=D, EPS=eps,
+            HAS_BRANCH=branch is not None, HAS_POST_NORM=post_weight is not None,
+            BLOCK_N=BLOCK_N, **pipeline(residual),
+        )  # fmt: skip
+    return y, summed

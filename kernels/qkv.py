@@ -1,0 +1,165 @@
+"""The first kernel of a decode layer: residual add, norm, q, k and v, rotation, cache write.
+
+    h          = rmsnorm(residual + ..., norm_weight)                 see prologue.py
+    q | k | v  = h @ weight.T + bias
+    q, k       = x * cos + roll(x, K/2) * sin                         see reference.rope_tables
+    cache      = k and v at (slot, position % C)
+
+Rotation pairs dimension i of a head with i + K/2, so a program owns BLOCK_I such pairs of one head:
+rows i and i + K/2 of the weight.  Gemma 3 normalises q and k over the whole head before it rotates
+them, which no program holds: there the product is one launch and rotary.py the second.
+
+Cost: (HQ + 2 HK) K D weights read once for 16 rows, 2 operations each a row: bound by memory
+bandwidth, see linear.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemcut.kernels.checks import require
+from gemcut.kernels.linear import BLOCK_M, check_linear, halves, norm_linear, pipeline, weight_tile
+from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
+from gemcut.kernels.rotary import check_rotary, rope_and_store_
+
+BLOCK_I = 16  # pairs of dimensions: 32 rows of the weight
+
+
+@triton.jit
+def norm_qkv_kernel(
+    residual_ptr, branch_ptr, summed_ptr,  # [M, D] x 3
+    post_w_ptr, norm_w_ptr,  # [D] x 2
+    w_ptr, bias_ptr,  # [(HQ + 2 HK) K, D], [(HQ + 2 HK) K]
+    q_ptr, k_cache_ptr, v_cache_ptr,  # [M, HQ, K], [num_slots, HK, C, K] x 2
+    slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, 1, K] x 2
+    M, D, C, num_slots,
+    EPS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    HAS_POST_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1).to(tl.int64)
+    offs_i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_2i = tl.arange(0, 2 * BLOCK_I)  # BLOCK_I dimensions i, then their partners i + K/2
+    dims = tl.program_id(2) * BLOCK_I + offs_2i % BLOCK_I
+    rows = head * HEAD_DIM + dims + offs_2i // BLOCK_I * HALF
+    mask_m, mask_i, mask_rows = offs_m < M, offs_i < HALF, dims < HALF
+    mask_stored = offs_m < tl.where(tl.program_id(1) + tl.program_id(2) == 0, M, 0)  # by one program of all
+    branch_rstd = offs_m
+    if HAS_POST_NORM:
+        branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
+
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_I], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        summed = summed_tile(
+            residual_ptr, branch_ptr, post_w_ptr, summed_ptr,
+            branch_rstd, offs_m, mask_m, offs_d, D, mask_stored, HAS_BRANCH, HAS_POST_NORM,
+        )  # fmt: skip
+        squares += summed * summed
+        x = (summed * offset_weight(norm_w_ptr, offs_d, D)[None, :]).to(w_ptr.dtype.element_ty)
+        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+
+    acc *= tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows, mask=mask_rows, other=0.0).to(tl.float32)[None, :]
+    low, high = halves(acc, BLOCK_M, BLOCK_I)
+
+    mask = mask_m[:, None] & mask_i[None, :]
+    if head < NUM_Q_HEADS + NUM_KV_HEADS:  # all but v
+        offs = offs_m[:, None] * HEAD_DIM + offs_i[None, :]
+        cos = tl.load(cos_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + offs + HALF, mask=mask, other=0.0).to(tl.float32)  # not negated
+        low, high = low * cos - high * sin, high * cos + low * sin
+
+    slot = tl.load(slots_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    position = tl.load(positions_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
+    known = (slot >= 0) & (slot < num_slots)
+    dtype = q_ptr.dtype.element_ty
+    if head < NUM_Q_HEADS:
+        # a slot outside the cache would show nowhere else
+        low = tl.where(known[:, None], low, float("nan"))
+        high = tl.where(known[:, None], high, float("nan"))
+        q_ptrs = q_ptr + (offs_m * NUM_Q_HEADS + head)[:, None] * HEAD_DIM + offs_i[None, :]
+        tl.store(q_ptrs, low.to(dtype), mask=mask)
+        tl.store(q_ptrs + HALF, high.to(dtype), mask=mask)
+    else:
+        is_key = head < NUM_Q_HEADS + NUM_KV_HEADS
+        kv_head = head - NUM_Q_HEADS - tl.where(is_key, 0, NUM_KV_HEADS)
+        place = (slot * NUM_KV_HEADS + kv_head) * C + position % C
+        offs = place[:, None] * HEAD_DIM + offs_i[None, :]
+        mask = mask & (known & (position >= 0))[:, None]
+        if is_key:
+            tl.store(k_cache_ptr + offs, low.to(dtype), mask=mask)
+            tl.store(k_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
+        else:
+            tl.store(v_cache_ptr + offs, low.to(dtype), mask=mask)
+            tl.store(v_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
+
+
+def norm_qkv_rope_and_store_(
+    residual: Tensor,
+    branch: Tensor | None,
+    post_weight: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream's next queries, rotated, and its keys and values in the cache.
+
+    residual, branch [M, D]; post_weight, norm_weight [D]; weight [(HQ + 2 HK) K, D]; the rest as in
+    `rope_and_store_` -> q [M, HQ, K], summed [M, D], which is `residual` itself without a branch.
+    A slot outside the cache gives NaN and stores nothing.
+    """
+    if q_norm_weight is not None or k_norm_weight is not None:
+        qkv, summed = norm_linear(residual, branch, post_weight, norm_weight, eps, weight, bias)
+        q = rope_and_store_(
+            qkv, k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps
+        )
+        return q, summed
+
+    check_linear(residual, weight, bias)
+    M, D = residual.shape
+    num_slots, HK, C, K = k_cache.shape
+    HQ = weight.shape[0] // K - 2 * HK
+    require(
+        HQ > 0 and weight.shape[0] == (HQ + 2 * HK) * K,
+        f"weight has {weight.shape[0]} rows, the cache {HK} heads of {K}",
+    )
+    check_rotary(residual, k_cache, v_cache, slots, positions, cos, sin)
+    summed = check_prologue(residual, branch, post_weight, norm_weight)
+
+    q = torch.empty((M, HQ, K), device=residual.device, dtype=residual.dtype)
+    if M:
+        grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, BLOCK_I))
+        norm_qkv_kernel[grid](
+            residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,
+            norm_w_ptr=norm_weight, summed_ptr=summed, w_ptr=weight, bias_ptr=bias,
+            q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
+            slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
+            M=M, D=D, C=C, num_slots=num_slots, EPS=eps,
+            HAS_BRANCH=branch is not None, HAS_POST_NORM=post_weight is not None,
+            HAS_BIAS=bias is not None,
+            NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, BLOCK_I=BLOCK_I, **pipeline(residual),
+        )  # fmt: skip
+    return q, summed

@@ -1,0 +1,114 @@
+"""The oracles of token choice: penalties, filters and seeded draws, in plain torch.
+
+Letters in shape comments: B rows of a batch, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+
+def penalize(
+    logits: Tensor,
+    output_counts: Tensor,
+    in_prompt: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> Tensor:
+    """Penalised logits [B, V], from how often each token was generated and whether it was prompted.
+
+    output_counts [B, V] int, in_prompt [B, V] bool; repetition, presence, frequency [B].
+    Repetition divides what speaks for a seen token (Keskar et al., 2019, CTRL, section 4.1);
+    presence and frequency are subtracted for generated tokens only (OpenAI's definition).
+    """
+    generated = output_counts > 0
+    repetition = repetition.unsqueeze(-1)
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(generated | in_prompt, repeated, logits)
+    return logits - frequency.unsqueeze(-1) * output_counts - presence.unsqueeze(-1) * generated
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """One token id for each row: logits [B, V] float32 -> [B] int64.  The rest is [B] each.
+
+    temperature 0 (or None for all rows) takes the maximum.  top_k 0, top_p 1 and min_p 0 keep
+    all; None means that no row uses it.  A filter keeps every token that ties with the last one it
+    keeps; top_p measures what top_k left; min_p is a share of the greatest probability.
+
+    The draw is exact and stateless: argmax of logits / temperature + Gumbel noise, where the noise
+    is a hash of the row's seed, the position of the new token and the token id.
+    """
+    best = logits.argmax(-1)
+    if temperature is None:
+        return best
+    assert seeds is not None
+    assert positions is not None
+    greedy = temperature == 0
+    # the greatest becomes 0, so that no temperature overflows
+    scaled = logits - logits.amax(-1, keepdim=True)
+    scaled = scaled / temperature.masked_fill(greedy, 1.0).unsqueeze(-1)
+    kept = filter_logits(scaled, top_k, top_p, min_p)
+    drawn = (kept + gumbel_noise(seeds, positions, logits.shape[-1])).argmax(-1)
+    return torch.where(greedy, best, drawn)
+
+
+def filter_logits(
+    logits: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """Logits [B, V] with -inf for every token that the filters [B] drop."""
+    threshold = torch.full_like(logits[:, 0], -torch.inf)  # [B]: tokens below it are dropped
+    if min_p is not None:
+        threshold = torch.maximum(threshold, logits.amax(-1) + min_p.log())
+    if top_k is not None or top_p is not None:
+        ordered = logits.sort(-1, descending=True).values
+        if top_k is not None:
+            last = (top_k - 1).clamp(0, logits.shape[-1] - 1)
+            kth = ordered.gather(-1, last.unsqueeze(-1)).squeeze(-1)
+            kth = kth.masked_fill(top_k == 0, -torch.inf)
+            threshold = torch.maximum(threshold, kth)
+            ordered = ordered.masked_fill(ordered < kth.unsqueeze(-1), -torch.inf)
+        if top_p is not None:
+            mass = ordered.softmax(-1).cumsum(-1)
+            last = (mass < top_p.unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
+            smallest = ordered.gather(-1, last.unsqueeze(-1)).squeeze(-1)
+            # rounding must not drop the last token of a row that keeps all
+            threshold = torch.maximum(threshold, smallest.masked_fill(top_p >= 1, -torch.inf))
+    return logits.masked_fill(logits < threshold.unsqueeze(-1), -torch.inf)
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel(0, 1) noise [B, V] float32: a hash of seeds [B], positions [B] and token id."""
+    token_ids = torch.arange(1, vocab_size + 1, device=seeds.device)
+    streams = _mix64(seeds + (positions + 1) * GOLDEN_GAMMA)  # [B]
+    bits = _mix64(streams.unsqueeze(-1) + token_ids * GOLDEN_GAMMA)  # [B, V]
+    # 23 bits and a half: exact in float32, and never 0 or 1
+    uniform = (_shift_right(bits, 41).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64)
+
+
+# SplitMix64 (Steele, Lea, Flood, 2014, "Fast splittable pseudorandom number generators")
+GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
+MIX_1 = _signed(0xBF58476D1CE4E5B9)
+MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's own shift keeps the sign
+
+
+def _mix64(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
+    return x ^ _shift_right(x, 31)
