@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gemcut.kernels.interpreter import INTERPRETED
 
+MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,3 +68,37 @@ def check_counters(counters: Tensor, count: int, x: Tensor) -> None:
 def check_softcap(softcap: float | None) -> None:
     """A cap is positive, or absent."""
     require(softcap is None or softcap > 0, f"softcap is {softcap}, must be above 0 or None")
+
+
+def check_cache(k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int, int]:
+    """Slots, KV heads, capacity and head_dim of a cache [num_slots, HK, C, K]."""
+    require(k_cache.dim() == 4, f"k_cache is {list(k_cache.shape)}, must be [slots, HK, C, K]")
+    num_slots, HK, C, K = k_cache.shape
+    require(HK > 0 and C > 0, f"k_cache is {list(k_cache.shape)}, must hold heads and positions")
+    require(
+        0 < K <= MAX_HEAD_DIM and K % 2 == 0, f"head_dim {K} is not even and in 2 to {MAX_HEAD_DIM}"
+    )
+    check_shape("k_cache", k_cache, num_slots, HK, C, K)
+    check_shape("v_cache", v_cache, num_slots, HK, C, K)
+    return num_slots, HK, C, K
+
+
+def count_q_heads(name: str, width: int, num_kv_heads: int, head_dim: int) -> int:
+    """Query heads of a fused qkv of `width` rows or columns: HQ, a multiple of HK."""
+    HQ = width // head_dim - 2 * num_kv_heads
+    require(
+        width % head_dim == 0 and HQ > 0 and HQ % num_kv_heads == 0,
+        f"{name} is {width} wide, must be (HQ + 2 * {num_kv_heads}) * {head_dim} "
+        f"with HQ a multiple of {num_kv_heads}",
+    )
+    return HQ
+
+
+def check_rotation(
+    M: int, K: int, slots: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    """Where M tokens go, and by what they are rotated: slots, positions [M]; cos, sin [M, 1, K]."""
+    check_index("slots", slots, M)
+    check_index("positions", positions, M)
+    check_shape("cos", cos, M, 1, K)
+    check_shape("sin", sin, M, 1, K)

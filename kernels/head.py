@@ -28,7 +28,7 @@ from gemcut.kernels.checks import (
     check_tensors,
     require,
 )
-from gemcut.kernels.linear import BLOCK_M, check_linear, pipeline, weight_tile
+from gemcut.kernels.linear import BLOCK_M, check_linear, pipeline, rows_of_weight, weight_tile
 
 BLOCK_V = 64  # tokens of a program of the head
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
@@ -189,9 +189,10 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     M, (V, D) = x.shape[0], weight.shape
     logits = torch.empty((M, V), device=x.device, dtype=torch.float32)
     if M:
-        lm_head_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(V, BLOCK_V))](
+        block_v = rows_of_weight(x, BLOCK_V)
+        lm_head_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(V, block_v))](
             x_ptr=x, w_ptr=weight, logits_ptr=logits, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, BLOCK_V=BLOCK_V, **pipeline(x),
+            M=M, V=V, D=D, SOFTCAP=softcap, BLOCK_V=block_v, **pipeline(x),
         )  # fmt: skip
     return logits
 
@@ -207,7 +208,8 @@ def lm_head_argmax(
     check_linear(x, weight, None)
     check_softcap(softcap)
     M, (V, D) = x.shape[0], weight.shape
-    groups, tiles = triton.cdiv(M, BLOCK_M), triton.cdiv(V, BLOCK_V)
+    block_v = rows_of_weight(x, BLOCK_V)
+    groups, tiles = triton.cdiv(M, BLOCK_M), triton.cdiv(V, block_v)
     if counters is None:
         counters = torch.zeros(groups, dtype=torch.int32, device=x.device)
     check_counters(counters, groups, x)
@@ -220,6 +222,6 @@ def lm_head_argmax(
         lm_head_argmax_kernel[(groups, tiles)](
             x_ptr=x, w_ptr=weight, tile_best_ptr=tile_best, tile_ids_ptr=tile_ids,
             counters_ptr=counters, best_ptr=best, ids_ptr=ids, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, BLOCK_V=BLOCK_V, **pipeline(x),
+            M=M, V=V, D=D, SOFTCAP=softcap, BLOCK_V=block_v, **pipeline(x),
         )  # fmt: skip
     return best, ids

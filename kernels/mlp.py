@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemcut.kernels.activations import gelu
 from gemcut.kernels.checks import check_rows, check_tensors, require
-from gemcut.kernels.linear import BLOCK_M, check_linear, halves, pipeline, weight_tile
+from gemcut.kernels.linear import BLOCK_M, check_linear, halves, pipeline, rows_of_weight, weight_tile
 from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
 
 BLOCK_F = 1024  # columns of a program of geglu
@@ -62,7 +62,8 @@ def norm_linear_geglu_kernel(
     offs_2n = tl.arange(0, 2 * BLOCK_N)  # BLOCK_N rows of gate, then the same of up
     rows = start_n + offs_2n % BLOCK_N + offs_2n // BLOCK_N * F
     mask_m, mask_rows = offs_m < M, start_n + offs_2n % BLOCK_N < F
-    mask_stored = offs_m < tl.where(tl.program_id(1) == 0, M, 0)  # by one program of all
+    # one program of all stores the sum
+    mask_stored = offs_m < tl.where(tl.program_id(1) == 0, M, 0)
     branch_rstd = offs_m
     if HAS_POST_NORM:
         branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
@@ -128,11 +129,12 @@ def norm_linear_geglu(
     M, D, F = *residual.shape, rows // 2
     y = torch.empty((M, F), device=residual.device, dtype=residual.dtype)
     if M:
-        norm_linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(F, BLOCK_N))](
+        block_n = rows_of_weight(residual, BLOCK_N)
+        norm_linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(F, block_n))](
             residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,
             norm_w_ptr=norm_weight, summed_ptr=summed, w_ptr=gate_up_weight, y_ptr=y,
             M=M, F=F, D=D, EPS=eps,
             HAS_BRANCH=branch is not None, HAS_POST_NORM=post_weight is not None,
-            BLOCK_N=BLOCK_N, **pipeline(residual),
+            BLOCK_N=block_n, **pipeline(residual),
         )  # fmt: skip
     return y, summed

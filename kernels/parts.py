@@ -1,8 +1,12 @@
-"""The GPU generations for which tiles are chosen, and what one program may use there."""
+"""What tiles are chosen for: five GPU generations, and Triton's interpreter on a CPU."""
 
 from functools import lru_cache
 
 import torch
+
+# The interpreter takes as long for a large tile as for a small one: there, few programs are best.
+# Tests of single kernels put a GPU's name here, to run the tiles that run there.
+PART_OF_A_CPU = "interpreter"
 
 # shared memory of one block, bytes (CUDA C++ programming guide, technical specifications)
 SHARED_MEMORY = {
@@ -14,11 +18,13 @@ SHARED_MEMORY = {
 }
 
 
-@lru_cache
 def part(device: torch.device) -> str:
-    """The generation of a device; 8.6 counts as 8.9.  ValueError before Ampere."""
-    if device.type != "cuda":
-        return "sm_90"  # the interpreter: any tile runs
+    """What a device counts as, 8.6 as 8.9 for example.  ValueError for a GPU before Ampere."""
+    return _generation(device) if device.type == "cuda" else PART_OF_A_CPU
+
+
+@lru_cache
+def _generation(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         name = torch.cuda.get_device_name(device)

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.checks import require
-from gemcut.kernels.linear import BLOCK_M, check_linear, halves, norm_linear, pipeline, weight_tile
+from gemcut.kernels.checks import check_cache, check_rotation, check_tensors, count_q_heads
+from gemcut.kernels.linear import BLOCK_M, check_linear, halves, norm_linear, pipeline, rows_of_weight, weight_tile
 from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
-from gemcut.kernels.rotary import check_rotary, rope_and_store_
+from gemcut.kernels.rotary import rope_and_store_
 
 BLOCK_I = 16  # pairs of dimensions: 32 rows of the weight
 
@@ -53,7 +53,8 @@ def norm_qkv_kernel(
     dims = tl.program_id(2) * BLOCK_I + offs_2i % BLOCK_I
     rows = head * HEAD_DIM + dims + offs_2i // BLOCK_I * HALF
     mask_m, mask_i, mask_rows = offs_m < M, offs_i < HALF, dims < HALF
-    mask_stored = offs_m < tl.where(tl.program_id(1) + tl.program_id(2) == 0, M, 0)  # by one program of all
+    # one program of all stores the sum
+    mask_stored = offs_m < tl.where(tl.program_id(1) + tl.program_id(2) == 0, M, 0)
     branch_rstd = offs_m
     if HAS_POST_NORM:
         branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
@@ -85,12 +86,12 @@ def norm_qkv_kernel(
 
     slot = tl.load(slots_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     position = tl.load(positions_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
-    known = (slot >= 0) & (slot < num_slots)
+    active, known = position >= 0, (slot >= 0) & (slot < num_slots)
     dtype = q_ptr.dtype.element_ty
     if head < NUM_Q_HEADS:
         # a slot outside the cache would show nowhere else
-        low = tl.where(known[:, None], low, float("nan"))
-        high = tl.where(known[:, None], high, float("nan"))
+        lost = (active & (known == 0))[:, None]
+        low, high = tl.where(lost, float("nan"), low), tl.where(lost, float("nan"), high)
         q_ptrs = q_ptr + (offs_m * NUM_Q_HEADS + head)[:, None] * HEAD_DIM + offs_i[None, :]
         tl.store(q_ptrs, low.to(dtype), mask=mask)
         tl.store(q_ptrs + HALF, high.to(dtype), mask=mask)
@@ -99,7 +100,7 @@ def norm_qkv_kernel(
         kv_head = head - NUM_Q_HEADS - tl.where(is_key, 0, NUM_KV_HEADS)
         place = (slot * NUM_KV_HEADS + kv_head) * C + position % C
         offs = place[:, None] * HEAD_DIM + offs_i[None, :]
-        mask = mask & (known & (position >= 0))[:, None]
+        mask = mask & (active & known)[:, None]
         if is_key:
             tl.store(k_cache_ptr + offs, low.to(dtype), mask=mask)
             tl.store(k_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
@@ -139,19 +140,21 @@ def norm_qkv_rope_and_store_(
         return q, summed
 
     check_linear(residual, weight, bias)
+    check_tensors(
+        residual, k_cache=k_cache, v_cache=v_cache,
+        slots=slots, positions=positions, cos=cos, sin=sin,
+    )  # fmt: skip
     M, D = residual.shape
-    num_slots, HK, C, K = k_cache.shape
-    HQ = weight.shape[0] // K - 2 * HK
-    require(
-        HQ > 0 and weight.shape[0] == (HQ + 2 * HK) * K,
-        f"weight has {weight.shape[0]} rows, the cache {HK} heads of {K}",
-    )
-    check_rotary(residual, k_cache, v_cache, slots, positions, cos, sin)
+    num_slots, HK, C, K = check_cache(k_cache, v_cache)
+    HQ = count_q_heads("weight", weight.shape[0], HK, K)
+    check_rotation(M, K, slots, positions, cos, sin)
     summed = check_prologue(residual, branch, post_weight, norm_weight)
 
     q = torch.empty((M, HQ, K), device=residual.device, dtype=residual.dtype)
     if M:
-        grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, BLOCK_I))
+        block_i = min(rows_of_weight(residual, BLOCK_I), triton.next_power_of_2(K // 2))
+        block_i = max(block_i, 8)
+        grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, block_i))
         norm_qkv_kernel[grid](
             residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,
             norm_w_ptr=norm_weight, summed_ptr=summed, w_ptr=weight, bias_ptr=bias,
@@ -160,6 +163,6 @@ def norm_qkv_rope_and_store_(
             M=M, D=D, C=C, num_slots=num_slots, EPS=eps,
             HAS_BRANCH=branch is not None, HAS_POST_NORM=post_weight is not None,
             HAS_BIAS=bias is not None,
-            NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, BLOCK_I=BLOCK_I, **pipeline(residual),
+            NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, BLOCK_I=block_i, **pipeline(residual),
         )  # fmt: skip
     return q, summed

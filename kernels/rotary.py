@@ -1,0 +1,261 @@
+"""Rotary embedding: the tables of a step, and one pass that rotates q and k and fills the cache.
+
+    rope_tables        cos[m, i] = cos[m, i + K/2] = cos(p[m] * f[i]) * c       i < K/2
+                       sin[m, i + K/2] = -sin[m, i] = sin(p[m] * f[i]) * c
+    rope_and_store_    y[i] = x[i] * cos[i] + x[(i + K/2) % K] * sin[i]         for q and k
+                       k_cache, v_cache [slot, head, p % C] = y, v
+
+M tokens, K head_dim, C the capacity of a cache slot, f the inverse frequencies, c the scaling of
+the RoPE type.  Tables come from the caller, so every type rotates by the same kernel.  Dimension i
+pairs with i + K/2: a program holds a head as its two halves.
+
+Arithmetic is float32.  Angles never leave it (a bf16 position is wrong from 257 on); cos and sin
+are rounded once, q, k and v once, where they are stored; Gemma 3's normalised q and k also before
+they are rotated, as the oracle does.
+
+Cost: rope_tables writes 2 M K elements, with M K / 2 sines and cosines: bound by latency, once a
+step.  rope_and_store_ reads (HQ + 2 HK) K elements of a token and its 2 K of the tables (once from
+memory, then from L1), writes (HQ + 2 HK) K, 3 operations each, 8 with the norm: bound by memory
+bandwidth.  A program takes 4 heads of a token, whatever M is, so that a row's bits never depend on
+the batch: 4 KiB moved in bf16 at K = 256, and at decode as many warps as there are heads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemcut.kernels.checks import (
+    DTYPES,
+    check_index,
+    check_rows,
+    check_shape,
+    check_tensors,
+    require,
+)
+
+MAX_HEAD_DIM = 256
+BLOCK_H = 4  # heads of a program
+
+
+@triton.jit
+def rope_tables_kernel(
+    positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr,  # [M], [K/2] or [M, K/2], [M, K], [M, K]
+    stride_inv_freq_m,  # 0 where all tokens share the frequencies
+    ATTENTION_SCALING: tl.constexpr,
+    HALF_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HALF_DIM
+    dtype = cos_ptr.dtype.element_ty
+
+    position = tl.load(positions_ptr + m).to(tl.float32)
+    inv_freq = tl.load(inv_freq_ptr + m * stride_inv_freq_m + offs_d, mask=mask_d, other=0.0)
+    angles = position * inv_freq
+    cos = (tl.cos(angles) * ATTENTION_SCALING).to(dtype)
+    sin = tl.sin(angles) * ATTENTION_SCALING
+
+    first = m * (2 * HALF_DIM) + offs_d
+    tl.store(cos_ptr + first, cos, mask=mask_d)
+    tl.store(cos_ptr + first + HALF_DIM, cos, mask=mask_d)
+    tl.store(sin_ptr + first, (-sin).to(dtype), mask=mask_d)
+    tl.store(sin_ptr + first + HALF_DIM, sin.to(dtype), mask=mask_d)
+
+
+@triton.jit
+def _widened_half(ptr, offs, mask):
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rope_and_store_kernel(
+    qkv_ptr, q_ptr, k_cache_ptr, v_cache_ptr,  # [M, (HQ+2HK) K], [M, HQ, K], [slots, HK, C, K] each
+    slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, K], [M, K]
+    q_norm_ptr, k_norm_ptr,  # [K]
+    stride_qkv_m,
+    num_slots, C,
+    EPS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # of half a head
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64)
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask_d = offs_d < HALF_DIM
+    mask = (heads < NUM_Q_HEADS + 2 * NUM_KV_HEADS) & mask_d
+    is_q = heads < NUM_Q_HEADS
+    is_k = (heads >= NUM_Q_HEADS) & (heads < NUM_Q_HEADS + NUM_KV_HEADS)
+    is_v = heads >= NUM_Q_HEADS + NUM_KV_HEADS
+    dtype = q_ptr.dtype.element_ty
+
+    slot = tl.load(slots_ptr + m).to(tl.int64)
+    position = tl.load(positions_ptr + m).to(tl.int64)
+    x_ptrs = qkv_ptr + m * stride_qkv_m + heads * HEAD_DIM
+    v_1 = _widened_half(x_ptrs, offs_d, mask)
+    v_2 = _widened_half(x_ptrs, offs_d + HALF_DIM, mask)
+    cos_ptrs, sin_ptrs = cos_ptr + m * HEAD_DIM, sin_ptr + m * HEAD_DIM
+    cos_1 = _widened_half(cos_ptrs, offs_d, mask_d)
+    cos_2 = _widened_half(cos_ptrs, offs_d + HALF_DIM, mask_d)
+    sin_1 = _widened_half(sin_ptrs, offs_d, mask_d)
+    sin_2 = _widened_half(sin_ptrs, offs_d + HALF_DIM, mask_d)
+
+    x_1, x_2 = v_1, v_2
+    if HAS_NORM:
+        # the weight is an offset from one (norm.py)
+        w_1 = tl.where(
+            is_q,
+            _widened_half(q_norm_ptr, offs_d, mask_d),
+            _widened_half(k_norm_ptr, offs_d, mask_d),
+        )
+        offs_2 = offs_d + HALF_DIM
+        w_2 = tl.where(
+            is_q,
+            _widened_half(q_norm_ptr, offs_2, mask_d),
+            _widened_half(k_norm_ptr, offs_2, mask_d),
+        )
+        rstd = tl.rsqrt(tl.sum(x_1 * x_1 + x_2 * x_2, axis=1, keep_dims=True) / HEAD_DIM + EPS)
+        x_1 = (x_1 * rstd * (1.0 + w_1)).to(dtype).to(tl.float32)
+        x_2 = (x_2 * rstd * (1.0 + w_2)).to(dtype).to(tl.float32)
+    y_1 = x_1 * cos_1 + x_2 * sin_1
+    y_2 = x_2 * cos_2 + x_1 * sin_2
+
+    # A slot that does not exist shows as NaN; nothing is written outside the cache.
+    is_active = position >= 0
+    has_slot = (slot >= 0) & (slot < num_slots)
+    lost = is_active & (has_slot == 0)
+    q_1 = tl.where(lost, float("nan"), y_1).to(dtype)
+    q_2 = tl.where(lost, float("nan"), y_2).to(dtype)
+    q_ptrs = q_ptr + (m * NUM_Q_HEADS + heads) * HEAD_DIM + offs_d
+    tl.store(q_ptrs, q_1, mask=mask & is_q)
+    tl.store(q_ptrs + HALF_DIM, q_2, mask=mask & is_q)
+
+    if is_active & has_slot:
+        first = slot * NUM_KV_HEADS  # heads of the slots before
+        index = position % C
+        k_rows = (first + heads - NUM_Q_HEADS) * C + index
+        k_ptrs = k_cache_ptr + k_rows * HEAD_DIM + offs_d
+        tl.store(k_ptrs, y_1.to(dtype), mask=mask & is_k)
+        tl.store(k_ptrs + HALF_DIM, y_2.to(dtype), mask=mask & is_k)
+        v_rows = (first + heads - NUM_Q_HEADS - NUM_KV_HEADS) * C + index
+        v_ptrs = v_cache_ptr + v_rows * HEAD_DIM + offs_d
+        tl.store(v_ptrs, v_1.to(dtype), mask=mask & is_v)
+        tl.store(v_ptrs + HALF_DIM, v_2.to(dtype), mask=mask & is_v)
+
+
+def _tile(K: int) -> dict[str, int]:
+    block_d = triton.next_power_of_2(K // 2)
+    # 16 bytes of each half for a thread
+    return {"BLOCK_D": block_d, "num_warps": max(1, BLOCK_H * block_d // 256)}
+
+
+def rope_tables(
+    positions: Tensor, inv_freq: Tensor, attention_scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The cos and sin by which `rope_and_store_` rotates, in every layer of one kind.
+
+    positions [M] int, inv_freq [K/2] or [M, K/2] float32 -> cos, sin [M, 1, K] in dtype; the first
+    half of sin is negated.
+    """
+    require(positions.dim() == 1, f"positions is {list(positions.shape)}, must be [M]")
+    M = positions.shape[0]
+    require(
+        inv_freq.dim() in (1, 2), f"inv_freq is {list(inv_freq.shape)}, must be [K/2] or [M, K/2]"
+    )
+    half = inv_freq.shape[-1]
+    require(0 < 2 * half <= MAX_HEAD_DIM, f"head_dim {2 * half} is not in 2 to {MAX_HEAD_DIM}")
+    check_tensors(inv_freq, positions=positions)
+    require(inv_freq.dtype == torch.float32, f"inv_freq is {inv_freq.dtype}, must be torch.float32")
+    check_index("positions", positions, M)
+    check_shape("inv_freq", inv_freq, *([half] if inv_freq.dim() == 1 else [M, half]))
+    require(dtype in DTYPES, f"dtype {dtype} is not supported; float32, bfloat16, float16 are")
+
+    cos = torch.empty((M, 1, 2 * half), device=positions.device, dtype=dtype)
+    sin = torch.empty((M, 1, 2 * half), device=positions.device, dtype=dtype)
+    if M:
+        block_d = triton.next_power_of_2(half)
+        rope_tables_kernel[(M,)](
+            positions_ptr=positions, inv_freq_ptr=inv_freq, cos_ptr=cos, sin_ptr=sin,
+            stride_inv_freq_m=0 if inv_freq.dim() == 1 else half,
+            ATTENTION_SCALING=float(attention_scaling), HALF_DIM=half, BLOCK_D=block_d,
+            num_warps=max(1, block_d // 32),
+        )  # fmt: skip
+    return cos, sin
+
+
+def rope_and_store_(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotate queries and keys; write keys and values into the cache; return the queries.
+
+    qkv [M, (HQ + 2 HK) * K], rows may lie apart; k_cache, v_cache [slots, HK, C, K], written at
+    each token's slot and position % C; slots, positions [M] int; cos, sin [M, 1, K] -> [M, HQ, K].
+    A negative position stores nothing.  A slot outside the cache stores nothing and yields NaN:
+    the host cannot check it without stopping the device.
+    """
+    check_tensors(
+        qkv, k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
+        q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
+    )  # fmt: skip
+    require(k_cache.dim() == 4, f"k_cache is {list(k_cache.shape)}, must be [slots, HK, C, K]")
+    num_slots, HK, C, K = k_cache.shape
+    require(
+        0 < K <= MAX_HEAD_DIM and K % 2 == 0, f"head_dim {K} is not even and in 2 to {MAX_HEAD_DIM}"
+    )
+    require(HK > 0 and C > 0, f"k_cache is {list(k_cache.shape)}, must hold heads and positions")
+    check_shape("k_cache", k_cache, num_slots, HK, C, K)
+    check_shape("v_cache", v_cache, num_slots, HK, C, K)
+
+    require(qkv.dim() == 2, f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
+    M, width = qkv.shape
+    HQ = width // K - 2 * HK
+    require(
+        width % K == 0 and HQ >= 1 and HQ % HK == 0,
+        f"qkv is {width} wide, must be (HQ + 2 * {HK}) * {K} with HQ a multiple of {HK}",
+    )
+    check_rows("qkv", qkv, width)
+    check_index("slots", slots, M)
+    check_index("positions", positions, M)
+    check_shape("cos", cos, M, 1, K)
+    check_shape("sin", sin, M, 1, K)
+    has_norm = q_norm_weight is not None
+    require(
+        has_norm == (k_norm_weight is not None),
+        f"q_norm_weight is {_named(q_norm_weight)} and k_norm_weight {_named(k_norm_weight)}: "
+        f"both or neither",
+    )
+    if q_norm_weight is not None and k_norm_weight is not None:
+        check_shape("q_norm_weight", q_norm_weight, K)
+        check_shape("k_norm_weight", k_norm_weight, K)
+
+    q = torch.empty((M, HQ, K), device=qkv.device, dtype=qkv.dtype)
+    if M:
+        rope_and_store_kernel[(M, triton.cdiv(HQ + 2 * HK, BLOCK_H))](
+            qkv_ptr=qkv, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
+            slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
+            q_norm_ptr=q_norm_weight, k_norm_ptr=k_norm_weight,
+            stride_qkv_m=qkv.stride(0),
+            num_slots=num_slots, C=C,
+            EPS=eps, HAS_NORM=has_norm, NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
+            BLOCK_H=BLOCK_H, **_tile(K),
+        )  # fmt: skip
+    return q
+
+
+def _named(x: Tensor | None) -> str:
+    return "absent" if x is None else f"given as {list(x.shape)}"
