@@ -19,7 +19,14 @@ from torch import Tensor
 
 from gemcut.kernels.activations import gelu
 from gemcut.kernels.checks import check_rows, check_tensors, require
-from gemcut.kernels.linear import BLOCK_M, check_linear, halves, pipeline, rows_of_weight, weight_tile
+from gemcut.kernels.linear import (
+    BLOCK_M,
+    check_linear,
+    halves,
+    pipeline,
+    rows_of_weight,
+    weight_tile,
+)
 from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
 
 BLOCK_F = 1024  # columns of a program of geglu

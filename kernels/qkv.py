@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_cache, check_rotation, check_tensors, count_q_heads
-from gemcut.kernels.linear import BLOCK_M, check_linear, halves, norm_linear, pipeline, rows_of_weight, weight_tile
+from gemcut.kernels.linear import (
+    BLOCK_M,
+    check_linear,
+    halves,
+    norm_linear,
+    pipeline,
+    rows_of_weight,
+    weight_tile,
+)
 from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
 from gemcut.kernels.rotary import rope_and_store_
 
@@ -152,8 +160,8 @@ def norm_qkv_rope_and_store_(
 
     q = torch.empty((M, HQ, K), device=residual.device, dtype=residual.dtype)
     if M:
-        block_i = min(rows_of_weight(residual, BLOCK_I), triton.next_power_of_2(K // 2))
-        block_i = max(block_i, 8)
+        half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
+        block_i = min(rows_of_weight(residual, BLOCK_I), half)
         grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, block_i))
         norm_qkv_kernel[grid](
             residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,

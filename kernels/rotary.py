@@ -27,14 +27,17 @@ from torch import Tensor
 
 from gemcut.kernels.checks import (
     DTYPES,
+    MAX_HEAD_DIM,
+    check_cache,
     check_index,
+    check_rotation,
     check_rows,
     check_shape,
     check_tensors,
+    count_q_heads,
     require,
 )
 
-MAX_HEAD_DIM = 256
 BLOCK_H = 4  # heads of a program
 
 
@@ -212,27 +215,12 @@ def rope_and_store_(
         qkv, k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
         q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
     )  # fmt: skip
-    require(k_cache.dim() == 4, f"k_cache is {list(k_cache.shape)}, must be [slots, HK, C, K]")
-    num_slots, HK, C, K = k_cache.shape
-    require(
-        0 < K <= MAX_HEAD_DIM and K % 2 == 0, f"head_dim {K} is not even and in 2 to {MAX_HEAD_DIM}"
-    )
-    require(HK > 0 and C > 0, f"k_cache is {list(k_cache.shape)}, must hold heads and positions")
-    check_shape("k_cache", k_cache, num_slots, HK, C, K)
-    check_shape("v_cache", v_cache, num_slots, HK, C, K)
-
+    num_slots, HK, C, K = check_cache(k_cache, v_cache)
     require(qkv.dim() == 2, f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
     M, width = qkv.shape
-    HQ = width // K - 2 * HK
-    require(
-        width % K == 0 and HQ >= 1 and HQ % HK == 0,
-        f"qkv is {width} wide, must be (HQ + 2 * {HK}) * {K} with HQ a multiple of {HK}",
-    )
+    HQ = count_q_heads("qkv", width, HK, K)
     check_rows("qkv", qkv, width)
-    check_index("slots", slots, M)
-    check_index("positions", positions, M)
-    check_shape("cos", cos, M, 1, K)
-    check_shape("sin", sin, M, 1, K)
+    check_rotation(M, K, slots, positions, cos, sin)
     has_norm = q_norm_weight is not None
     require(
         has_norm == (k_norm_weight is not None),

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 from engines import save_random_model
 from vocabulary import hugging_face_twin, train_vocabulary
 
+from gemcut.kernels import parts
 from gemcut.tokenizer import Tokenizer
 
 # the same examples in every run: a failure on one machine is a failure on all
@@ -49,7 +50,11 @@ def folder(tmp_path_factory, tokenizer_file) -> Path:
 
 @pytest.fixture
 def poisoned(monkeypatch) -> None:
-    """Fresh buffers hold NaN, and integers that are no index: an unwritten element shows."""
+    """Fresh buffers hold NaN, and integers that are no index: an unwritten element shows.
+
+    Tiles are those of a GPU, in the interpreter too.
+    """
+    monkeypatch.setattr(parts, "PART_OF_A_CPU", "sm_90")
 
     def poisoning(allocate):
         def poisoned_buffer(*args, **kwargs):

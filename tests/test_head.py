@@ -100,15 +100,15 @@ def test_bad_input():
     x, weight = random(3, 8), random(5, 8)
     with pytest.raises(ValueError, match=r"table is \[8\], must be \[V, D\]"):
         embed(ids_tensor(1), random(8), 1.0)
-    with pytest.raises(ValueError, match="token_ids is torch.int16, must be int64 or int32"):
+    with pytest.raises(ValueError, match=r"token_ids is torch.int16, must be int64 or int32"):
         embed(ids_tensor(1).short(), weight, 1.0)
     with pytest.raises(ValueError, match=r"token_ids is \[1, 2\], must be \[2\]"):
         embed(ids_tensor(1, 2)[None], weight, 1.0)
     with pytest.raises(ValueError, match=r"x is \[3, 9\], must be \[M, 8\]"):
         lm_head(random(3, 9), weight, None)
-    with pytest.raises(ValueError, match="softcap is 0.0, must be above 0 or None"):
+    with pytest.raises(ValueError, match=r"softcap is 0\.0, must be above 0 or None"):
         lm_head(x, weight, 0.0)
-    with pytest.raises(ValueError, match="counters are torch.int64, must be int32"):
+    with pytest.raises(ValueError, match=r"counters are torch.int64, must be int32"):
         lm_head_argmax(x, weight, None, torch.zeros(1, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match=r"counters is \[1\], must be dense and at least \[2\]"):
         lm_head_argmax(random(17, 8), weight, None, ids_tensor(0, dtype=torch.int32))

@@ -1,0 +1,85 @@
+"""One small call of every op: for whatever must hold for all of them."""
+
+from typing import Any
+
+import torch
+from accuracy import DEVICE, random
+from torch import Tensor
+
+from gemcut.kernels import reference
+
+
+def index(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def small_calls() -> dict[str, dict[str, Any]]:
+    """Arguments by op and by name: 2 tokens, 4 query heads on 2 KV heads, D 24, F 20, V 40."""
+    torch.manual_seed(0)
+    M, D, F, V, HQ, HK, K, C = 2, 24, 20, 40, 4, 2, 16, 8
+    width = (HQ + 2 * HK) * K
+    slots, positions = index(1, 0), index(3, 5)
+    inv_freq = 100 ** -torch.arange(0, 1, 2 / K, device=DEVICE)
+    cos, sin = reference.rope_tables(positions, inv_freq, 1.0, torch.float32)
+    cache = {"k_cache": random(2, HK, C, K), "v_cache": random(2, HK, C, K)}
+    store = cache | {"slots": slots, "positions": positions, "cos": cos, "sin": sin}
+    attention = {"scale": 0.2, "softcap": 5.0, "sliding_window": 3}
+    ragged = {"slots": slots, "starts": index(2, 4), "cu_seqlens": index(0, 2, 3)}
+    stream = {"residual": random(M, D), "branch": random(M, D), "post_weight": random(D)}
+    stream |= {"norm_weight": random(D), "eps": 1e-6}
+    logits, x = random(M, V), random(M, D)
+    counts = torch.zeros(M, V, dtype=torch.int32, device=DEVICE)
+    per_row = torch.ones(M, device=DEVICE)
+    return {
+        "add_rmsnorm_": {
+            "residual": random(M, D),
+            "x": x,
+            "post_weight": None,
+            "next_weight": random(D),
+            "eps": 1e-6,
+        },
+        "attention_decode": cache
+        | attention
+        | {"q": random(M, 1, HQ, K), "slots": slots, "positions": positions},
+        "attention_prefill": cache | attention | ragged | {"q": random(3, HQ, K)},
+        "embed": {"token_ids": index(3, 39), "table": random(V, D), "scale": 2.0},
+        "geglu": {"gate_up": random(M, 2 * F)},
+        "linear": {"x": x, "weight": random(F, D), "bias": random(F)},
+        "lm_head": {"x": x, "weight": random(V, D), "softcap": 5.0},
+        "lm_head_argmax": {"x": x, "weight": random(V, D), "softcap": None},
+        "norm_linear": stream | {"weight": random(F, D)},
+        "norm_linear_geglu": stream | {"gate_up_weight": random(2 * F, D)},
+        "norm_qkv_rope_and_store_": stream | store | {"weight": random(width, D), "bias": None},
+        "penalize": {
+            "logits": logits,
+            "output_counts": counts + 1,
+            "in_prompt": counts == 1,
+            "repetition": 2 * per_row,
+            "presence": per_row,
+            "frequency": per_row,
+        },
+        "rmsnorm": {"x": x, "weight": random(D), "eps": 1e-6},
+        "rope_and_store_": store | {"qkv": random(M, width)},
+        "rope_tables": {
+            "positions": positions,
+            "inv_freq": inv_freq,
+            "attention_scaling": 1.0,
+            "dtype": torch.float32,
+        },
+        "sample": {
+            "logits": logits,
+            "temperature": per_row,
+            "top_k": index(3, 0),
+            "top_p": 0.9 * per_row,
+            "min_p": None,
+            "seeds": index(1, 2),
+            "positions": positions,
+        },
+        "skinny_linear": {"x": x, "weight": random(F, D), "residual": random(M, F)},
+    }
+
+
+def positional(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The same call without names, as the schema of a registered op orders it."""
+    schema = getattr(torch.ops.gemcut, name).default._schema
+    return tuple(arguments.get(a.name, a.default_value) for a in schema.arguments)
