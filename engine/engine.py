@@ -101,10 +101,10 @@ class Engine:
         CPU; max_seq_len None is the model's own limit, capped by free memory.  ValueError names
         what is wrong with an argument or the checkpoint, in one line.
         """
-        op_table = choose_ops(ops)
         if quantization is not None:
             raise NotImplementedError(f"quantization {quantization!r} is not there yet; None is")
         target = choose_device(device)
+        op_table = choose_ops(ops, target)
         weights_dtype = choose_dtype(dtype, target)
         folder = resolve_checkpoint(model)
         config = GemmaConfig.from_file(folder)

@@ -8,10 +8,12 @@ from types import ModuleType
 
 import torch
 
+from gemcut import kernels
 from gemcut.engine.cache import slot_bytes
 from gemcut.engine.checks import check_int
 from gemcut.engine.config import GemmaConfig
 from gemcut.kernels import reference
+from gemcut.kernels.parts import part
 
 MEMINFO = Path("/proc/meminfo")
 MEMORY_SHARE = 0.8  # of the free memory, for the cache; the rest is for activations
@@ -46,13 +48,21 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def choose_ops(ops: str) -> ModuleType:
-    """The op table; "auto" takes the reference until the Triton kernels are there."""
-    if ops == "triton":
-        raise NotImplementedError("ops 'triton' is not there yet; 'reference' is")
-    if ops not in ("auto", "reference"):
-        raise ValueError(f"ops {ops!r} is unknown; give 'auto' or 'reference'")
-    return reference
+def choose_ops(ops: str, device: torch.device) -> ModuleType:
+    """The op table asked for; "auto" is the Triton kernels on cuda and the reference on a CPU."""
+    if ops not in ("auto", "triton", "reference"):
+        raise ValueError(f"ops {ops!r} is unknown; give 'auto', 'triton' or 'reference'")
+    if ops == "reference" or (ops == "auto" and device.type == "cpu"):
+        return reference
+    from gemcut.kernels.interpreter import INTERPRETED  # Triton, which only Linux has
+
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "ops 'triton' needs a GPU; on a CPU give 'reference', or set TRITON_INTERPRET=1 before "
+            "Python starts to run the kernels in Triton's interpreter, slowly"
+        )
+    part(device)  # refuses what is older than Ampere
+    return kernels
 
 
 def choose_max_seq_len(

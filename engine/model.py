@@ -7,14 +7,15 @@
         h  = add_norm(residual, geglu(h @ gate_up) @ down)
     logits = softcap(h @ lm_head)
 
-One loop serves all four families: where a family lacks a norm, its weight is None.  Prefill and
-decode differ in which attention reads the cache.  `ops` is a module of kernels/: the oracles of
-`gemcut.kernels.reference` on any machine, or kernels of the same names and signatures.
+Prefill runs just that.  Decode runs the same in fewer, larger ops, which begin with the norm and
+end with the add.  Each is one loop for all four families: where a family lacks a norm, its weight
+is None.  `ops` is a module: `gemcut.kernels`, or `gemcut.kernels.reference` of the same names and
+signatures, which runs on any machine.
 """
 
-from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,82 +71,123 @@ class Gemma:
     def _prefill_chunk(
         self, token_ids: Tensor, cache: KVCache, slot: int, start: int, length: int
     ) -> Tensor:
+        ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         T = token_ids.shape[0]
         positions = torch.arange(start, start + T, device=self.device)
-        attend = partial(
-            self.ops.attention_prefill,
-            slots=torch.tensor([slot], device=self.device),
-            starts=torch.tensor([start], device=self.device),
-            cu_seqlens=torch.tensor([0, T], device=self.device),
-        )
         slots = torch.full_like(positions, slot)
-        lengths = torch.full_like(positions, length)
-        return self._layers(token_ids, cache, slots, positions, lengths, attend)
+        tables = self._rope_tables(positions, torch.full_like(positions, length))
+        chunk = {
+            "slots": torch.tensor([slot], device=self.device),
+            "starts": torch.tensor([start], device=self.device),
+            "cu_seqlens": torch.tensor([0, T], device=self.device),
+        }
+
+        residual = ops.embed(token_ids, self.weights.embedding, self.embedding_scale)  # [T, D]
+        h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
+        for i, layer in enumerate(self.weights.layers):
+            kv = cache.layers[i]
+            q = ops.rope_and_store_(
+                ops.linear(h, layer.qkv, layer.qkv_bias),
+                kv.k,
+                kv.v,
+                slots,
+                positions,
+                *tables[config.is_local(i)],
+                layer.q_norm,
+                layer.k_norm,
+                eps,
+            )  # [T, HQ, K]
+            attended = ops.attention_prefill(q, kv.k, kv.v, **chunk, **self._attention(i))
+            branch = ops.linear(attended.flatten(1), layer.o, layer.o_bias)
+            h = ops.add_rmsnorm_(
+                residual, branch, layer.post_attention_norm, layer.pre_mlp_norm, eps
+            )
+            branch = ops.linear(ops.geglu(ops.linear(h, layer.gate_up)), layer.down)
+            h = ops.add_rmsnorm_(residual, branch, layer.post_mlp_norm, self.next_norms[i], eps)
+        return h
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor, positions: Tensor) -> Tensor:
         """Logits after one more token in each row: ids, slots, positions [B] -> [B, V] float32.
 
-        Rows may be of any lengths; a row with a negative position is inactive.
+        Rows may be of any lengths; a row with a negative position is inactive.  Five kernels a
+        layer: what joins two of them is always a branch that is not yet part of the residual
+        stream, or None where its product has added it.
         """
+        ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
+        tables = self._rope_tables(positions, positions + 1)
+        residual = ops.embed(token_ids, self.weights.embedding, self.embedding_scale)  # [B, D]
+        branch = post_norm = None
+        for i, layer in enumerate(self.weights.layers):
+            kv = cache.layers[i]
+            q, residual = ops.norm_qkv_rope_and_store_(
+                residual,
+                branch,
+                post_norm,
+                layer.input_norm,
+                eps,
+                layer.qkv,
+                layer.qkv_bias,
+                kv.k,
+                kv.v,
+                slots,
+                positions,
+                *tables[config.is_local(i)],
+                layer.q_norm,
+                layer.k_norm,
+            )  # [B, HQ, K]
+            attended = ops.attention_decode(
+                q.unsqueeze(1), kv.k, kv.v, slots, positions, **self._attention(i)
+            )
+            post_norm = layer.post_attention_norm
+            residual, branch = self._project(
+                residual, attended.flatten(1), layer.o, layer.o_bias, post_norm
+            )
+            activated, residual = ops.norm_linear_geglu(
+                residual, branch, post_norm, layer.pre_mlp_norm, eps, layer.gate_up
+            )
+            post_norm = layer.post_mlp_norm
+            residual, branch = self._project(residual, activated, layer.down, None, post_norm)
 
-        def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: object) -> Tensor:
-            return self.ops.attention_decode(
-                q.unsqueeze(1), k_cache, v_cache, slots=slots, positions=positions, **options
-            ).squeeze(1)
+        if branch is None:
+            return self.logits(ops.rmsnorm(residual, self.weights.norm, eps))
+        return self.logits(ops.add_rmsnorm_(residual, branch, post_norm, self.weights.norm, eps))
 
-        hidden = self._layers(token_ids, cache, slots, positions, positions + 1, attend)
-        return self.logits(hidden)
+    def _project(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        post_norm: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream, and a branch that must still be normalised and added to it."""
+        if post_norm is None:
+            return self.ops.skinny_linear(x, weight, bias, residual), None
+        return residual, self.ops.skinny_linear(x, weight, bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: normed hidden states [M, D] -> logits [M, V] in float32."""
         return self.ops.lm_head(hidden, self.weights.lm_head, self.config.final_softcap)
 
-    def _layers(
-        self,
-        token_ids: Tensor,  # [M]
-        cache: KVCache,
-        slots: Tensor,  # [M]
-        positions: Tensor,  # [M]
-        lengths: Tensor,  # [M]: how long each token's sequence is as the token is computed
-        attend: Callable[..., Tensor],
-    ) -> Tensor:
-        ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
-        tables = {
-            rope: ops.rope_tables(
+    def _rope_tables(self, positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cos and sin of global layers, then of local ones: positions, lengths [M].
+
+        `lengths` says how long each token's sequence is as the token is computed.
+        """
+
+        def of(rope: Rope) -> tuple[Tensor, Tensor]:
+            return self.ops.rope_tables(
                 positions, rope.inv_freq(lengths), rope.attention_scaling, self.dtype
             )
-            for rope in {self.rope_global, self.rope_local}
-        }
 
-        residual = ops.embed(token_ids, self.weights.embedding, self.embedding_scale)  # [M, D]
-        h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
-        for i, layer in enumerate(self.weights.layers):
-            local = config.is_local(i)
-            cos, sin = tables[self.rope_local if local else self.rope_global]
-            q = ops.rope_and_store_(
-                ops.linear(h, layer.qkv, layer.qkv_bias),
-                cache.layers[i].k,
-                cache.layers[i].v,
-                slots,
-                positions,
-                cos,
-                sin,
-                layer.q_norm,
-                layer.k_norm,
-                eps,
-            )  # [M, HQ, K]
-            attended = attend(
-                q,
-                cache.layers[i].k,
-                cache.layers[i].v,
-                scale=config.scale,
-                softcap=config.attn_softcap,
-                sliding_window=config.sliding_window if local else None,
-            )
-            branch = ops.linear(attended.flatten(1), layer.o, layer.o_bias)
-            h = ops.add_rmsnorm_(
-                residual, branch, layer.post_attention_norm, layer.pre_mlp_norm, eps
-            )
-            branch = ops.linear(ops.linear_geglu(h, layer.gate_up), layer.down)
-            h = ops.add_rmsnorm_(residual, branch, layer.post_mlp_norm, self.next_norms[i], eps)
-        return h
+        of_global = of(self.rope_global)
+        one_kind = self.rope_local is self.rope_global
+        return [of_global, of_global if one_kind else of(self.rope_local)]
+
+    def _attention(self, layer: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "scale": config.scale,
+            "softcap": config.attn_softcap,
+            "sliding_window": config.sliding_window if config.is_local(layer) else None,
+        }

@@ -11,7 +11,7 @@ so they agree bit for bit.
 
 Cost of embed: 2 M D elements moved.  Of the head: V D weights read once for 16 rows (1.2 GB in a
 step of gemma-2-2b, a fifth of all its bytes), 2 operations each a row, 4 M V bytes of logits
-written: bound by memory bandwidth, see linear.py.
+written: bound by memory bandwidth, see matmul.py.
 """
 
 import torch
@@ -28,7 +28,7 @@ from gemcut.kernels.checks import (
     check_tensors,
     require,
 )
-from gemcut.kernels.linear import BLOCK_M, check_linear, pipeline, rows_of_weight, weight_tile
+from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, rows_of_weight, weight_tile
 
 BLOCK_V = 64  # tokens of a program of the head
 MAX_BLOCK_D = 4096  # columns that a program of embed copies

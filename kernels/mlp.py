@@ -9,7 +9,7 @@ nothing between the two products leaves its registers.
 
 Cost of geglu: 3 M F elements moved, about 15 operations each: bound by memory bandwidth.  Of
 norm_linear_geglu: 2 F D weights read once for 16 rows, 2 operations each a row: likewise, see
-linear.py.
+matmul.py.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemcut.kernels.activations import gelu
 from gemcut.kernels.checks import check_rows, check_tensors, require
-from gemcut.kernels.linear import (
+from gemcut.kernels.matmul import (
     BLOCK_M,
     check_linear,
     halves,

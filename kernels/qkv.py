@@ -10,7 +10,7 @@ rows i and i + K/2 of the weight.  Gemma 3 normalises q and k over the whole hea
 them, which no program holds: there the product is one launch and rotary.py the second.
 
 Cost: (HQ + 2 HK) K D weights read once for 16 rows, 2 operations each a row: bound by memory
-bandwidth, see linear.py.
+bandwidth, see matmul.py.
 """
 
 import torch
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_cache, check_rotation, check_tensors, count_q_heads
-from gemcut.kernels.linear import (
+from gemcut.kernels.matmul import (
     BLOCK_M,
     check_linear,
     halves,

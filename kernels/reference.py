@@ -216,9 +216,9 @@ def _attend(
     sliding_window: int | None,
 ) -> Tensor:
     """Attention of the queries of one sequence; only keys that some query sees are read."""
-    if start < 0:
-        return torch.zeros_like(q)
     T, HQ, K = q.shape
+    if start < 0 or T == 0:
+        return torch.zeros_like(q)
     HK, dtype = k_cache.shape[0], q.dtype
     end = start + T
     first = 0 if sliding_window is None else max(0, start - sliding_window + 1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from accuracy import DEVICE, assert_accurate, assert_row_invariant, random
-from test_linear import by_dtype, by_kind, stream
+from test_matmul import by_dtype, by_kind, stream
 from torch import Tensor
 
 from gemcut.kernels import reference

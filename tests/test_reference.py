@@ -180,10 +180,19 @@ def test_geglu_is_the_tanh_approximation(dtype):
     torch.testing.assert_close(actual, expected.to(dtype))
 
 
-def test_linear_geglu_is_the_product_and_then_geglu():
-    x, weight = torch.randn(3, 8), torch.randn(12, 8)
-    expected = F.gelu(x @ weight[:6].T, approximate="tanh") * (x @ weight[6:].T)
-    torch.testing.assert_close(reference.linear_geglu(x, weight), expected)
+@pytest.mark.parametrize("post_norm", [True, False], ids=["sandwich", "plain"])
+def test_what_decode_fuses_is_what_prefill_does_apart(post_norm):
+    torch.manual_seed(0)
+    residual, branch, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(12, 8)
+    norm, post = torch.randn(8), torch.randn(8) if post_norm else None
+    y, summed = reference.norm_linear_geglu(residual, branch, post, norm, 1e-6, weight)
+
+    kept = residual.clone()
+    h = reference.add_rmsnorm_(kept, branch, post, norm, 1e-6)
+    expected = F.gelu(h @ weight[:6].T, approximate="tanh") * (h @ weight[6:].T)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(summed, kept)
+    assert not torch.equal(residual, kept)  # other programs still read it
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17], ids=lambda M: f"{M}-rows")

@@ -1,6 +1,7 @@
 """gemcut's model beside transformers': the same weights, through a checkpoint on disk."""
 
 import tempfile
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -18,13 +19,20 @@ def gemcut_twin(
     model: PreTrainedModel,
     ops: ModuleType | SimpleNamespace = reference,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Gemma:
     """The model that gemcut makes of what transformers saves."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        config = GemmaConfig.from_file(folder)
-        weights = load_checkpoint(folder, config, device="cpu", dtype=dtype)
-    return Gemma(config, weights, ops)
+        return load_model(Path(folder), ops, dtype, device)
+
+
+def load_model(
+    folder: Path, ops: ModuleType | SimpleNamespace, dtype: torch.dtype, device: str
+) -> Gemma:
+    """A checkpoint, run on `ops`."""
+    config = GemmaConfig.from_file(folder)
+    return Gemma(config, load_checkpoint(folder, config, device=device, dtype=dtype), ops)
 
 
 def new_cache(
@@ -62,13 +70,14 @@ def all_logits(model: Gemma, ids: Tensor, prefill_chunk: int = 128) -> Tensor:
 
 
 @torch.inference_mode()
-def stepwise_logits(model: Gemma, ids: Tensor, prefilled: int) -> Tensor:
+def stepwise_logits(model: Gemma, ids: Tensor, prefilled: int, prefill_chunk: int = 7) -> Tensor:
     """The same, by a prefill of the first tokens and a decode step for each of the others."""
-    cache, slot = new_cache(model, prefill_chunk=7), torch.tensor([0])
+    cache = new_cache(model, prefill_chunk=prefill_chunk)
+    slot = torch.tensor([0], device=model.device)
     logits = [model.logits(model.prefill(ids[:prefilled], cache, slot=0))]
     for position in range(prefilled, len(ids)):
         token = ids[position : position + 1]
-        logits.append(model.decode(token, cache, slot, torch.tensor([position])))
+        logits.append(model.decode(token, cache, slot, slot + position))
     return torch.cat(logits)
 
 
@@ -77,13 +86,13 @@ def greedy(model: Gemma, prompts: list[Tensor], count: int, prefill_chunk: int =
     """The `count` likeliest next tokens of each prompt, decoded as one batch: [B, count]."""
     cache = new_cache(model, len(prompts), prefill_chunk=prefill_chunk)
     # slots in another order than rows
-    slots = torch.arange(len(prompts)).flip(0)
+    slots = torch.arange(len(prompts), device=model.device).flip(0)
     last = [
         model.logits(model.prefill(ids, cache, slot)[-1:])
         for ids, slot in zip(prompts, slots.tolist(), strict=True)
     ]
     tokens = [torch.cat(last).argmax(-1)]
-    positions = torch.tensor([len(ids) for ids in prompts])
+    positions = torch.tensor([len(ids) for ids in prompts], device=model.device)
     for _ in range(count - 1):
         tokens.append(model.decode(tokens[-1], cache, slots, positions).argmax(-1))
         positions = positions + 1

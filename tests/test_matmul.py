@@ -4,7 +4,7 @@ import torch
 from accuracy import DEVICE, DTYPES, assert_accurate, assert_row_invariant, random
 from torch import Tensor
 
-from gemcut.kernels.linear import linear, norm_linear, skinny_linear
+from gemcut.kernels.matmul import linear, norm_linear, skinny_linear
 
 EPS = 1e-6
 pytestmark = pytest.mark.usefixtures("poisoned")

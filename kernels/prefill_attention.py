@@ -1,0 +1,204 @@
+"""Causal attention of chunks of new tokens over the cache, in which their keys already stand.
+
+    s[i, j] = softcap(q[i] . k[j] * scale)     query i sees key j iff i - W < j <= i
+    y[i]    = sum_j softmax_j(s[i, j]) * v[j]
+
+q, y [M, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C.  One program holds
+BLOCK_M queries of one head and walks over the keys that any of them sees (flash attention, Dao,
+2023).  Keys that no query sees are never read.  Only the tiles at the diagonal and at the window's
+far edge branch to the mask; the branch is the same for all threads, and one loop with it takes so
+many fewer registers than two loops that a tile of 128 x 64 does not spill at head_dim 256.
+
+Scores and softmax are float32; p is rounded to v's dtype for the second product, and y once.
+
+Where a chunk begins and how long it is stands on the device, so the grid is the most tiles that M
+rows in B chunks can need: chunk b owns the tiles from cu_seqlens[b] // BLOCK_M + b on.  The tiles
+with the most keys start first, for all heads, so that none of them is left over at the end.
+
+A row yields zeros where starts[b] < 0, and NaN where its slot does not exist or where the chunk
+and what it sees exceed C keys: wrong input shows, and never reads foreign memory.
+
+Cost: 4 K operations for each pair of query and key that sees it, HQ M (M + 1) / 2 pairs for a first
+chunk without a window, at most HQ M W with one; (2 M HQ + 2 S HK) K elements move, the cache once
+for each tile of queries, through L2.  In bf16 a first chunk has about M / 3 operations for a byte:
+bound by the tensor cores, and by exp2 and tanh where K is small.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gemcut.kernels.attention_tiles import (
+    MAX_POSITION,
+    NO_MAXIMUM,
+    check_attention,
+    ring_tile,
+    softmax_step,
+)
+from gemcut.kernels.checks import check_index, check_tensors, require
+from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.parts import part
+
+
+@triton.jit
+def chunk_of(cu_seqlens_ptr, tile, B, BLOCK_M: tl.constexpr):
+    """The last chunk b with cu_seqlens[b] // BLOCK_M + b <= tile, by bisection."""
+    low = tile * 0
+    high = B
+    while high - low > 1:
+        middle = (low + high) // 2
+        begins = tl.load(cu_seqlens_ptr + middle) // BLOCK_M + middle <= tile
+        low = tl.where(begins, middle, low)
+        high = tl.where(begins, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["M", "B"])
+def attention_prefill_kernel(
+    q_ptr, k_ptr, v_ptr, y_ptr,  # [M, HQ, K], [slots, HK, C, K] twice, [M, HQ, K]
+    slots_ptr, starts_ptr, cu_seqlens_ptr,  # [B], [B], [B + 1]
+    stride_q_m, stride_q_h, stride_k_s, stride_k_h, stride_y_m, stride_y_h,  # v as k
+    M, B, num_slots, C, W,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    IS_LOCAL: tl.constexpr,
+    FAST_TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # a chunk's last queries see the most keys
+    b = chunk_of(cu_seqlens_ptr, tile, B, BLOCK_M)
+    chunk_begin = tl.load(cu_seqlens_ptr + b).to(tl.int64)
+    chunk_end = tl.minimum(tl.load(cu_seqlens_ptr + b + 1).to(tl.int64), M)
+    row = chunk_begin + (tile - chunk_begin // BLOCK_M - b) * BLOCK_M
+    if (row < 0) | (row >= chunk_end):
+        return
+    num_queries = tl.minimum(chunk_end - row, BLOCK_M).to(tl.int32)
+
+    slot = tl.load(slots_ptr + b).to(tl.int64)
+    start = tl.load(starts_ptr + b).to(tl.int64)
+    position = start + row - chunk_begin  # of the tile's first query
+    oldest = tl.zeros((), tl.int64)  # first key that the chunk sees, and that the tile sees
+    first = tl.zeros((), tl.int64)
+    if IS_LOCAL:
+        oldest = tl.maximum(start - W + 1, oldest)
+        first = tl.maximum(position - W + 1, first)
+    num_needed = start + chunk_end - chunk_begin - oldest
+    is_unknown = (slot < 0) | (slot >= num_slots) | (num_needed > C) | (start > MAX_POSITION)
+    is_unknown &= start >= 0
+    is_empty = (start < 0) | is_unknown
+    slot = tl.where(is_empty, 0, slot)
+
+    # from here on positions are counted from the tile's first key, and fit 32 bits
+    first_query = tl.where(is_empty, 0, position - first).to(tl.int32)
+    num_keys = tl.where(is_empty, 0, first_query + num_queries)
+    first = tl.where(is_empty, 0, first % C).to(tl.int32)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    wide_m = offs_m[:, None].to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = (offs_m < num_queries)[:, None] & (offs_k < HEAD_DIM)[None, :]
+    q_ptrs = q_ptr + row * stride_q_m + head * stride_q_h
+    q = tl.load(q_ptrs + wide_m * stride_q_m + offs_k[None, :], mask=mask, other=0.0)
+    kv_offset = slot * stride_k_s + head // GROUP_SIZE * stride_k_h
+    k_head_ptr, v_head_ptr = k_ptr + kv_offset, v_ptr + kv_offset
+
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    offs_q = first_query + offs_m
+    for begin in tl.range(0, num_keys, BLOCK_N):
+        offs_n = begin + tl.arange(0, BLOCK_N)
+        k = ring_tile(k_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
+        v = ring_tile(v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
+        is_edge = begin + BLOCK_N - 1 > first_query
+        if IS_LOCAL:
+            is_edge |= num_keys - 1 - begin >= W
+        acc, m_i, l_i = softmax_step(
+            q, k, v, acc, m_i, l_i, is_edge, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
+        )
+
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
+    l_i = tl.where(is_unknown, float("nan"), l_i)
+    y = acc / l_i[:, None]
+    y_ptrs = y_ptr + row * stride_y_m + head * stride_y_h + wide_m * stride_y_m + offs_k[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# BLOCK_M, BLOCK_N, num_warps, num_stages by padded head_dim, for 16-bit elements.  The largest
+# that neither spill nor exceed the part's shared memory (compiled, not yet timed): more queries
+# in a tile read the cache less often, and sm_90 and sm_100 multiply 64 and 128 rows at once.
+TILES = {
+    256: {
+        "sm_80": (128, 64, 8, 2), "sm_89": (64, 32, 8, 2), "sm_90": (128, 64, 8, 2),
+        "sm_100": (128, 32, 8, 2), "sm_120": (64, 32, 8, 2),
+    },
+    128: {
+        "sm_80": (128, 64, 8, 3), "sm_89": (128, 64, 8, 2), "sm_90": (128, 128, 8, 2),
+        "sm_100": (128, 64, 8, 3), "sm_120": (128, 64, 8, 2),
+    },
+    64: {
+        "sm_80": (128, 64, 8, 3), "sm_89": (128, 64, 8, 3), "sm_90": (128, 128, 8, 2),
+        "sm_100": (128, 64, 8, 3), "sm_120": (128, 64, 8, 3),
+    },
+}  # fmt: skip
+
+
+def _tile(head_dim: int, itemsize: int, part: str) -> dict[str, int]:
+    width = max(64, triton.next_power_of_2(head_dim))
+    if itemsize == 4:  # no tensor cores: operands of the products lie in registers
+        tile = (32 if width == 256 else 64, 32, 8, 1)
+    elif part == "interpreter":
+        tile = (64, 64, 8, 1)
+    else:
+        tile = TILES[width][part]
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
+
+
+def attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention of chunks over the cache: q [M, HQ, K] -> new tensor [M, HQ, K].
+
+    k_cache, v_cache [slots, HK, C, K]; rows cu_seqlens[b] to cu_seqlens[b + 1] are the chunk of
+    sequence b, whose first token has position starts[b] and whose keys are in slots[b].  slots,
+    starts [B], cu_seqlens [B + 1].  ValueError for shapes and numbers that no kernel takes.
+    """
+    require(q.dim() == 3, f"q is {list(q.shape)}, must be [M, HQ, K]")
+    check_attention(q, k_cache, v_cache, scale, softcap, sliding_window)
+    check_tensors(q, slots=slots, starts=starts, cu_seqlens=cu_seqlens)
+    (M, HQ, K), (num_slots, HK, C, _), B = q.shape, k_cache.shape, slots.numel()
+    check_index("slots", slots, B)
+    check_index("starts", starts, B)
+    check_index("cu_seqlens", cu_seqlens, B + 1)
+    require(M <= B * C, f"{M} rows in {B} chunks do not fit a capacity of {C}")
+
+    y = torch.empty((M, HQ, K), device=q.device, dtype=q.dtype)
+    if M:
+        tile = _tile(K, q.itemsize, part(q.device))
+        attention_prefill_kernel[(HQ, triton.cdiv(M, tile["BLOCK_M"]) + B)](
+            q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,
+            slots_ptr=slots, starts_ptr=starts, cu_seqlens_ptr=cu_seqlens,
+            stride_q_m=q.stride(0), stride_q_h=q.stride(1),
+            stride_k_s=k_cache.stride(0), stride_k_h=C * K,
+            stride_y_m=HQ * K, stride_y_h=K,
+            M=M, B=B, num_slots=num_slots, C=C, W=sliding_window or 0,
+            SCALE=scale, SOFTCAP=softcap, HEAD_DIM=K, GROUP_SIZE=HQ // HK,
+            IS_LOCAL=sliding_window is not None,
+            FAST_TANH=not INTERPRETED and q.dtype != torch.float32,
+            BLOCK_K=max(16, triton.next_power_of_2(K)), **tile,
+        )  # fmt: skip
+    return y

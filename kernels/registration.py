@@ -1,0 +1,108 @@
+"""The ops as `torch.ops.gemcut.*`, for torch.compile and for whoever embeds them in torch.
+
+Tensors on cuda go to the kernel; tensors on a CPU to the oracle, or to the kernel where Triton's
+interpreter is on.  Each op has a fake implementation (shapes and dtypes without data), so a module
+that uses them is traced whole.  Dispatch costs microseconds: the engine calls the launchers.
+
+The oracle's signature is the op's schema.  One thing differs, as torch forbids an op to return one
+of its arguments: where no branch is given, `summed` is a copy of the residual.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.kernels import reference
+from gemcut.kernels.interpreter import INTERPRETED
+
+MUTATED = {
+    "add_rmsnorm_": ("residual",),
+    "norm_qkv_rope_and_store_": ("k_cache", "v_cache"),
+    "rope_and_store_": ("k_cache", "v_cache"),
+}
+
+
+def _matrix(x: Tensor, rows: int, columns: int) -> Tensor:
+    return x.new_empty(rows, columns)
+
+
+def _fake_norm_linear(residual: Tensor, branch, post_weight, norm_weight, eps, weight, bias=None):
+    return _matrix(residual, residual.shape[0], weight.shape[0]), residual.new_empty(residual.shape)
+
+
+def _fake_norm_linear_geglu(residual: Tensor, branch, post_weight, norm_weight, eps, weight):
+    rows = residual.shape[0]
+    return _matrix(residual, rows, weight.shape[0] // 2), residual.new_empty(residual.shape)
+
+
+def _fake_queries(x: Tensor, width: int, k_cache: Tensor) -> Tensor:
+    _, HK, _, K = k_cache.shape
+    return x.new_empty(x.shape[0], width // K - 2 * HK, K)
+
+
+def _fake_norm_qkv(residual: Tensor, branch, post, norm, eps, weight, bias, k_cache, *_):
+    q = _fake_queries(residual, weight.shape[0], k_cache)
+    return q, residual.new_empty(residual.shape)
+
+
+def _fake_rope_tables(positions: Tensor, inv_freq: Tensor, attention_scaling, dtype):
+    shape = (positions.shape[0], 1, 2 * inv_freq.shape[-1])
+    return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
+
+
+# What each op yields, without data
+FAKES: dict[str, Callable[..., Any]] = {
+    "add_rmsnorm_": lambda residual, x, *_: x.new_empty(x.shape),
+    "attention_decode": lambda q, *_: q.new_empty(q.shape),
+    "attention_prefill": lambda q, *_: q.new_empty(q.shape),
+    "embed": lambda token_ids, table, _: _matrix(table, token_ids.shape[0], table.shape[1]),
+    "geglu": lambda gate_up: _matrix(gate_up, gate_up.shape[0], gate_up.shape[1] // 2),
+    "linear": lambda x, weight, *_: _matrix(x, x.shape[0], weight.shape[0]),
+    "lm_head": lambda x, weight, _: _matrix(x, x.shape[0], weight.shape[0]).float(),
+    "lm_head_argmax": lambda x, *_: (
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape[0], dtype=torch.int64),
+    ),
+    "norm_linear": _fake_norm_linear,
+    "norm_linear_geglu": _fake_norm_linear_geglu,
+    "norm_qkv_rope_and_store_": _fake_norm_qkv,
+    "penalize": lambda logits, *_: logits.new_empty(logits.shape),
+    "rmsnorm": lambda x, *_: x.new_empty(x.shape),
+    "rope_and_store_": lambda qkv, k_cache, *_: _fake_queries(qkv, qkv.shape[1], k_cache),
+    "rope_tables": _fake_rope_tables,
+    "sample": lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
+    "skinny_linear": lambda x, weight, *_: _matrix(x, x.shape[0], weight.shape[0]),
+}
+
+
+def _owning(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but every result is dense and no argument."""
+
+    def owned(result: Tensor, arguments: Sequence[Any]) -> Tensor:
+        is_argument = any(result is argument for argument in arguments)
+        return result.clone() if is_argument else result.contiguous()
+
+    def wrapped(*arguments: Any) -> Any:
+        result = function(*arguments)
+        if isinstance(result, tuple):
+            return tuple(owned(x, arguments) for x in result)
+        return owned(result, arguments)
+
+    return wrapped
+
+
+def register(kernels: Mapping[str, Callable[..., Any]]) -> None:
+    """Make `torch.ops.gemcut.<name>` of each kernel's launcher, by name."""
+    for name, kernel in kernels.items():
+        oracle, mutated = getattr(reference, name), MUTATED.get(name, ())
+        op = torch.library.custom_op(
+            f"gemcut::{name}",
+            _owning(kernel),
+            mutates_args=mutated,
+            device_types="cuda",
+            schema=torch.library.infer_schema(oracle, mutates_args=mutated),
+        )
+        op.register_kernel("cpu", _owning(kernel if INTERPRETED else oracle))
+        op.register_fake(FAKES[name])

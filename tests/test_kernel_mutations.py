@@ -1,0 +1,143 @@
+"""Mistakes that are easy to make, made in the kernels: each must break the rule of accuracy.
+
+A kernel's source is changed and imported from a file of its own; its op, called as op_cases.py
+does, is then no longer what the oracle says.
+"""
+
+import importlib.util
+import inspect
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+from accuracy import assert_accurate, assert_row_invariant, random
+from op_cases import small_calls
+
+from gemcut import kernels
+from gemcut.kernels import matmul
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+NORM, HEAD = ("norm", "rmsnorm"), ("head", "lm_head")
+PREFILL = ("prefill_attention", "attention_prefill")
+DECODE = ("decode_attention", "attention_decode")
+WINDOW = ("attention_tiles", "offs_n[None, :] < W")
+# mistake: (the op's module, the op), then (module, right, wrong) of what is changed
+MISTAKES = {
+    "norm by w": (NORM, ("norm", "rstd * (1.0 + w)", "rstd * w")),
+    "norm by w in a product": (
+        ("matmul", "norm_linear"),
+        ("prologue", "return 1.0 + tl.load(w_ptr", "return tl.load(w_ptr"),
+    ),
+    "branch normed by w": (
+        ("mlp", "norm_linear_geglu"),
+        ("prologue", "(1.0 + post_w)[None, :]", "post_w[None, :]"),
+    ),
+    "mean of squares without eps": (NORM, ("norm", "/ D + EPS)", "/ D + 1000 * EPS)")),
+    "exact GELU": (
+        ("mlp", "geglu"),
+        ("activations", "return x / (1.0 + tl.exp2(-2.885390081777927 * u))",
+         "return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))"),
+    ),
+    "GELU of up": (
+        ("mlp", "geglu"), ("mlp", "gelu(gate) * up\n    tl", "gate * gelu(up)\n    tl"),
+    ),
+    "gate and up exchanged": (
+        ("mlp", "norm_linear_geglu"), ("mlp", "gate, up = halves", "up, gate = halves"),
+    ),
+    "bf16 angles": (
+        ("rotary", "rope_tables"),
+        ("rotary", "angles = position * inv_freq",
+         "angles = position.to(tl.bfloat16).to(tl.float32) * inv_freq.to(tl.bfloat16)"),
+    ),
+    "rotated the other way": (
+        ("rotary", "rope_and_store_"), ("rotary", "x_1 * cos_1 + x_2", "x_1 * cos_1 - x_2"),
+    ),
+    "rotated the other way in decode": (
+        ("qkv", "norm_qkv_rope_and_store_"), ("qkv", "low * cos - high", "low * cos + high"),
+    ),
+    "stored at the position": (
+        ("qkv", "norm_qkv_rope_and_store_"), ("qkv", "+ position % C", "+ (position + 1) % C"),
+    ),
+    "window one too long": (PREFILL, (*WINDOW, "offs_n[None, :] <= W")),
+    "window one too short": (PREFILL, (*WINDOW, "offs_n[None, :] < W - 1")),
+    "window one too long in decode": (
+        DECODE,
+        (*WINDOW, "offs_n[None, :] <= W"),
+        ("decode_attention", "position - W + 1", "position - W"),
+    ),
+    "window one too short in decode": (
+        DECODE, ("decode_attention", "position - W + 1", "position - W + 2"),
+    ),
+    "cap after the mask": (
+        PREFILL, ("attention_tiles", 'tl.where(visible, s, -float("inf"))',
+                  "tl.where(visible, s, -1.0)"),
+    ),
+    "no causal mask": (
+        PREFILL, ("attention_tiles", "offs_q[:, None] >= offs_n", "offs_q[:, None] + 9 >= offs_n"),
+    ),
+    "attention softcap left out": (
+        DECODE, ("attention_tiles", "s = tanh(s * (SCALE / SOFTCAP), FAST_TANH)",
+                 "s = s * (SCALE / SOFTCAP)"),
+    ),
+    "scale from head_dim": (
+        DECODE, ("decode_attention", "SCALE=scale", "SCALE=K**-0.5"),
+    ),
+    "final softcap left out": (HEAD, ("head", "SOFTCAP * tanh(acc / SOFTCAP, APPROXIMATE=False)",
+                                      "acc")),
+    "embedding not scaled": (("head", "embed"), ("head", "x.to(tl.float32) * SCALE", "x")),
+}  # fmt: skip
+
+
+@pytest.fixture
+def mutated(tmp_path):
+    """Imports the modules of an op with some of their source changed."""
+
+    def make(module: str, changes: list[tuple[str, str, str]]) -> ModuleType:
+        sources = {}
+        for name in {module, *(change[0] for change in changes)}:
+            sources[name] = inspect.getsource(import_module(f"gemcut.kernels.{name}"))
+        for name, right, wrong in changes:
+            assert sources[name].count(right) == 1, f"{name} holds {right!r} not once"
+            sources[name] = sources[name].replace(right, wrong)
+        for name in sources:  # the changed modules take each other's place
+            for other in sources:
+                sources[name] = sources[name].replace(
+                    f"from gemcut.kernels.{other} import", f"from mutated_{other} import"
+                )
+            (tmp_path / f"mutated_{name}.py").write_text(sources[name])
+        return import_module(f"mutated_{module}")
+
+    sys.path.insert(0, str(tmp_path))
+    importlib.invalidate_caches()
+    yield make
+    sys.path.remove(str(tmp_path))
+    for name in [name for name in sys.modules if name.startswith("mutated_")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(kernels.__all__) - {"sample"}))
+def test_no_mistake_is_no_difference(name):
+    assert_accurate(getattr(kernels, name), **small_calls()[name])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_breaks_the_rule(mistake, mutated):
+    (module, op), *changes = MISTAKES[mistake]
+    wrong = getattr(mutated(module, changes), op)
+    with pytest.raises(AssertionError, match=r"exceeds the budget|NaN at"):
+        assert_accurate(wrong, **small_calls()[op])
+
+
+def test_a_tile_that_follows_the_batch_is_seen(monkeypatch):
+    """What test_matmul.py asserts fails where sums are cut by the number of rows."""
+    x, weight = random(17, 300), random(48, 300)
+    tile = matmul.pipeline(x)
+
+    def projected(rows):
+        by_batch = {"BLOCK_D": 64 if rows.stop - rows.start < 4 else 32}
+        monkeypatch.setattr(matmul, "pipeline", lambda _: tile | by_batch)
+        return matmul.skinny_linear(x[rows], weight)
+
+    with pytest.raises(AssertionError, match="rows 0 to 0 differ"):
+        assert_row_invariant(projected, 17)

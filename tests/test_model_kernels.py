@@ -1,0 +1,78 @@
+"""The whole model on the kernels, beside the same model on their oracles."""
+
+import pytest
+import torch
+from accuracy import DEVICE, assert_within_budget
+from random_models import MODEL_TYPES, random_model
+from torch import Tensor
+from twins import gemcut_twin, greedy, load_model, random_ids, stepwise_logits
+
+from gemcut import kernels
+from gemcut.engine import Engine, SamplingParams
+from gemcut.engine.hub import DEMO
+from gemcut.engine.model import Gemma
+from gemcut.kernels import reference
+
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def random_twin(model_type: str, ops, dtype: torch.dtype) -> Gemma:
+    """A small random model of a family: window 5, so a prefill chunk of 7 makes a ring of 12."""
+    theirs = random_model(model_type, max_position_embeddings=128)
+    return gemcut_twin(theirs, ops, dtype, DEVICE)
+
+
+def assert_same_logits_by_the_rule(model_of, ids: Tensor, prefilled: int, chunk: int) -> None:
+    """Logits of a chunked prefill and of decode steps after it, in model_of(ops, dtype)."""
+
+    def logits(ops, dtype: torch.dtype) -> Tensor:
+        return stepwise_logits(model_of(ops, dtype), ids, prefilled, chunk)
+
+    exact = logits(reference, torch.float64).double()
+    for dtype in (torch.float32, torch.bfloat16):
+        eager, actual = logits(reference, dtype), logits(kernels, dtype)
+        assert_within_budget(f"logits in {dtype}", actual, eager, exact)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_logits_of_every_family(model_type):
+    """26 tokens are five windows and more than two turns of the ring."""
+    ids = random_ids(26, 97).to(DEVICE)
+    assert_same_logits_by_the_rule(
+        lambda ops, dtype: random_twin(model_type, ops, dtype), ids, prefilled=18, chunk=7
+    )
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_greedy_tokens_of_every_family(model_type):
+    prompts = [random_ids(length, 97, seed=length).to(DEVICE) for length in (3, 11)]
+    expected = greedy(random_twin(model_type, reference, torch.float32), prompts, 15, 7)
+    actual = greedy(random_twin(model_type, kernels, torch.float32), prompts, 15, 7)
+    assert torch.equal(actual, expected)
+
+
+def test_logits_of_the_demo_model():
+    """Its window is 64; with chunks of 16 its ring has 80 places, which 84 tokens wrap."""
+    ids = torch.randint(4, 3000, (84,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert_same_logits_by_the_rule(
+        lambda ops, dtype: load_model(DEMO, ops, dtype, DEVICE), ids, prefilled=78, chunk=16
+    )
+
+
+def test_the_engine_on_the_kernels_gives_the_references_text():
+    """Greedy and seeded, past the window and past one turn of the ring."""
+    prompt = "It was a bright cold morning of the early spring, and we sat after breakfast " * 4
+    texts = []
+    for ops in ("triton", "reference"):
+        with Engine.from_pretrained(
+            "demo", ops=ops, dtype="float32", device=DEVICE, max_seq_len=256, prefill_chunk=16
+        ) as engine:
+            assert len(engine.tokenizer.encode(prompt)) > 64
+            params = [
+                SamplingParams(max_tokens=18, temperature=0),
+                SamplingParams(max_tokens=18, temperature=0.8, top_k=40, top_p=0.9, seed=7),
+            ]
+            outputs = engine.generate([prompt, prompt], params)
+            texts.append([output.text for output in outputs])
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]

@@ -1,0 +1,315 @@
+"""Compiles every kernel ahead of time, for five GPU generations, and holds it to the house's rules.
+
+    python -P -m gemcut.tools.compile_report            gemma-2-2b on sm_90: what CI runs
+    python -P -m gemcut.tools.compile_report --all --json FILE      every model and part
+    python -P -m gemcut.tools.compile_report --models gemma-3-1b --parts sm_80 sm_120
+
+No GPU is needed.  The real model runs, on fake tensors, and each launch is written down instead of
+made; so what is compiled is what the engine launches, tile and argument for argument.  Exits with 1
+where a rule is broken:
+
+    no spills           no local memory: registers suffice
+    shared memory       within what one block may have on that part
+    tensor cores        in whatever multiplies matrices; HGMMA in prefill attention on sm_90
+    wide loads          16 bytes at a time in whatever memory bounds
+    64-bit addresses    no 32-bit product of two values that are not known at compile time
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from gemcut import kernels
+from gemcut.engine.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.model import Gemma
+from gemcut.engine.weights import empty_weights
+from gemcut.kernels import parts
+from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.parts import SHARED_MEMORY
+
+MODELS = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
+MODELS += ("vaultgemma-1b", "gemma-3-1b")
+QUICK = {"models": ["gemma-2-2b"], "parts": ["sm_90"]}
+CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
+CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
+BATCHES = (1, 16)
+MAX_SEQ_LEN = 8192
+# kernels that move too little for the width of a load to matter
+SMALL = {"rope_tables_kernel"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPE_NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+COUNTED = {
+    "tensor_core": r"\bHMMA|HGMMA|UTC\w*MMA",
+    "hgmma": r"HGMMA",
+    "wide_loads": r"\bLDG\.E[\w.]*\.128|LDGSTS[\w.]*\.128|UTMALDG|UBLKCP",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as the compiler sees it: types, constants, and what 16 divides."""
+
+    module: str
+    kernel: str
+    part: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass
+class Cell:
+    """What became of one launch; `models` are those that make it."""
+
+    kernel: str
+    part: str
+    tile: dict[str, int]
+    models: list[str]
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    multiplies: bool = False
+    narrow_products: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str | None = None
+
+    def problems(self) -> Iterator[str]:
+        """The rules that this cell breaks."""
+        if self.error is not None:
+            yield self.error
+            return
+        if self.spill_bytes:
+            yield f"spills {self.spill_bytes} bytes of registers"
+        if self.shared_bytes > SHARED_MEMORY[self.part]:
+            yield f"{self.shared_bytes} bytes of shared memory > {SHARED_MEMORY[self.part]}"
+        if self.multiplies and not self.instructions["tensor_core"]:
+            yield "no tensor cores"
+        warpgroup = self.kernel == "attention_prefill_kernel" and self.part == "sm_90"
+        if warpgroup and not self.instructions["hgmma"]:
+            yield "no HGMMA"
+        if self.kernel not in SMALL and not self.instructions["wide_loads"]:
+            yield "no 16-byte loads"
+        for line in self.narrow_products:
+            yield f"a 32-bit product: {line}"
+
+
+def launches(config: GemmaConfig, name: str) -> set[Launch]:
+    """What a model launches on a part: a prefill chunk, decode steps, every choice of tokens."""
+    found: set[Launch] = set()
+
+    def record(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
+        found.add(_launch(kernel, name, arguments))
+
+    parts._generation.cache_clear()
+    known = {"return_value": CAPABILITY[name]}
+    capability = mock.patch.object(torch.cuda, "get_device_capability", **known)
+    with FakeTensorMode(), capability, mock.patch.object(JITFunction, "run", record):
+        _run(config)
+    parts._generation.cache_clear()
+    return found
+
+
+def _run(config: GemmaConfig) -> None:
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    # six layers show every kind: Gemma 3 has a global one in six
+    config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
+    model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
+    cache = KVCache(
+        config,
+        num_slots=max(BATCHES),
+        max_seq_len=min(MAX_SEQ_LEN, config.context_length),
+        prefill_chunk=PREFILL_CHUNK,
+        device=device,
+        dtype=dtype,
+    )
+    model.prefill(torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device), cache, slot=0)
+    for batch in BATCHES:
+        index = torch.empty(batch, dtype=torch.int64, device=device)
+        logits = model.decode(index, cache, index, index)
+        hidden = torch.empty(batch, config.hidden_size, dtype=dtype, device=device)
+        kernels.lm_head_argmax(hidden, model.weights.lm_head, config.final_softcap)
+        setting = torch.empty(batch, device=device)
+        counts = torch.empty(logits.shape, dtype=torch.int32, device=device)
+        kernels.penalize(logits, counts, counts.bool(), setting, setting, setting)
+        kernels.sample(logits)
+        kernels.sample(logits, setting, index, setting, setting, index, index)
+
+
+def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch:
+    """Specialised as Triton's own launcher does: None and 1 are constants, 16 is a divisor."""
+    signature, constants, divisible = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            kind = "constexpr"
+            constants.append((index, value))
+        elif isinstance(value, torch.Tensor):
+            kind = TYPE_NAMES[value.dtype]
+            divisible.append(index)  # torch allocates at multiples of 512 bytes
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(index)
+        signature.append((parameter.name, kind))
+    options = {k: arguments[k] for k in ("num_warps", "num_stages") if k in arguments}
+    return Launch(
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        name,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        tuple(options.items()),
+    )
+
+
+def compile_launch(launch: Launch, models: list[str]) -> Cell:
+    """Compile one launch and read what the compiler made of it."""
+    names = [name for name, _ in launch.signature]
+    tile = {names[i]: value for i, value in launch.constants if names[i].startswith("BLOCK")}
+    cell = Cell(launch.kernel, launch.part, tile | dict(launch.options), models)
+    kernel = getattr(import_module(launch.module), launch.kernel)
+    major, minor = CAPABILITY[launch.part]
+    triton.knobs.compilation.always_compile = True  # a cached result would take no seconds
+    started = time.perf_counter()
+    try:
+        compiled = triton.compile(
+            ASTSource(
+                fn=kernel,
+                signature=dict(launch.signature),
+                constexprs={(index,): value for index, value in launch.constants},
+                attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+            ),
+            target=GPUTarget("cuda", 10 * major + minor, 32),
+            options={**dict(launch.options), "enable_fp_fusion": True},
+        )
+    except Exception as error:  # whatever a compiler of somebody else's may raise: it is reported
+        cell.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return cell
+    cell.seconds = round(time.perf_counter() - started, 2)
+    usage, code = _disassembled(compiled.asm["cubin"])
+    cell.registers = int(_given(re.search(r"REG:(\d+)", usage))[1])
+    cell.spill_bytes = int(_given(re.search(r"STACK:(\d+)", usage))[1])
+    cell.shared_bytes = compiled.metadata.shared
+    cell.instructions = {name: len(re.findall(regex, code)) for name, regex in COUNTED.items()}
+    cell.multiplies = "tt.dot" in compiled.asm["ttir"]
+    cell.narrow_products = narrow_products(compiled.asm["ttir"])
+    return cell
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Lines of Triton's IR that multiply two 32-bit integers neither of which is a constant."""
+    constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
+    products = re.findall(r"arith\.muli (%\w+), (%\w+) : (?:tensor<[\dx]+xi32>|i32)\b", ttir)
+    return [f"{a} * {b}" for a, b in products if not constants & {a, b}]
+
+
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code of a compiled kernel, as cuobjdump prints them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [CUOBJDUMP, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        return dump("-res-usage"), dump("-sass")
+
+
+def _given(match: re.Match | None) -> re.Match:
+    if match is None:
+        raise RuntimeError("cuobjdump -res-usage printed neither registers nor stack")
+    return match
+
+
+def report(models: list[str], parts: list[str], jobs: int) -> list[Cell]:
+    """Compile what these models launch on these parts, each distinct kernel once."""
+    wanted: dict[Launch, list[str]] = {}
+    for model in models:
+        for name in parts:
+            for launch in launches(PUBLISHED[model], name):
+                wanted.setdefault(launch, []).append(model)
+    order = sorted(wanted, key=lambda launch: (launch.kernel, launch.part, str(launch)))
+    # spawned: a fork would inherit torch's threads
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        cells = []
+        for cell in pool.map(compile_launch, order, [wanted[launch] for launch in order]):
+            cells.append(cell)
+            print(_row(cell), flush=True)
+    return cells
+
+
+HEADER = "kernel                     part     regs spill  shared  mma  16B     s  models"
+
+
+def _row(cell: Cell) -> str:
+    counts = cell.instructions or {"tensor_core": 0, "wide_loads": 0}
+    line = (
+        f"{cell.kernel.removesuffix('_kernel'):<27}{cell.part:<8}{cell.registers:>5}"
+        f"{cell.spill_bytes:>6}{cell.shared_bytes:>8}{counts['tensor_core']:>5}"
+        f"{counts['wide_loads']:>5}{cell.seconds:>6.1f}  {', '.join(cell.models)}"
+    )
+    return "\n".join([line, *(f"    BROKEN: {problem}" for problem in cell.problems())])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, write JSON where asked to; 1 where a rule is broken."""
+    parser = argparse.ArgumentParser(
+        prog="python -P -m gemcut.tools.compile_report",
+        description="Compile every kernel for GPUs that are not here, and check what comes of it.",
+    )
+    parser.add_argument("--all", action="store_true", help="every model and part")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=QUICK["models"])
+    parser.add_argument("--parts", nargs="+", choices=list(CAPABILITY), default=QUICK["parts"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every cell here")
+    arguments = parser.parse_args(argv)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
+    models = list(MODELS) if arguments.all else arguments.models
+    parts = list(CAPABILITY) if arguments.all else arguments.parts
+
+    print(f"triton {triton.__version__}, bf16, {', '.join(models)}\n{HEADER}")
+    cells = report(models, parts, arguments.jobs)
+    broken = sum(any(cell.problems()) for cell in cells)
+    seconds = sum(cell.seconds for cell in cells)
+    print(f"{len(cells)} compilations, {broken} break a rule; {seconds:.0f} s of compiling")
+    if arguments.json is not None:
+        rows = [asdict(cell) | {"problems": list(cell.problems())} for cell in cells]
+        content = {"triton": triton.__version__, "dtype": "bfloat16", "cells": rows}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
