@@ -71,7 +71,7 @@ def head_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def lm_head_kernel(
     x_ptr, w_ptr, logits_ptr,  # [M, D], [V, D], [M, V] float32
     stride_x_m,
@@ -111,7 +111,7 @@ def greatest(logits, ids):
     return tl.where(has_nan, float("nan"), best), best_id
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def lm_head_argmax_kernel(
     x_ptr, w_ptr,  # [M, D], [V, D]
     tile_best_ptr, tile_ids_ptr,  # [tiles, M] float32 and int64: what each program keeps
@@ -157,6 +157,11 @@ def lm_head_argmax_kernel(
         tl.store(counter_ptr, 0)
 
 
+def _tile(x: Tensor) -> dict[str, int]:
+    """With four warps ptxas would rather spill the last addresses than give a thread more room."""
+    return {**pipeline(x), "BLOCK_V": rows_of_weight(x, BLOCK_V), "num_warps": 8}
+
+
 def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
     """Scaled rows of the table: token_ids [M], table [V, D] -> [M, D].
 
@@ -189,10 +194,10 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     M, (V, D) = x.shape[0], weight.shape
     logits = torch.empty((M, V), device=x.device, dtype=torch.float32)
     if M:
-        block_v = rows_of_weight(x, BLOCK_V)
-        lm_head_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(V, block_v))](
+        tile = _tile(x)
+        lm_head_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(V, tile["BLOCK_V"]))](
             x_ptr=x, w_ptr=weight, logits_ptr=logits, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, BLOCK_V=block_v, **pipeline(x),
+            M=M, V=V, D=D, SOFTCAP=softcap, **tile,
         )  # fmt: skip
     return logits
 
@@ -208,8 +213,8 @@ def lm_head_argmax(
     check_linear(x, weight, None)
     check_softcap(softcap)
     M, (V, D) = x.shape[0], weight.shape
-    block_v = rows_of_weight(x, BLOCK_V)
-    groups, tiles = triton.cdiv(M, BLOCK_M), triton.cdiv(V, block_v)
+    tile = _tile(x)
+    groups, tiles = triton.cdiv(M, BLOCK_M), triton.cdiv(V, tile["BLOCK_V"])
     if counters is None:
         counters = torch.zeros(groups, dtype=torch.int32, device=x.device)
     check_counters(counters, groups, x)
@@ -222,6 +227,6 @@ def lm_head_argmax(
         lm_head_argmax_kernel[(groups, tiles)](
             x_ptr=x, w_ptr=weight, tile_best_ptr=tile_best, tile_ids_ptr=tile_ids,
             counters_ptr=counters, best_ptr=best, ids_ptr=ids, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, BLOCK_V=block_v, **pipeline(x),
+            M=M, V=V, D=D, SOFTCAP=softcap, **tile,
         )  # fmt: skip
     return best, ids

@@ -7,8 +7,9 @@
 A program owns BLOCK_N columns of y for 16 rows of x and streams its rows of the weight once, 16
 bytes a load, through a pipeline of asynchronous copies.  Sums are float32 and rounded once.
 
-Batch invariance: the tile depends on the weight's shape and the part, never on M; missing rows are
-masked, further rows are further programs.  So a row's bits do not depend on its company.
+Batch invariance: the tile depends on the weight's shape and the part, never on M, for which Triton
+must not specialise; missing rows are masked, further rows are further programs.  So all batch sizes
+run the same code, and a row's bits do not depend on its company.
 
 Cost: N D weights read once for 16 rows, plus 2 M (N + D) elements of activations; 2 M N D
 operations.  At 16 rows that is 16 operations a byte in bf16, a tenth of what an H100 could do for
@@ -45,7 +46,7 @@ def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def skinny_linear_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,  # [M, D], [N, D], [N], [M, N], [M, N]
     stride_x_m, stride_residual_m,
@@ -80,7 +81,7 @@ def skinny_linear_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_linear_kernel(
     residual_ptr, branch_ptr, summed_ptr,  # [M, D] x 3
     post_w_ptr, norm_w_ptr,  # [D] x 2

@@ -51,7 +51,7 @@ def geglu_kernel(
     tl.store(y_ptr + row * F + offs_f, y.to(y_ptr.dtype.element_ty), mask=mask_f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_linear_geglu_kernel(
     residual_ptr, branch_ptr, summed_ptr,  # [M, D] x 3
     post_w_ptr, norm_w_ptr,  # [D] x 2
@@ -67,7 +67,7 @@ def norm_linear_geglu_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     start_n = tl.program_id(1).to(tl.int64) * BLOCK_N
     offs_2n = tl.arange(0, 2 * BLOCK_N)  # BLOCK_N rows of gate, then the same of up
-    rows = start_n + offs_2n % BLOCK_N + offs_2n // BLOCK_N * F
+    rows = start_n + offs_2n % BLOCK_N + (offs_2n // BLOCK_N).to(tl.int64) * F
     mask_m, mask_rows = offs_m < M, start_n + offs_2n % BLOCK_N < F
     # one program of all stores the sum
     mask_stored = offs_m < tl.where(tl.program_id(1) == 0, M, 0)

@@ -34,7 +34,7 @@ from gemcut.kernels.rotary import rope_and_store_
 BLOCK_I = 16  # pairs of dimensions: 32 rows of the weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_qkv_kernel(
     residual_ptr, branch_ptr, summed_ptr,  # [M, D] x 3
     post_w_ptr, norm_w_ptr,  # [D] x 2

@@ -169,7 +169,9 @@ def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch
     signature, constants, divisible = [], [], []
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = parameter.do_not_specialize
+        is_one = type(value) is int and value == 1 and not plain
+        if parameter.is_constexpr or value is None or is_one:
             kind = "constexpr"
             constants.append((index, value))
         elif isinstance(value, torch.Tensor):
@@ -177,7 +179,7 @@ def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch
             divisible.append(index)  # torch allocates at multiples of 512 bytes
         else:
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not plain:
                 divisible.append(index)
         signature.append((parameter.name, kind))
     options = {k: arguments[k] for k in ("num_warps", "num_stages") if k in arguments}
@@ -229,7 +231,7 @@ def compile_launch(launch: Launch, models: list[str]) -> Cell:
 def narrow_products(ttir: str) -> list[str]:
     """Lines of Triton's IR that multiply two 32-bit integers neither of which is a constant."""
     constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
-    products = re.findall(r"arith\.muli (%\w+), (%\w+) : (?:tensor<[\dx]+xi32>|i32)\b", ttir)
+    products = re.findall(r"arith\.muli (%\w+), (%\w+) : (?:tensor<[\dx]+xi32>|i32\b)", ttir)
     return [f"{a} * {b}" for a, b in products if not constants & {a, b}]
 
 

@@ -1,0 +1,105 @@
+"""What CI compiles, and that a broken rule is reported."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from gemcut.kernels.parts import SHARED_MEMORY
+from gemcut.tools.compile_report import Cell, narrow_products
+
+COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+RUN = "import sys; from gemcut.tools.compile_report import main; sys.exit(main(sys.argv[1:]))"
+GOOD = Cell(
+    "attention_prefill_kernel",
+    "sm_90",
+    tile={"BLOCK_M": 128},
+    models=["gemma-2-2b"],
+    registers=200,
+    shared_bytes=100_000,
+    instructions={"tensor_core": 8, "hgmma": 8, "wide_loads": 8},
+    multiplies=True,
+)
+
+
+def report(*arguments: str, before: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P", "-c", before + RUN, *arguments]
+    return subprocess.run(command, env=COMPILING, capture_output=True, text=True)
+
+
+def test_the_kernels_of_a_model_keep_the_rules(tmp_path):
+    """gemma-2-2b on sm_90; `--all` compiles the rest."""
+    file = tmp_path / "report.json"
+    run = report("--json", str(file))
+    assert run.returncode == 0, run.stdout + run.stderr
+    cells = json.loads(file.read_text())["cells"]
+    kernels = {cell["kernel"] for cell in cells}
+    assert len(kernels) == 17 - 1  # norm_linear is Gemma 3's alone
+    assert {cell["spill_bytes"] for cell in cells} == {0}
+    prefill = [cell for cell in cells if cell["kernel"] == "attention_prefill_kernel"]
+    assert all(cell["instructions"]["hgmma"] for cell in prefill)
+
+
+def test_a_tile_that_spills_is_reported():
+    """Prefill attention with a quarter of its warps: 128 x 256 sums do not fit their registers."""
+    before = (
+        "from gemcut.kernels import prefill_attention as p\n"
+        "p._tile = lambda *_: dict(BLOCK_M=128, BLOCK_N=64, num_warps=2, num_stages=2)\n"
+        "import gemcut.tools.compile_report as c\n"
+        "launches = c.launches\n"
+        "c.launches = lambda *a: {l for l in launches(*a) if 'prefill' in l.kernel}\n"
+    )
+    run = report(before=before)
+    assert run.returncode == 1, run.stderr
+    assert "BROKEN: spills" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes of registers"),
+        ({"shared_bytes": 232_449}, "232449 bytes of shared memory > 232448"),
+        ({"part": "sm_89", "shared_bytes": 101_377}, "101377 bytes of shared memory > 101376"),
+        ({"instructions": {"tensor_core": 8, "hgmma": 0, "wide_loads": 8}}, "no HGMMA"),
+        ({"instructions": {"tensor_core": 8, "hgmma": 8, "wide_loads": 0}}, "no 16-byte loads"),
+        ({"narrow_products": ["%a * %b"]}, "a 32-bit product: %a * %b"),
+        ({"error": "CompilationError: no"}, "CompilationError: no"),
+        (
+            {
+                "kernel": "lm_head_kernel",
+                "instructions": {"tensor_core": 0, "hgmma": 0, "wide_loads": 8},
+            },
+            "no tensor cores",
+        ),
+    ],
+)
+def test_each_rule(change, problem):
+    assert list(GOOD.problems()) == []
+    assert list(replace(GOOD, **change).problems()) == [problem]
+
+
+def test_every_part_has_a_limit():
+    assert set(SHARED_MEMORY) == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120"}
+
+
+def test_narrow_products_are_found():
+    ttir = """
+      %block = arith.constant 64 : i32
+      %0 = arith.muli %pid, %block : i32
+      %1 = arith.muli %row, %stride : i32
+      %2 = arith.muli %row_64, %stride_64 : i64
+      %3 = arith.muli %offs, %strides : tensor<64x1xi32>
+    """
+    assert narrow_products(ttir) == ["%row * %stride", "%offs * %strides"]
+
+
+def test_bad_input():
+    assert "invalid choice: 'sm_70'" in report("--parts", "sm_70").stderr
+    command = [sys.executable, "-P", "-c", RUN]
+    interpreted = {**COMPILING, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=interpreted, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "TRITON_INTERPRET is set" in run.stderr
