@@ -33,8 +33,10 @@ from gemcut.tokenizer import render_chat
 
 COMMAND = [sys.executable, "-P", "-c", "import sys; from gemcut.engine.cli import main\n"]
 COMMAND[-1] += "sys.exit(main())"
-# unbuffered, Python would write at once what the command forgets to flush
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+# unbuffered, Python would write at once what the command forgets to flush; and users have no
+# interpreter on
+UNWANTED = {"PYTHONUNBUFFERED", "TRITON_INTERPRET"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in UNWANTED}
 GREEDY = ["--temperature", "0"]
 PATIENCE = 30  # seconds for a process to import torch and to answer
 
@@ -170,7 +172,6 @@ def test_default_sampling(command, max_tokens):
         pytest.param(["generate", "a", "--max-seq-len", "2"], "slot holds 2", id="slot-too-short"),
         pytest.param(["generate", "a", "--dtype", "float16"], "overflow", id="dtype"),
         pytest.param(["generate", "a", "--device", "tpu"], "device 'tpu'", id="device"),
-        pytest.param(["generate", "a", "--ops", "triton"], "'triton'", id="not-implemented"),
         pytest.param(["generate", "a", "--ops", "cublas"], "'cublas'", id="ops"),
         pytest.param(["generate", "a", "--logprobs", "1"], "add --json", id="unshown-logprobs"),
         pytest.param(["generate", "a\udcff"], "lone surrogate U+DCFF", id="broken-argument"),
@@ -201,6 +202,12 @@ def test_errors_of_the_machine_are_one_line_too(run, monkeypatch, error, message
 
     monkeypatch.setattr(Engine, "from_pretrained", fail)
     assert message in error_line(run("generate", "a"))
+
+
+def test_kernels_on_a_cpu_are_refused():
+    command = [*COMMAND, "generate", "a", "--device", "cpu", "--ops", "triton"]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert "ops 'triton' needs a GPU" in error_line((run.returncode, run.stdout, run.stderr))
 
 
 def test_a_defect_is_not_dressed_as_a_mistake_of_the_user(run, monkeypatch):

@@ -5,7 +5,14 @@ import torch
 from accuracy import DEVICE, assert_within_budget
 from random_models import MODEL_TYPES, random_model
 from torch import Tensor
-from twins import gemcut_twin, greedy, load_model, random_ids, stepwise_logits
+from twins import (
+    gemcut_twin,
+    greedy,
+    load_model,
+    new_cache,
+    random_ids,
+    stepwise_logits,
+)
 
 from gemcut import kernels
 from gemcut.engine import Engine, SamplingParams
@@ -57,6 +64,27 @@ def test_logits_of_the_demo_model():
     assert_same_logits_by_the_rule(
         lambda ops, dtype: load_model(DEMO, ops, dtype, DEVICE), ids, prefilled=78, chunk=16
     )
+
+
+@by_dtype
+@torch.inference_mode()
+def test_a_sequence_decodes_to_the_same_bits_in_any_company(dtype):
+    """Alone, and as each row of a batch of three of other lengths, one of which is inactive."""
+    model = random_twin("gemma2", kernels, dtype)
+    lengths = (3, 18, 9)
+    cache = new_cache(model, len(lengths), prefill_chunk=7)
+    for slot, length in enumerate(lengths):
+        model.prefill(random_ids(length, 97, seed=slot).to(DEVICE), cache, slot)
+    ids, slots = torch.tensor([5, 6, 7], device=DEVICE), torch.arange(3, device=DEVICE)
+    positions = torch.tensor(lengths, device=DEVICE)
+
+    together = model.decode(ids, cache, slots, positions)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = model.decode(ids[one], cache, slots[one], positions[one])
+        assert torch.equal(alone[0], together[row])
+    without = model.decode(ids, cache, slots, positions.where(slots != 1, -1))
+    assert torch.equal(without[[0, 2]], together[[0, 2]])
 
 
 def test_the_engine_on_the_kernels_gives_the_references_text():

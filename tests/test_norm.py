@@ -1,6 +1,7 @@
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, assert_accurate, random
+from accuracy import DEVICE, DTYPES, assert_accurate, assert_row_invariant, random
+from torch import Tensor
 
 from gemcut.kernels.norm import add_rmsnorm_, rmsnorm
 
@@ -51,6 +52,19 @@ def test_zeros_are_the_identity_weight():
     x = torch.tensor([[3.0, -3.0]], device=DEVICE)
     y = rmsnorm(x, torch.zeros(2, device=DEVICE), 0.0)
     torch.testing.assert_close(y, torch.tensor([[1.0, -1.0]], device=DEVICE))
+
+
+@by_dtype
+def test_a_row_does_not_depend_on_its_company(dtype):
+    x, residual = random(16, 300, dtype=dtype), random(16, 300, dtype=dtype)
+    w = random(300, dtype=dtype)
+
+    def added(rows: slice) -> tuple[Tensor, Tensor]:
+        kept = residual[rows].clone()
+        return add_rmsnorm_(kept, x[rows], w, w, EPS), kept
+
+    assert_row_invariant(lambda rows: rmsnorm(x[rows], w, EPS), 16)
+    assert_row_invariant(added, 16)
 
 
 def test_no_rows():

@@ -35,6 +35,7 @@ from unittest import mock
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -48,7 +49,7 @@ from gemcut.kernels import parts
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import SHARED_MEMORY
 
-MODELS = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
+MODELS: tuple[str, ...] = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 MODELS += ("vaultgemma-1b", "gemma-3-1b")
 QUICK = {"models": ["gemma-2-2b"], "parts": ["sm_90"]}
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
@@ -130,9 +131,12 @@ def launches(config: GemmaConfig, name: str) -> set[Launch]:
         found.add(_launch(kernel, name, arguments))
 
     parts._generation.cache_clear()
-    known = {"return_value": CAPABILITY[name]}
-    capability = mock.patch.object(torch.cuda, "get_device_capability", **known)
-    with FakeTensorMode(), capability, mock.patch.object(JITFunction, "run", record):
+    capability = mock.Mock(return_value=CAPABILITY[name])
+    with (
+        FakeTensorMode(),
+        mock.patch.object(torch.cuda, "get_device_capability", capability),
+        mock.patch.object(JITFunction, "run", record),
+    ):
         _run(config)
     parts._generation.cache_clear()
     return found
@@ -201,7 +205,7 @@ def compile_launch(launch: Launch, models: list[str]) -> Cell:
     cell = Cell(launch.kernel, launch.part, tile | dict(launch.options), models)
     kernel = getattr(import_module(launch.module), launch.kernel)
     major, minor = CAPABILITY[launch.part]
-    triton.knobs.compilation.always_compile = True  # a cached result would take no seconds
+    knobs.compilation.always_compile = True  # a cached result would take no seconds
     started = time.perf_counter()
     try:
         compiled = triton.compile(
@@ -284,6 +288,21 @@ def _row(cell: Cell) -> str:
     return "\n".join([line, *(f"    BROKEN: {problem}" for problem in cell.problems())])
 
 
+def summary(cells: list[Cell]) -> str:
+    """Markdown: the most registers and KB of shared memory that each kernel takes on each part."""
+    names = [name for name in CAPABILITY if any(cell.part == name for cell in cells)]
+    lines = [f"| kernel | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for kernel in sorted({cell.kernel for cell in cells}):
+        row = [kernel.removesuffix("_kernel")]
+        for name in names:
+            same = [cell for cell in cells if (cell.kernel, cell.part) == (kernel, name)]
+            registers = max((cell.registers for cell in same), default=0)
+            shared = max((cell.shared_bytes for cell in same), default=0)
+            row.append(f"{registers} / {shared / 1024:.0f}")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table, write JSON where asked to; 1 where a rule is broken."""
     parser = argparse.ArgumentParser(
@@ -298,13 +317,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
-    models = list(MODELS) if arguments.all else arguments.models
-    parts = list(CAPABILITY) if arguments.all else arguments.parts
+    models: list[str] = list(MODELS) if arguments.all else arguments.models
+    names: list[str] = list(CAPABILITY) if arguments.all else arguments.parts
 
     print(f"triton {triton.__version__}, bf16, {', '.join(models)}\n{HEADER}")
-    cells = report(models, parts, arguments.jobs)
+    cells = report(models, names, arguments.jobs)
     broken = sum(any(cell.problems()) for cell in cells)
     seconds = sum(cell.seconds for cell in cells)
+    print(f"\nregisters / KB of shared memory, the most of each kernel\n\n{summary(cells)}\n")
     print(f"{len(cells)} compilations, {broken} break a rule; {seconds:.0f} s of compiling")
     if arguments.json is not None:
         rows = [asdict(cell) | {"problems": list(cell.problems())} for cell in cells]
