@@ -58,6 +58,10 @@ class KVCache:
                 f"lower max_batch_size or max_seq_len"
             ) from error
         self.layers = layers
+        # scratch by which the programs of one launch count themselves; zero between launches
+        self.counters = torch.zeros(
+            num_slots * config.num_kv_heads, device=device, dtype=torch.int32
+        )
 
 
 def layer_capacity(config: GemmaConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:

@@ -337,12 +337,12 @@ class Engine:
             raise RuntimeError("a logits processor must not call its own engine")
         self._stepping = True
         try:
-            self._scheduler.admit()
-            fresh = [s for s in self._scheduler.running if not s.output_ids]
-            if fresh:
-                self._guarded(self._prefill, fresh[:1])
-            if begun := [s for s in self._scheduler.running if s.output_ids]:
-                self._guarded(self._decode, begun)
+            with torch.accelerator.device_index(self.model.device.index):  # where Triton launches
+                self._scheduler.admit()
+                if fresh := [s for s in self._scheduler.running if not s.output_ids]:
+                    self._guarded(self._prefill, fresh[:1])
+                if begun := [s for s in self._scheduler.running if s.output_ids]:
+                    self._guarded(self._decode, begun)
         finally:
             self._stepping = False
 

@@ -77,9 +77,10 @@ class Gemma:
         slots = torch.full_like(positions, slot)
         tables = self._rope_tables(positions, torch.full_like(positions, length))
         chunk = {
-            "slots": torch.tensor([slot], device=self.device),
-            "starts": torch.tensor([start], device=self.device),
-            "cu_seqlens": torch.tensor([0, T], device=self.device),
+            # filled on the device: a copy from the host would wait for it
+            "slots": torch.full((1,), slot, device=self.device),
+            "starts": torch.full((1,), start, device=self.device),
+            "cu_seqlens": torch.arange(0, T + 1, T, device=self.device),
         }
 
         residual = ops.embed(token_ids, self.weights.embedding, self.embedding_scale)  # [T, D]
@@ -136,7 +137,13 @@ class Gemma:
                 layer.k_norm,
             )  # [B, HQ, K]
             attended = ops.attention_decode(
-                q.unsqueeze(1), kv.k, kv.v, slots, positions, **self._attention(i)
+                q.unsqueeze(1),
+                kv.k,
+                kv.v,
+                slots,
+                positions,
+                counters=cache.counters,
+                **self._attention(i),
             )
             post_norm = layer.post_attention_norm
             residual, branch = self._project(

@@ -10,6 +10,8 @@ is one fused multiply-add and one exp2.  The mask comes after the softcap: a cap
 key computes exp2(-inf) = 0 and never inf - inf.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -92,7 +94,7 @@ def check_attention(
     require(HQ > 0 and HQ % HK == 0, f"{HQ} query heads cannot share {HK} KV heads evenly")
     require(C * K < 2**31, f"capacity {C} x head_dim {K} is not below 2**31")
     require(q.stride(-1) == 1, f"q has strides {list(q.stride())}, the last must be 1")
-    require(scale > 0, f"scale {scale} is not above 0")
+    require(0 < scale < math.inf, f"scale {scale} is not above 0 and finite")
     check_softcap(softcap)
     require(
         sliding_window is None or sliding_window >= 1, f"sliding_window {sliding_window} is below 1"

@@ -1,5 +1,7 @@
 """Checks that stand before a launch: a kernel launched on wrong shapes reads foreign memory."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,12 @@ def check_tensors(x: Tensor, **others: Tensor | None) -> None:
         x.is_cuda or (INTERPRETED and x.is_cpu),
         f"a kernel needs tensors on cuda, not {x.device}; a CPU runs gemcut.kernels.reference, "
         f"or the kernels themselves with TRITON_INTERPRET=1 set before the import",
+    )
+    require(
+        not x.is_cuda or x.get_device() == torch.cuda.current_device(),
+        f"the tensors are on {x.device}, but the current device is "
+        f"{torch.cuda.current_device() if x.is_cuda else 'cpu'}: Triton launches there; "
+        f"call under torch.cuda.device({x.device.index})",
     )
     require(x.dtype in DTYPES, f"dtype {x.dtype} is not supported; float32, bfloat16, float16 are")
     for name, other in others.items():
@@ -67,7 +75,10 @@ def check_counters(counters: Tensor, count: int, x: Tensor) -> None:
 
 def check_softcap(softcap: float | None) -> None:
     """A cap is positive, or absent."""
-    require(softcap is None or softcap > 0, f"softcap is {softcap}, must be above 0 or None")
+    require(
+        softcap is None or 0 < softcap < math.inf,
+        f"softcap is {softcap}, must be above 0 and finite, or None",
+    )
 
 
 def check_cache(k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int, int]:

@@ -4,10 +4,10 @@
     y[t]    = sum_j softmax_j(s[t, j]) * v[j]  position + t - W < j <= position + t
 
 q, y [B, T, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C.  The keys that a
-row sees are cut into splits of SPLIT keys, counted from its first.  One program takes one split of
-one KV head of one row; the T * GROUP_SIZE queries that share the head are one tile of tl.dot.  A
-program leaves its unnormalised acc, m and l in a workspace and counts itself; the last to do so
-adds the splits up in their order.  A row of one split is written at once.
+row sees are cut into splits of SPLIT keys, counted from its first.  A program takes every n-th
+split of one KV head of one row; the T * GROUP_SIZE queries that share the head are one tile of
+tl.dot.  It leaves each split's unnormalised acc, m and l in a workspace and counts itself; the last
+to do so adds the splits up in their order.  A row of one split is written at once.
 
 So the cut and every sum depend on the row's own length, the model's shape and the part, never on
 the batch or on which program came last: a row's result is the same bits in any company.
@@ -40,6 +40,10 @@ from gemcut.kernels.parts import part
 
 MAX_Q_LEN = 8  # tokens of a row; more are a prefill
 MAX_PACKED_ROWS = 64  # T * GROUP_SIZE queries in one tile
+MAX_SPLITS = 256  # of a row: a longer cache is cut into longer splits
+# Programs of a launch: two waves of three on each of 132 processors.  The host knows no length, so
+# the grid follows the capacity, and a program without keys still takes its turn.
+MANY_PROGRAMS = 792
 COMBINED_ELEMENTS = 8192  # partial sums that the last program holds at once, 32 KiB of registers
 
 
@@ -82,7 +86,7 @@ def attention_decode_kernel(
     slots_ptr, positions_ptr, counters_ptr,  # [B], [B], [B, HK] int32, zero before and after
     acc_ptr, m_ptr, l_ptr,  # [B, HK, splits, NUM_ROWS, K], [B, HK, splits, NUM_ROWS] twice
     stride_q_b, stride_q_t, stride_q_h, stride_k_s, stride_k_h,  # v as k
-    num_slots, C, W,
+    num_slots, C, W, most_splits,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -98,7 +102,7 @@ def attention_decode_kernel(
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     NUM_ROWS: tl.constexpr = Q_LEN * GROUP_SIZE
-    split = tl.program_id(0)
+    pid_s = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     slot = tl.load(slots_ptr + b).to(tl.int64)
@@ -112,7 +116,7 @@ def attention_decode_kernel(
     is_empty = (position < 0) | is_unknown
     num_keys = tl.where(is_empty, 0, num_needed).to(tl.int32)
     num_splits = tl.maximum(tl.cdiv(num_keys, SPLIT), 1)
-    if split >= num_splits:
+    if pid_s >= num_splits:
         return
 
     # from here on positions are counted from the row's first key, and fit 32 bits
@@ -129,41 +133,50 @@ def attention_decode_kernel(
     kv_offset = slot * stride_k_s + kv_head * stride_k_h
     k_head_ptr, v_head_ptr = k_ptr + kv_offset, v_ptr + kv_offset
 
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    offs_q = first_query + offs_m // GROUP_SIZE
-    split_end = tl.minimum(split * SPLIT + SPLIT, num_keys)
-    for begin in tl.range(split * SPLIT, split_end, BLOCK_N):
-        offs_n = begin + tl.arange(0, BLOCK_N)
-        k = ring_tile(k_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
-        v = ring_tile(v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
-        acc, m_i, l_i = softmax_step(
-            q, k, v, acc, m_i, l_i, True, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
-        )
-
     head_stride = HEAD_DIM * GROUP_SIZE  # of a KV head's queries in y, which is contiguous
     token_stride = tl.num_programs(1).to(tl.int64) * head_stride
     y_head_ptr = y_ptr + b * Q_LEN * token_stride + kv_head * head_stride
-    if num_splits == 1:
-        l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
-        l_i = tl.where(is_unknown, float("nan"), l_i)
-        y = acc / l_i[:, None]
-        y_row = tokens * token_stride + heads * HEAD_DIM
-        y_ptrs = y_head_ptr + y_row[:, None] + offs_k[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
-        return
-
     head = b * tl.num_programs(1) + kv_head
-    row = head * tl.num_programs(0) * NUM_ROWS  # where this head's workspace begins
-    at = split * NUM_ROWS + offs_m
-    acc_ptrs = acc_ptr + row * HEAD_DIM + at[:, None] * HEAD_DIM + offs_k[None, :]
-    tl.store(acc_ptrs, acc, mask=mask)
-    tl.store(m_ptr + row + at, m_i, mask=offs_m < NUM_ROWS)
-    tl.store(l_ptr + row + at, l_i, mask=offs_m < NUM_ROWS)
+    row = head * most_splits * NUM_ROWS  # where this head's workspace begins
+    offs_q = first_query + offs_m // GROUP_SIZE
+    # without licm: addresses of the next loop, computed before it, would cost registers
+    for split in tl.range(pid_s, num_splits, tl.num_programs(0), disable_licm=True):
+        acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        split_end = tl.minimum(split * SPLIT + SPLIT, num_keys)
+        for begin in tl.range(split * SPLIT, split_end, BLOCK_N, disable_licm=True):
+            offs_n = begin + tl.arange(0, BLOCK_N)
+            k = ring_tile(
+                k_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
+            )
+            v = ring_tile(
+                v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
+            )
+            acc, m_i, l_i = softmax_step(
+                q, k, v, acc, m_i, l_i, True, offs_q, offs_n, W,
+                SCALE, SOFTCAP, IS_LOCAL, FAST_TANH,
+            )  # fmt: skip
+
+        if num_splits == 1:
+            l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
+            l_i = tl.where(is_unknown, float("nan"), l_i)
+            y = acc / l_i[:, None]
+            y_row = tokens * token_stride + heads * HEAD_DIM
+            y_ptrs = y_head_ptr + y_row[:, None] + offs_k[None, :]
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        else:
+            at = split * NUM_ROWS + offs_m
+            acc_ptrs = acc_ptr + row * HEAD_DIM + at[:, None] * HEAD_DIM + offs_k[None, :]
+            tl.store(acc_ptrs, acc, mask=mask)
+            tl.store(m_ptr + row + at, m_i, mask=offs_m < NUM_ROWS)
+            tl.store(l_ptr + row + at, l_i, mask=offs_m < NUM_ROWS)
+
+    if num_splits == 1:
+        return
     tl.debug_barrier()  # every thread's stores precede the release
     num_done = tl.atomic_add(counters_ptr + head, 1, sem="acq_rel", scope="gpu")
-    if num_done < num_splits - 1:
+    if num_done < tl.minimum(num_splits, tl.num_programs(0)) - 1:
         return
     tl.store(counters_ptr + head, 0)  # for the next launch
     for begin in tl.range(0, NUM_ROWS, BLOCK_R):
@@ -191,12 +204,15 @@ def _tile(head_dim: int, group_size: int, q_len: int, itemsize: int, part: str) 
     """
     is_small = part in ("sm_89", "sm_120")
     rows = group_size * q_len
+    num_warps = 4 if itemsize == 2 and rows <= 8 else 8
     tile_bytes = 8192 if is_small else 16384
     row_bytes = itemsize * triton.next_power_of_2(head_dim)
     return {
         "SPLIT": 128 if group_size <= 4 else 256,
         "BLOCK_N": max(16, min(64, tile_bytes // row_bytes)),
-        "num_warps": 4 if itemsize == 2 and rows <= 8 else 8,
+        "num_warps": num_warps,
+        # three programs of four warps; ptxas by itself aims for four, and spills a few bytes
+        "maxnreg": 160 if num_warps == 4 else 255,
         "num_stages": (3 if itemsize == 2 else 2) - (rows > 32),
     }
 
@@ -242,7 +258,10 @@ def attention_decode(
     if B:
         tile = _tile(K, G, T, q.itemsize, part(q.device))
         most_keys = C if sliding_window is None else min(C, sliding_window + T - 1)
+        longer = triton.next_power_of_2(triton.cdiv(most_keys, MAX_SPLITS))
+        tile["SPLIT"] = max(tile["SPLIT"], longer)
         num_splits = triton.cdiv(most_keys, tile["SPLIT"])
+        num_programs = min(num_splits, triton.cdiv(MANY_PROGRAMS, B * HK))
         block_k, rows = max(16, triton.next_power_of_2(K)), triton.next_power_of_2(G * T)
         block_r = min(16, rows)
         block_s = min(
@@ -252,13 +271,13 @@ def attention_decode(
         acc = torch.empty((*workspace, K), device=q.device, dtype=torch.float32)
         m = torch.empty(workspace, device=q.device, dtype=torch.float32)
         l = torch.empty(workspace, device=q.device, dtype=torch.float32)
-        attention_decode_kernel[(num_splits, HK, B)](
+        attention_decode_kernel[(num_programs, HK, B)](
             q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,
             slots_ptr=slots, positions_ptr=positions, counters_ptr=counters,
             acc_ptr=acc, m_ptr=m, l_ptr=l,
             stride_q_b=q.stride(0), stride_q_t=q.stride(1), stride_q_h=q.stride(2),
             stride_k_s=k_cache.stride(0), stride_k_h=C * K,
-            num_slots=num_slots, C=C, W=sliding_window or 0,
+            num_slots=num_slots, C=C, W=sliding_window or 0, most_splits=num_splits,
             SCALE=scale, SOFTCAP=softcap, HEAD_DIM=K, GROUP_SIZE=G, Q_LEN=T,
             IS_LOCAL=sliding_window is not None,
             FAST_TANH=not INTERPRETED and q.dtype != torch.float32,

@@ -31,6 +31,7 @@ from gemcut.kernels.checks import (
 from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, rows_of_weight, weight_tile
 
 BLOCK_V = 64  # tokens of a program of the head
+BLOCK_T = 256  # programs whose best the last one compares at a time
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 
 
@@ -123,6 +124,7 @@ def lm_head_argmax_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     tile, tiles = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -141,10 +143,10 @@ def lm_head_argmax_kernel(
     counter_ptr = counters_ptr + tl.program_id(0)
     finished = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     if finished == tiles - 1:
-        best = tl.full([BLOCK_M, BLOCK_V], -float("inf"), dtype=tl.float32)
-        ids = tl.full([BLOCK_M, BLOCK_V], V, dtype=tl.int64)
-        for start in range(0, tiles, BLOCK_V):
-            offs_t = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
+        best = tl.full([BLOCK_M, BLOCK_T], -float("inf"), dtype=tl.float32)
+        ids = tl.full([BLOCK_M, BLOCK_T], V, dtype=tl.int64)
+        for start in range(0, tiles, BLOCK_T):
+            offs_t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
             mask = mask_m[:, None] & (offs_t < tiles)[None, :]
             offs = offs_t[None, :] * M + offs_m[:, None]
             # .cg: L2, where the other programs' stores are
@@ -227,6 +229,6 @@ def lm_head_argmax(
         lm_head_argmax_kernel[(groups, tiles)](
             x_ptr=x, w_ptr=weight, tile_best_ptr=tile_best, tile_ids_ptr=tile_ids,
             counters_ptr=counters, best_ptr=best, ids_ptr=ids, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, **tile,
+            M=M, V=V, D=D, SOFTCAP=softcap, BLOCK_T=BLOCK_T, **tile,
         )  # fmt: skip
     return best, ids

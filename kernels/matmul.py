@@ -150,6 +150,13 @@ def _tile(N: int, x: Tensor) -> dict[str, int]:
     return {"BLOCK_N": rows_of_weight(x, 16 if N < 32 * FEW_PROGRAMS else 32), **pipeline(x)}
 
 
+def _skinny_tile(N: int, x: Tensor) -> dict[str, int]:
+    """One program on a processor needs as much in flight as two: a pipeline twice as deep."""
+    tile = _tile(N, x)
+    few = triton.cdiv(N, tile["BLOCK_N"]) < FEW_PROGRAMS
+    return tile | {"num_stages": 2 * tile["num_stages"] if few else tile["num_stages"]}
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Project many rows: x [M, D], weight [N, D], bias [N] -> [M, N], by cuBLAS.
 
@@ -187,7 +194,7 @@ def skinny_linear(
 
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     if M:
-        tile = _tile(N, x)
+        tile = _skinny_tile(N, x)
         grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(N, tile["BLOCK_N"]))
         skinny_linear_kernel[grid](
             x_ptr=x, w_ptr=weight, bias_ptr=bias, residual_ptr=residual, y_ptr=y,

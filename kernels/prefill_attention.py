@@ -15,8 +15,9 @@ Where a chunk begins and how long it is stands on the device, so the grid is the
 rows in B chunks can need: chunk b owns the tiles from cu_seqlens[b] // BLOCK_M + b on.  The tiles
 with the most keys start first, for all heads, so that none of them is left over at the end.
 
-A row yields zeros where starts[b] < 0, and NaN where its slot does not exist or where the chunk
-and what it sees exceed C keys: wrong input shows, and never reads foreign memory.
+cu_seqlens runs from 0 to M; rows that it leaves out are not written.  A row yields zeros where
+starts[b] < 0, and NaN where its slot does not exist or where the chunk and what it sees exceed C
+keys: wrong input shows, and never reads foreign memory.
 
 Cost: 4 K operations for each pair of query and key that sees it, HQ M (M + 1) / 2 pairs for a first
 chunk without a window, at most HQ M W with one; (2 M HQ + 2 S HK) K elements move, the cache once

@@ -28,7 +28,8 @@ def row_rstd(
 ):  # fmt: skip
     """1 / sqrt(mean(x ** 2) + eps) of a few rows: x [M, D] -> [BLOCK_M]."""
     squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
+    # pipelined, or each step would wait for L2: no weight is on its way yet
+    for start_d in tl.range(0, D, BLOCK_D, num_stages=4):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         mask = mask_m[:, None] & (offs_d < D)[None, :]
         x = tl.load(x_ptr + offs_m[:, None] * D + offs_d[None, :], mask=mask, other=0.0)

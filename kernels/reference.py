@@ -194,10 +194,12 @@ def attention_decode(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape.
 
     slots, positions [B]; query t of row b stands at positions[b] + t, and its key is in the cache.
+    `counters` is scratch of the kernel.
     """
     rows = [
         _attend(row, k_cache[slot], v_cache[slot], start, scale, softcap, sliding_window)
@@ -309,8 +311,13 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else (logits / softcap).tanh_() * softcap
 
 
-def lm_head_argmax(x: Tensor, weight: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """The greatest logit and its token id, the lowest of equals: x [M, D] -> [M] float32, [M]."""
+def lm_head_argmax(
+    x: Tensor, weight: Tensor, softcap: float | None, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The greatest logit and its token id, the lowest of equals: x [M, D] -> [M] float32, [M].
+
+    `counters` is scratch of the kernel.
+    """
     best = lm_head(x, weight, softcap).max(-1)
     return best.values, best.indices
 

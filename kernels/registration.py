@@ -18,6 +18,8 @@ from gemcut.kernels import reference
 from gemcut.kernels.interpreter import INTERPRETED
 
 MUTATED = {
+    "attention_decode": ("counters",),
+    "lm_head_argmax": ("counters",),
     "add_rmsnorm_": ("residual",),
     "norm_qkv_rope_and_store_": ("k_cache", "v_cache"),
     "rope_and_store_": ("k_cache", "v_cache"),
@@ -85,7 +87,10 @@ def _owning(function: Callable[..., Any]) -> Callable[..., Any]:
         return result.clone() if is_argument else result.contiguous()
 
     def wrapped(*arguments: Any) -> Any:
-        result = function(*arguments)
+        first = next(x for x in arguments if isinstance(x, Tensor))
+        index = first.device.index if first.is_cuda else None
+        with torch.accelerator.device_index(index):  # where Triton launches
+            result = function(*arguments)
         if isinstance(result, tuple):
             return tuple(owned(x, arguments) for x in result)
         return owned(result, arguments)

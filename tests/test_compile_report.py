@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gemcut.kernels.parts import SHARED_MEMORY
-from gemcut.tools.compile_report import Cell, narrow_products
+from gemcut.tools.compile_report import Cell, narrow_products, spilled
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -99,6 +99,12 @@ def test_narrow_products_are_found():
       %3 = arith.muli %offs, %strides : tensor<64x1xi32>
     """
     assert narrow_products(ttir) == ["%row * %stride", "%offs * %strides"]
+
+
+def test_arrays_of_the_program_are_no_spill():
+    """Triton 3.6 declares one for the range reduction of sines."""
+    ptx = "\t.local .align 4 .b8 \t__local_depot0[28];\n"
+    assert (spilled(32, ptx), spilled(40, ptx), spilled(8, "")) == (0, 8, 8)
 
 
 def test_bad_input():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from accuracy import DEVICE, DTYPES, assert_accurate, random
@@ -105,6 +107,27 @@ def test_splits_that_are_added_up_in_steps(dtype, monkeypatch):
     arguments["q"] = arguments["q"].abs()
     arguments["k_cache"] += torch.linspace(0, 1, 128, device=DEVICE, dtype=dtype)[:, None]
     assert_accurate(attention_decode, **arguments)
+
+
+@by_dtype
+@pytest.mark.usefixtures("small_tiles")
+def test_the_number_of_programs_changes_no_bit(dtype, monkeypatch):
+    """One program takes all splits of a head, or two and three share them."""
+    torch.manual_seed(0)
+    arguments = rows([127, 70, 3], dtype=dtype, sliding_window=100)
+    expected = attention_decode(**arguments)
+    heads = arguments["k_cache"].shape[1] * len(arguments["slots"])
+    for programs in (1, 2, 3):
+        monkeypatch.setattr(decode_attention, "MANY_PROGRAMS", programs * heads)
+        assert_accurate(attention_decode, **arguments)
+        assert torch.equal(attention_decode(**arguments), expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_long_cache_is_cut_into_longer_splits(monkeypatch):
+    monkeypatch.setattr(decode_attention, "MAX_SPLITS", 2)
+    torch.manual_seed(0)
+    assert_accurate(attention_decode, **rows([127, 70, 3]))
 
 
 @by_dtype
@@ -261,6 +284,8 @@ def test_no_rows():
         ({"positions": torch.zeros(3, device=DEVICE).long()}, r"is \[3\], must be \[2\]"),
         ({"positions": torch.zeros(2, device="meta").long()}, "positions is on meta"),
         ({"scale": -1.0}, "scale -1.0 is not above 0"),
+        ({"scale": math.inf}, "scale inf is not above 0 and finite"),
+        ({"softcap": math.inf}, "softcap is inf, must be above 0 and finite"),
         ({"softcap": -1.0}, "softcap is -1.0, must be above 0"),
         ({"sliding_window": 0}, "sliding_window 0 is below 1"),
         ({"counters": torch.zeros(4, device=DEVICE)}, "counters are torch.float32"),

@@ -106,7 +106,7 @@ def test_bad_input():
         embed(ids_tensor(1, 2)[None], weight, 1.0)
     with pytest.raises(ValueError, match=r"x is \[3, 9\], must be \[M, 8\]"):
         lm_head(random(3, 9), weight, None)
-    with pytest.raises(ValueError, match=r"softcap is 0\.0, must be above 0 or None"):
+    with pytest.raises(ValueError, match=r"softcap is 0\.0, must be above 0 and finite, or None"):
         lm_head(x, weight, 0.0)
     with pytest.raises(ValueError, match=r"counters are torch.int64, must be int32"):
         lm_head_argmax(x, weight, None, torch.zeros(1, dtype=torch.int64, device=DEVICE))

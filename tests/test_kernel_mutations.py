@@ -130,14 +130,17 @@ def test_a_mistake_breaks_the_rule(mistake, mutated):
 
 
 def test_a_tile_that_follows_the_batch_is_seen(monkeypatch):
-    """What test_matmul.py asserts fails where sums are cut by the number of rows."""
-    x, weight = random(17, 300), random(48, 300)
+    """What test_matmul.py asserts fails where sums are cut by the number of rows.
+
+    Of a norm's squares, that is: a product adds up in the same order for any cut.
+    """
+    x, norm_weight, weight = random(17, 300), random(300), random(48, 300)
     tile = matmul.pipeline(x)
 
     def projected(rows):
         by_batch = {"BLOCK_D": 64 if rows.stop - rows.start < 4 else 32}
         monkeypatch.setattr(matmul, "pipeline", lambda _: tile | by_batch)
-        return matmul.skinny_linear(x[rows], weight)
+        return matmul.norm_linear(x[rows], None, None, norm_weight, 1e-6, weight)[0]
 
     with pytest.raises(AssertionError, match="rows 0 to 0 differ"):
         assert_row_invariant(projected, 17)

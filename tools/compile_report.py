@@ -54,6 +54,7 @@ MODELS += ("vaultgemma-1b", "gemma-3-1b")
 QUICK = {"models": ["gemma-2-2b"], "parts": ["sm_90"]}
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 BATCHES = (1, 16)
 MAX_SEQ_LEN = 8192
 # kernels that move too little for the width of a load to matter
@@ -135,6 +136,7 @@ def launches(config: GemmaConfig, name: str) -> set[Launch]:
     with (
         FakeTensorMode(),
         mock.patch.object(torch.cuda, "get_device_capability", capability),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
         mock.patch.object(JITFunction, "run", record),
     ):
         _run(config)
@@ -186,7 +188,7 @@ def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch
             if value % 16 == 0 and not plain:
                 divisible.append(index)
         signature.append((parameter.name, kind))
-    options = {k: arguments[k] for k in ("num_warps", "num_stages") if k in arguments}
+    options = {k: arguments[k] for k in OPTIONS if k in arguments}
     return Launch(
         kernel.fn.__module__,
         kernel.fn.__name__,
@@ -223,13 +225,23 @@ def compile_launch(launch: Launch, models: list[str]) -> Cell:
         return cell
     cell.seconds = round(time.perf_counter() - started, 2)
     usage, code = _disassembled(compiled.asm["cubin"])
-    cell.registers = int(_given(re.search(r"REG:(\d+)", usage))[1])
-    cell.spill_bytes = int(_given(re.search(r"STACK:(\d+)", usage))[1])
+    found = _given(re.search(r"REG:(\d+) STACK:(\d+)", usage))
+    cell.registers, stack = int(found[1]), int(found[2])
+    cell.spill_bytes = spilled(stack, compiled.asm["ptx"])
     cell.shared_bytes = compiled.metadata.shared
     cell.instructions = {name: len(re.findall(regex, code)) for name, regex in COUNTED.items()}
     cell.multiplies = "tt.dot" in compiled.asm["ttir"]
     cell.narrow_products = narrow_products(compiled.asm["ttir"])
     return cell
+
+
+def spilled(stack_bytes: int, ptx: str) -> int:
+    """Bytes of the stack that ptxas took for registers: the rest is arrays that the PTX declares.
+
+    Triton 3.6 keeps one for the range reduction of sines.
+    """
+    arrays = re.findall(r"\.local \.align \d+ \.b8\s+\S+\[(\d+)\]", ptx)
+    return max(0, stack_bytes - sum(-(-int(size) // 16) * 16 for size in arrays))
 
 
 def narrow_products(ttir: str) -> list[str]:
