@@ -24,12 +24,13 @@ def check_tensors(x: Tensor, **others: Tensor | None) -> None:
         f"a kernel needs tensors on cuda, not {x.device}; a CPU runs gemcut.kernels.reference, "
         f"or the kernels themselves with TRITON_INTERPRET=1 set before the import",
     )
-    require(
-        not x.is_cuda or x.get_device() == torch.cuda.current_device(),
-        f"the tensors are on {x.device}, but the current device is "
-        f"{torch.cuda.current_device() if x.is_cuda else 'cpu'}: Triton launches there; "
-        f"call under torch.cuda.device({x.device.index})",
-    )
+    if x.is_cuda:
+        current = torch.cuda.current_device()
+        require(
+            x.get_device() == current,
+            f"the input is on {x.device}, but Triton launches on the current device, "
+            f"cuda:{current}; call under torch.cuda.device({x.get_device()})",
+        )
     require(x.dtype in DTYPES, f"dtype {x.dtype} is not supported; float32, bfloat16, float16 are")
     for name, other in others.items():
         if other is None:

@@ -21,16 +21,17 @@ from gemcut.kernels.activations import gelu
 from gemcut.kernels.checks import check_rows, check_tensors, require
 from gemcut.kernels.matmul import (
     BLOCK_M,
+    FEW_PROGRAMS,
     check_linear,
     halves,
     pipeline,
     rows_of_weight,
     weight_tile,
 )
+from gemcut.kernels.parts import part
 from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
 
 BLOCK_F = 1024  # columns of a program of geglu
-BLOCK_N = 16  # rows of gate, and of up, that a program of norm_linear_geglu streams
 
 
 @triton.jit
@@ -96,6 +97,18 @@ def norm_linear_geglu_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < F)[None, :])
 
 
+def _tile(F: int, x: Tensor) -> dict[str, int]:
+    """BLOCK_N rows of gate and as many of up; not yet tuned on a GPU.
+
+    With 16 rows of activations, a program of 2 x 16 rows reads more of them than of weights, from
+    L2.  Twice as many halve that, where they fit the part and leave enough programs.
+    """
+    name = part(x.device)
+    is_wide = F >= 32 * FEW_PROGRAMS and name in ("sm_80", "sm_90", "sm_100")
+    tile = {**pipeline(x), "BLOCK_N": rows_of_weight(x, 32 if is_wide else 16)}
+    return tile | {"num_warps": 8} if is_wide else tile
+
+
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up: gate_up [M, 2 F], gate first -> [M, F].  Rows may lie apart."""
     require(
@@ -136,12 +149,13 @@ def norm_linear_geglu(
     M, D, F = *residual.shape, rows // 2
     y = torch.empty((M, F), device=residual.device, dtype=residual.dtype)
     if M:
-        block_n = rows_of_weight(residual, BLOCK_N)
-        norm_linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(F, block_n))](
+        tile = _tile(F, residual)
+        grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(F, tile["BLOCK_N"]))
+        norm_linear_geglu_kernel[grid](
             residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,
             norm_w_ptr=norm_weight, summed_ptr=summed, w_ptr=gate_up_weight, y_ptr=y,
             M=M, F=F, D=D, EPS=eps,
             HAS_BRANCH=branch is not None, HAS_POST_NORM=post_weight is not None,
-            BLOCK_N=block_n, **pipeline(residual),
+            **tile,
         )  # fmt: skip
     return y, summed

@@ -4,6 +4,7 @@ from accuracy import DTYPES, assert_accurate, assert_row_invariant, random
 from test_matmul import by_dtype, by_kind, stream
 from torch import Tensor
 
+from gemcut.kernels import mlp
 from gemcut.kernels.mlp import geglu, norm_linear_geglu
 
 pytestmark = [
@@ -52,6 +53,15 @@ def test_norm_linear_geglu(M, F, D, kind, dtype):
     torch.manual_seed(0)
     weight = random(2 * F, D, dtype=dtype, scale=D**-0.5)
     assert_accurate(norm_linear_geglu, **stream(M, D, dtype, kind), gate_up_weight=weight)
+
+
+def test_a_wide_mlp_takes_larger_tiles():
+    """As in gemma-2-2b and up; D is short here, to save time."""
+    torch.manual_seed(0)
+    weight = random(2 * 9216, 24, dtype=torch.bfloat16)
+    before = stream(2, 24, torch.bfloat16, "sandwich")
+    assert mlp._tile(9216, weight)["BLOCK_N"] == 32
+    assert_accurate(norm_linear_geglu, **before, gate_up_weight=weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
