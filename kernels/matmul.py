@@ -81,6 +81,39 @@ def skinny_linear_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def normed_product(
+    residual_ptr, branch_ptr, summed_ptr, post_w_ptr, norm_w_ptr, w_ptr,  # see prologue.py; [N, D]
+    offs_m, mask_m, mask_stored,  # [BLOCK_M] x 3: the tokens, and those whose sum is stored
+    rows, mask_rows,  # [BLOCK_ROWS] x 2: of the weight
+    D,
+    EPS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    HAS_POST_NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Normed tokens times some rows of a weight: [BLOCK_M, BLOCK_ROWS] float32."""
+    branch_rstd = offs_m
+    if HAS_POST_NORM:
+        branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_ROWS], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        summed = summed_tile(
+            residual_ptr, branch_ptr, post_w_ptr, summed_ptr,
+            branch_rstd, offs_m, mask_m, offs_d, D, mask_stored, HAS_BRANCH, HAS_POST_NORM,
+        )  # fmt: skip
+        squares += summed * summed
+        x = (summed * offset_weight(norm_w_ptr, offs_d, D)[None, :]).to(w_ptr.dtype.element_ty)
+        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+    return acc * tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
+
+
 @triton.jit(do_not_specialize=["M"])
 def norm_linear_kernel(
     residual_ptr, branch_ptr, summed_ptr,  # [M, D] x 3
@@ -100,24 +133,12 @@ def norm_linear_kernel(
     mask_m, mask_n = offs_m < M, offs_n < N
     # one program of all stores the sum
     mask_stored = offs_m < tl.where(tl.program_id(1) == 0, M, 0)
-    branch_rstd = offs_m
-    if HAS_POST_NORM:
-        branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        summed = summed_tile(
-            residual_ptr, branch_ptr, post_w_ptr, summed_ptr,
-            branch_rstd, offs_m, mask_m, offs_d, D, mask_stored, HAS_BRANCH, HAS_POST_NORM,
-        )  # fmt: skip
-        squares += summed * summed
-        x = (summed * offset_weight(norm_w_ptr, offs_d, D)[None, :]).to(w_ptr.dtype.element_ty)
-        w = weight_tile(w_ptr, offs_n, mask_n, offs_d, D)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
-
-    acc *= tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
+    acc = normed_product(
+        residual_ptr, branch_ptr, summed_ptr, post_w_ptr, norm_w_ptr, w_ptr,
+        offs_m, mask_m, mask_stored, offs_n, mask_n, D,
+        EPS, HAS_BRANCH, HAS_POST_NORM, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     mask = mask_m[:, None] & mask_n[None, :]

@@ -24,12 +24,12 @@ from gemcut.kernels.matmul import (
     FEW_PROGRAMS,
     check_linear,
     halves,
+    normed_product,
     pipeline,
     rows_of_weight,
-    weight_tile,
 )
 from gemcut.kernels.parts import part
-from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
+from gemcut.kernels.prologue import check_prologue
 
 BLOCK_F = 1024  # columns of a program of geglu
 
@@ -72,24 +72,12 @@ def norm_linear_geglu_kernel(
     mask_m, mask_rows = offs_m < M, start_n + offs_2n % BLOCK_N < F
     # one program of all stores the sum
     mask_stored = offs_m < tl.where(tl.program_id(1) == 0, M, 0)
-    branch_rstd = offs_m
-    if HAS_POST_NORM:
-        branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
 
-    acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        summed = summed_tile(
-            residual_ptr, branch_ptr, post_w_ptr, summed_ptr,
-            branch_rstd, offs_m, mask_m, offs_d, D, mask_stored, HAS_BRANCH, HAS_POST_NORM,
-        )  # fmt: skip
-        squares += summed * summed
-        x = (summed * offset_weight(norm_w_ptr, offs_d, D)[None, :]).to(w_ptr.dtype.element_ty)
-        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
-
-    acc *= tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
+    acc = normed_product(
+        residual_ptr, branch_ptr, summed_ptr, post_w_ptr, norm_w_ptr, w_ptr,
+        offs_m, mask_m, mask_stored, rows, mask_rows, D,
+        EPS, HAS_BRANCH, HAS_POST_NORM, BLOCK_M, 2 * BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     gate, up = halves(acc, BLOCK_M, BLOCK_N)
     y = gelu(gate) * up
     offs_n = start_n + tl.arange(0, BLOCK_N)

@@ -24,11 +24,11 @@ from gemcut.kernels.matmul import (
     check_linear,
     halves,
     norm_linear,
+    normed_product,
     pipeline,
     rows_of_weight,
-    weight_tile,
 )
-from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
+from gemcut.kernels.prologue import check_prologue
 from gemcut.kernels.rotary import rope_and_store_
 
 BLOCK_I = 16  # pairs of dimensions: 32 rows of the weight
@@ -63,24 +63,12 @@ def norm_qkv_kernel(
     mask_m, mask_i, mask_rows = offs_m < M, offs_i < HALF, dims < HALF
     # one program of all stores the sum
     mask_stored = offs_m < tl.where(tl.program_id(1) + tl.program_id(2) == 0, M, 0)
-    branch_rstd = offs_m
-    if HAS_POST_NORM:
-        branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
 
-    acc = tl.zeros([BLOCK_M, 2 * BLOCK_I], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        summed = summed_tile(
-            residual_ptr, branch_ptr, post_w_ptr, summed_ptr,
-            branch_rstd, offs_m, mask_m, offs_d, D, mask_stored, HAS_BRANCH, HAS_POST_NORM,
-        )  # fmt: skip
-        squares += summed * summed
-        x = (summed * offset_weight(norm_w_ptr, offs_d, D)[None, :]).to(w_ptr.dtype.element_ty)
-        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
-
-    acc *= tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
+    acc = normed_product(
+        residual_ptr, branch_ptr, summed_ptr, post_w_ptr, norm_w_ptr, w_ptr,
+        offs_m, mask_m, mask_stored, rows, mask_rows, D,
+        EPS, HAS_BRANCH, HAS_POST_NORM, BLOCK_M, 2 * BLOCK_I, BLOCK_D,
+    )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=mask_rows, other=0.0).to(tl.float32)[None, :]
     low, high = halves(acc, BLOCK_M, BLOCK_I)

@@ -30,7 +30,7 @@ MISTAKES = {
         ("prologue", "return 1.0 + tl.load(w_ptr", "return tl.load(w_ptr"),
     ),
     "branch normed by w": (
-        ("mlp", "norm_linear_geglu"),
+        ("matmul", "norm_linear"),
         ("prologue", "(1.0 + post_w)[None, :]", "post_w[None, :]"),
     ),
     "mean of squares without eps": (NORM, ("norm", "/ D + EPS)", "/ D + 1000 * EPS)")),
