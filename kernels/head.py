@@ -28,7 +28,7 @@ from gemcut.kernels.checks import (
     check_tensors,
     require,
 )
-from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, rows_of_weight, weight_tile
+from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, product, rows_of_weight
 
 BLOCK_V = 64  # tokens of a program of the head
 BLOCK_T = 256  # programs whose best the last one compares at a time
@@ -59,14 +59,9 @@ def head_tile(
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Logits of tokens offs_v: [BLOCK_M, BLOCK_V] float32."""
-    acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        mask_x = mask_m[:, None] & (offs_d < D)[None, :]
-        x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :]
-        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        w = weight_tile(w_ptr, offs_v, mask_v, offs_d, D)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+    acc = product(
+        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D, BLOCK_M, BLOCK_V, BLOCK_D
+    )
     if SOFTCAP is not None:
         acc = SOFTCAP * tanh(acc / SOFTCAP, APPROXIMATE=False)
     return acc

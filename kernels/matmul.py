@@ -46,6 +46,27 @@ def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
 
 
+@triton.jit
+def product(
+    x_ptr, w_ptr, stride_x_m,  # [M, D], [N, D]
+    offs_m, mask_m, rows, mask_rows,  # [BLOCK_M] x 2, [BLOCK_ROWS] x 2: tokens, rows of the weight
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Tokens times some rows of a weight: [BLOCK_M, BLOCK_ROWS] float32."""
+    acc = tl.zeros([BLOCK_M, BLOCK_ROWS], dtype=tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        mask_x = mask_m[:, None] & (offs_d < D)[None, :]
+        x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :]
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def skinny_linear_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,  # [M, D], [N, D], [N], [M, N], [M, N]
@@ -62,15 +83,9 @@ def skinny_linear_kernel(
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        mask_x = mask_m[:, None] & (offs_d < D)[None, :]
-        x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :]
-        x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_D]
-        w = weight_tile(w_ptr, offs_n, mask_n, offs_d, D)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
-
+    acc = product(
+        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_n, mask_n, D, BLOCK_M, BLOCK_N, BLOCK_D
+    )
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
