@@ -29,7 +29,7 @@ from gemcut.kernels.matmul import (
     rows_of_weight,
 )
 from gemcut.kernels.prologue import check_prologue
-from gemcut.kernels.rotary import rope_and_store_
+from gemcut.kernels.rotary import check_head_norms, rope_and_store_
 
 BLOCK_I = 16  # pairs of dimensions: 32 rows of the weight
 
@@ -128,13 +128,6 @@ def norm_qkv_rope_and_store_(
     `rope_and_store_` -> q [M, HQ, K], summed [M, D], which is `residual` itself without a branch.
     A slot outside the cache gives NaN and stores nothing.
     """
-    if q_norm_weight is not None or k_norm_weight is not None:
-        qkv, summed = norm_linear(residual, branch, post_weight, norm_weight, eps, weight, bias)
-        q = rope_and_store_(
-            qkv, k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps
-        )
-        return q, summed
-
     check_linear(residual, weight, bias)
     check_tensors(
         residual, k_cache=k_cache, v_cache=v_cache,
@@ -144,8 +137,15 @@ def norm_qkv_rope_and_store_(
     num_slots, HK, C, K = check_cache(k_cache, v_cache)
     HQ = count_q_heads("weight", weight.shape[0], HK, K)
     check_rotation(M, K, slots, positions, cos, sin)
-    summed = check_prologue(residual, branch, post_weight, norm_weight)
+    check_head_norms(residual, q_norm_weight, k_norm_weight, K)
+    if q_norm_weight is not None:
+        qkv, summed = norm_linear(residual, branch, post_weight, norm_weight, eps, weight, bias)
+        q = rope_and_store_(
+            qkv, k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps
+        )
+        return q, summed
 
+    summed = check_prologue(residual, branch, post_weight, norm_weight)
     q = torch.empty((M, HQ, K), device=residual.device, dtype=residual.dtype)
     if M:
         half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take

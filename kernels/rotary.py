@@ -213,7 +213,6 @@ def rope_and_store_(
     """
     check_tensors(
         qkv, k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
-        q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
     )  # fmt: skip
     num_slots, HK, C, K = check_cache(k_cache, v_cache)
     require(qkv.dim() == 2, f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
@@ -221,15 +220,7 @@ def rope_and_store_(
     HQ = count_q_heads("qkv", width, HK, K)
     check_rows("qkv", qkv, width)
     check_rotation(M, K, slots, positions, cos, sin)
-    has_norm = q_norm_weight is not None
-    require(
-        has_norm == (k_norm_weight is not None),
-        f"q_norm_weight is {_named(q_norm_weight)} and k_norm_weight {_named(k_norm_weight)}: "
-        f"both or neither",
-    )
-    if q_norm_weight is not None and k_norm_weight is not None:
-        check_shape("q_norm_weight", q_norm_weight, K)
-        check_shape("k_norm_weight", k_norm_weight, K)
+    check_head_norms(qkv, q_norm_weight, k_norm_weight, K)
 
     q = torch.empty((M, HQ, K), device=qkv.device, dtype=qkv.dtype)
     if M:
@@ -238,11 +229,26 @@ def rope_and_store_(
             slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
             q_norm_ptr=q_norm_weight, k_norm_ptr=k_norm_weight,
             stride_qkv_m=qkv.stride(0),
-            num_slots=num_slots, C=C,
-            EPS=eps, HAS_NORM=has_norm, NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
+            num_slots=num_slots, C=C, EPS=eps, HAS_NORM=q_norm_weight is not None,
+            NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
             BLOCK_H=BLOCK_H, **_tile(K),
         )  # fmt: skip
     return q
+
+
+def check_head_norms(
+    x: Tensor, q_norm_weight: Tensor | None, k_norm_weight: Tensor | None, K: int
+) -> None:
+    """ValueError unless both weights are there, or neither: [K] each, of x's dtype and device."""
+    require(
+        (q_norm_weight is None) == (k_norm_weight is None),
+        f"q_norm_weight is {_named(q_norm_weight)} and k_norm_weight {_named(k_norm_weight)}: "
+        f"both or neither",
+    )
+    check_tensors(x, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight)
+    if q_norm_weight is not None and k_norm_weight is not None:
+        check_shape("q_norm_weight", q_norm_weight, K)
+        check_shape("k_norm_weight", k_norm_weight, K)
 
 
 def _named(x: Tensor | None) -> str:

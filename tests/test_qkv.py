@@ -4,7 +4,7 @@ from accuracy import DEVICE, assert_accurate, assert_row_invariant, random
 from test_matmul import by_dtype, by_kind, stream
 from torch import Tensor
 
-from gemcut.kernels import reference
+from gemcut.kernels import qkv, reference
 from gemcut.kernels.qkv import norm_qkv_rope_and_store_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -121,3 +121,11 @@ def test_no_rows():
 def test_bad_input(name, value, message):
     with pytest.raises(ValueError, match=message):
         norm_qkv_rope_and_store_(**layer(3) | {name: value})
+
+
+@pytest.mark.parametrize(("name", "shape"), [("k_norm_weight", (63,)), ("v_cache", (4, 2, 8, 64))])
+def test_bad_input_to_the_second_launch_stops_the_first(name, shape, monkeypatch):
+    """Gemma 3 takes two launches; whatever is wrong with the second is known before."""
+    monkeypatch.setattr(qkv, "norm_linear", None)
+    with pytest.raises(ValueError, match=f"{name} is"):
+        norm_qkv_rope_and_store_(**layer(3, qk_norm=True) | {name: random(*shape)})
