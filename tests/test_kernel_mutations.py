@@ -4,10 +4,9 @@ A kernel's source is changed and imported from a file of its own; its op, called
 does, is then no longer what the oracle says.
 """
 
-import importlib.util
+import importlib
 import inspect
 import sys
-from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -96,7 +95,7 @@ def mutated(tmp_path):
     def make(module: str, changes: list[tuple[str, str, str]]) -> ModuleType:
         sources = {}
         for name in {module, *(change[0] for change in changes)}:
-            sources[name] = inspect.getsource(import_module(f"gemcut.kernels.{name}"))
+            sources[name] = inspect.getsource(importlib.import_module(f"gemcut.kernels.{name}"))
         for name, right, wrong in changes:
             assert sources[name].count(right) == 1, f"{name} holds {right!r} not once"
             sources[name] = sources[name].replace(right, wrong)
@@ -106,7 +105,7 @@ def mutated(tmp_path):
                     f"from gemcut.kernels.{other} import", f"from mutated_{other} import"
                 )
             (tmp_path / f"mutated_{name}.py").write_text(sources[name])
-        return import_module(f"mutated_{module}")
+        return importlib.import_module(f"mutated_{module}")
 
     sys.path.insert(0, str(tmp_path))
     importlib.invalidate_caches()
