@@ -12,8 +12,9 @@ must not specialise; missing rows are masked, further rows are further programs.
 run the same code, and a row's bits do not depend on its company.
 
 Cost: N D weights read once for 16 rows, plus 2 M (N + D) elements of activations; 2 M N D
-operations.  At 16 rows that is 16 operations a byte in bf16, where an H200 could do about 200: bound
-by memory bandwidth.  4.8 TB/s at a latency of 0.7 us want 25 KB in flight on each of 132 processors.
+operations.  At 16 rows that is 16 operations a byte in bf16, where an H200 could do about 200:
+bound by memory bandwidth.  4.8 TB/s at a latency of 0.7 us want 25 KB in flight on each of 132
+processors.
 """
 
 import torch
