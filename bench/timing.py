@@ -1,25 +1,37 @@
-"""The only timer: a clock, contestants that take turns, and what their times amount to.
+"""The only timer.  Contestants take turns: what disturbs a round disturbs all of it, and leaves the
+ratios within the round alone.
 
-A timed call returns values on the host, so that no work of a device is left when the clock stops.
-Contestants take turns because a machine's speed drifts: what disturbs one round disturbs all of it,
-and leaves the ratios within the round alone.
+    take_turns      whole runs of an engine, which return values on the host
+    time_runs       single ops: microseconds a call, cold and warm
+
+An op is timed in runs of many calls.  Cold, the calls rotate over input sets that together exceed
+the last-level cache, as the layers of a model do; warm, all take the first set.  On a GPU a run is
+one CUDA graph between two events, so that no launch gap is in it; what cannot be captured is timed
+as a stream of launches, and says so.  On a CPU it is a loop under a wall clock.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
+Call = Callable[[], object]
+Run = Callable[[], float]  # seconds that it took
 
 clock = time.perf_counter  # seconds; also the clock of the engine's own metrics
 
-
-def take_turns(calls: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[str, T]]:
-    """Rounds, as they finish: in each, every call is made once, in the same order."""
-    for _ in range(repeats):
-        yield {name: call() for name, call in calls.items()}
+RUN_SECONDS = 2e-3  # of one run: clocks and events resolve far less
+MAX_CALLS = 1000  # of one run, the nodes of its graph
+MAX_SETS = 256  # of inputs: tiny ones never exceed a cache
+CACHES = 4  # input sets together are so many times the cache
+CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+CPU_CACHE_BYTES = 32 << 20  # where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -33,3 +45,130 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call of one contestant, round by round."""
+
+    cold_us: list[float]
+    warm_us: list[float]
+    method: str  # "graph" | "stream" | "loop"
+    calls: int  # in a run
+
+
+def take_turns(calls: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[str, T]]:
+    """Rounds, as they finish: in each, every call is made once, in the same order."""
+    for _ in range(repeats):
+        yield {name: call() for name, call in calls.items()}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A contestant's runs, ready to be made again and again; each yields its seconds."""
+
+    cold: Run
+    warm: Run
+    method: str  # "graph" | "stream" | "loop"
+    calls: int  # in a run
+
+
+def prepare_runs(calls: Sequence[Call], device: torch.device) -> Runs:
+    """Runs of one contestant, given as one call for each input set."""
+    count = _calls_of_a_run(calls, device)
+    cold, method = _prepare([calls[i % len(calls)] for i in range(count)], device)
+    warm, _ = _prepare([calls[0]] * count, device)
+    return Runs(cold, warm, method, count)
+
+
+def time_runs(contestants: Mapping[str, Runs], rounds: int) -> dict[str, Timing]:
+    """Time each contestant in interleaved rounds."""
+    turns = {
+        name: lambda runs=runs: (runs.cold(), runs.warm()) for name, runs in contestants.items()
+    }
+    measured = list(take_turns(turns, rounds))
+    timings = {}
+    for name, runs in contestants.items():
+        cold, warm = ([1e6 * round_[name][i] / runs.calls for round_ in measured] for i in range(2))
+        timings[name] = Timing(cold, warm, runs.method, runs.calls)
+    return timings
+
+
+def input_sets(nbytes: int, device: torch.device) -> int:
+    """How many input sets of `nbytes` to rotate over, for cold caches."""
+    return min(MAX_SETS, max(1, math.ceil(CACHES * cache_bytes(device) / max(1, nbytes))))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache: L2 of a GPU, L3 of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        return int(CPU_CACHE.read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return CPU_CACHE_BYTES
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _calls_of_a_run(calls: Sequence[Call], device: torch.device) -> int:
+    """So many that a run is long enough; at least one of each set, as long as that is short."""
+    for call in calls[:3]:  # compiles
+        call()
+    synchronize(device)
+    started = clock()
+    for call in calls[:3]:
+        call()
+    synchronize(device)
+    seconds = (clock() - started) / len(calls[:3])
+    wanted = math.ceil(RUN_SECONDS / seconds)
+    every_set = min(len(calls), math.ceil(10 * RUN_SECONDS / seconds))
+    return min(MAX_CALLS, max(wanted, every_set))
+
+
+def _prepare(calls: Sequence[Call], device: torch.device) -> tuple[Run, str]:
+    """A run of these calls, and how it is made."""
+    if device.type != "cuda":
+        return lambda: _loop(calls), "loop"
+    try:
+        graph = _capture(calls)
+    except Exception:  # whatever a peer does that a capture forbids, a copy to the host mostly
+        torch.cuda.synchronize(device)
+        return lambda: _between_events(lambda: _make(calls)), "stream"
+    return lambda: _between_events(graph.replay), "graph"
+
+
+def _make(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _loop(calls: Sequence[Call]) -> float:
+    started = clock()
+    _make(calls)
+    return clock() - started
+
+
+def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries allocate their workspaces before a capture
+        _make(calls[:3])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _make(calls)
+    return graph
+
+
+def _between_events(work: Callable[[], object]) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3

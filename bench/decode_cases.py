@@ -1,0 +1,253 @@
+"""The cases of a decode step, op by op."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.bench.cases import (
+    Arguments,
+    Case,
+    Cost,
+    Grid,
+    Shapes,
+    add_norm_case,
+    attention_facts,
+    qk_norms,
+    rope_cost,
+)
+
+
+def decode_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:
+    """What a decode step launches, op by op."""
+    for batch in grid.batches:
+        yield from _small_cases(shapes, batch)
+        yield from _stream_cases(shapes, batch)
+        yield from _product_cases(shapes, batch)
+        yield from _choice_cases(shapes, batch)
+        for context in grid.contexts:
+            if context <= shapes.config.context_length:
+                yield from _decode_attention_cases(shapes, batch, context)
+
+
+def _small_cases(s: Shapes, B: int) -> Iterator[Case]:
+    row = B * s.D * s.itemsize
+    yield Case(
+        "embed",
+        s.model,
+        "decode",
+        {"batch": B},
+        Cost(row + 8 * B, row, B * s.D),
+        lambda: {
+            "token_ids": torch.randint(s.V, (B,), device=s.device),
+            "table": s.values(s.V, s.D),
+            "scale": s.config.embedding_scale,
+        },
+    )
+    half = s.K // 2
+    yield Case(
+        "rope_tables",
+        s.model,
+        "decode",
+        {"batch": B},
+        # an angle, its cos and sin, both scaled, and the negated half of sin
+        Cost(8 * B + 4 * half, 2 * B * s.K * s.itemsize, 6 * B * half),
+        lambda: {
+            "positions": torch.randint(s.config.context_length, (B,), device=s.device),
+            "inv_freq": 1e4 ** -torch.arange(0, 1, 2 / s.K, device=s.device),
+            "attention_scaling": 1.0,
+            "dtype": s.dtype,
+        },
+    )
+    yield add_norm_case(s, B, "decode")
+
+
+def _product_cases(s: Shapes, B: int) -> Iterator[Case]:
+    """The products that stand behind attention and MLP; a family without post-norms adds there."""
+    for name, columns in (("o", s.HQ * s.K), ("down", s.F)):
+        added = 0 if s.config.has_post_norms else B * s.D
+
+        def make(columns: int = columns, added: int = added) -> Arguments:
+            return {
+                "x": s.values(B, columns),
+                "weight": s.weight(s.D, columns),
+                "residual": s.values(B, s.D) if added else None,
+            }
+
+        yield Case(
+            "skinny_linear",
+            s.model,
+            "decode",
+            {"batch": B, "weight": name},
+            Cost(
+                ((B + s.D) * columns + added) * s.itemsize,
+                B * s.D * s.itemsize,
+                2 * B * s.D * columns,
+                True,
+            ),
+            make,
+        )
+
+
+def _stream(s: Shapes, B: int) -> Arguments:
+    """The residual stream as it is inside a model: a branch is still to be added."""
+    post = s.config.has_post_norms
+    return {
+        "residual": s.values(B, s.D),
+        "branch": s.values(B, s.D) if post else None,
+        "post_weight": s.norm(s.D) if post else None,
+        "norm_weight": s.norm(s.D),
+        "eps": 1e-6,
+    }
+
+
+def _stream_cost(s: Shapes, B: int) -> tuple[int, int]:
+    """Bytes read and written of the residual stream and its norms.
+
+    Without a branch the sum is the residual itself, and is not written.
+    """
+    row, norm = B * s.D * s.itemsize, s.D * s.itemsize
+    return (2 * row + 2 * norm, row) if s.config.has_post_norms else (row + norm, 0)
+
+
+def _stream_cases(s: Shapes, B: int) -> Iterator[Case]:
+    """The two kernels of a layer that begin with the norms."""
+    read, written = _stream_cost(s, B)
+    yield Case(
+        "norm_linear_geglu",
+        s.model,
+        "decode",
+        {"batch": B},
+        Cost(
+            read + 2 * s.F * s.D * s.itemsize,
+            written + B * s.F * s.itemsize,
+            4 * B * s.F * s.D,
+            True,
+        ),
+        lambda: {**_stream(s, B), "gate_up_weight": s.weight(2 * s.F, s.D)},
+    )
+    rope = rope_cost(s, B)
+
+    def make() -> Arguments:
+        positions = torch.randint(512, (B,), device=s.device)
+        return {
+            **_stream(s, B),
+            "weight": s.weight(s.qkv, s.D),
+            "bias": None,
+            **s.cache(0, B, 512),
+            "slots": torch.arange(B, device=s.device),
+            **s.rotation(positions),
+            **qk_norms(s),
+        }
+
+    yield Case(
+        "norm_qkv_rope_and_store_",
+        s.model,
+        "decode",
+        {"batch": B},
+        Cost(
+            read + s.qkv * s.D * s.itemsize + rope.read_bytes,
+            written + rope.written_bytes,
+            2 * B * s.qkv * s.D,
+            True,
+        ),
+        make,
+    )
+
+
+def _choice_cases(s: Shapes, B: int) -> Iterator[Case]:
+    """From the last hidden state to a token."""
+    facts: dict[str, Any] = {"batch": B}
+    head = (B + s.V) * s.D * s.itemsize
+    flops = 2 * B * s.V * s.D
+    softcap = s.config.final_softcap
+
+    def make_head() -> Arguments:
+        return {"x": s.values(B, s.D), "weight": s.weight(s.V, s.D), "softcap": softcap}
+
+    yield Case("lm_head", s.model, "decode", facts, Cost(head, 4 * B * s.V, flops, True), make_head)
+    yield Case(
+        "lm_head_argmax",
+        s.model,
+        "decode",
+        facts,
+        Cost(head, 12 * B, flops, True),
+        lambda: {**make_head(), "counters": s.counters(math.ceil(B / 16))},
+    )
+
+    def logits() -> Tensor:
+        return 3 * torch.randn(B, s.V, device=s.device)
+
+    def setting(value: float) -> Tensor:
+        return torch.full((B,), value, device=s.device)
+
+    yield Case(
+        "penalize",
+        s.model,
+        "decode",
+        facts,
+        # counts and logits of 4 bytes, a mask of 1; three settings a row
+        Cost(9 * B * s.V + 12 * B, 4 * B * s.V, 11 * B * s.V),
+        lambda: {
+            "logits": logits(),
+            "output_counts": torch.randint(3, (B, s.V), device=s.device, dtype=torch.int32),
+            "in_prompt": torch.rand(B, s.V, device=s.device) < 0.1,
+            "repetition": setting(1.2),
+            "presence": setting(0.5),
+            "frequency": setting(0.1),
+        },
+    )
+    yield Case(
+        "sample",
+        s.model,
+        "decode",
+        {**facts, "variant": "greedy"},
+        Cost(4 * B * s.V, 8 * B, B * s.V),
+        lambda: {"logits": logits()},
+    )
+    yield Case(
+        "sample",
+        s.model,
+        "decode",
+        {**facts, "variant": "top-k top-p"},
+        Cost(4 * B * s.V + 32 * B, 8 * B, (35 * B + 1) * s.V),
+        lambda: {
+            "logits": logits(),
+            "temperature": setting(0.8),
+            "top_k": torch.full((B,), 64, device=s.device),
+            "top_p": setting(0.95),
+            "min_p": None,
+            "seeds": torch.randint(2**31, (B,), device=s.device),
+            "positions": torch.randint(512, (B,), device=s.device),
+        },
+    )
+
+
+def _decode_attention_cases(s: Shapes, B: int, context: int) -> Iterator[Case]:
+    for kind, layer in s.layers().items():
+        for variant, softcap in s.softcaps().items():
+            settings = s.attention(layer, softcap)
+            seen = min(context, settings["sliding_window"] or context)
+            rows = B * s.HQ * s.K * s.itemsize
+            keys = 2 * B * seen * s.HK * s.K * s.itemsize
+
+            def make(layer: int = layer, settings: Arguments = settings) -> Arguments:
+                return {
+                    "q": s.values(B, 1, s.HQ, s.K),
+                    **s.cache(layer, B, context),
+                    "slots": torch.arange(B, device=s.device),
+                    "positions": torch.full((B,), context - 1, device=s.device),
+                    **settings,
+                    "counters": s.counters(B * s.HK),
+                }
+
+            yield Case(
+                "attention_decode",
+                s.model,
+                "decode",
+                attention_facts(settings, batch=B, context=context, layer=kind, variant=variant),
+                Cost(rows + keys + 16 * B, rows, 4 * B * s.HQ * s.K * seen, True),
+                make,
+            )

@@ -1,0 +1,329 @@
+"""How fast is each op beside its peers, and how close to what the hardware allows?
+
+    gemcut-bench kernels --models gemma-2-2b gemma-2-9b --json kernels.json
+    gemcut-bench kernels --op rmsnorm geglu --peer liger torch.compile
+
+Every op is called at the shapes that the models launch it with, on random inputs.  All contestants
+of a case get the same inputs; each is first held to the oracle, and one that computes something
+else is reported and not timed.  Its share is how much of its time the measured ceilings allow.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gemcut.bench import eager
+from gemcut.bench.cases import CPU_GRID, GPU_GRID, Arguments, Case, Cost, Grid, Shapes
+from gemcut.bench.ceilings import floor_us, measure_ceilings
+from gemcut.bench.checking import Check
+from gemcut.bench.decode_cases import decode_cases
+from gemcut.bench.kernel_peers import Peer, torch_peers
+from gemcut.bench.library_peers import library_peers
+from gemcut.bench.machine import installed_versions
+from gemcut.bench.prefill_cases import prefill_cases
+from gemcut.bench.results import FAILED, INTERRUPTED, NO_MEMORY, OK, WRONG, Results, Row, metric
+from gemcut.bench.timing import Runs, Spread, Timing, input_sets, prepare_runs, time_runs
+from gemcut.engine.checks import check_int
+from gemcut.engine.config import PUBLISHED
+from gemcut.engine.info import find_config
+from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, free_bytes
+from gemcut.kernels import reference
+
+GEMCUT = "gemcut"
+# the package that each peer comes from
+PEERS: dict[str, str] = dict.fromkeys(
+    ("torch", "torch.compile", "blas", "rms_norm", "sdpa", "flex"), "torch"
+)
+PEERS |= {"liger": "liger-kernel", "flashinfer": "flashinfer-python"}
+PEERS |= dict.fromkeys(("torchao-int8", "torchao-int4"), "torchao")
+PEERS |= dict.fromkeys(("gemlite-int8", "gemlite-int4"), "gemlite")
+OPS = [name for name in reference.__all__ if hasattr(eager, name)]
+GPU_MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
+ROUNDS = 10
+Timer = Callable[[Mapping[str, Runs], int], dict[str, Timing]]
+MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
+# beside the inputs: the check's float64 copies, and what peers make of their inputs
+COPIES_OF_A_CHECK, COPIES_OF_A_SET = 8, 3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every case of a run is measured with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    ops: ModuleType
+    peers: tuple[str, ...]
+    rounds: int
+    ceilings: Mapping[str, float]
+
+
+def model_cases(shapes: Shapes, grid: Grid) -> list[Case]:
+    """All cases of one model; lengths that it cannot hold are left out."""
+    return [*decode_cases(shapes, grid), *prefill_cases(shapes, grid)]
+
+
+def contestants(case: Case, bench: Bench) -> dict[str, Peer]:
+    """Who takes part in a case, by name: gemcut first, then the peers that are asked for."""
+    ops = bench.ops
+    settings = "reference ops" if ops is reference else "kernels"
+    own = Peer("gemcut", settings, lambda a: partial(getattr(ops, case.op), **a))
+    peers = torch_peers(case, bench.device) | library_peers(case)
+    on_gpu = bench.device.type == "cuda"
+    return {GEMCUT: own} | {
+        name: peer
+        for name, peer in peers.items()
+        if name in bench.peers and (on_gpu or not peer.needs_gpu)
+    }
+
+
+def measure_case(
+    case: Case, bench: Bench, everyone: Mapping[str, Peer], time: Timer = time_runs
+) -> list[Row]:
+    """One row for each contestant of a case, timed where it computes the op right."""
+    rows = {name: _describe(case, name, peer, bench) for name, peer in everyone.items()}
+    try:
+        sets = choose_input_sets(case, bench.device)
+        torch.compiler.reset()  # compiled for other shapes, functions count against a limit
+        inputs = [case.make() for _ in range(sets)]
+    except MEMORY_ERRORS as error:
+        for row in rows.values():
+            row.update(_failure(error))
+        return list(rows.values())
+
+    check, runs = Check(case, inputs[0]), {}
+    for name, peer in everyone.items():
+        with _failures_in(rows[name]):
+            rows[name] |= _checked(check, name, peer)
+    for name, peer in everyone.items():  # only now: runs write into their inputs
+        if rows[name]["status"] == OK:
+            with _failures_in(rows[name]):
+                runs[name] = prepare_runs([peer.build(a) for a in inputs], bench.device)
+    for name, timing in time(runs, bench.rounds).items():
+        rows[name] |= _timed(_cost(case, everyone[name], inputs[0]), timing, sets, bench)
+    return list(rows.values())
+
+
+def choose_input_sets(case: Case, device: torch.device) -> int:
+    """How many input sets to rotate over; MemoryError says what is missing for them."""
+    with FakeTensorMode():  # sizes without memory
+        nbytes = _nbytes(case.make())
+    sets = input_sets(nbytes, device)
+    needed = nbytes * (sets * COPIES_OF_A_SET + COPIES_OF_A_CHECK)
+    missing = needed - free_bytes(device)
+    if missing > 0:
+        raise MemoryError(
+            f"needs {needed / 1e9:.2f} GB on {device}, {missing / 1e9:.2f} GB more than are free"
+        )
+    return sets
+
+
+def _nbytes(arguments: Arguments) -> int:
+    return sum(value.nbytes for value in arguments.values() if isinstance(value, Tensor))
+
+
+def _describe(case: Case, name: str, peer: Peer, bench: Bench) -> Row:
+    return {
+        "case": case.name,
+        "contestant": name,
+        "version": installed_versions([peer.package])[peer.package],
+        "settings": peer.settings,
+        "status": OK,
+        "detail": "",
+        "op": case.op,
+        "model": case.model,
+        "phase": case.phase,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        **case.facts,
+    }
+
+
+def _checked(check: Check, name: str, peer: Peer) -> Row:
+    """Error and budget of a contestant, and whether it passes."""
+    verdict = check.gemcut(peer.build) if name == GEMCUT else check.peer(peer)
+    found = {"error": verdict.error, "budget": verdict.budget}
+    if verdict.passed:
+        return found
+    detail = f"error {verdict.error:.2e}, where {verdict.budget:.2e} is allowed"
+    return {"status": WRONG, "detail": detail, **found}
+
+
+@contextmanager
+def _failures_in(row: Row) -> Iterator[None]:
+    """Whatever a peer may raise is its own failure, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        row.update(_failure(error))
+
+
+def _failure(error: Exception) -> Row:
+    reason = next(iter(str(error).splitlines()), "")
+    if isinstance(error, MEMORY_ERRORS):
+        return {"status": NO_MEMORY, "detail": reason}
+    return {"status": FAILED, "detail": f"{type(error).__name__}: {reason}"}
+
+
+def _cost(case: Case, peer: Peer, arguments: Arguments) -> Cost:
+    """What the case costs this contestant: quantised weights have fewer bytes."""
+    if peer.weight_bits is None:
+        return case.cost
+    weight = arguments["weight"]
+    saved = weight.nbytes - weight.numel() * peer.weight_bits // 8
+    return replace(case.cost, read_bytes=case.cost.read_bytes - saved)
+
+
+def _timed(cost: Cost, timing: Timing, sets: int, bench: Bench) -> Row:
+    floor, bound = floor_us(cost, bench.ceilings)
+    us = Spread.of(timing.cold_us).median
+    return {
+        "read_bytes": cost.read_bytes,
+        "written_bytes": cost.written_bytes,
+        "flops": cost.flops,
+        "floor_us": floor,
+        "bound": bound,
+        "cold_us": metric(timing.cold_us),
+        "warm_us": metric(timing.warm_us),
+        "gbps": cost.nbytes / us / 1e3,
+        "tflops": cost.flops / us / 1e6,
+        "share": floor / us,
+        "method": timing.method,
+        "calls": timing.calls,
+        "input_sets": sets,
+    }
+
+
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gemcut-bench kernels`."""
+    parser.add_argument(
+        "--models", nargs="+", metavar="MODEL", help=f"of demo, {', '.join(PUBLISHED)}"
+    )
+    parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops")
+    parser.add_argument("--phase", choices=("decode", "prefill"), help="only this phase")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="rows of a decode step")
+    parser.add_argument("--context", nargs="+", type=int, metavar="N", help="tokens in the cache")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="tokens of a prompt")
+    parser.add_argument("--peer", nargs="*", metavar="PEER", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
+    parser.add_argument("--ops", default="auto", help="auto, triton or reference: gemcut's own ops")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure the cases that are asked for; 1 where gemcut's own op is wrong or fails."""
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype, device)
+    ops = choose_ops(arguments.ops, device)
+    check_int("rounds", arguments.rounds, 1, 10**6)
+    peers = choose_peers(arguments.peer)
+    cases = choose_cases(arguments, device, dtype)
+
+    settings = {key: value for key, value in vars(arguments).items() if _is_plain(value)}
+    results = Results("kernels", settings, device, arguments.json)
+    results.set_ceilings(measure_ceilings(device, dtype))
+    print_ceilings(results.report["ceilings"], dtype)
+    bench = Bench(device, dtype, ops, peers, arguments.rounds, results.report["ceilings"])
+    try:
+        for case in cases:
+            rows = measure_case(case, bench, contestants(case, bench))
+            results.add(*rows)
+            print_rows(rows)
+        results.finish()
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(results.rows)} rows are kept")
+        return INTERRUPTED
+    finally:
+        results.print_line()
+    own = [row for row in results.rows if row["contestant"] == GEMCUT]
+    return 1 if any(row["status"] in (WRONG, FAILED) for row in own) else 0
+
+
+def choose_peers(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The peers asked for, or all that are installed; ValueError names another."""
+    if names is None:
+        missing = [package for package in PEERS.values() if not installed_versions([package])]
+        if missing:
+            print(f"not installed: {', '.join(dict.fromkeys(missing))}")
+        return tuple(name for name, package in PEERS.items() if package not in missing)
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"peer {name!r} is unknown; there are {', '.join(PEERS)}")
+        if not installed_versions([PEERS[name]]):
+            raise ValueError(f"peer {name!r} needs the package {PEERS[name]}: pip install it")
+    return tuple(names)
+
+
+def choose_cases(
+    arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> list[Case]:
+    """The cases asked for; ValueError where a name is unknown or none is left."""
+    on_gpu = device.type == "cuda"
+    grid = GPU_GRID if on_gpu else CPU_GRID
+    for option, field in (("batch", "batches"), ("context", "contexts"), ("tokens", "tokens")):
+        if (values := getattr(arguments, option)) is not None:
+            for value in values:
+                check_int(option, value, 1, 2**20)
+            grid = replace(grid, **{field: tuple(values)})
+    cases = []
+    for model in arguments.models or (GPU_MODELS if on_gpu else CPU_MODELS):
+        cases += model_cases(Shapes(model, find_config(model), device, dtype), grid)
+    for op in arguments.op or ():
+        if op not in OPS:
+            raise ValueError(f"op {op!r} is unknown; there are {', '.join(OPS)}")
+    wanted = [
+        case
+        for case in cases
+        if case.op in (arguments.op or OPS) and arguments.phase in (None, case.phase)
+    ]
+    if not wanted:
+        raise ValueError("no case is left: these models hold none of these lengths")
+    return wanted
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float | list | tuple | None)
+
+
+def print_ceilings(ceilings: Mapping[str, float], dtype: torch.dtype) -> None:
+    """The ceilings in one line."""
+    print(
+        f"read {ceilings['read_gbps']:.0f} GB/s, copy {ceilings['copy_gbps']:.0f} GB/s, "
+        f"product {ceilings['matmul_tflops']:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}"
+    )
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """One case, a line for each contestant."""
+    print(rows[0]["case"])
+    for line in _lines(rows):
+        print(f"    {line}", flush=True)
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[str]:
+    own = rows[0].get("cold_us")
+    for row in rows:
+        name = f"{row['contestant']:<14}"
+        if row["status"] != OK:
+            yield f"{name}{row['status']}: {row['detail']}"
+            continue
+        cold = row["cold_us"]
+        compute = row["bound"] == "compute"
+        rate = f"{row['tflops']:.3g} TFLOP/s" if compute else f"{row['gbps']:.0f} GB/s"
+        line = (
+            f"{name}{cold['median']:>10.1f} us ({cold['low']:.1f} - {cold['high']:.1f})"
+            f"{row['warm_us']['median']:>10.1f} warm  {rate:>14}"
+            f"{row['share']:>7.0%} of {row['bound']}"
+        )
+        if own is not None and row is not rows[0]:
+            ratios = [a / b for a, b in zip(cold["all"], own["all"], strict=True)]
+            line += f"  gemcut x {Spread.of(ratios).median:.2f}"
+        yield line
