@@ -1,0 +1,294 @@
+"""How many times as fast is one report as another, beyond what noise explains?
+
+Machines drift between runs, and within one.  The drift hits all contestants of a round alike, so a
+row is taken beside its peers: what a round took, over the geometric mean of what the contestants
+that both files share took in it.  Gemcut is nobody's peer.  Bytes do not drift and are taken as
+they are, and so is a row without a peer, where drift cannot be told from a change.  Where the peers
+themselves changed threefold, the machine was another, and slowed nobody alike: no verdict.
+
+Of all ratios between a round of one file and a round of the other, the median estimates the change
+(Hodges and Lehmann), and the k-th least and greatest bound it: k comes from the distribution of
+Mann and Whitney's U, whatever the distribution of the noise.  A row is called faster or slower
+where this interval lies beyond 1 and the estimate beyond the threshold.  The threshold stands for
+what no round can tell: two processes of the same code differ too, by where their memory lies.
+Under noise of 5 % ten rounds find a change of 20 % among 30 rows nearly always, seven mostly.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from gemcut.bench.results import OK, Row, print_table
+from gemcut.bench.rows import GEMCUT, Report, direction, figures, metrics, read_report
+
+THRESHOLD = 0.05
+ALPHA = 0.01  # of an interval: 1 - its level, at most
+FAMILY_ALPHA = 0.05  # all intervals of gemcut together, where there are rounds enough for it
+EXACT_ROUNDS = 50  # beyond them U is close to normal
+MAX_DRIFT = 3.0  # of peers, either way
+FASTER, SLOWER, SAME = "faster", "slower", "same"
+TOO_FEW, OTHER_MACHINE = "too few rounds", "machine changed"
+VERDICTS = (SLOWER, FASTER, SAME, TOO_FEW, OTHER_MACHINE)
+Rows = dict[tuple[str, str], Row]  # by case and contestant
+NOTED = ("device", "cpu", "threads", "driver", "power_limit_w", "cuda", "commit")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one row: how many times as fast the second file is."""
+
+    case: str
+    contestant: str
+    metric: str
+    estimate: float
+    interval: tuple[float, float] | None  # None: too few rounds for the level
+    alpha: float  # 1 - the level that the interval has
+    rounds: tuple[int, int]
+    peers: tuple[str, ...]  # that the row was taken beside
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changed from one report to another."""
+
+    notes: list[str]
+    changes: list[Change]
+    statuses: list[tuple[Row, Row]]  # rows whose status changed: before, after
+    gone: list[Row]
+    new: list[Row]
+
+    @property
+    def own(self) -> list[Change]:
+        """Gemcut's changes: only these can fail a comparison."""
+        return [change for change in self.changes if change.contestant == GEMCUT]
+
+    @property
+    def failed(self) -> bool:
+        """Whether gemcut became slower or worse."""
+        slower = any(change.verdict == SLOWER for change in self.own)
+        worse = [a for a, _ in self.statuses if a["contestant"] == GEMCUT and a["status"] == OK]
+        return slower or bool(worse)
+
+    @property
+    def false_alarm(self) -> float:
+        """A bound on the chance that a repeat shows a change of gemcut, beside its peers."""
+        alphas = [change.alpha for change in self.own if change.interval is not None]
+        return min(1.0, sum(alphas))
+
+
+def run_compare(a: Path, b: Path, threshold: float = THRESHOLD) -> int:
+    """Print how many times as fast B is as A; 1 where gemcut is slower or worse, else 0."""
+    comparison = compare_reports(read_report(a), read_report(b), threshold)
+    print_comparison(comparison, str(a), str(b))
+    return int(comparison.failed)
+
+
+def compare_reports(a: Report, b: Report, threshold: float = THRESHOLD) -> Comparison:
+    """What changed from `a` to `b`; ValueError where they are of different benchmarks."""
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold {threshold} is outside 0..1")
+    if a["benchmark"] != b["benchmark"]:
+        raise ValueError(
+            f"one file is of {a['benchmark']!r}, the other of {b['benchmark']!r}: "
+            "there is nothing to compare"
+        )
+    before, after = _by_name(a), _by_name(b)
+    both = [name for name in before if name in after]
+    compared = [
+        (row, metric)
+        for row in (before[name] for name in both)
+        for metric in metrics(row)
+        if _timed(row, metric) and _timed(after[row["case"], row["contestant"]], metric)
+    ]
+    own = sum(row["contestant"] == GEMCUT for row, _ in compared)
+    alpha = min(ALPHA, FAMILY_ALPHA / max(1, own))
+    changes = [_change(row, metric, before, after, alpha, threshold) for row, metric in compared]
+    statuses = [(before[name], after[name]) for name in both]
+    return Comparison(
+        _notes(a, b),
+        changes,
+        [(row, other) for row, other in statuses if row["status"] != other["status"]],
+        [row for name, row in before.items() if name not in after],
+        [row for name, row in after.items() if name not in before],
+    )
+
+
+def _by_name(report: Report) -> Rows:
+    return {(row["case"], row["contestant"]): row for row in report["rows"]}
+
+
+def _timed(row: Row, metric: str) -> bool:
+    """Whether a row has a metric that a ratio can be taken of."""
+    value = row.get(metric)
+    return row["status"] == OK and isinstance(value, dict) and min(value["all"]) > 0
+
+
+def _change(
+    row: Row, metric: str, before: Rows, after: Rows, alpha: float, threshold: float
+) -> Change:
+    peers = _common_peers(row, metric, before, after)
+    samples, peers_speed = [], []
+    for rows in (before, after):
+        beside = [_speeds(rows[row["case"], peer], metric) for peer in peers]
+        mean = np.mean(beside, axis=0) if beside else np.zeros(1)
+        samples.append(_speeds(rows[row["case"], row["contestant"]], metric) - mean)
+        peers_speed.append(np.median(mean))
+    a, b = samples
+    ratios = np.sort(np.exp(b[:, None] - a[None, :]), axis=None)
+    estimate = float(np.median(ratios))
+    rank, reached = interval_rank(len(a), len(b), alpha)
+    interval, verdict = None, TOO_FEW
+    if rank > 0:
+        low, high = interval = float(ratios[rank - 1]), float(ratios[-rank])
+        verdict = SAME
+        if abs(peers_speed[1] - peers_speed[0]) > math.log(MAX_DRIFT):
+            verdict = OTHER_MACHINE
+        elif high < 1 and estimate < 1 - threshold:
+            verdict = SLOWER
+        elif low > 1 and estimate > 1 + threshold:
+            verdict = FASTER
+    return Change(
+        case=row["case"],
+        contestant=row["contestant"],
+        metric=metric,
+        estimate=estimate,
+        interval=interval,
+        alpha=reached,
+        rounds=(len(a), len(b)),
+        peers=peers,
+        verdict=verdict,
+    )
+
+
+def _common_peers(row: Row, metric: str, before: Rows, after: Rows) -> tuple[str, ...]:
+    """Those that both files timed in the row's case and rounds, unchanged from one to the other."""
+    if metric.endswith("_bytes"):
+        return ()
+
+    def in_the_rounds(name: tuple[str, str], rows: Rows) -> bool:
+        rounds = len(rows[row["case"], row["contestant"]][metric]["all"])
+        peer = rows.get(name)
+        return peer is not None and _timed(peer, metric) and len(peer[metric]["all"]) == rounds
+
+    names = [(case, peer) for case, peer in before if case == row["case"]]
+    return tuple(
+        peer
+        for case, peer in names
+        if peer not in (GEMCUT, row["contestant"])
+        and all(in_the_rounds((case, peer), rows) for rows in (before, after))
+        and _identity(before[case, peer]) == _identity(after[case, peer])
+    )
+
+
+def _identity(peer: Row) -> tuple[object, object]:
+    return peer.get("version"), peer.get("settings")
+
+
+def _speeds(row: Row, metric: str) -> np.ndarray:
+    """Logarithms of how fast a row was, round by round; means of them are geometric."""
+    return direction(metric) * np.log(row[metric]["all"])
+
+
+@cache
+def interval_rank(n: int, m: int, alpha: float) -> tuple[int, float]:
+    """The k of an interval from the k-th least to the k-th greatest of n * m ratios, and its alpha.
+
+    The narrowest within `alpha`, or the widest there is if that is within ALPHA; k is 0 otherwise.
+    """
+    if max(n, m) > EXACT_ROUNDS:
+        deviation = math.sqrt(n * m * (n + m + 1) / 12)
+        z = statistics.NormalDist().inv_cdf(1 - alpha / 2)
+        return max(0, math.floor((n * m + 1) / 2 - z * deviation)), alpha
+    total, tail, rank, reached = math.comb(n + m, n), 0, 0, 1.0
+    for count in mann_whitney_counts(n, m):
+        tail += count
+        two_sided = 2 * tail / total
+        if two_sided > (alpha if rank else ALPHA):
+            break
+        rank, reached = rank + 1, two_sided
+    return rank, reached
+
+
+def mann_whitney_counts(n: int, m: int) -> list[int]:
+    """How many of the orders of n and m values have U = 0, 1, ..., n * m.
+
+    Their generating function is the Gaussian binomial: the product over i of
+    (1 - q^(m + i)) / (1 - q^i).
+    """
+    counts = [1] + [0] * (n * m)
+    for i in range(1, n + 1):
+        for u in range(n * m, m + i - 1, -1):
+            counts[u] -= counts[u - m - i]
+        for u in range(i, n * m + 1):
+            counts[u] += counts[u - i]
+    return counts
+
+
+def _notes(a: Report, b: Report) -> list[str]:
+    """What else differs between two reports, as `name: before | after`."""
+    notes = []
+    old, new = a["machine"], b["machine"]
+    if old["device"] != new["device"]:
+        notes.append("the devices differ: beside peers, a ratio tells nothing of the devices")
+    differing = {name: (old.get(name), new.get(name)) for name in NOTED}
+    versions = [machine.get("versions", {}) for machine in (old, new)]
+    for name in sorted(set(versions[0]) | set(versions[1])):
+        differing[name] = versions[0].get(name), versions[1].get(name)
+    differing["dtype"] = _dtypes(a), _dtypes(b)
+    for name in sorted(set(a["arguments"]) | set(b["arguments"])):
+        if name != "json":  # where the report itself went
+            differing[f"argument {name}"] = a["arguments"].get(name), b["arguments"].get(name)
+    notes += [f"{name}: {x} | {y}" for name, (x, y) in differing.items() if x != y]
+    for report, which in ((a, "first"), (b, "second")):
+        if report["interrupted"]:
+            notes.append(f"the {which} run was interrupted")
+    return notes
+
+
+def _dtypes(report: Report) -> str:
+    return ", ".join(sorted({str(row["dtype"]) for row in report["rows"] if "dtype" in row}))
+
+
+def print_comparison(comparison: Comparison, a: str, b: str) -> None:
+    """The comparison as a table; below it what has no ratio, and gemcut's sum."""
+    print(f"A: {a}")
+    print(f"B: {b}")
+    for note in comparison.notes:
+        print(f"note: {note}")
+    print("how many times as fast B is as A: above 1, B is better (of bytes: it needs fewer)")
+    header = ["case", "contestant", "metric", "B / A", "interval", "rounds", "beside", "verdict"]
+    rows = []
+    for one in comparison.changes:
+        interval = "" if one.interval is None else " - ".join(f"{x:.3f}" for x in one.interval)
+        rounds = "{} | {}".format(*one.rounds)
+        cells = [one.case, one.contestant, one.metric, f"{one.estimate:.3f}", interval, rounds]
+        rows.append([*cells, " ".join(one.peers) or "nobody", one.verdict])
+    if rows:
+        print_table(header, rows)
+    for before, after in comparison.statuses:
+        detail = f" ({after['detail']})" if after.get("detail") else ""
+        print(f"{_name(before)}: {before['status']} -> {after['status']}{detail}")
+    for which, only in (("A", comparison.gone), ("B", comparison.new)):
+        for row in only:
+            print(f"{_name(row)}: only in {which}")
+    _print_sum(comparison)
+
+
+def _print_sum(comparison: Comparison) -> None:
+    verdicts = [change.verdict for change in comparison.own]
+    counts = {name: verdicts.count(name) for name in VERDICTS}
+    print("gemcut: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    alone = [one for one in comparison.own if not one.peers and not one.metric.endswith("_bytes")]
+    if alone:
+        print(f"{len(alone)} of them beside nobody: drift of the machine counts as a change there")
+    chance = figures(100 * comparison.false_alarm, 2)
+    print(f"a repeat beside the same peers calls any of them changed in at most {chance} % of runs")
+
+
+def _name(row: Row) -> str:
+    return f"{row['contestant']} in {row['case']}"

@@ -1,0 +1,164 @@
+"""Rows of reports as their readers need them: checked, by case, round by round.
+
+results.py says what a report is.  The contestants of a case took turns in the same rounds, so what
+disturbs the machine cancels in ratios taken round by round, and only there.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemcut.bench.results import OK, Row, load_results
+from gemcut.bench.timing import Spread
+from gemcut.engine.config import PUBLISHED
+
+Report = dict[str, Any]
+GEMCUT = "gemcut"
+QUANTIZATIONS = ("int8", "int4", "fp8")
+CPU = "cpu"  # the device of a report without a GPU
+CEILINGS = ("read_gbps", "copy_gbps", "matmul_tflops")
+NAMES = ("case", "contestant", "status")
+LESS_IS_BETTER = ("_us", "_ms", "_seconds", "_bytes")
+MORE_IS_BETTER = ("_per_second",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the contestants of one report did in the same rounds."""
+
+    report: Report
+    name: str
+    rows: dict[str, Row]  # by contestant, whatever their status
+
+    @property
+    def timed(self) -> dict[str, Row]:
+        """The rows that were measured, by contestant."""
+        return {name: row for name, row in self.rows.items() if row["status"] == OK}
+
+    @property
+    def facts(self) -> Row:
+        """A row to read the case's own facts from, gemcut's where it takes part."""
+        return self.rows.get(GEMCUT) or next(iter(self.rows.values()))
+
+
+def read_report(file: Path) -> Report:
+    """The report in a file, its rows checked; ValueError says what is wrong with them."""
+    report = load_results(file)
+    for name, kind in (("machine", dict), ("ceilings", dict), ("arguments", dict), ("rows", list)):
+        if not isinstance(report[name], kind):
+            raise ValueError(f"{file}: {name} is no {kind.__name__}")
+    if not isinstance(report["machine"].get("device"), str):
+        raise ValueError(f"{file}: machine does not name its device")
+    missing = [name for name in CEILINGS if not report["ceilings"].get(name)]
+    if missing and report["benchmark"] == "kernels" and report["rows"]:
+        raise ValueError(f"{file}: ceilings lack {', '.join(missing)}")
+    seen = set()
+    for i, row in enumerate(report["rows"]):
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in NAMES):
+            raise ValueError(f"{file}: row {i} lacks one of {', '.join(NAMES)}")
+        if (row["case"], row["contestant"]) in seen:
+            raise ValueError(f"{file}: {row['contestant']} in {row['case']} has two rows")
+        seen.add((row["case"], row["contestant"]))
+        for name, value in row.items():
+            if direction(name) and isinstance(value, dict) and not _is_metric(value):
+                raise ValueError(f"{file}: {name} of row {i} is no metric")
+    return report
+
+
+def _is_metric(value: dict[str, Any]) -> bool:
+    rounds = value.get("all")
+    if not isinstance(rounds, list) or not rounds:
+        return False
+    numbers = [*rounds, *(value.get(name) for name in ("median", "low", "high"))]
+    return all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+
+
+def direction(name: str) -> int:
+    """Of a quantity by its name: 1 where more is better, -1 where less is, 0 of anything else."""
+    return int(name.endswith(MORE_IS_BETTER)) - int(name.endswith(LESS_IS_BETTER))
+
+
+def metrics(row: Row) -> list[str]:
+    """The names of what a row measured."""
+    return [name for name, value in row.items() if direction(name) and isinstance(value, dict)]
+
+
+def device_of(report: Report) -> str:
+    """What the report was measured on: a GPU, or a CPU by its model."""
+    machine = report["machine"]
+    return machine["device"] if machine["device"] != CPU else str(machine.get("cpu", CPU))
+
+
+def on_gpu(report: Report) -> bool:
+    return report["machine"]["device"] != CPU
+
+
+def cases(reports: Sequence[Report], benchmark: str, **facts: Any) -> Iterator[Case]:
+    """The cases of one benchmark whose facts are these, in the order of the reports."""
+    for report in reports:
+        if report["benchmark"] != benchmark:
+            continue
+        by_name: dict[str, dict[str, Row]] = {}
+        for row in report["rows"]:
+            by_name.setdefault(row["case"], {})[row["contestant"]] = row
+        for name, rows in by_name.items():
+            case = Case(report, name, rows)
+            if all(case.facts.get(key) == value for key, value in facts.items()):
+                yield case
+
+
+def by_model(found: Iterable[Case]) -> dict[str, list[Case]]:
+    """Cases by model, the small models first."""
+    models: dict[str, list[Case]] = {}
+    for case in found:
+        models.setdefault(case.facts["model"], []).append(case)
+
+    def parameters(model: str) -> int:
+        return PUBLISHED[model].num_parameters() if model in PUBLISHED else 0
+
+    return {model: models[model] for model in sorted(models, key=parameters)}
+
+
+def near_1k(found: Sequence[Case]) -> list[Case]:
+    """The cases of one context, as near to 1024 as there is: goals stand there."""
+    context = min((case.facts["context"] for case in found), key=lambda n: abs(n - 1024))
+    return [case for case in found if case.facts["context"] == context]
+
+
+def like_gemcut(case: Case) -> dict[str, Row]:
+    """The timed rows whose weights are of gemcut's kind: others read other numbers of bytes."""
+    own = _quantization(case.facts)
+    return {name: row for name, row in case.timed.items() if _quantization(row) == own}
+
+
+def _quantization(row: Row) -> str | None:
+    """As the row says, or its contestant's name."""
+    named = (kind for kind in QUANTIZATIONS if row["contestant"].endswith(f"-{kind}"))
+    return row.get("quantization") or next(named, None)
+
+
+def times_as_fast(row: Row, other: Row, name: str) -> list[float]:
+    """How many times as fast `row` is as `other`, round by round, by one of their metrics."""
+    # an interrupted round may leave one of them a value short
+    rounds = zip(row[name]["all"], other[name]["all"], strict=False)
+    return [(a / b) ** direction(name) for a, b in rounds]
+
+
+def spread_of(row: Row, name: str) -> Spread:
+    """A metric without its rounds."""
+    return Spread(row[name]["median"], row[name]["low"], row[name]["high"])
+
+
+def figures(value: float, digits: int = 3) -> str:
+    """A number to so many significant digits, never with an exponent."""
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}"
+
+
+def describe(spread: Spread) -> str:
+    """A spread as tables have it: median (range)."""
+    return f"{figures(spread.median)} ({figures(spread.low)} - {figures(spread.high)})"
