@@ -1,9 +1,14 @@
 """The `gemcut-bench` command.
 
+    gemcut-bench kernels --op rmsnorm geglu
     gemcut-bench decode --model demo --threads 1
+    gemcut-bench prefill --random gemma-2-2b --tokens 512 4096
+    gemcut-bench serve-sim --rate 4 --requests 64
+    gemcut-bench compare A.json B.json
+    gemcut-bench report *.json --out page
 
-Exit code 0; 1 for bad input, or where a contestant computes something else; 2 for wrong usage; 130
-for an interrupted run, which prints what it has measured.
+Exit code 0; 1 for bad input, where a contestant computes something else, or where B is slower than
+A; 2 for wrong usage; 130 for an interrupted run, which prints what it has measured.
 """
 
 import argparse
@@ -13,24 +18,26 @@ from pathlib import Path
 
 import torch
 
-from gemcut.bench.decode import (
-    Workload,
-    print_decode,
-    report_decode,
-    run_decode,
-    setup_decode,
-)
-from gemcut.bench.peers import PEERS, choose_peers
-from gemcut.bench.report import print_json
+from gemcut.bench import decode, kernels, prefill, serve_sim
+from gemcut.bench.compare import THRESHOLD, run_compare
+from gemcut.bench.results import INTERRUPTED
 from gemcut.engine.checks import check_int
 
-INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+BENCHMARKS = {
+    "kernels": (kernels, "each op beside its peers"),
+    "decode": (decode, "tokens a second, beside other stacks"),
+    "prefill": (prefill, "time to the first token by prompt length"),
+    "serve-sim": (serve_sim, "latencies of one engine under a trace of arrivals"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command with these arguments."""
     arguments = _parser().parse_args(argv)
     try:
+        if (threads := getattr(arguments, "threads", None)) is not None:
+            check_int("threads", threads, 1, 1024)
+            torch.set_num_threads(threads)
         return arguments.run(arguments)
     except (ValueError, NotImplementedError, MemoryError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -44,49 +51,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gemcut-bench", description="Measure gemcut.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    decode = commands.add_parser(
-        "decode",
-        help="tokens a second, beside other stacks",
-        description="Tokens a second of greedy decoding, beside other stacks in turn.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    decode.add_argument("--model", default="demo", help="demo, a folder or a Hugging Face id")
-    decode.add_argument("--prompt-tokens", type=int, default=16, metavar="N")
-    decode.add_argument("--new-tokens", type=int, default=128, metavar="N")
-    decode.add_argument("--batch", type=int, default=1, metavar="N", help="prompts at a time")
-    decode.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds")
-    decode.add_argument("--threads", type=int, metavar="N", help="of torch; default: its own")
-    decode.add_argument("--dtype", default="float32", help="auto, float32 or bfloat16")
-    decode.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    decode.add_argument(
-        "--peer",
-        nargs="+",
-        action="extend",
-        metavar="PEER",
-        help=f"of {', '.join(PEERS)}; default: all that are installed",
-    )
-    decode.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
-    decode.set_defaults(run=_decode)
+    for name, (module, summary) in BENCHMARKS.items():
+        benchmark = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(benchmark)
+        _add_shared_arguments(benchmark)
+        benchmark.set_defaults(run=module.run)
+
+    compare = commands.add_parser("compare", help="two reports of the same cases")
+    compare.add_argument("a", type=Path, metavar="A.json", help="before")
+    compare.add_argument("b", type=Path, metavar="B.json", help="after")
+    compare.add_argument("--threshold", type=float, default=THRESHOLD, metavar="SHARE")
+    compare.set_defaults(run=_compare)
+
+    report = commands.add_parser("report", help="a page with plots, and the README's table")
+    report.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    report.add_argument("--out", type=Path, metavar="FOLDER", help="write the page there")
+    report.add_argument("--readme", type=Path, metavar="FILE", help="write the table into it")
+    report.add_argument("--check", action="store_true", help="only say whether it would change")
+    report.set_defaults(run=_report)
     return parser
 
 
-def _decode(arguments: argparse.Namespace) -> int:
-    workload = Workload(
-        arguments.prompt_tokens, arguments.new_tokens, arguments.batch, arguments.repeats
-    )
-    peers = choose_peers(arguments.peer)
-    if arguments.threads is not None:
-        check_int("threads", arguments.threads, 1, 1024)
-        torch.set_num_threads(arguments.threads)
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise ValueError(f"--json {str(arguments.json)!r}: there is no such folder")
-    setup = setup_decode(arguments.model, arguments.device, arguments.dtype, workload)
+def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch; default: its own")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows there too")
 
-    result = run_decode(setup, workload, peers)
-    print_decode(setup, workload, result)
-    print_json(report_decode(setup, workload, result), arguments.json)
-    if result.interrupted:
-        return INTERRUPTED
-    wrong = any(verdict.status == "wrong" for verdict in result.verdicts.values())
-    nobody = bool(peers) and len(result.timed) == 1  # every peer failed
-    return 1 if wrong or nobody else 0
+
+def _compare(arguments: argparse.Namespace) -> int:
+    return run_compare(arguments.a, arguments.b, arguments.threshold)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from gemcut.bench.page import run_report  # matplotlib, which no measurement needs
+
+    return run_report(arguments.files, arguments.out, arguments.readme, arguments.check)

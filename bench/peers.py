@@ -1,36 +1,48 @@
 """Contestants: gemcut, and the stacks that it is compared with, behind one call.
 
-All load the same checkpoint with the same dtype, get the same token ids, and are called as their
-own documents call them.  A peer is imported only when it takes part: none is a dependency.
+All run the same model in the same dtype, get the same token ids, and are called as their own
+documents call them.  Random weights are shared by all; of a checkpoint transformers loads its own
+copy, which nothing of gemcut has touched.  A peer is imported only where it takes part: none is a
+dependency.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gemcut.bench.models import Setup, require_memory
 from gemcut.bench.timing import clock
 from gemcut.engine import Engine, SamplingParams
+from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
+from gemcut.engine.checks import check_int
+from gemcut.engine.weights import parts
 
-# the package that each peer comes from
-PEERS = {"transformers": "transformers", "transformers-static": "transformers"}
+GEMCUT = "gemcut"
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What every contestant is loaded with."""
+class Workload:
+    """What every contestant of a case does in every round."""
 
-    model: str  # as reports name it
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype
     batch: int
-    max_seq_len: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def __post_init__(self) -> None:
+        check_int("batch", self.batch, 1, 4096)
+        check_int("prompt tokens", self.prompt_tokens, 1, 2**20)
+        check_int("new tokens", self.new_tokens, 1, 2**20)
+
+    @property
+    def length(self) -> int:
+        """Tokens of one row, prompt and continuation."""
+        return self.prompt_tokens + self.new_tokens
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,6 @@ class Generation:
 
 class Contestant(Protocol):
     @property
-    def name(self) -> str: ...
-
-    @property
     def version(self) -> str: ...
 
     @property
@@ -65,28 +74,50 @@ class Contestant(Protocol):
         ...
 
 
-class Gemcut:
-    name = "gemcut"
-    settings = "Engine.generate"
+class Stage:
+    """What the contestants of one case are loaded with."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.version = version("gemcut")
-        self.engine = Engine.from_pretrained(
-            setup.folder,
-            device=setup.device,
-            dtype=setup.dtype,
-            max_batch_size=setup.batch,
-            max_seq_len=setup.max_seq_len,
-        )
-        self.engine.warmup()
+    def __init__(self, setup: Setup, workload: Workload) -> None:
+        self.setup, self.workload = setup, workload
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that one decode step reads; of an untied embedding it reads rows."""
-        weights = self.engine.model.weights
-        parts = [part for layer in weights.layers for part in vars(layer).values()]
-        parts += [weights.norm, weights.lm_head]
-        return sum(part.nbytes for part in parts if part is not None)
+    def cache_bytes(self) -> int:
+        """Of keys and values, where every layer keeps all of them."""
+        config, rows = self.setup.config, self.workload.batch * self.workload.length
+        return rows * config.kv_bytes_per_token(self.setup.dtype.itemsize)
+
+    def kept_weight_bytes(self, peer: "Peer") -> int:
+        """Of the model that is loaded before a contestant, what it would need if it were alone."""
+        if peer.quantization is None:
+            return self.setup.weight_bytes
+        config = self.setup.config
+        return config.vocab_size * config.hidden_size * self.setup.dtype.itemsize  # the embedding
+
+    @cached_property
+    def transformers_model(self) -> Any:
+        """Transformers' model, which its contestants share."""
+        setup = self.setup
+        _ = setup.model  # by which they are judged
+        model = _shared_model(setup) if setup.folder is None else _own_model(setup)
+        model.generation_config.eos_token_id = None  # as ignore_eos: all generate the same number
+        return model
+
+
+class Gemcut:
+    def __init__(self, stage: Stage) -> None:
+        setup, workload = stage.setup, stage.workload
+        model = setup.model
+        slot = slot_bytes(setup.config, workload.length, PREFILL_CHUNK, setup.dtype)
+        require_memory(setup.device, {"cache": workload.batch * slot})
+        self.version = version("gemcut")
+        self.settings = f"Engine.generate, {model.ops.__name__.rpartition('.')[2]} ops"
+        self.engine = Engine(
+            model,
+            setup.tokenizer,
+            max_batch_size=workload.batch,
+            max_seq_len=workload.length,
+        )
+        self.engine.warmup()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
@@ -99,25 +130,29 @@ class Gemcut:
 
 
 class Transformers:
-    """`generate` of a model that several contestants may share."""
+    """`generate` of a model that several contestants of a case share."""
 
-    def __init__(self, name: str, model: Any, cache_implementation: str | None) -> None:
-        self.name = name
+    def __init__(self, stage: Stage, *, cache: str, compiled: bool = False) -> None:
+        self.model = stage.transformers_model
+        require_memory(stage.setup.device, {"cache": stage.cache_bytes})
         self.version = version("transformers")
-        self.model = model
+        self._compiled = compiled
         self._options: dict[str, Any] = {}
-        cache = "dynamic"
-        if cache_implementation is not None:
-            cache = cache_implementation
-            # on a GPU a static cache would bring torch.compile with it: that is another contest
-            self._options = {"cache_implementation": cache, "disable_compile": True}
-        attention = model.config._attn_implementation
-        self.settings = f"generate, {cache} cache, {attention} attention, no compile"
+        if cache != "dynamic":
+            self._options["cache_implementation"] = cache
+            # on a GPU a static cache brings torch.compile with it, elsewhere it must be asked for
+            if compiled:
+                self._options["compile_config"] = _compile_config()
+            else:
+                self._options["disable_compile"] = True
+        attention = self.model.config._attn_implementation
+        how = "torch.compile" if compiled else "no compile"
+        self.settings = f"generate, {cache} cache, {attention} attention, {how}"
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
         streamer = _FirstToken()
         start = clock()
-        with torch.inference_mode():
+        with torch.inference_mode(not self._compiled):  # compilers are used without it
             ids = torch.tensor(prompts, device=self.model.device)
             sequences = self.model.generate(
                 ids,
@@ -131,12 +166,6 @@ class Transformers:
             token_ids = sequences[:, ids.shape[1] :].tolist()
         seconds = clock() - start
         return Generation(token_ids, streamer.first_token_at - start, seconds)
-
-    @torch.inference_mode()
-    def next_logits(self, token_ids: list[int]) -> Tensor:
-        """Logits of the token that follows, without a cache: [V] float32 on the host."""
-        ids = torch.tensor([token_ids], device=self.model.device)
-        return self.model(ids, use_cache=False).logits[0, -1].float().cpu()
 
 
 class _FirstToken:
@@ -154,33 +183,167 @@ class _FirstToken:
     def end(self) -> None: ...
 
 
-def choose_peers(names: Sequence[str] | None) -> list[str]:
-    """The peers asked for, each once, or all that are installed; ValueError names another."""
-    if names is None:
-        return [name for name, package in PEERS.items() if _installed(package)]
-    for name in names:
-        if name not in PEERS:
-            raise ValueError(f"peer {name!r} is unknown; there are {', '.join(PEERS)}")
-        if not _installed(PEERS[name]):
-            raise ValueError(f"peer {name!r} needs the package {PEERS[name]}: pip install it")
-    return list(dict.fromkeys(names))
+class GptFast:
+    """A gpt-fast-style Gemma: static cache, one compiled program for each kind of step."""
+
+    def __init__(self, stage: Stage, quantization: str | None = None) -> None:
+        from gemcut.bench.compiled_gemma import CompiledGemma
+
+        setup, workload = stage.setup, stage.workload
+        weights = setup.model.weights
+        needs: dict[str, float] = {"cache": stage.cache_bytes}
+        if quantization is not None:
+            bits = WEIGHT_BITS[quantization]
+            needs[f"{quantization} weights"] = setup.config.num_parameters() * bits / 8
+        require_memory(setup.device, needs)
+        packages = ["torch"] if quantization is None else ["torch", "torchao"]
+        self.version = ", ".join(f"{name} {version(name)}" for name in packages)
+        weights_of = "" if quantization is None else f", torchao's {quantization} weights"
+        self.settings = f"bench/compiled_gemma.py, torch.compile{weights_of}"
+        self._model = CompiledGemma(
+            setup.config,
+            weights,
+            batch=workload.batch,
+            max_seq_len=workload.length,
+            quantization=quantization,
+        )
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
+        first: list[float] = []
+        start = clock()
+        token_ids = self._model.generate(
+            prompts, new_tokens, on_first_token=lambda: first.append(clock())
+        )
+        return Generation(token_ids, first[0] - start, clock() - start)
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+# Transformers' model
 
 
-def load_peers(names: Sequence[str], setup: Setup) -> list[Contestant]:
-    """The contestants of these names, in their order; transformers' share one model."""
-    if not names:
-        return []
+def _own_model(setup: Setup) -> Any:
     from transformers import AutoModelForCausalLM
+
+    _silence_transformers()
+    require_memory(setup.device, {"transformers' own weights": setup.weight_bytes})
+    assert setup.folder is not None
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        setup.folder, dtype=setup.dtype, **_attention(setup)
+    )
+    return model.to(setup.device).eval()
+
+
+def _shared_model(setup: Setup) -> Any:
+    """Transformers' model over the very tensors that gemcut reads, which are views of fused ones.
+
+    First it is made of zeros that take no memory; that computes what no checkpoint holds, such as
+    the frequencies of the rotation.
+    """
+    import transformers
+
+    _silence_transformers()
+    weights = setup.model.weights
+    tensors = {part.name: part.of(weights) for part in parts(setup.config)}
+    zero = torch.zeros((), dtype=setup.dtype)
+    values = setup.config.to_dict()
+    # VaultGemma's code makes a mask of a window even where no layer has one
+    values |= {"sliding_window": values.get("sliding_window") or setup.config.context_length}
+    config = transformers.AutoConfig.for_model(**values)
+    family = getattr(transformers, setup.config.architectures[0])
+    model: Any = family.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: zero.expand(tensor.shape) for name, tensor in tensors.items()},
+        dtype=setup.dtype,
+        **_attention(setup),
+    )
+    model.load_state_dict({"lm_head.weight": weights.lm_head, **tensors}, assign=True)
+    return model.to(setup.device)
+
+
+def _attention(setup: Setup) -> dict[str, str]:
+    """Some releases (5.17 is one) choose sdpa for Gemma 2, which drops its softcap."""
+    return {} if setup.config.attn_softcap is None else {"attn_implementation": "eager"}
+
+
+def _silence_transformers() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(setup.folder, dtype=setup.dtype)
-    model.to(setup.device).eval()
-    model.generation_config.eos_token_id = None  # as ignore_eos: all generate the same number
-    caches = {"transformers": None, "transformers-static": "static"}
-    return [Transformers(name, model, caches[name]) for name in names]
+
+
+def _compile_config() -> Any:
+    from transformers import CompileConfig
+
+    config: Any = CompileConfig()
+    config._compile_all_devices = True  # the switch for CPUs, which has no public name
+    return config
+
+
+# Who takes part
+
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a contestant is loaded, and where it takes part unasked."""
+
+    load: Callable[[Stage], Contestant]
+    packages: tuple[str, ...] = ()
+    model: Callable[[Stage], Any] = lambda stage: stage.setup.model  # loaded before
+    compiles: bool = False  # which takes longer on a CPU than what is measured
+    quantization: str | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        return [package for package in self.packages if not _installed(package)]
+
+    @property
+    def weight_bits(self) -> int | None:
+        return None if self.quantization is None else WEIGHT_BITS[self.quantization]
+
+
+TRANSFORMERS = partial(
+    Peer, packages=("transformers",), model=lambda stage: stage.transformers_model
+)
+GPT_FAST = partial(Peer, compiles=True)
+CONTESTANTS: dict[str, Peer] = {
+    GEMCUT: Peer(Gemcut),
+    "transformers": TRANSFORMERS(partial(Transformers, cache="dynamic")),
+    "transformers-static": TRANSFORMERS(partial(Transformers, cache="static")),
+    "transformers-compiled": TRANSFORMERS(
+        partial(Transformers, cache="static", compiled=True), compiles=True
+    ),
+    "gpt-fast": GPT_FAST(GptFast),
+    **{
+        f"gpt-fast-{name}": GPT_FAST(
+            partial(GptFast, quantization=name), packages=("torchao",), quantization=name
+        )
+        for name in WEIGHT_BITS
+    },
+}
+PEERS = [name for name in CONTESTANTS if name != GEMCUT]
+
+
+def choose_peers(names: Sequence[str] | None, device: torch.device) -> list[str]:
+    """The peers asked for, each once, or those that take part unasked; ValueError names another."""
+    if names is None:
+        usual = [n for n in PEERS if device.type == "cuda" or not CONTESTANTS[n].compiles]
+        return [name for name in usual if not CONTESTANTS[name].missing]
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"peer {name!r} is unknown; there are {', '.join(PEERS)}")
+        if missing := CONTESTANTS[name].missing:
+            raise ValueError(f"peer {name!r} needs the package {missing[0]}: pip install it")
+    return list(dict.fromkeys(names))
+
+
+def not_installed() -> list[str]:
+    """The peers that lack a package, with its name."""
+    lacking = {name: CONTESTANTS[name].missing for name in PEERS}
+    return [f"{name} ({', '.join(missing)})" for name, missing in lacking.items() if missing]
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -135,7 +135,7 @@ def _prepare(calls: Sequence[Call], device: torch.device) -> tuple[Run, str]:
     if device.type != "cuda":
         return lambda: _loop(calls), "loop"
     try:
-        graph = _capture(calls)
+        graph = capture(calls)
     except Exception:  # whatever a peer does that a capture forbids, a copy to the host mostly
         torch.cuda.synchronize(device)
         return lambda: _between_events(lambda: _make(calls)), "stream"
@@ -153,7 +153,8 @@ def _loop(calls: Sequence[Call]) -> float:
     return clock() - started
 
 
-def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of these calls, the first of which are made once before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries allocate their workspaces before a capture

@@ -17,9 +17,12 @@ RULES = {
     "bench": ({"kernels", "tokenizer", "engine"}, set()),
     "tools": ({"kernels", "tokenizer", "engine", "bench"}, set()),
 }
-# Imports inside a function: torch after the arguments are read, and peers only where they take part
+# Imports inside a function: torch after the arguments are read, matplotlib where a page is asked
+# for, and peers only where they take part
 LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/peers.py", "transformers")}
 LATE |= {("engine/loading.py", "gemcut.kernels.interpreter")}
+LATE |= {("bench/cli.py", "gemcut.bench.page"), ("bench/compiled_gemma.py", "torchao")}
+LATE |= {("bench/peers.py", "gemcut.bench.compiled_gemma")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

@@ -1,0 +1,145 @@
+"""What one decode step must move and one prefill must compute, counted from the config alone.
+
+A decode step reads every weight once, whatever the batch: of the embedding only a row for each
+sequence, but a tied table whole, as the head.  It reads the keys and values that each layer sees,
+writes the new ones, and hands float32 logits from the head to the choice of a token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from gemcut.bench.results import print_table
+from gemcut.engine.config import GemmaConfig
+from gemcut.engine.weights import Part, parts
+
+# biases go with their products; of the embedding see above
+KINDS = {
+    "qkv": "qkv",
+    "qkv_bias": "qkv",
+    "o": "o",
+    "o_bias": "o",
+    "gate_up": "gate_up",
+    "down": "down",
+    "lm_head": "head",
+}
+LOGIT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes of one decode step by kind."""
+
+    embedding: int  # rows
+    norms: int
+    qkv: int
+    o: int
+    gate_up: int
+    down: int
+    head: int
+    kv_read: int  # the new token's own included
+    kv_written: int
+    logits: int  # written, and read again
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights but for rows of the embedding."""
+        return self.norms + self.qkv + self.o + self.gate_up + self.down + self.head
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def decode_account(
+    config: GemmaConfig,
+    *,
+    batch: int,
+    context: float,
+    dtype: torch.dtype,
+    weight_bits: int | None = None,
+) -> Account:
+    """The account of a step of `batch` sequences whose new token sees `context`, itself included.
+
+    `context` may be a fraction, as a mean over steps is.  `weight_bits` is the size of a quantised
+    weight; its scales are left out.
+    """
+    sizes = dict.fromkeys(Account.__dataclass_fields__, 0)
+    for part in parts(config):
+        if (kind := _kind(part, config)) is not None:
+            bits = weight_bits if weight_bits and len(part.shape) == 2 else 8 * dtype.itemsize
+            sizes[kind] += math.prod(part.shape) * bits // 8
+    a_token = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # of one layer
+    seen = sum(min(context, window_of(config, layer)) for layer in range(config.num_layers))
+    sizes |= {
+        "embedding": batch * config.hidden_size * dtype.itemsize,
+        "kv_read": round(batch * seen * a_token),
+        "kv_written": batch * config.num_layers * a_token,
+        "logits": 2 * batch * config.vocab_size * LOGIT_BYTES,
+    }
+    return Account(**sizes)
+
+
+def _kind(part: Part, config: GemmaConfig) -> str | None:
+    if part.field == "embedding":
+        return "head" if config.tie_word_embeddings else None
+    return KINDS.get(part.field, "norms")
+
+
+def window_of(config: GemmaConfig, layer: int) -> float:
+    """How many tokens a query of `layer` sees at most."""
+    if config.sliding_window is None or not config.is_local(layer):
+        return math.inf
+    return config.sliding_window
+
+
+def prefill_flops(config: GemmaConfig, *, batch: int, tokens: int) -> int:
+    """Operations of a prefill of `batch` prompts: products, two for each multiply-and-add.
+
+    Attention counts pairs of a query and a key that it sees, twice: for the score and for the
+    value.  The head is asked for the last token alone.
+    """
+    matrices = sum(
+        math.prod(part.shape)
+        for part in parts(config)
+        if part.layer is not None and len(part.shape) == 2
+    )
+    pairs = sum(
+        _visible_pairs(tokens, window_of(config, layer)) for layer in range(config.num_layers)
+    )
+    a_pair = 2 * 2 * config.num_q_heads * config.head_dim
+    head = 2 * config.vocab_size * config.hidden_size
+    return batch * (2 * matrices * tokens + a_pair * pairs + head)
+
+
+def _visible_pairs(tokens: int, window: float) -> int:
+    """Pairs of a query and a key at most `window` - 1 before it, among so many tokens."""
+    reach = int(min(tokens, window))
+    return reach * (reach + 1) // 2 + (tokens - reach) * reach
+
+
+def print_account(
+    account: Account, read_gbps: float, whole: tuple[str, Account] | None = None
+) -> None:
+    """The account with each kind's share, and its time at the bandwidth of reading.
+
+    `whole` is the account of a model that this one was cut from, and how to call it.
+    """
+    accounts = [account] if whole is None else [account, whole[1]]
+    header = ["bytes of a decode step"]
+    for name in ["", *([] if whole is None else [f"{whole[0]}: "])]:
+        header += [f"{name}MB", "share", f"us at {read_gbps:.1f} GB/s"]
+    columns = [{**asdict(one), "total": one.total} for one in accounts]
+    rows = [[kind, *_cells(columns, kind, read_gbps)] for kind in columns[0]]
+    print_table(header, rows)
+
+
+def _cells(columns: Sequence[dict[str, int]], kind: str, read_gbps: float) -> list[str]:
+    cells = []
+    for sizes in columns:
+        nbytes = sizes[kind]
+        share = nbytes / sizes["total"]
+        cells += [f"{nbytes / 1e6:.3f}", f"{share:.1%}", f"{nbytes / read_gbps / 1e3:.1f}"]
+    return cells

@@ -1,0 +1,240 @@
+"""Is what a contestant generated right?  Every token of every contestant is judged.
+
+The judge is gemcut's model on the oracles' ops in higher precision, one weight at a time: bfloat16
+becomes float32, float32 float64.  It reads a prompt with a contestant's own tokens behind it, and
+has the exact logits at each of them.  A greedy token is right where its logit lies below the
+greatest by no more than
+
+    2 * error + 2 units in the last place
+
+where the error is the greatest in the logits of that text by the same ops in the contestants' own
+dtype: the rule that kernels are held to, and near ties pass it.  Whoever quantises the weights
+computes another function; its error is that of the same ops on weights rounded to so many bits.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemcut.bench.checking import rounded_weight
+from gemcut.bench.results import OK, WRONG
+from gemcut.engine.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.model import Gemma
+from gemcut.engine.weights import LayerWeights
+from gemcut.kernels import reference
+
+HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
+HEAD_ROWS = 1 << 15  # of the head at a time: in higher precision the whole may not fit
+Rows = list[list[int]]  # new tokens of each prompt
+Text = tuple[int, ...]
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a contestant generated, and how many bits its weights have, where they are quantised."""
+
+    rows: Rows
+    weight_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a contestant; `status` is one of results.py's."""
+
+    status: str
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        return self.status == OK
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How far each token of a text lies below the greatest logit there, and how far it may."""
+
+    gaps: list[float]
+    budget: float
+
+    @property
+    def first_wrong(self) -> int | None:
+        # written so that NaN is within no budget
+        return next((i for i, gap in enumerate(self.gaps) if not gap <= self.budget), None)
+
+
+class Judge:
+    """Holds what contestants made of the same prompts against a model's exact logits.
+
+    What was found of a text is kept: each is judged once.
+    """
+
+    def __init__(self, model: Gemma, prompts: Rows, new_tokens: int) -> None:
+        self.model, self.prompts, self.new_tokens = model, prompts, new_tokens
+        self._found: dict[tuple[int, Text, int | None], Finding] = {}
+
+    @torch.inference_mode()
+    def verdicts(self, answers: Mapping[str, Answer], own: Rows | None) -> dict[str, Verdict]:
+        """The verdict on each answer; `own` are the tokens that others are counted beside."""
+        verdicts = {
+            name: Verdict(WRONG, problem)
+            for name, answer in answers.items()
+            if (problem := self._malformed(answer.rows)) is not None
+        }
+        sound = {name: answer for name, answer in answers.items() if name not in verdicts}
+        for row in range(len(self.prompts)):
+            self._weigh(row, sound.values())
+        return verdicts | {name: self._verdict(one, own) for name, one in sound.items()}
+
+    def _malformed(self, rows: Rows) -> str | None:
+        """What keeps an answer from being read at all."""
+        counts = [len(row) for row in rows]
+        if counts != [self.new_tokens] * len(self.prompts):
+            return (
+                f"{len(rows)} rows of {sorted(set(counts))} tokens; "
+                f"asked for were {len(self.prompts)} of {self.new_tokens}"
+            )
+        limit = self.model.config.vocab_size
+        strange = [token for row in rows for token in row if not 0 <= token < limit]
+        return f"token id {strange[0]} is outside 0..{limit - 1}" if strange else None
+
+    def _weigh(self, row: int, answers: Iterable[Answer]) -> None:
+        """Judge the texts of one prompt that are new."""
+        keys = dict.fromkeys((row, tuple(a.rows[row]), a.weight_bits) for a in answers)
+        new = [key for key in keys if key not in self._found]
+        if not new:
+            return
+        read = partial(Reading, prompt=self.prompts[row], new_tokens=self.new_tokens)
+        exact = read(exact_model(self.model))
+        plain = {bits: read(plain_model(self.model, bits)) for _, _, bits in new}
+        for key in new:
+            _, text, bits = key
+            states = exact.states(text), plain[bits].states(text)
+            self._found[key] = self._compare(*states, text, bits)
+
+    def _compare(self, exact: Tensor, plain: Tensor, text: Text, bits: int | None) -> Finding:
+        """What is found of a text from the states before each of its tokens: [T, D] each."""
+        config, head = self.model.config, self.model.weights.lm_head
+        tokens = torch.tensor(text, device=exact.device)
+        best = exact.new_full((len(text),), -torch.inf)
+        chosen = torch.full_like(best, torch.nan)
+        error = greatest = exact.new_zeros(())
+        for start in range(0, config.vocab_size, HEAD_ROWS):
+            rows = head[start : start + HEAD_ROWS]
+            logits = reference.lm_head(exact, rows.to(exact.dtype), config.final_softcap)
+            rounded = reference.lm_head(plain, _rounded(rows, bits), config.final_softcap)
+            # torch's maximum keeps NaN
+            best = torch.maximum(best, logits.amax(-1))
+            error = torch.maximum(error, (rounded - logits).abs().max())
+            greatest = torch.maximum(greatest, logits.abs().max())
+            here = ((tokens >= start) & (tokens < start + len(rows))).nonzero().squeeze(-1)
+            chosen[here] = logits[here, tokens[here] - start]
+        ulp = torch.finfo(self.model.dtype).eps * greatest
+        return Finding((best - chosen).tolist(), (2 * error + 2 * ulp).item())
+
+    def _verdict(self, answer: Answer, own: Rows | None) -> Verdict:
+        findings = [
+            self._found[row, tuple(tokens), answer.weight_bits]
+            for row, tokens in enumerate(answer.rows)
+        ]
+        for row, finding in enumerate(findings):
+            if (token := finding.first_wrong) is not None:
+                return Verdict(
+                    WRONG,
+                    f"row {row}, token {token}: {answer.rows[row][token]} lies "
+                    f"{finding.gaps[token]:.2e} below the best logit, {finding.budget:.2e} allowed",
+                )
+        worst = max(findings, key=lambda one: max(one.gaps) / one.budget)
+        detail = f"no token more than {max(worst.gaps):.1e} below the best logit, "
+        detail += f"{worst.budget:.1e} allowed"
+        if answer.weight_bits is not None:
+            detail += f" for {answer.weight_bits}-bit weights"
+        return Verdict(OK, detail + _agreement(answer.rows, own))
+
+
+def _agreement(rows: Rows, own: Rows | None) -> str:
+    if own is None or rows is own:
+        return ""
+    pairs = [list(zip(a, b, strict=True)) for a, b in zip(rows, own, strict=True)]
+    for row, tokens in enumerate(pairs):
+        for i, (a, b) in enumerate(tokens):
+            if a != b:
+                same = sum(a == b for row in pairs for a, b in row)
+                total = sum(map(len, pairs))
+                first = f"first differs at row {row}, token {i}"
+                return f"; {same} of {total} same as gemcut, {first}"
+    return "; all same as gemcut"
+
+
+class Reading:
+    """A model's states over a prompt, and over any text behind it: the prompt is read once."""
+
+    def __init__(self, model: Gemma, prompt: list[int], new_tokens: int) -> None:
+        self.model, self.prompt = model, prompt
+        self.cache = KVCache(
+            model.config,
+            num_slots=1,
+            max_seq_len=len(prompt) + new_tokens,
+            # rings keep what the prompt's last token sees, whichever text was read before
+            prefill_chunk=max(PREFILL_CHUNK, new_tokens),
+            device=model.device,
+            dtype=model.dtype,
+        )
+        if len(prompt) > 1:
+            self._read(prompt[:-1], 0)
+
+    def states(self, text: Sequence[int]) -> Tensor:
+        """The states that each token of a text is chosen from: [T, D]."""
+        return self._read([self.prompt[-1], *text[:-1]], len(self.prompt) - 1)
+
+    def _read(self, tokens: list[int], start: int) -> Tensor:
+        ids = torch.tensor(tokens, device=self.model.device)
+        return self.model.prefill(ids, self.cache, slot=0, start=start)
+
+
+# The models that the judge reads with
+
+
+def exact_model(model: Gemma) -> Gemma:
+    """The model without roundings but for that of the embedding's scale, which is part of it."""
+    dtype = HIGHER[model.dtype]
+
+    def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
+        return F.embedding(token_ids, table).to(dtype) * scale
+
+    ops = {name: getattr(reference, name) for name in reference.__all__} | {"embed": embed}
+    exact = _changed(model, lambda weight: weight.to(dtype), SimpleNamespace(**ops))
+    exact.dtype = dtype  # of cache, cos and sin
+    return exact
+
+
+def plain_model(model: Gemma, weight_bits: int | None) -> Gemma:
+    """The model on the oracles' ops in its own dtype, its matrices rounded to so many bits."""
+    return _changed(model, partial(_rounded, bits=weight_bits), reference)
+
+
+def _rounded(weight: Tensor, bits: int | None) -> Tensor:
+    return weight if bits is None or weight.ndim == 1 else rounded_weight(weight, bits)
+
+
+def _changed(model: Gemma, change: Change, ops: ModuleType | SimpleNamespace) -> Gemma:
+    layers = [cast(LayerWeights, ChangedWeights(one, change)) for one in model.weights.layers]
+    weights = replace(model.weights, layers=layers)
+    return Gemma(model.config, weights, cast(ModuleType, ops))
+
+
+class ChangedWeights:
+    """A layer's weights, each changed as it is read, so that one at a time is held."""
+
+    def __init__(self, layer: LayerWeights, change: Change) -> None:
+        self._layer, self._change = layer, change
+
+    def __getattr__(self, name: str) -> Any:
+        weight = getattr(self._layer, name)
+        return None if weight is None else self._change(weight)

@@ -1,0 +1,105 @@
+"""The model that a benchmark runs: a checkpoint, or a published size with random weights."""
+
+import argparse
+import os
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from gemcut.bench.random_model import published_config, random_tokenizer, random_weights
+from gemcut.engine.checkpoint import load_checkpoint
+from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.hub import resolve_checkpoint
+from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, free_bytes
+from gemcut.engine.model import Gemma
+from gemcut.tokenizer import Tokenizer
+
+
+class Setup:
+    """A model on a device, loaded when it is first asked for; all contestants are given it.
+
+    `folder` is None where the weights are random: then there is one set of tensors for everyone.
+    """
+
+    def __init__(
+        self,
+        name: str,  # as reports have it
+        config: GemmaConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        folder: Path | None = None,
+    ) -> None:
+        self.name, self.config, self.folder = name, config, folder
+        self.device, self.dtype = device, dtype
+        self._ops = choose_ops("auto", device)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def whole_config(self) -> GemmaConfig:
+        """Of the model before layers were cut."""
+        return self.config if self.folder is not None else PUBLISHED[self.name]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.config.num_parameters() * self.dtype.itemsize
+
+    @cached_property
+    def model(self) -> Gemma:
+        """MemoryError says how much is missing."""
+        require_memory(self.device, {"weights": self.weight_bytes})
+        where = {"device": self.device, "dtype": self.dtype}
+        if self.folder is None:
+            weights = random_weights(self.config, **where)
+        else:
+            weights = load_checkpoint(self.folder, self.config, **where)
+        return Gemma(self.config, weights, self._ops)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        if self.folder is None:
+            return random_tokenizer(self.config.vocab_size)
+        return Tokenizer.from_file(self.folder)
+
+
+def require_memory(device: torch.device, needs: dict[str, float]) -> None:
+    """Nothing, or MemoryError where the device lacks room for so many bytes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch holds and does not use counts as free
+    missing = sum(needs.values()) - free_bytes(device)
+    if missing > 0:
+        parts = " and ".join(f"{size / 1e9:.3g} GB of {what}" for what, size in needs.items())
+        raise MemoryError(f"{missing / 1e9:.3g} GB are missing on {device} for {parts}")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model runs."""
+    parser.add_argument("--model", help="demo (the default), a folder or a Hugging Face id")
+    parser.add_argument(
+        "--random",
+        metavar="NAME",
+        help=f"random weights instead, without a download: one of {', '.join(PUBLISHED)}",
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="cut --random to so many layers")
+
+
+def choose_setup(arguments: argparse.Namespace) -> Setup:
+    """The model asked for, not yet loaded; ValueError names what is wrong."""
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype, device)
+    if arguments.random is not None:
+        if arguments.model is not None:
+            raise ValueError(f"--random {arguments.random!r} and --model exclude each other")
+        config = published_config(arguments.random, arguments.layers)
+        return Setup(arguments.random, config, device, dtype)
+    if arguments.layers is not None:
+        raise ValueError(f"--layers {arguments.layers} cuts a model of --random, not a checkpoint")
+    model = "demo" if arguments.model is None else arguments.model
+    folder = resolve_checkpoint(model)
+    # of a folder no more than its name: reports are published
+    is_folder = os.path.isdir(os.path.expanduser(model))
+    name = os.path.basename(os.path.abspath(folder)) if is_folder else model
+    return Setup(name, GemmaConfig.from_file(folder), device, dtype, folder)

@@ -1,0 +1,101 @@
+"""How long until the first token, by the length of the prompt, beside other stacks?
+
+    gemcut-bench prefill --tokens 64 256 --threads 1
+    gemcut-bench prefill --random gemma-2-9b --tokens 512 4096 8192
+
+Each contestant is given the same prompts and asked for one token of each, through its public API,
+from the call to its return.  The token is judged before anything is timed.  A prefill must do so
+many operations (account.py); its share is how much of its time they would take at the measured rate
+of large products.
+"""
+
+import argparse
+
+from gemcut.bench.account import prefill_flops
+from gemcut.bench.contest import (
+    Ceilings,
+    Result,
+    add_contest_arguments,
+    describe,
+    print_fastest,
+    run_contest,
+)
+from gemcut.bench.models import add_model_arguments, choose_setup
+from gemcut.bench.peers import GEMCUT, Generation, Workload
+from gemcut.bench.results import Row, metric, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gemcut-bench prefill`."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[64, 256],
+        metavar="N",
+        help="of a prompt (64 256); each with each batch is a case",
+    )
+    add_contest_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every case; 1 where a contestant is wrong, or gemcut or every peer fails."""
+    setup = choose_setup(arguments)
+    workloads = [
+        Workload(batch, tokens, new_tokens=1)
+        for tokens in arguments.tokens
+        for batch in arguments.batch
+    ]
+    return run_contest("prefill", arguments, setup, workloads, make_rows, print_case)
+
+
+def rate_of(generation: Generation) -> float:
+    """Runs a second; nothing but the first token is asked for."""
+    return 1 / generation.seconds
+
+
+def make_rows(result: Result, ceilings: Ceilings) -> list[Row]:
+    """A row for each contestant; `tokens_per_second` are tokens of the prompts.
+
+    `ratio` is the peer's time over gemcut's in the same round; gemcut's own row names the fastest
+    peer.
+    """
+    batch, tokens = result.workload.batch, result.workload.prompt_tokens
+    flops = prefill_flops(result.setup.config, batch=batch, tokens=tokens)
+    rows = []
+    for one in result.entrants:
+        row = result.row(one, f"{result.setup.name}/batch={batch}/tokens={tokens}")
+        row |= {"tokens": tokens, "memory_bytes": one.memory_bytes, "flops": flops}
+        if one in result.timed:
+            rates = result.all(one.name, rate_of)
+            row["first_token_ms"] = metric([1e3 / rate for rate in rates])
+            row["tokens_per_second"] = metric([batch * tokens * rate for rate in rates])
+            row["tflops"] = flops / row["first_token_ms"]["median"] / 1e9
+            row["share"] = row["tflops"] / ceilings["matmul_tflops"]
+            if ratios := result.ratios(one.name, rate_of):
+                row["ratio"] = metric(ratios)
+        if one.name == GEMCUT:
+            row["fastest_peer"] = result.fastest_peer(rate_of)
+        rows.append(row)
+    return rows
+
+
+def print_case(result: Result, rows: list[Row], ceilings: Ceilings) -> None:
+    """A case as a table."""
+    table = [
+        [
+            row["contestant"],
+            describe(row["first_token_ms"]),
+            describe(row["tokens_per_second"]),
+            f"{row['tflops']:.3g}",
+            f"{row['share']:.1%}",
+            describe(row["ratio"]) if "ratio" in row else "",
+        ]
+        for row in rows
+        if "first_token_ms" in row
+    ]
+    if table:
+        columns = ["first token, ms", "tokens/s", "TFLOP/s", "of matmul peak", "gemcut's ratio"]
+        print_table(["median (range)", *columns], table)
+    print_fastest(rows, "prefills")

@@ -1,0 +1,50 @@
+"""Contestants that were never installed, to try what a benchmark makes of them."""
+
+import argparse
+from dataclasses import replace
+
+from gemcut.bench import peers
+from gemcut.bench.models import choose_setup
+from gemcut.bench.peers import Gemcut, Peer, Workload
+
+CEILINGS = {"read_gbps": 10.0, "copy_gbps": 10.0, "matmul_tflops": 0.1}
+TINY = Workload(batch=2, prompt_tokens=5, new_tokens=4)
+SIZES = ["--context", "5", "--new-tokens", "4", "--batch", "2", "--device", "cpu"]
+
+
+def demo_setup(**options):
+    """The demo model on a CPU."""
+    usual = {"model": None, "random": None, "layers": None, "device": "cpu", "dtype": "float32"}
+    return choose_setup(argparse.Namespace(**(usual | options)))
+
+
+def skip_ceilings(monkeypatch):
+    """What the machine can do at most, without measuring it."""
+    for module in ("contest", "serve_sim"):
+        monkeypatch.setattr(
+            f"gemcut.bench.{module}.measure_ceilings", lambda device, dtype: dict(CEILINGS)
+        )
+
+
+class Planted(Gemcut):
+    """Gemcut's answers, changed before they are given."""
+
+    def __init__(self, stage, change):
+        super().__init__(stage)
+        self.version, self.settings, self.change = "0", "planted", change
+
+    def generate(self, prompts, new_tokens):
+        generation = super().generate(prompts, new_tokens)
+        return replace(generation, token_ids=self.change(generation.token_ids))
+
+
+def plant(monkeypatch, **changes):
+    """Let each peer of these names (underscores for dashes) answer as its function says."""
+    for name, change in changes.items():
+        peer = Peer(lambda stage, change=change: Planted(stage, change))
+        monkeypatch.setitem(peers.CONTESTANTS, name.replace("_", "-"), peer)
+
+
+def one_token_off(rows):
+    """The last row's third token is another."""
+    return [*rows[:-1], [*rows[-1][:2], rows[-1][2] ^ 1, *rows[-1][3:]]]
