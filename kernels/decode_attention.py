@@ -37,6 +37,7 @@ from gemcut.kernels.attention_tiles import (
 from gemcut.kernels.checks import check_counters, check_index, check_tensors, require
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import part
+from gemcut.kernels.tiles import tuned
 
 MAX_Q_LEN = 8  # tokens of a row; more are a prefill
 MAX_PACKED_ROWS = 64  # T * GROUP_SIZE queries in one tile
@@ -256,7 +257,8 @@ def attention_decode(
 
     y = torch.empty((B, T, HQ, K), device=q.device, dtype=q.dtype)
     if B:
-        tile = _tile(K, G, T, q.itemsize, part(q.device))
+        rule = _tile(K, G, T, q.itemsize, part(q.device))
+        tile = rule | tuned("attention_decode", q, HQ, HK, K, T)
         most_keys = C if sliding_window is None else min(C, sliding_window + T - 1)
         longer = triton.next_power_of_2(triton.cdiv(most_keys, MAX_SPLITS))
         tile["SPLIT"] = max(tile["SPLIT"], longer)

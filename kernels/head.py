@@ -29,6 +29,7 @@ from gemcut.kernels.checks import (
     require,
 )
 from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, product, rows_of_weight
+from gemcut.kernels.tiles import tuned
 
 BLOCK_V = 64  # tokens of a program of the head
 BLOCK_T = 256  # programs whose best the last one compares at a time
@@ -154,9 +155,10 @@ def lm_head_argmax_kernel(
         tl.store(counter_ptr, 0)
 
 
-def _tile(x: Tensor) -> dict[str, int]:
+def _tile(V: int, x: Tensor) -> dict[str, int]:
     """With four warps ptxas would rather spill the last addresses than give a thread more room."""
-    return {**pipeline(x), "BLOCK_V": rows_of_weight(x, BLOCK_V), "num_warps": 8}
+    rule = {**pipeline(x), "BLOCK_V": rows_of_weight(x, BLOCK_V), "num_warps": 8}
+    return rule | tuned("lm_head", x, V, x.shape[1])
 
 
 def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -191,7 +193,7 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     M, (V, D) = x.shape[0], weight.shape
     logits = torch.empty((M, V), device=x.device, dtype=torch.float32)
     if M:
-        tile = _tile(x)
+        tile = _tile(V, x)
         lm_head_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(V, tile["BLOCK_V"]))](
             x_ptr=x, w_ptr=weight, logits_ptr=logits, stride_x_m=x.stride(0),
             M=M, V=V, D=D, SOFTCAP=softcap, **tile,
@@ -210,7 +212,7 @@ def lm_head_argmax(
     check_linear(x, weight, None)
     check_softcap(softcap)
     M, (V, D) = x.shape[0], weight.shape
-    tile = _tile(x)
+    tile = _tile(V, x)
     groups, tiles = triton.cdiv(M, BLOCK_M), triton.cdiv(V, tile["BLOCK_V"])
     if counters is None:
         counters = torch.zeros(groups, dtype=torch.int32, device=x.device)

@@ -26,6 +26,7 @@ from torch import Tensor
 from gemcut.kernels.checks import check_rows, check_shape, check_tensors, require
 from gemcut.kernels.parts import SHARED_MEMORY, part
 from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
+from gemcut.kernels.tiles import tuned
 
 BLOCK_M = 16  # rows of a program: the least that tensor cores take
 FEW_PROGRAMS = 264  # two for each processor of an H100
@@ -182,16 +183,21 @@ def rows_of_weight(x: Tensor, rows: int) -> int:
     return 512 if part(x.device) == "interpreter" else rows
 
 
-def _tile(N: int, x: Tensor) -> dict[str, int]:
+def _rule(N: int, x: Tensor) -> dict[str, int]:
     """A narrow matrix is cut finer, so that every processor has a program."""
     return {"BLOCK_N": rows_of_weight(x, 16 if N < 32 * FEW_PROGRAMS else 32), **pipeline(x)}
 
 
+def _tile(N: int, x: Tensor) -> dict[str, int]:
+    return _rule(N, x) | tuned("norm_linear", x, N, x.shape[1])
+
+
 def _skinny_tile(N: int, x: Tensor) -> dict[str, int]:
     """One program on a processor needs as much in flight as two: a pipeline twice as deep."""
-    tile = _tile(N, x)
-    few = triton.cdiv(N, tile["BLOCK_N"]) < FEW_PROGRAMS
-    return tile | {"num_stages": 2 * tile["num_stages"] if few else tile["num_stages"]}
+    rule = _rule(N, x)
+    few = triton.cdiv(N, rule["BLOCK_N"]) < FEW_PROGRAMS
+    stages = 2 * rule["num_stages"] if few else rule["num_stages"]
+    return rule | {"num_stages": stages} | tuned("skinny_linear", x, N, x.shape[1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

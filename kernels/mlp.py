@@ -30,6 +30,7 @@ from gemcut.kernels.matmul import (
 )
 from gemcut.kernels.parts import part
 from gemcut.kernels.prologue import check_prologue
+from gemcut.kernels.tiles import tuned
 
 BLOCK_F = 1024  # columns of a program of geglu
 
@@ -93,8 +94,9 @@ def _tile(F: int, x: Tensor) -> dict[str, int]:
     """
     name = part(x.device)
     is_wide = F >= 32 * FEW_PROGRAMS and name in ("sm_80", "sm_90", "sm_100")
-    tile = {**pipeline(x), "BLOCK_N": rows_of_weight(x, 32 if is_wide else 16)}
-    return tile | {"num_warps": 8} if is_wide else tile
+    rule = {**pipeline(x), "BLOCK_N": rows_of_weight(x, 32 if is_wide else 16)}
+    wide = {"num_warps": 8} if is_wide else {}
+    return rule | wide | tuned("norm_linear_geglu", x, F, x.shape[1])
 
 
 def geglu(gate_up: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from gemcut.kernels.attention_tiles import (
 from gemcut.kernels.checks import check_index, check_tensors, require
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import part
+from gemcut.kernels.tiles import tuned
 
 
 @triton.jit
@@ -189,7 +190,8 @@ def attention_prefill(
 
     y = torch.empty((M, HQ, K), device=q.device, dtype=q.dtype)
     if M:
-        tile = _tile(K, q.itemsize, part(q.device))
+        rule = _tile(K, q.itemsize, part(q.device))
+        tile = rule | tuned("attention_prefill", q, HQ, HK, K)
         attention_prefill_kernel[(HQ, triton.cdiv(M, tile["BLOCK_M"]) + B)](
             q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,
             slots_ptr=slots, starts_ptr=starts, cu_seqlens_ptr=cu_seqlens,

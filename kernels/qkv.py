@@ -30,6 +30,7 @@ from gemcut.kernels.matmul import (
 )
 from gemcut.kernels.prologue import check_prologue
 from gemcut.kernels.rotary import check_head_norms, rope_and_store_
+from gemcut.kernels.tiles import tuned
 
 BLOCK_I = 16  # pairs of dimensions: 32 rows of the weight
 
@@ -105,6 +106,12 @@ def norm_qkv_kernel(
             tl.store(v_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
 
 
+def _tile(rows: int, K: int, x: Tensor) -> dict[str, int]:
+    half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
+    rule = {"BLOCK_I": min(rows_of_weight(x, BLOCK_I), half), **pipeline(x)}
+    return rule | tuned("norm_qkv", x, rows, x.shape[1], K)
+
+
 def norm_qkv_rope_and_store_(
     residual: Tensor,
     branch: Tensor | None,
@@ -148,9 +155,8 @@ def norm_qkv_rope_and_store_(
     summed = check_prologue(residual, branch, post_weight, norm_weight)
     q = torch.empty((M, HQ, K), device=residual.device, dtype=residual.dtype)
     if M:
-        half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
-        block_i = min(rows_of_weight(residual, BLOCK_I), half)
-        grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, block_i))
+        tile = _tile(weight.shape[0], K, residual)
+        grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, tile["BLOCK_I"]))
         norm_qkv_kernel[grid](
             residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,
             norm_w_ptr=norm_weight, summed_ptr=summed, w_ptr=weight, bias_ptr=bias,
@@ -159,6 +165,6 @@ def norm_qkv_rope_and_store_(
             M=M, D=D, C=C, num_slots=num_slots, EPS=eps,
             HAS_BRANCH=branch is not None, HAS_POST_NORM=post_weight is not None,
             HAS_BIAS=bias is not None,
-            NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, BLOCK_I=block_i, **pipeline(residual),
+            NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, **tile,
         )  # fmt: skip
     return q, summed

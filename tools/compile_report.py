@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from multiprocessing import get_context
@@ -60,6 +61,7 @@ MAX_SEQ_LEN = 8192
 # kernels that move too little for the width of a load to matter
 SMALL = {"rope_tables_kernel"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a cached result
 TYPE_NAMES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -126,6 +128,14 @@ class Cell:
 
 def launches(config: GemmaConfig, name: str) -> set[Launch]:
     """What a model launches on a part: a prefill chunk, decode steps, every choice of tokens."""
+    with recorded(name) as found:
+        _run(config)
+    return found
+
+
+@contextmanager
+def recorded(name: str) -> Iterator[set[Launch]]:
+    """Fake tensors on a part, and what is launched on them: written down instead of made."""
     found: set[Launch] = set()
 
     def record(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
@@ -139,9 +149,8 @@ def launches(config: GemmaConfig, name: str) -> set[Launch]:
         mock.patch.object(torch.cuda, "current_device", return_value=0),
         mock.patch.object(JITFunction, "run", record),
     ):
-        _run(config)
+        yield found
     parts._generation.cache_clear()
-    return found
 
 
 def _run(config: GemmaConfig) -> None:
@@ -200,14 +209,17 @@ def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch
     )
 
 
-def compile_launch(launch: Launch, models: list[str]) -> Cell:
-    """Compile one launch and read what the compiler made of it."""
+def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cell:
+    """Compile one launch and read what the compiler made of it.
+
+    What is not `fresh` may come from Triton's cache, which a launch on a GPU looks into as well.
+    """
     names = [name for name, _ in launch.signature]
     tile = {names[i]: value for i, value in launch.constants if names[i].startswith("BLOCK")}
     cell = Cell(launch.kernel, launch.part, tile | dict(launch.options), models)
     kernel = getattr(import_module(launch.module), launch.kernel)
     major, minor = CAPABILITY[launch.part]
-    knobs.compilation.always_compile = True  # a cached result would take no seconds
+    knobs.compilation.always_compile = fresh  # a cached result would take no seconds
     started = time.perf_counter()
     try:
         compiled = triton.compile(
@@ -215,7 +227,7 @@ def compile_launch(launch: Launch, models: list[str]) -> Cell:
                 fn=kernel,
                 signature=dict(launch.signature),
                 constexprs={(index,): value for index, value in launch.constants},
-                attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+                attrs=_attributes(launch, kernel),
             ),
             target=GPUTarget("cuda", 10 * major + minor, 32),
             options={**dict(launch.options), "enable_fp_fusion": True},
@@ -233,6 +245,18 @@ def compile_launch(launch: Launch, models: list[str]) -> Cell:
     cell.multiplies = "tt.dot" in compiled.asm["ttir"]
     cell.narrow_products = narrow_products(compiled.asm["ttir"])
     return cell
+
+
+def _attributes(launch: Launch, kernel: JITFunction) -> dict[tuple[int], list]:
+    """What is known of each argument, as Triton's launcher words it: its cache is keyed by that."""
+    attributes: dict[tuple[int], list] = {}
+    for index, (_, kind) in enumerate(launch.signature):
+        plain = kernel.params[index].do_not_specialize
+        if index in launch.divisible:
+            attributes[index,] = [["tt.divisibility", 16]]
+        elif WORDS_CONSTANTS if kind == "constexpr" else not plain:
+            attributes[index,] = []
+    return attributes
 
 
 def spilled(stack_bytes: int, ptx: str) -> int:

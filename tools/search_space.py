@@ -1,0 +1,218 @@
+"""What tools/tune.py tries: kernels at the shapes of models, and candidates for their tiles.
+
+Which kernel looks up a tile at which shape is not written here: each benchmark case is run once on
+fake tensors, and what it asks of kernels/tiles.py is noted.  A candidate is laid over the rule
+where the kernels look, so that their own launchers run with it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from random import Random
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.interpreter import InterpretedFunction
+
+from gemcut import kernels
+from gemcut.bench.cases import Case, Grid, Shapes
+from gemcut.bench.decode_cases import decode_cases
+from gemcut.bench.prefill_cases import prefill_cases
+from gemcut.engine.cache import PREFILL_CHUNK
+from gemcut.engine.info import find_config
+from gemcut.kernels import tiles
+from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.tiles import Key, Tile
+from gemcut.tools.compile_report import Launch, recorded
+
+# rows of a decode step and tokens in the cache; tokens of a prompt, alone and as its last chunk
+DECODE = Grid((1, 16), (1024, 8192), (), 1, PREFILL_CHUNK)
+PREFILL = Grid((), (4096,), (4096,), 1, PREFILL_CHUNK)
+# what became of a candidate, beside the words of bench/results.py
+UNTRIED, COMPILED, DROPPED, THE_RULE = "untried", "compiled", "dropped", "same as the rule"
+
+Times = dict[str, list[float]]  # microseconds by name, a value for each round
+
+
+@dataclass
+class Candidate:
+    """A tile that is tried, laid over the rule; without constants it is the rule itself."""
+
+    tile: Tile
+    status: str = UNTRIED
+    detail: str = ""
+    registers: int = 0  # the most of its launches, and so on
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    us: Times = field(default_factory=dict)
+    ratios: list[float] = field(default_factory=list)  # of its time to the rule's, by round
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.tile.items()) or "the rule"
+
+
+@dataclass
+class Subject:
+    """A kernel at one shape, with the cases that judge its tiles."""
+
+    key: Key
+    cases: list[Case]
+    candidates: list[Candidate]
+    rule: Candidate = field(default_factory=lambda: Candidate({}))
+    winner: Candidate | None = None  # the rule itself, where it stays; None: undecided
+
+    @property
+    def name(self) -> str:
+        kernel, shape = self.key
+        return f"{kernel} {' x '.join(map(str, shape))}"
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(case.model for case in self.cases))
+
+    def left(self) -> list[Candidate]:
+        """The candidates that may still be tried."""
+        return [c for c in self.candidates if c.status in (UNTRIED, COMPILED)]
+
+
+def find_subjects(
+    models: Sequence[str],
+    names: Sequence[str],
+    part: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Subject]:
+    """The kernels of these names at all shapes of these models, in the order of the names.
+
+    ValueError for an unknown model, or where no case asks for one of these kernels.
+    """
+    cases: dict[Key, list[Case]] = {}
+    for model in models:
+        shapes = Shapes(model, find_config(model), device, dtype)
+        for case in (*decode_cases(shapes, DECODE), *prefill_cases(shapes, PREFILL)):
+            if case.facts.get("variant") != "no softcap":  # which the model does not launch
+                for key in looked_up(case, part):
+                    cases.setdefault(key, []).append(case)
+    subjects = [
+        Subject(key, cases[key], [Candidate(tile) for tile in candidate_tiles(key, part)])
+        for name in names
+        for key in cases
+        if key[0] == name
+    ]
+    if not subjects:
+        raise ValueError(f"{', '.join(models)} launch none of {', '.join(names)}")
+    return subjects
+
+
+def looked_up(case: Case, part: str) -> list[Key]:
+    """The keys by which a case asks for tuned constants."""
+    asked = _Asked()
+    with dry_run(part), mock.patch.dict(tiles.TUNED, {part: asked}, clear=True):
+        getattr(kernels, case.op)(**case.make())
+    return list(asked)
+
+
+class _Asked(dict[Key, Tile]):
+    """A table without tiles that notes what it is asked for."""
+
+    def get(self, key: Key, default: Any = None) -> Any:
+        self[key] = {}
+        return default
+
+
+def dry_run(part: str) -> AbstractContextManager[set[Launch]]:
+    """Fake tensors, whose launches are noted where they would be compiled, and are not made."""
+    return _uninterpreted() if INTERPRETED else recorded(part)
+
+
+@contextmanager
+def _uninterpreted() -> Iterator[set[Launch]]:
+    with FakeTensorMode(), mock.patch.object(InterpretedFunction, "run"):
+        yield set()
+
+
+def applied(part: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
+    """Launchers that find this tile, and no other."""
+    return mock.patch.dict(tiles.TUNED, {part: {key: tile}}, clear=True)
+
+
+def find_launches(subject: Subject, tiles: Sequence[Tile], part: str) -> list[set[Launch]]:
+    """What the cases of a subject launch with each of these tiles."""
+    found: list[set[Launch]] = [set() for _ in tiles]
+    for case in subject.cases:
+        with dry_run(part) as launches:
+            arguments = case.make()
+            for tile, wanted in zip(tiles, found, strict=True):
+                launches.clear()
+                with applied(part, subject.key, tile):
+                    getattr(kernels, case.op)(**arguments)
+                wanted |= launches
+    return found
+
+
+def candidate_tiles(key: Key, part: str) -> list[Tile]:
+    """What is tried at a shape: first the tile in use, where one was measured, then the others.
+
+    These in an order that spreads over all of them: the time may be up after any.
+    """
+    name, shape = key
+    found = list(CANDIDATES[name](shape))
+    Random(0).shuffle(found)
+    in_use = tiles.TUNED.get(part, {}).get(key, {})
+    return ([in_use] if in_use else []) + [tile for tile in found if tile != in_use]
+
+
+# A program keeps 24 to 96 KB of its weights in flight: 132 programs then cover 0.7 us of 4.8 TB/s
+# up to four times.  A thread loads 16 to 128 bytes of a step.
+IN_FLIGHT = range(24 << 10, (96 << 10) + 1)
+
+
+def _products(block: str, sizes: Sequence[int], rows: int, _: tuple[int, ...]) -> Iterator[Tile]:
+    """Tiles of a skinny product, in which a program streams `rows` rows for each of its block."""
+    for size, block_d, num_warps, num_stages in product(
+        sizes, (128, 256, 512), (2, 4, 8), (3, 4, 6, 8)
+    ):
+        step = 2 * rows * size * block_d
+        if step * (num_stages - 1) in IN_FLIGHT and 16 <= step // (32 * num_warps) <= 128:
+            yield {block: size, "BLOCK_D": block_d, **_options(num_warps, num_stages)}
+
+
+def _decode_attention(shape: tuple[int, ...]) -> Iterator[Tile]:
+    """A split holds whole tiles of keys: the kernel masks the end of a row alone."""
+    head_dim = shape[2]
+    for split, block_n, (num_warps, maxnreg), num_stages in product(
+        (64, 128, 256), (16, 32, 64, 128), ((2, 255), (4, 160), (4, 255), (8, 255)), (2, 3, 4)
+    ):
+        step = 4 * block_n * head_dim  # of keys and values
+        in_flight = step * (num_stages - 1)
+        if block_n <= split and 16 << 10 <= in_flight <= 96 << 10 and num_warps * 8192 >= step:
+            options = _options(num_warps, num_stages)
+            yield {"SPLIT": split, "BLOCK_N": block_n, **options, "maxnreg": maxnreg}
+
+
+def _prefill_attention(_: tuple[int, ...]) -> Iterator[Tile]:
+    for block_m, block_n, num_warps, num_stages in product(
+        (64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
+    ):
+        yield {"BLOCK_M": block_m, "BLOCK_N": block_n, **_options(num_warps, num_stages)}
+
+
+def _options(num_warps: int, num_stages: int) -> Tile:
+    return {"num_warps": num_warps, "num_stages": num_stages}
+
+
+# in the order of the bytes that a decode step reads for them
+CANDIDATES = {
+    "norm_linear_geglu": partial(_products, "BLOCK_N", (8, 16, 32), 2),
+    "skinny_linear": partial(_products, "BLOCK_N", (8, 16, 32), 1),
+    "lm_head": partial(_products, "BLOCK_V", (16, 32, 64, 128), 1),
+    "norm_qkv": partial(_products, "BLOCK_I", (8, 16, 32), 2),
+    "norm_linear": partial(_products, "BLOCK_N", (8, 16, 32), 1),
+    "attention_decode": _decode_attention,
+    "attention_prefill": _prefill_attention,
+}
