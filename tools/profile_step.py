@@ -1,0 +1,215 @@
+"""Breaks a decode step into its kernels and the gaps between them.
+
+    python -P -m gemcut.tools.profile_step --random gemma-2-2b --context 1024 --out FOLDER
+    python -P -m gemcut.tools.profile_step --device cpu
+
+A step is the model's decode and the greedy choice of each row, at the end of `--context` tokens.
+On a GPU it is replayed as one CUDA graph, or launched kernel by kernel with `--eager`; on a CPU it
+is broken into ops.  A gap is the time in which nothing runs before a kernel begins.  FOLDER gets
+step.json, to be opened in chrome://tracing or ui.perfetto.dev, and breakdown.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import wraps
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from gemcut.bench.account import decode_account
+from gemcut.bench.machine import describe_machine
+from gemcut.bench.models import Setup, add_model_arguments, choose_setup
+from gemcut.bench.results import print_table
+from gemcut.bench.timing import capture, synchronize
+from gemcut.engine.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.checks import check_int
+from gemcut.engine.model import Gemma
+
+WARM_UP = 3  # steps before the profile
+LONGEST_NAME = 48  # of a kernel, in the table
+OP = "op "  # how spans of ops begin
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel, or on a CPU an op, as it ran once."""
+
+    name: str
+    start_us: float
+    end_us: float
+
+
+@dataclass
+class Line:
+    """All launches of one kernel, averaged over steps."""
+
+    kernel: str
+    launches: float = 0.0
+    us: float = 0.0
+    gap_us: float = 0.0  # before its launches
+
+
+def break_down(spans: Iterable[Span], steps: int) -> list[Line]:
+    """What a step consists of, the longest first; sums of `us` and `gap_us` are the whole step.
+
+    Spans that overlap share no time: each counts from where the one before it ended.
+    """
+    lines: dict[str, Line] = {}
+    busy_until = None
+    for span in sorted(spans, key=lambda span: span.start_us):
+        line = lines.setdefault(span.name, Line(span.name))
+        begin = span.start_us if busy_until is None else max(span.start_us, busy_until)
+        line.launches += 1 / steps
+        line.us += max(0.0, span.end_us - begin) / steps
+        if busy_until is not None:
+            line.gap_us += max(0.0, span.start_us - busy_until) / steps
+        busy_until = max(span.end_us, busy_until or span.end_us)
+    return sorted(lines.values(), key=lambda line: -line.us)
+
+
+def make_step(setup: Setup, batch: int, context: int) -> Callable[[], object]:
+    """A decode step of `batch` rows, each at the end of `context` tokens of random keys."""
+    model = setup.model
+    if setup.device.type != "cuda":
+        model = Gemma(setup.config, model.weights, _spanned(model.ops))
+    cache = KVCache(
+        setup.config,
+        num_slots=batch,
+        max_seq_len=context,
+        prefill_chunk=PREFILL_CHUNK,
+        device=setup.device,
+        dtype=setup.dtype,
+    )
+    for layer in cache.layers:
+        layer.k.normal_()
+        layer.v.normal_()
+    token_ids = torch.randint(4, setup.config.vocab_size, (batch,), device=setup.device)
+    slots = torch.arange(batch, device=setup.device)
+    positions = torch.full_like(slots, context - 1)
+    return lambda: model.ops.sample(model.decode(token_ids, cache, slots, positions))
+
+
+def _spanned(ops: ModuleType) -> Any:
+    """The same ops, each of which the profiler sees as one span."""
+
+    def spanned(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(op)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with record_function(OP + name):
+                return op(*args, **kwargs)
+
+        return call
+
+    return SimpleNamespace(**{name: spanned(name, getattr(ops, name)) for name in ops.__all__})
+
+
+def profile_steps(
+    step: Callable[[], object], steps: int, device: torch.device, trace: Path | None
+) -> list[Span]:
+    """The spans of so many steps, one after the other."""
+    for _ in range(WARM_UP):
+        step()
+    synchronize(device)
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step()
+        synchronize(device)
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    spans = []
+    for event in profiler.events() or ():
+        if event.device_type.name == "CUDA" if on_gpu else event.name.startswith(OP):
+            start, end = event.time_range.start, event.time_range.end
+            spans.append(Span(event.name.removeprefix(OP), start, end))
+    return spans
+
+
+def print_breakdown(lines: Sequence[Line], step_bytes: int) -> None:
+    """A table of the lines, and what they amount to."""
+    busy, gaps = sum(line.us for line in lines), sum(line.gap_us for line in lines)
+    rows = [
+        [
+            line.kernel[:LONGEST_NAME],
+            f"{line.launches:g}",
+            f"{line.us / line.launches:.2f}",
+            f"{line.us:.1f}",
+            f"{line.us / (busy + gaps):.1%}",
+            f"{line.gap_us:.1f}",
+        ]
+        for line in lines
+    ]
+    print_table(["", "launches", "us each", "us a step", "share", "gaps before"], rows)
+    print(
+        f"a step takes {busy + gaps:.1f} us: {busy:.1f} of kernels and {gaps:.1f} of gaps "
+        f"({gaps / (busy + gaps):.1%}); its {step_bytes / 1e6:.1f} MB make "
+        f"{step_bytes / (busy + gaps) / 1e3:.0f} GB/s"
+    )
+
+
+@torch.inference_mode()
+def run(arguments: argparse.Namespace) -> int:
+    """Profile the model asked for; ValueError and MemoryError say what is wrong in one line."""
+    setup = choose_setup(arguments)
+    check_int("batch", arguments.batch, 1, 4096)
+    check_int("context", arguments.context, 2, setup.config.context_length)
+    check_int("steps", arguments.steps, 1, 10**4)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+
+    step = make_step(setup, arguments.batch, arguments.context)
+    if setup.device.type == "cuda" and not arguments.eager:
+        step = capture([step]).replay
+    trace = None if arguments.out is None else arguments.out / "step.json"
+    lines = break_down(profile_steps(step, arguments.steps, setup.device, trace), arguments.steps)
+    account = decode_account(
+        setup.config, batch=arguments.batch, context=arguments.context, dtype=setup.dtype
+    )
+    print(
+        f"{setup.name}, {setup.config.num_layers} layers, {setup.dtype_name} on {setup.device}, "
+        f"batch {arguments.batch}, context {arguments.context}, mean of {arguments.steps} steps"
+    )
+    print_breakdown(lines, account.total)
+    if arguments.out is not None:
+        report = {
+            "machine": describe_machine(setup.device),
+            "model": setup.name,
+            "batch": arguments.batch,
+            "context": arguments.context,
+            "step_bytes": account.total,
+            "lines": [asdict(line) for line in lines],
+        }
+        (arguments.out / "breakdown.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of the command with these arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -P -m gemcut.tools.profile_step",
+        description="Break a decode step into its kernels and the gaps between them.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows of the step")
+    parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens in each row")
+    parser.add_argument("--steps", type=int, default=20, metavar="N")
+    parser.add_argument("--eager", action="store_true", help="launch kernels one by one on a GPU")
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    try:
+        return run(parser.parse_args(argv))
+    except (ValueError, NotImplementedError, MemoryError, OSError) as error:
+        print(f"profile_step: {next(iter(str(error).splitlines()), '')}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
