@@ -1,6 +1,11 @@
 import os
 from pathlib import Path
 
+# Under pytest-xdist the processes share the cores: a thread each, or they wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
 import hypothesis
 import pytest
 import torch

@@ -104,7 +104,7 @@ def png_size(file):
 def written(tmp_path_factory):
     """A folder with the page of a whole run."""
     folder = tmp_path_factory.mktemp("reports")
-    save(folder, a=kernels(), b=decode(), c=prefill(), d=serving(), e=cpu())
+    save(folder, a=cpu(), b=kernels(), c=decode(), d=serving(), e=prefill())
     (folder / "other.json").write_text('{"benchmarks": []}')
     out = folder / "page" / "new"
     before = dict(mpl.rcParams)
@@ -242,6 +242,10 @@ def test_the_page_says_what_was_measured(words, page):
     assert words in page
 
 
+def test_gpus_come_first(page):
+    assert page.index("## Goals") < page.index("## NVIDIA Test") < page.index("## Test EPYC")
+
+
 def test_every_line_of_a_table_has_all_its_cells(page):
     for table in re.findall(r"(?:^\|.*\n)+", page + readme_table([kernels(), decode()]), re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
@@ -278,6 +282,7 @@ def test_a_readme_has_gpu_kernels_and_cpu_decoding():
     assert NO_GPU not in table
     assert "-int8" not in table  # reads fewer bytes than gemcut
     assert "no softcap" not in table
+    assert table.count("| gemma-2-9b | bfloat16 |") == 1  # at batch 1
     assert "interrupted" not in readme_table([decode(), serving()])
     assert "A run was interrupted." in readme_table([{**decode(), "interrupted": True}])
 
@@ -291,6 +296,15 @@ def test_a_readme_sets_weights_beside_their_like():
     assert "| over torch | over gpt-fast-int8 |" in lines[2]
     assert lines[4].endswith("| 2.00 (2.00 - 2.00) |  |")
     assert lines[5].endswith("|  | 0.500 (0.500 - 0.500) |")
+
+
+def test_of_two_reports_of_a_case_a_readme_takes_the_one_with_more_peers():
+    one = [kernel_row("rmsnorm", us=[1.0])]
+    both = [kernel_row("rmsnorm", us=[2.0]), kernel_row("rmsnorm", "liger", us=[3.0])]
+    for reports in ((one, both), (both, one)):
+        assert "| 1.50 (1.50 - 1.50), liger |" in readme_table(
+            [report("kernels", rows) for rows in reports]
+        )
 
 
 def test_what_is_alike_reads_as_many_bytes():
@@ -334,7 +348,9 @@ def test_a_readme_is_changed_between_its_markers_only(tmp_path, capsys):
     assert readme.read_text() == text
 
 
-@pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+@pytest.mark.parametrize(
+    "text", ["", BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}", f"{BEGIN}{END}{END}"]
+)
 def test_a_readme_without_markers_is_refused(text, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(text)
