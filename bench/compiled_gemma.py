@@ -257,7 +257,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embedding = table = weights.embedding
         # sqrt(hidden_size) is rounded to the table's dtype first: 55.5 for 3072 in bf16
-        self.embedding_scale = config.embedding_scale
+        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=table.dtype).item()
         self.kinds = [Kind(config, local, max_seq_len, table) for local in (False, True)]
         self.kind_of = [int(config.is_local(layer)) for layer in range(config.num_layers)]
         self.layers = nn.ModuleList()
@@ -265,7 +265,7 @@ class Transformer(nn.Module):
             shape = (2, batch, config.num_kv_heads, self.kinds[kind].capacity, config.head_dim)
             self.layers.append(Layer(config, layer, table.new_zeros(shape)))
         self.norm, self.eps = weights.norm, config.rms_norm_eps
-        self.head = linear(weights.lm_head)
+        self.head = Linear(weights.lm_head)
         self.final_softcap, self.flex = config.final_softcap, flex
 
     def forward(self, token_ids: Tensor, inputs: list[KindInputs]) -> Tensor:
@@ -282,10 +282,10 @@ class Layer(nn.Module):
         super().__init__()
         self.config, self.weights = config, weights
         self.kv_cache = kv_cache  # [2, B, HK, C, K]: keys, then values
-        self.qkv = linear(weights.qkv, weights.qkv_bias)
-        self.o = linear(weights.o, weights.o_bias)
+        self.qkv = Linear(weights.qkv, weights.qkv_bias)
+        self.o = Linear(weights.o, weights.o_bias)
         gate, up = weights.gate_up.chunk(2)
-        self.gate, self.up, self.down = linear(gate), linear(up), linear(weights.down)
+        self.gate, self.up, self.down = Linear(gate), Linear(up), Linear(weights.down)
         self.qk_norm = None  # a row for each head: one kernel normalises and rotates q and k
         if weights.q_norm is not None and weights.k_norm is not None:
             rows = [weights.q_norm] * config.num_q_heads + [weights.k_norm] * config.num_kv_heads
@@ -353,13 +353,22 @@ def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (y * (1 + weight.float())).to(x.dtype)
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A module over tensors that it shares: torchao quantises modules."""
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        module.bias = nn.Parameter(bias, requires_grad=False)
-    return module
+class Linear(nn.Linear):
+    """A product with tensors that it shares, until torchao replaces the weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = getattr(self.weight, "scale", None)
+        if scale is None:
+            return super().forward(x)
+        # int8: in torchao's own words inductor would find ATen's kernel, a thread for each output
+        y = (x @ self.weight.qdata.t().to(x.dtype)).float() * scale.flatten()
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 def stored(x: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def test_the_kernels_of_a_model_keep_the_rules(tmp_path):
 def test_a_tile_that_spills_is_reported():
     """Prefill attention with a quarter of its warps: 128 x 256 sums do not fit their registers."""
     before = (
-        "from gemcut.kernels import prefill_attention as p\n"
+        "from gemcut.kernels import prefill_attention as p, tiles\n"
+        "tiles.TUNED.clear()\n"  # what was measured would be laid over it
         "p._tile = lambda *_: dict(BLOCK_M=128, BLOCK_N=64, num_warps=2, num_stages=2)\n"
         "import gemcut.tools.compile_report as c\n"
         "launches = c.launches\n"

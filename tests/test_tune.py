@@ -59,6 +59,7 @@ def small_grid(monkeypatch):
 @pytest.fixture
 def try_tiles(monkeypatch):
     """Makes these the only candidates of a kernel."""
+    monkeypatch.setattr(tiles, "TUNED", {})
 
     def replace(kernel, *tiles):
         monkeypatch.setitem(search_space.CANDIDATES, kernel, lambda shape: iter(tiles))
@@ -535,16 +536,18 @@ def test_what_spills_is_tried_with_more_registers(compile_fakes):
 
 COMPILE = """
 import sys
+from gemcut.kernels import tiles
 from gemcut.tools import search_space, tune
 
+tiles.TUNED.clear()
 FINE = {"BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
-tiles = [
+CANDIDATES = [
     FINE,
     {"BLOCK_N": 16, "BLOCK_D": 256, "num_warps": 4, "num_stages": 4},
     {**FINE, "num_stages": 24},
     {**FINE, "maxnreg": 32},
 ]
-search_space.CANDIDATES["norm_linear"] = lambda shape: iter(tiles)
+search_space.CANDIDATES["norm_linear"] = lambda shape: iter(CANDIDATES)
 if __name__ == "__main__":
     sys.exit(tune.main(sys.argv[1:]))
 """

@@ -141,13 +141,13 @@ def applied(part: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
     return mock.patch.dict(tiles.TUNED, {part: {key: tile}}, clear=True)
 
 
-def find_launches(subject: Subject, tiles: Sequence[Tile], part: str) -> list[set[Launch]]:
+def find_launches(subject: Subject, tried: Sequence[Tile], part: str) -> list[set[Launch]]:
     """What the cases of a subject launch with each of these tiles."""
-    found: list[set[Launch]] = [set() for _ in tiles]
+    found: list[set[Launch]] = [set() for _ in tried]
     for case in subject.cases:
         with dry_run(part) as launches:
             arguments = case.make()
-            for tile, wanted in zip(tiles, found, strict=True):
+            for tile, wanted in zip(tried, found, strict=True):
                 launches.clear()
                 with applied(part, subject.key, tile):
                     getattr(kernels, case.op)(**arguments)
