@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -392,3 +393,9 @@ def test_bad_input_is_refused(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             run_report(*arguments)
+
+
+def test_the_readme_is_as_the_kept_results_have_it():
+    root = Path(__file__).parents[1]
+    folders = sorted((root / "bench" / "results").iterdir())
+    assert run_report(folders, None, root / "README.md", check=True) == 0
