@@ -44,6 +44,7 @@ def test_kernel(
     def time(runs: Mapping[str, Runs], rounds: int) -> dict[str, Timing]:
         return {name: _time(benchmark, one, rounds) for name, one in runs.items()}
 
+    benchmark.group = case.name
     bench = replace(bench, ceilings=measured_ceilings)
     peer = contestants(case, bench)[contestant]
     (row,) = measure_case(case, bench, {contestant: peer}, time)
@@ -51,7 +52,6 @@ def test_kernel(
     if row["status"] == NO_MEMORY or (row["status"] != OK and contestant != GEMCUT):
         pytest.skip(f"{row['status']}: {row['detail']}")
     assert row["status"] == OK, row["detail"]
-    benchmark.group = case.name
     for key, value in row.items():
         benchmark.extra_info[key] = value["median"] if isinstance(value, dict) else value
 
