@@ -1,7 +1,7 @@
 """CompiledGemma: Gemma in plain torch, written for torch.compile; what hand-written kernels beat.
 
-After gpt-fast: a static KV cache, `prefill` and `decode` as two free functions, and one program of
-fused kernels for each, replayed on a GPU as one CUDA graph.
+After gpt-fast: a static KV cache, and `prefill` and `decode` as two free functions, each compiled
+to one program, which a GPU replays as a CUDA graph.
 
     sequence [B, S]    every row's token ids: its prompt, then what was chosen; S is max_seq_len
     position [1]       the column of the newest token, whose key is not in the cache yet
@@ -27,7 +27,6 @@ from gemcut.engine.config import GemmaConfig
 from gemcut.engine.rope import Rope
 from gemcut.engine.weights import LayerWeights, Weights
 
-INT4_GROUP = 128  # inputs that share a scale
 FLEX_BLOCK = 128  # keys that FlexAttention reads or skips together
 
 
@@ -146,19 +145,15 @@ def quantize(model: nn.Module, quantization: str) -> None:
     # torchao would set inductor's options for all: those above hold what it recommends
     config = Int8WeightOnlyConfig(set_inductor_config=False)  # one scale a row
     if quantization == "int4":
-        config = Int4WeightOnlyConfig(
-            group_size=INT4_GROUP,
-            int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D,  # torch's own kernel
-            set_inductor_config=False,
-        )
+        packing = Int4PackingFormat.TILE_PACKED_TO_4D  # others need kernels from more packages
+        config = Int4WeightOnlyConfig(int4_packing_format=packing, set_inductor_config=False)
     try:
         quantize_(model, config)
     except (AssertionError, ImportError, RuntimeError, ValueError) as error:
         raise NotImplementedError(f"torchao cannot quantise to {quantization}: {error}") from error
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and type(module.weight.data) is Tensor:
-            size = f"{module.in_features} inputs in groups of {INT4_GROUP}"
-            raise NotImplementedError(f"torchao leaves {name} unquantised: {size}")
+            raise NotImplementedError(f"{name} is not quantised to {quantization}: {module}")
 
 
 def prefill(model: "Transformer", sequence: Tensor, inputs: list["KindInputs"]) -> None:
@@ -176,10 +171,8 @@ def decode(model: "Transformer", sequence: Tensor, position: Tensor) -> None:
 
 
 def choose(logits: Tensor) -> Tensor:
-    """The likeliest token, the first of equals: [B, V] -> [B].
-
-    In two steps, since inductor leaves a row's argmax to one block of threads.
-    """
+    """The likeliest token, the first of equals: [B, V] -> [B]."""
+    # in two steps: inductor leaves a row's argmax to one block of threads
     parts = math.gcd(logits.shape[1], 256)
     best = logits.unflatten(1, (parts, -1)).max(-1)  # [B, parts]
     part = best.values.argmax(-1, keepdim=True)
@@ -308,9 +301,9 @@ class Layer(nn.Module):
         v = v.transpose(1, 2)
 
         # a choice where a stack would do, since inductor makes one kernel of it
-        half, newest = torch.arange(2, device=x.device), slots.shape[0]
+        half, kept = torch.arange(2, device=x.device), slots.shape[0]
         kv = torch.where(half.view(2, 1, 1, 1, 1) == 0, k, v)
-        self.kv_cache.index_copy_(3, slots, kv[:, :, :, -newest:])
+        self.kv_cache.index_copy_(3, slots, kv[:, :, :, -kept:])
 
         if inputs.from_cache:
             keys, values = self.kv_cache.unbind()
@@ -354,21 +347,20 @@ def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A product with tensors that it shares, until torchao replaces the weight."""
+    """A product with tensors that it shares, until torchao replaces one."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            self.bias = nn.Parameter(bias, requires_grad=False)
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight: Any = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         scale = getattr(self.weight, "scale", None)
         if scale is None:
-            return super().forward(x)
-        # int8: in torchao's own words inductor would find ATen's kernel, a thread for each output
-        y = (x @ self.weight.qdata.t().to(x.dtype)).float() * scale.flatten()
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+            return super().forward(input)
+        # int8, and not by F.linear: for many rows that becomes ATen's kernel, one thread an output
+        y = (input @ self.weight.qdata.t().to(input.dtype)).float() * scale.flatten()
+        return (y if self.bias is None else y + self.bias).to(input.dtype)
 
 
 def stored(x: Tensor) -> Tensor:

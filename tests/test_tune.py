@@ -308,6 +308,17 @@ def test_the_rule_stays_where_nothing_is_faster(run, try_tiles, known_speed, tmp
 
 
 @interpreted
+def test_nothing_is_decided_where_nothing_is_timed(run, try_tiles, known_speed, capsys, tmp_path):
+    try_tiles("norm_linear_geglu", {"BLOCK_N": 24})
+    code, report = run("--kernels", "norm_linear_geglu")
+    assert code == 0
+    assert [row["status"] for row in report["rows"]] == ["ok", "failed"]
+    assert not any(row["won"] for row in report["rows"])
+    assert "norm_linear_geglu 80 x 48: 0 timed; undecided" in capsys.readouterr().out
+    assert not (tmp_path / f"tiles-{HERE}.py").exists()
+
+
+@interpreted
 def test_real_times(run, try_tiles, monkeypatch):
     """The timer itself, where a call of many programs takes longer than one of a single program."""
     monkeypatch.setattr(heats, "choose_input_sets", lambda case, device: 2)

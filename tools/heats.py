@@ -34,7 +34,7 @@ class OutOfTimeError(Exception):
 
 
 def tune(subject: Subject, device: torch.device, share_ends: float, ends: float) -> None:
-    """Find the subject's winner, or leave it undecided where the time is up.
+    """Find the subject's winner, or leave it undecided: the time is up, or no candidate is left.
 
     Times are the clock's: no heat begins that would pass `share_ends`, and all stops at `ends`.
     RuntimeError where the rule itself fails: what is timed beside it counts for nothing.
@@ -47,11 +47,13 @@ def tune(subject: Subject, device: torch.device, share_ends: float, ends: float)
                 break
             run_heat(subject, candidates[first : first + HEAT], HEAT_ROUNDS, device, ends)
             longest = max(longest, clock() - began)
-        timed = [c for c in candidates if c.status == OK and median(c.ratios) < 1]
-        finalists = sorted(timed, key=lambda c: median(c.ratios))[:FINALISTS]
+        timed = [c for c in candidates if c.status == OK]
+        faster = [c for c in timed if median(c.ratios) < 1]
+        finalists = sorted(faster, key=lambda c: median(c.ratios))[:FINALISTS]
         if finalists:
             run_heat(subject, finalists, FINAL_ROUNDS, device, ends)
-        subject.winner = choose_winner(subject.rule, finalists)
+        if timed:
+            subject.winner = choose_winner(subject.rule, finalists)
     except OutOfTimeError:
         pass
     for candidate in subject.left():

@@ -188,9 +188,9 @@ def _decode_attention(shape: tuple[int, ...]) -> Iterator[Tile]:
     for split, block_n, (num_warps, maxnreg), num_stages in product(
         (64, 128, 256), (16, 32, 64, 128), ((2, 255), (4, 160), (4, 255), (8, 255)), (2, 3, 4)
     ):
-        step = 4 * block_n * head_dim  # of keys and values
-        in_flight = step * (num_stages - 1)
-        if block_n <= split and 16 << 10 <= in_flight <= 96 << 10 and num_warps * 8192 >= step:
+        step = 4 * block_n * head_dim  # of keys and values; at most 256 bytes a thread
+        in_flight = step * (num_stages - 1)  # three programs share a processor
+        if block_n <= split and 32 << 10 <= in_flight <= 64 << 10 and num_warps * 8192 >= step:
             options = _options(num_warps, num_stages)
             yield {"SPLIT": split, "BLOCK_N": block_n, **options, "maxnreg": maxnreg}
 

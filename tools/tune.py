@@ -190,7 +190,7 @@ def print_winner(subject: Subject) -> None:
         if candidate.status not in (OK, DROPPED, THE_RULE) and candidate.detail != NO_TIME:
             print(f"    {candidate.name} {candidate.status}: {candidate.detail}")
     if subject.winner is None:
-        result = "undecided, no time was left"
+        result = "undecided"
     elif subject.winner is subject.rule:
         result = "the rule stays"
     else:
