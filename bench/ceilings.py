@@ -8,6 +8,7 @@
 """
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -52,7 +53,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
     }
 
 
-def floor_us(cost: Cost, ceilings: dict[str, float]) -> tuple[float, str]:
+def floor_us(cost: Cost, ceilings: Mapping[str, float]) -> tuple[float, str]:
     """Microseconds that the cost takes at least, and what binds: "memory" or "compute".
 
     A byte written costs what a copy takes beyond its reading, so that an op that only reads is held

@@ -59,7 +59,7 @@ class Check:
         return self._verdict(peer.build, peer.computes or {}, peer.weight_bits, strict=False)
 
     def _verdict(
-        self, build: Build, computes: Mapping[str, Any], weight_bits: int | None, *, strict: bool
+        self, build: Build, computes: Arguments, weight_bits: int | None, *, strict: bool
     ) -> Verdict:
         actual = self._outputs(lambda **a: build(a)(), self.arguments)
         changed = thinned(self.arguments | computes)

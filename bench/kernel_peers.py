@@ -5,7 +5,7 @@ one piece, a mask, a plan, quantised weights.  That is not timed.  What its call
 the oracle, like the kernel's own results.  library_peers.py has those of other packages.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ class Peer:
     package: str
     settings: str
     build: Callable[[Arguments], Call]  # what the call returns is what the op returns
-    computes: Mapping[str, Any] | None = None  # arguments that it does as if they were these
+    computes: Arguments | None = None  # arguments that it does as if they were these
     weight_bits: int | None = None  # of a quantised weight
     needs_gpu: bool = False
 
@@ -157,7 +157,7 @@ def _sdpa(a: Arguments) -> Call:
 def _flex(a: Arguments, device: torch.device) -> Call:
     one = gathered(a)
     T, S = one.q.shape[2], one.k.shape[2]
-    offset, window, softcap = one.offset, one.sliding_window or S, one.softcap
+    offset, window, softcap = one.offset, one.sliding_window or S, one.softcap or 1.0
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         query = query + offset
@@ -167,7 +167,7 @@ def _flex(a: Arguments, device: torch.device) -> Call:
         return softcap * torch.tanh(score / softcap)
 
     settings = {
-        "score_mod": None if softcap is None else capped,
+        "score_mod": None if one.softcap is None else capped,
         "block_mask": create_block_mask(visible, None, None, T, S, device=str(device)),
         "scale": one.scale,
         "enable_gqa": one.q.shape[1] != one.k.shape[1],
