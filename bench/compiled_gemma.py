@@ -321,6 +321,8 @@ class Layer(nn.Module):
         if mask is None:
             return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         if isinstance(mask, BlockMask):
+            if q.is_cpu:  # up to torch 2.13 inductor's CPU kernel computes other numbers of views
+                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             y = flex_attention(
                 q, k, v, lambda s, *_: softcapped(s, softcap), mask, scale, enable_gqa=True
             )
