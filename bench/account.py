@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from gemcut.bench.prefill_cases import visible_pairs
 from gemcut.bench.results import print_table
 from gemcut.engine.config import GemmaConfig
 from gemcut.engine.weights import Part, parts
@@ -107,17 +108,12 @@ def prefill_flops(config: GemmaConfig, *, batch: int, tokens: int) -> int:
         if part.layer is not None and len(part.shape) == 2
     )
     pairs = sum(
-        _visible_pairs(tokens, window_of(config, layer)) for layer in range(config.num_layers)
+        visible_pairs(0, tokens, int(min(tokens, window_of(config, layer))))
+        for layer in range(config.num_layers)
     )
     a_pair = 2 * 2 * config.num_q_heads * config.head_dim
     head = 2 * config.vocab_size * config.hidden_size
     return batch * (2 * matrices * tokens + a_pair * pairs + head)
-
-
-def _visible_pairs(tokens: int, window: float) -> int:
-    """Pairs of a query and a key at most `window` - 1 before it, among so many tokens."""
-    reach = int(min(tokens, window))
-    return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
 def print_account(
