@@ -1,6 +1,7 @@
 """`pytest bench/`: the kernel cases under pytest-benchmark, with times of the device."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ CASES = "--op geglu --tokens 40 --peer torch --rounds 3"
 def run(storage, *options, cases=CASES):
     command = [sys.executable, "-m", "pytest", "bench/", "--kernels", cases]
     command += [f"--benchmark-storage=file://{storage}", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # pytest-benchmark measures nothing where it sees pytest-xdist, which may run these tests
+    environment = {k: v for k, v in os.environ.items() if "PYTEST_XDIST" not in k}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
