@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config import GemmaConfig
+from gemcut.engine.prefixes import Ring
 
 PREFILL_CHUNK = 512  # tokens; the default
 
@@ -58,10 +59,24 @@ class KVCache:
                 f"lower max_batch_size or max_seq_len"
             ) from error
         self.layers = layers
+        self.ring: Ring | None = None  # of local layers, where they hold less than a whole slot
+        capacity = min(layer.k.shape[2] for layer in layers)
+        if config.sliding_window is not None and capacity < max_seq_len:
+            self.ring = Ring(config.sliding_window, capacity)
         # scratch by which the programs of one launch count themselves; zero between launches
         self.counters = torch.zeros(
             num_slots * config.num_kv_heads, device=device, dtype=torch.int32
         )
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of one slot into another, wherever the source still has them.
+
+        Of a ring that is all it holds: what its window needs of them is there (scheduler.py knows).
+        """
+        for layer in self.layers:
+            for x in (layer.k, layer.v):
+                count = min(length, x.shape[2])
+                x[target, :, :count].copy_(x[source, :, :count])
 
 
 def layer_capacity(config: GemmaConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:

@@ -1,39 +1,46 @@
-"""Engine: prompts in, text out; the loop from one decode step to the next.
+"""Engine: prompts in, text out.
 
-A call turns its prompts into sequences and hands them to the scheduler.  A step gives waiting
-sequences a free slot and prefills them, then decodes one token for all that run.  Whoever waits for
-text makes the steps, one caller at a time, and every step serves all: so any number of threads may
-call one engine, their requests share the batch, and a paused consumer delays nobody.
+A call checks its prompts, makes a request of each and waits for what becomes of it; all else happens
+in one thread of the engine's own:
+
+    prompt -> prompts.encode -> Request -> worker -> core.step -> scheduler -> runner
+           -> steps (model, sampler) -> sequence.take -> delivery -> caller
+
+Any number of threads and asyncio tasks may call one engine.  Their requests share the decode batch.
 """
 
-import itertools
-import secrets
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from gemcut.engine import prompts
+from gemcut.engine import delivery
 from gemcut.engine.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.checkpoint import load_checkpoint, stop_token_ids
 from gemcut.engine.checks import check_int
 from gemcut.engine.config import GemmaConfig
+from gemcut.engine.core import Core
 from gemcut.engine.hub import resolve_checkpoint
 from gemcut.engine.loading import choose_device, choose_dtype, choose_max_seq_len, choose_ops
-from gemcut.engine.logprobs import describe_tokens, prompt_logprobs, prompt_scores
+from gemcut.engine.metrics import costs, prometheus_text, snapshot
 from gemcut.engine.model import Gemma
 from gemcut.engine.outputs import Delta, RequestOutput, ScoreOutput
+from gemcut.engine.prefixes import Ring
 from gemcut.engine.prompts import Prompt
-from gemcut.engine.sampler import Sampler
+from gemcut.engine.request_builder import RequestBuilder
+from gemcut.engine.runner import Runner
 from gemcut.engine.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.scheduler import Scheduler
-from gemcut.engine.sequence import Request, TokenSequence
-from gemcut.tokenizer import Tokenizer, render_chat
+from gemcut.engine.slot_state import SlotState
+from gemcut.engine.worker import Worker
+from gemcut.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, str]]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class Engine:
@@ -48,9 +55,13 @@ class Engine:
         max_batch_size: int = 8,
         max_seq_len: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        reuse_prefixes: bool = True,
+        max_waiting: int | None = None,
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
+        reuse_prefixes: a prompt that begins like what a slot holds is not computed again from its
+        first token.  max_waiting: completions that may wait for a slot; more are refused.
         ValueError names a value out of range, MemoryError the size of a cache that does not fit.
         """
         config = model.config
@@ -61,6 +72,8 @@ class Engine:
             )
         check_int("max_batch_size", max_batch_size, 1, 4096)
         check_int("prefill_chunk", prefill_chunk, 1, 2**20)
+        if max_waiting is not None:
+            check_int("max_waiting", max_waiting, 0, INT64_MAX)
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.max_seq_len = choose_max_seq_len(
             max_seq_len, config, max_batch_size, prefill_chunk, model.device, model.dtype
@@ -73,14 +86,20 @@ class Engine:
             device=model.device,
             dtype=model.dtype,
         )
-        self._eos_ids = frozenset(config.eos_token_ids if eos_ids is None else eos_ids)
-        self._sampler = Sampler(max_batch_size, len(tokenizer), model.device, model.ops)
-        self._scheduler = Scheduler(max_batch_size)
-        # Held for one step at a time.  Reentrant: a step may free an abandoned stream, which then
-        # cancels its request in the midst of it.
-        self._lock = threading.RLock()
-        self._request_numbers = itertools.count()
-        self._stepping = self._closed = False
+        state = SlotState(max_batch_size, len(tokenizer), model.device)
+        eos_ids = config.eos_token_ids if eos_ids is None else eos_ids
+        self._builder = RequestBuilder(tokenizer, config.vocab_size, eos_ids, self.max_seq_len)
+        self._scheduler = Scheduler(
+            max_batch_size,
+            prefill_chunk,
+            ring=self.cache.ring,
+            # frequencies that change with the length: keys of another length are of no use
+            reuse_prefixes=reuse_prefixes and not model.rope_depends_on_length,
+        )
+        self._core = Core(Runner(model, self.cache, state, tokenizer), self._scheduler)
+        self._worker = Worker(self._core, max_waiting)
+        self._stop = weakref.finalize(self, self._worker.stop)
+        self._driven = delivery.Driven(self._worker)
 
     @classmethod
     def from_pretrained(
@@ -92,6 +111,8 @@ class Engine:
         max_batch_size: int = 8,
         max_seq_len: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        reuse_prefixes: bool = True,
+        max_waiting: int | None = None,
         quantization: str | None = None,
         ops: str = "auto",
     ) -> "Engine":
@@ -118,6 +139,8 @@ class Engine:
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
             prefill_chunk=prefill_chunk,
+            reuse_prefixes=reuse_prefixes,
+            max_waiting=max_waiting,
         )
 
     # Callers
@@ -129,11 +152,7 @@ class Engine:
 
     @overload
     def generate(
-        self,
-        prompt: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool | None = None,
+        self, prompt: Sequence[Prompt], params: Params = None, *, use_tqdm: bool | None = None
     ) -> list[RequestOutput]: ...
 
     def generate(self, prompt, params=None, *, use_tqdm=None):
@@ -145,26 +164,42 @@ class Engine:
         SamplingParams for all or one for each, and show a progress bar on a terminal (`use_tqdm`).
         Bad input raises ValueError before anything runs.
         """
-        if not prompts.is_batch(prompt):
-            return self._run([self._request(prompt, params)], show=False)[0]
-        requests = [
-            self._request(one, its_params)
-            for one, its_params in zip(prompt, prompts.spread(params, len(prompt)), strict=True)
-        ]
-        show = sys.stderr.isatty() if use_tqdm is None else use_tqdm
-        return self._run(requests, show)
+        requests, is_batch = self._builder.batch(prompt, params)
+        delivery.finish(self._worker, requests, is_batch and _shows(use_tqdm))
+        return _unpacked([request.output() for request in requests], is_batch)
+
+    @overload
+    async def agenerate(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> RequestOutput: ...
+
+    @overload
+    async def agenerate(
+        self, prompt: Sequence[Prompt], params: Params = None
+    ) -> list[RequestOutput]: ...
+
+    async def agenerate(self, prompt, params=None):
+        """`generate` in an event loop, which it does not block."""
+        requests, is_batch = self._builder.batch(prompt, params)
+        await delivery.afinish(self._worker, requests)
+        return _unpacked([request.output() for request in requests], is_batch)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """A prompt's completions token by token; joined, the texts are `generate`'s text.
 
         Bad input raises ValueError at the call.  An abandoned stream frees its slot.
         """
-        return self._deltas(self._request(prompt, params))
+        self._worker.check_open()
+        return delivery.stream(self._worker, self._builder.one(prompt, params))
+
+    def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
+        """`stream` for `async for`."""
+        return delivery.astream(self._worker, self._builder.one(prompt, params))
 
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Messages,
         params: SamplingParams | None = None,
         *,
         stream: Literal[False] = False,
@@ -174,7 +209,7 @@ class Engine:
     @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Messages,
         params: SamplingParams | None = None,
         *,
         stream: Literal[True],
@@ -188,11 +223,34 @@ class Engine:
         "content".  Gemma has no system role: it is refused, or with `merge_system` put before the
         first user content.  The answer ends at the end of the turn.
         """
-        ids = render_chat(self.tokenizer, messages, merge_system=merge_system)
-        end_of_turn = self.tokenizer.end_of_turn_id
-        assert end_of_turn is not None  # render_chat refuses such a vocabulary
-        request = self._request(ids, params, eos_ids=self._eos_ids | {end_of_turn})
-        return self._deltas(request) if stream else self._run([request], show=False)[0]
+        request = self._builder.chat(messages, params, merge_system)
+        if stream:
+            return delivery.stream(self._worker, request)
+        delivery.finish(self._worker, [request], show=False)
+        return request.output()
+
+    async def achat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        merge_system: bool = False,
+    ) -> RequestOutput:
+        """`chat` in an event loop, which it does not block."""
+        request = self._builder.chat(messages, params, merge_system)
+        await delivery.afinish(self._worker, [request])
+        return request.output()
+
+    def achat_stream(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        merge_system: bool = False,
+    ) -> AsyncIterator[Delta]:
+        """`chat` with `stream`, for `async for`."""
+        request = self._builder.chat(messages, params, merge_system)
+        return delivery.astream(self._worker, request)
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
@@ -209,27 +267,81 @@ class Engine:
 
         A string gets a BOS, whose own probability is not asked.  A text must fit a slot.
         """
-        batch = prompts.is_batch(texts)
-        requests = [self._request(one, None, score=True) for one in (texts if batch else [texts])]
-        show = batch and (sys.stderr.isatty() if use_tqdm is None else use_tqdm)
-        self._run(requests, show)
-        scored = [
-            ScoreOutput(r.prompt, r.sequences[0].prompt_ids, r.sequences[0].scores)
-            for r in requests
-        ]
-        return scored if batch else scored[0]
+        requests, is_batch = self._builder.batch(texts, None, score=True)
+        delivery.finish(self._worker, requests, is_batch and _shows(use_tqdm))
+        return _unpacked([request.score() for request in requests], is_batch)
 
-    def warmup(self) -> None:
-        """Run each kind of step once, so that the first request is as fast as the others."""
-        self.generate([self.tokenizer.bos_id], SamplingParams(max_tokens=2, temperature=0))
+    async def ascore(self, texts: Prompt | Sequence[Prompt]) -> ScoreOutput | list[ScoreOutput]:
+        """`score` in an event loop, which it does not block."""
+        requests, is_batch = self._builder.batch(texts, None, score=True)
+        await delivery.afinish(self._worker, requests)
+        return _unpacked([request.score() for request in requests], is_batch)
+
+    # For another scheduler, which makes the steps itself
+
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a prompt for `step`: its id, by which deltas and `cancel` name it.
+
+        ValueError for bad input, and for an id that is in use.
+        """
+        request = self._builder.one(prompt, params, request_id=request_id)
+        self._driven.add(request)
+        return request.request_id
+
+    def step(self) -> list[Delta]:
+        """Make one step for all requests: what became of those of `add` since the last.
+
+        A completion's last delta has a finish_reason: "stop", "length", "abort" after `cancel`, or
+        "error" with the exception in `error`.  Without work it is empty at once.
+        """
+        return self._driven.step()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request of `add` where it stands; ValueError where it has ended, or never came."""
+        self._driven.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request of `add` has not ended, or `step` has not told so yet."""
+        return self._driven.has_work
+
+    # Its own state
+
+    def warmup(self, *, use_tqdm: bool | None = None) -> None:
+        """Compile every kernel and, on a GPU, capture every graph, behind a progress bar.
+
+        After it nothing is compiled, captured or allocated any more: see `metrics`.
+        """
+        kinds = len(list(self._core.runner.kinds_of_steps()))
+        with tqdm(total=kinds, disable=not _shows(use_tqdm), unit="step") as progress:
+            self._worker.call(lambda: self._core.warm_up(progress.update))
+        self._core.metrics.at_warmup = self._costs()
+
+    def metrics(self) -> dict[str, Any]:
+        """Counts since the engine was made, and its state now; see `metrics.DESCRIPTIONS`."""
+        slots, scheduler = self._scheduler.num_slots, self._scheduler
+        return snapshot(
+            self._core.metrics,
+            self._costs(),
+            slots=slots,
+            running=slots - scheduler.free_slots,
+            waiting=self._worker.waiting,
+            cache_use=scheduler.held_tokens / (slots * self.max_seq_len),
+        )
+
+    def prometheus(self) -> str:
+        """`metrics` in the text format that Prometheus scrapes."""
+        return prometheus_text(self.metrics())
 
     def close(self) -> None:
         """End every request; later calls are refused."""
-        with self._lock:
-            self._closed = True
-            for sequence in self._scheduler.all():
-                sequence.fail(RuntimeError("the engine was closed"))
-                self._scheduler.remove(sequence)
+        self._stop()
 
     def __enter__(self) -> "Engine":
         return self
@@ -237,164 +349,14 @@ class Engine:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # From a request to its end
+    def _costs(self) -> dict[str, int]:
+        graphs = self._core.runner.graphs
+        return costs(self.model.device, 0 if graphs is None else len(graphs))
 
-    def _request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        *,
-        eos_ids: frozenset[int] | None = None,
-        score: bool = False,
-    ) -> Request:
-        if self._closed:
-            raise RuntimeError("the engine is closed")
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        params.check_token_ids(len(self.tokenizer))
-        text, ids = prompts.encode(prompt, self.tokenizer, self.config.vocab_size)
-        prompts.check_length(len(ids), params.min_tokens, self.max_seq_len, score=score)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        sequences = [
-            TokenSequence(
-                prompt_ids=ids,
-                params=params,
-                tokenizer=self.tokenizer,
-                eos_ids=self._eos_ids if eos_ids is None else eos_ids,
-                max_seq_len=self.max_seq_len,
-                seed=(int(seed) + index) & INT64_MAX,
-                index=index,
-                score_only=score,
-            )
-            for index in range(params.n)
-        ]
-        return Request(f"request-{next(self._request_numbers)}", text, sequences)
 
-    def _add(self, request: Request) -> None:
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the engine is closed")
-            request.start()
-            for sequence in request.sequences:
-                self._scheduler.add(sequence)
+def _shows(use_tqdm: bool | None) -> bool:
+    return sys.stderr.isatty() if use_tqdm is None else use_tqdm
 
-    def _cancel(self, request: Request) -> None:
-        with self._lock:
-            for sequence in request.sequences:
-                sequence.abort()
-                self._scheduler.remove(sequence)
 
-    def _run(self, requests: list[Request], show: bool) -> list[RequestOutput]:
-        """The outputs of requests that are run to their ends together."""
-        waiting = list(requests)
-        try:
-            for request in requests:
-                self._add(request)
-            with tqdm(total=len(requests), disable=not show, unit="prompt") as progress:
-                while waiting:
-                    with self._lock:
-                        if not all(request.finished for request in waiting):
-                            self._step()
-                    if failed := [request.error for request in waiting if request.error]:
-                        raise failed[0]
-                    still = [request for request in waiting if not request.finished]
-                    progress.update(len(waiting) - len(still))
-                    waiting = still
-        finally:
-            for request in waiting:
-                self._cancel(request)
-        return [request.output() for request in requests]
-
-    def _deltas(self, request: Request) -> Iterator[Delta]:
-        """The deltas of a request as they come; closing the iterator cancels it."""
-        try:
-            self._add(request)
-            while True:
-                for sequence in request.sequences:
-                    while sequence.deltas:
-                        yield sequence.deltas.popleft()
-                if request.error is not None:
-                    raise request.error
-                with self._lock:
-                    if request.finished and not any(s.deltas for s in request.sequences):
-                        return
-                    if not any(s.deltas for s in request.sequences):
-                        self._step()
-        finally:
-            self._cancel(request)
-
-    # Steps; the caller holds the lock
-
-    @torch.inference_mode()
-    def _step(self) -> None:
-        """Prefill one sequence that has a slot and no token yet, then one token for all that have.
-
-        A step that Ctrl-C interrupts is made again: until a sequence has its token, nothing that
-        it did counts.
-        """
-        if self._stepping:
-            raise RuntimeError("a logits processor must not call its own engine")
-        self._stepping = True
-        try:
-            with torch.accelerator.device_index(self.model.device.index):  # where Triton launches
-                self._scheduler.admit()
-                if fresh := [s for s in self._scheduler.running if not s.output_ids]:
-                    self._guarded(self._prefill, fresh[:1])
-                if begun := [s for s in self._scheduler.running if s.output_ids]:
-                    self._guarded(self._decode, begun)
-        finally:
-            self._stepping = False
-
-    def _guarded(self, work: Callable, sequences: list[TokenSequence]) -> None:
-        """Do `work`; where it fails, the sequences concerned end with the reason, and no others."""
-        try:
-            work(sequences)
-        except Exception as error:
-            for sequence in sequences:
-                sequence.fail(error)
-        finally:
-            for sequence in sequences:
-                if sequence.finished:
-                    self._scheduler.remove(sequence)
-
-    def _prefill(self, sequences: list[TokenSequence]) -> None:
-        (sequence,) = sequences
-        assert sequence.slot is not None
-        ids = torch.tensor(sequence.prompt_ids, device=self.model.device)
-        hidden = self.model.prefill(ids, self.cache, sequence.slot)  # [T, D]
-        if sequence.score_only:
-            sequence.finish_scored(prompt_scores(self.model, hidden, ids))
-            return
-        if (top := sequence.params.prompt_logprobs) is not None:
-            sequence.prompt_logprobs = prompt_logprobs(self.model, hidden, ids, top, self.tokenizer)
-        self._sampler.admit(sequence.slot, sequence)
-        self._choose(self.model.logits(hidden[-1:]), sequences)
-
-    def _decode(self, sequences: list[TokenSequence]) -> None:
-        device = self.model.device
-        slots = torch.tensor([s.slot for s in sequences], device=device)
-        tokens = torch.tensor([s.output_ids[-1] for s in sequences], device=device)
-        positions = torch.tensor([s.length - 1 for s in sequences], device=device)
-        self._choose(self.model.decode(tokens, self.cache, slots, positions), sequences)
-
-    def _choose(self, logits: Tensor, sequences: list[TokenSequence]) -> None:
-        """Give each sequence its next token: logits [B, V] of B sequences."""
-        positions = torch.tensor([s.length for s in sequences], device=logits.device)
-        chosen, possible = self._sampler.choose(logits, sequences, positions)
-        for row, (sequence, token_id) in enumerate(zip(sequences, chosen.tolist(), strict=True)):
-            if sequence.finished:  # a logits processor failed
-                continue
-            if not possible[row]:
-                sequence.fail(ValueError("no token is left: logits are NaN, or all are banned"))
-                continue
-            entry = None
-            if (top := sequence.params.logprobs) is not None:
-                one = slice(row, row + 1)
-                entry = describe_tokens(logits[one], chosen[one], top, self.tokenizer)[0]
-            try:
-                self._sampler.count(sequence, token_id)
-                sequence.append(token_id, entry)
-            except BaseException:  # Ctrl-C: with half a token taken, it cannot go on
-                sequence.fail(RuntimeError("interrupted in the midst of a token"))
-                raise
+def _unpacked(outputs: list[Any], is_batch: bool) -> Any:
+    return outputs if is_batch else outputs[0]

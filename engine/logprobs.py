@@ -1,5 +1,7 @@
 """Log-probabilities of tokens, from logits in blocks of rows: never a long text's all at once."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -47,19 +49,22 @@ def _show(tokenizer: Tokenizer, token_id: int) -> str:
     return tokenizer.decode([token_id], skip_special_tokens=False)
 
 
-def prompt_scores(model: Gemma, hidden: Tensor, token_ids: Tensor) -> list[float]:
-    """The log-probabilities of token_ids[1:]: hidden [T, D], token_ids [T] -> T - 1 values."""
-    blocks = zip(hidden[:-1].split(LOGITS_ROWS), token_ids[1:].split(LOGITS_ROWS), strict=True)
-    scores = [token_logprobs(model.logits(states), ids) for states, ids in blocks]
+def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float]:
+    """The log-probability of the token behind each state: hidden [T, D], following [T or T - 1]."""
+    scores = [token_logprobs(logits, ids) for logits, ids in _blocks(model, hidden, following)]
     return torch.cat(scores).tolist() if scores else []
 
 
 def prompt_logprobs(
-    model: Gemma, hidden: Tensor, token_ids: Tensor, top: int, tokenizer: Tokenizer
-) -> list[TokenLogprobs | None]:
-    """One entry for each prompt token; the first has none, since nothing stands before it."""
-    entries: list[TokenLogprobs | None] = [None]
-    blocks = zip(hidden[:-1].split(LOGITS_ROWS), token_ids[1:].split(LOGITS_ROWS), strict=True)
-    for states, ids in blocks:
-        entries += describe_tokens(model.logits(states), ids, top, tokenizer)
-    return entries
+    model: Gemma, hidden: Tensor, following: Tensor, top: int, tokenizer: Tokenizer
+) -> list[TokenLogprobs]:
+    """The same with the likeliest tokens: one entry for each of `following`."""
+    blocks = _blocks(model, hidden, following)
+    return [entry for block in blocks for entry in describe_tokens(*block, top, tokenizer)]
+
+
+def _blocks(model: Gemma, hidden: Tensor, following: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    states = hidden[: following.shape[0]].split(LOGITS_ROWS)
+    for few, ids in zip(states, following.split(LOGITS_ROWS), strict=True):
+        if ids.numel():
+            yield model.logits(few), ids

@@ -49,22 +49,35 @@ class Gemma:
         # what each layer's last add is normalised by: the next layer's first norm
         self.next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
 
-    def prefill(self, token_ids: Tensor, cache: KVCache, slot: int, start: int = 0) -> Tensor:
+    @property
+    def rope_depends_on_length(self) -> bool:
+        """Whether a token's key depends on how long the text is in which it stands."""
+        return self.rope_global.depends_on_length or self.rope_local.depends_on_length
+
+    def prefill(
+        self,
+        token_ids: Tensor,
+        cache: KVCache,
+        slot: int,
+        start: int = 0,
+        length: int | None = None,
+    ) -> Tensor:
         """Normed hidden states of one sequence's new tokens: token_ids [T] -> [T, D].
 
         The tokens stand at positions start to start + T - 1 of the slot, whose earlier positions
-        are already there.  Long prompts are computed in chunks of `cache.prefill_chunk`.
+        are already there.  Long prompts are computed in chunks of `cache.prefill_chunk`.  `length`
+        is the whole prompt's, where these tokens are only a part of it: frequencies that depend on
+        it must not see how it was cut.
         """
-        length = start + token_ids.shape[0]  # frequencies that depend on it must not see the chunks
-        if not (0 <= slot < cache.num_slots and 0 <= start < length <= cache.max_seq_len):
+        end = start + token_ids.shape[0]
+        if not (0 <= slot < cache.num_slots and 0 <= start < end <= cache.max_seq_len):
             raise ValueError(
-                f"tokens {start} to {length - 1} in slot {slot} do not fit a cache of "
+                f"tokens {start} to {end - 1} in slot {slot} do not fit a cache of "
                 f"{cache.num_slots} slots of {cache.max_seq_len} tokens"
             )
-        chunks = token_ids.split(cache.prefill_chunk)
         states = []
-        for chunk in chunks:
-            states.append(self._prefill_chunk(chunk, cache, slot, start, length))
+        for chunk in token_ids.split(cache.prefill_chunk):
+            states.append(self._prefill_chunk(chunk, cache, slot, start, length or end))
             start += chunk.shape[0]
         return states[0] if len(states) == 1 else torch.cat(states)
 
@@ -108,15 +121,27 @@ class Gemma:
         return h
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor, positions: Tensor) -> Tensor:
-        """Logits after one more token in each row: ids, slots, positions [B] -> [B, V] float32.
+        """Logits after one more token in each row: ids, slots, positions [B] -> [B, V] float32."""
+        return self.logits(self.decode_hidden(token_ids, cache, slots, positions))
 
-        Rows may be of any lengths; a row with a negative position is inactive.  Five kernels a
-        layer: what joins two of them is always a branch that is not yet part of the residual
-        stream, or None where its product has added it.
+    def decode_hidden(
+        self, token_ids: Tensor, cache: KVCache, slots: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Normed hidden states of a few new tokens of each row.
+
+        token_ids [B] or [B, T], slots [B], positions [B] of the first of them -> [B * T, D].  Rows
+        may be of any lengths; one with a negative position is inactive, and of T tokens those with
+        a negative id.  Five kernels a layer: what joins two of them is always a branch that is not
+        yet part of the residual stream, or None where its product has added it.
         """
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
-        tables = self._rope_tables(positions, positions + 1)
-        residual = ops.embed(token_ids, self.weights.embedding, self.embedding_scale)  # [B, D]
+        T = token_ids.shape[1] if token_ids.dim() == 2 else 1
+        token_slots, token_positions = slots, positions  # of every token [B * T]
+        if T > 1:
+            token_slots, token_positions = _spread(token_ids, slots, positions)
+            token_ids = token_ids.clamp(min=0)
+        tables = self._rope_tables(token_positions, token_positions + 1)
+        residual = ops.embed(token_ids.flatten(), self.weights.embedding, self.embedding_scale)
         branch = post_norm = None
         for i, layer in enumerate(self.weights.layers):
             kv = cache.layers[i]
@@ -130,14 +155,14 @@ class Gemma:
                 layer.qkv_bias,
                 kv.k,
                 kv.v,
-                slots,
-                positions,
+                token_slots,
+                token_positions,
                 *tables[config.is_local(i)],
                 layer.q_norm,
                 layer.k_norm,
-            )  # [B, HQ, K]
+            )  # [B * T, HQ, K]
             attended = ops.attention_decode(
-                q.unsqueeze(1),
+                q.unflatten(0, (-1, T)),
                 kv.k,
                 kv.v,
                 slots,
@@ -147,7 +172,7 @@ class Gemma:
             )
             post_norm = layer.post_attention_norm
             residual, branch = self._project(
-                residual, attended.flatten(1), layer.o, layer.o_bias, post_norm
+                residual, attended.view(q.shape[0], -1), layer.o, layer.o_bias, post_norm
             )
             activated, residual = ops.norm_linear_geglu(
                 residual, branch, post_norm, layer.pre_mlp_norm, eps, layer.gate_up
@@ -156,8 +181,8 @@ class Gemma:
             residual, branch = self._project(residual, activated, layer.down, None, post_norm)
 
         if branch is None:
-            return self.logits(ops.rmsnorm(residual, self.weights.norm, eps))
-        return self.logits(ops.add_rmsnorm_(residual, branch, post_norm, self.weights.norm, eps))
+            return ops.rmsnorm(residual, self.weights.norm, eps)
+        return ops.add_rmsnorm_(residual, branch, post_norm, self.weights.norm, eps)
 
     def _project(
         self,
@@ -198,3 +223,11 @@ class Gemma:
             "softcap": config.attn_softcap,
             "sliding_window": config.sliding_window if config.is_local(layer) else None,
         }
+
+
+def _spread(token_ids: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Slot and position of every token: token_ids [B, T], slots, positions [B] -> [B * T] x 2."""
+    T = token_ids.shape[1]
+    spread = positions.unsqueeze(-1) + torch.arange(T, device=positions.device)
+    spread = spread.masked_fill((positions < 0).unsqueeze(-1) | (token_ids < 0), -1)
+    return slots.unsqueeze(-1).expand_as(spread).flatten(), spread.flatten()

@@ -78,6 +78,8 @@ class Delta:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None  # set in a completion's last delta
     stop_reason: int | str | None = None
+    request_id: str = ""
+    error: Exception | None = None  # from Engine.step, where finish_reason is "error"
 
 
 @dataclass

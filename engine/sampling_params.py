@@ -14,6 +14,7 @@ LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 INT64_MAX = 2**63 - 1
 MAX_N = 1024
 MAX_MIN_TOKENS = 2**31
+MAX_DRAFT = 7  # tokens: with the newest one, what decode attention takes of a row
 LIMIT = 1e30  # of numbers that are multiplied with logits in float32
 LISTS = list | tuple | set | frozenset | None
 COLLECTIONS = {
@@ -51,6 +52,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  # added to logits; -inf bans a token
     skip_special_tokens: bool = True  # no <bos>, <end_of_turn>, ... in the text
     logits_processors: Sequence[LogitsProcessor] | None = None
+    prompt_lookup_num_tokens: int = 0  # guess so many from the text, verify them in one step
 
     def __post_init__(self) -> None:
         check_int("n", self.n, 1, MAX_N)
@@ -77,7 +79,13 @@ class SamplingParams:
         check_number("repetition_penalty", self.repetition_penalty, above=0, below=LIMIT)
         for name in ("presence_penalty", "frequency_penalty"):
             check_number(name, getattr(self, name), above=-LIMIT, below=LIMIT)
+        check_int("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 0, MAX_DRAFT)
         self._check_collections()
+        if self.prompt_lookup_num_tokens and (self.penalizes or self.logits_processors):
+            raise ValueError(
+                f"prompt_lookup_num_tokens {self.prompt_lookup_num_tokens} cannot be combined with "
+                f"penalties or logits_processors: they need each token before the next"
+            )
 
     def _check_collections(self) -> None:
         for name, kind in COLLECTIONS.items():
@@ -100,6 +108,25 @@ class SamplingParams:
         for processor in self.logits_processors or ():
             if not callable(processor):
                 raise ValueError(f"logits_processors: {shorten(processor)} cannot be called")
+
+    def features(self) -> frozenset[str]:
+        """What the choice of a token must compute for these settings (sampler.py)."""
+        used = {
+            "random": self.temperature > 0,
+            "top_k": self.temperature > 0 and self.top_k > 0,
+            "top_p": self.temperature > 0 and self.top_p < 1,
+            "min_p": self.temperature > 0 and self.min_p > 0,
+            "bias": bool(self.logit_bias),
+            "min_tokens": self.min_tokens > 0,
+            "penalties": self.penalizes,
+        }
+        return frozenset(name for name, is_used in used.items() if is_used)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens are penalised for having come before."""
+        presence, frequency = self.presence_penalty, self.frequency_penalty
+        return self.repetition_penalty != 1 or presence != 0 or frequency != 0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

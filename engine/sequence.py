@@ -1,23 +1,30 @@
 """Requests and their sequences, as the host sees them: ids and text so far, and why they end."""
 
 import time
-from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gemcut.engine.lookup import Lookup
 from gemcut.engine.outputs import (
     CompletionOutput,
     Delta,
     RequestMetrics,
     RequestOutput,
+    ScoreOutput,
     TokenLogprobs,
 )
+from gemcut.engine.prefixes import Held
 from gemcut.engine.sampling_params import SamplingParams
 from gemcut.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 
+def _drop(_: object) -> None:
+    """For whoever asks only when all is over."""
+
+
 @dataclass(eq=False)
 class TokenSequence:
-    """One completion of a prompt on its way; `deltas` wait for whoever consumes it."""
+    """One completion of a prompt on its way."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -26,17 +33,23 @@ class TokenSequence:
     max_seq_len: int  # tokens of prompt and output together
     seed: int
     index: int = 0
+    request_id: str = ""
     score_only: bool = False  # its prompt's log-probabilities are wanted, and no token
+    deliver: Callable[[Delta], object] = _drop  # called with what each token adds
 
     slot: int | None = None
+    reused: int = 0  # tokens of the prompt that the slot held already
+    prefilled: int = 0  # tokens of the prompt in the cache
+    in_flight: int = 0  # tokens chosen on the device that the host has not read
+    written: int = 0  # positions of the slot that were ever written
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    deltas: deque[Delta] = field(default_factory=deque)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
+    lookup: Lookup | None = None  # of its text so far, once drafts were asked for
     first_token_at: float | None = None
     last_token_at: float | None = None
 
@@ -46,15 +59,43 @@ class TokenSequence:
             self.tokenizer, skip_special_tokens=self.params.skip_special_tokens
         )
         self._stops = StopStrings(self.params.stop_strings)
-        self._eos_ids = frozenset() if self.params.ignore_eos else self.eos_ids
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
+        eos_ids = frozenset() if self.params.ignore_eos else self.eos_ids
+        # tokens that end the sequence, and must not come before min_tokens
+        self.end_ids = eos_ids | self._stop_token_ids
         room = self.max_seq_len - len(self.prompt_ids)
-        self._max_tokens = min(room, self.params.max_tokens or room)
+        self.max_tokens = min(room, self.params.max_tokens or room)
+        self.uses = self.params.features()  # what sampler.py must compute for it
 
     @property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens that end the sequence, and must not come before min_tokens."""
-        return self._eos_ids | self._stop_token_ids
+    def is_prefilled(self) -> bool:
+        return self.prefilled == len(self.prompt_ids)
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether a step should choose one more, beside those that are on their way."""
+        return not self.finished and len(self.output_ids) + self.in_flight < self.max_tokens
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether a prefix of the prompt may be left out: not if something is asked of it."""
+        return not self.score_only and self.params.prompt_logprobs is None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the host must see logits before, or along with, the choice."""
+        return self.params.logprobs is not None or bool(self.params.logits_processors)
+
+    def place(self, slot: int, reused: int, written: int) -> None:
+        """Take a slot that holds the first `reused` tokens of the prompt, and perhaps others."""
+        self.slot, self.reused = slot, reused
+        self.prefilled, self.written = reused, written
+
+    def held(self) -> Held:
+        """What its slot can offer to others: all tokens but the newest, which is not computed."""
+        if self.error is not None:  # whatever failed may have left it half done
+            return Held(written=self.max_seq_len)
+        return Held(self.prompt_ids[: self.prefilled] + self.output_ids[:-1], self.written)
 
     @property
     def length(self) -> int:
@@ -68,6 +109,20 @@ class TokenSequence:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    def take(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None) -> int:
+        """Take the tokens that were chosen, up to the last; how many that were.
+
+        -1 stands for a token that could not be chosen: it ends the sequence with an error.
+        """
+        for count, token_id in enumerate(token_ids):
+            if self.finished:
+                return count
+            if token_id < 0:
+                self.fail(ValueError("no token is left: logits are NaN, or all are banned"))
+                return count
+            self.append(token_id, logprobs)
+        return len(token_ids)
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Take the token that was chosen; it may be the last."""
@@ -86,15 +141,14 @@ class TokenSequence:
             text, self.stop_reason = self._stops.push(self._decoder.push(token_id))
             if self.stop_reason is not None:
                 self.finish_reason = "stop"
-            elif len(self.output_ids) >= self._max_tokens:
+            elif len(self.output_ids) >= self.max_tokens:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._rest()
         self._emit(text, [token_id], None if logprobs is None else [logprobs])
 
-    def finish_scored(self, scores: list[float]) -> None:
+    def finish_scored(self) -> None:
         """End a sequence of which only the prompt's log-probabilities were wanted."""
-        self.scores = scores
         self.finish_reason = "length"
 
     def abort(self) -> None:
@@ -120,9 +174,8 @@ class TokenSequence:
 
     def _emit(self, text: str, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> None:
         self._text.append(text)
-        self.deltas.append(
-            Delta(text, token_ids, self.index, logprobs, self.finish_reason, self.stop_reason)
-        )
+        reasons = (self.finish_reason, self.stop_reason)
+        self.deliver(Delta(text, token_ids, self.index, logprobs, *reasons, self.request_id))
 
     def output(self) -> CompletionOutput:
         wanted = self.params.logprobs is not None
@@ -145,11 +198,9 @@ class Request:
     request_id: str
     prompt: str | None
     sequences: list[TokenSequence]
-    arrived_at: float = 0.0
-
-    def start(self) -> None:
-        """Note the time from which latencies count."""
-        self.arrived_at = time.perf_counter()
+    ended: Callable[["Request"], object] = _drop  # called once, when all sequences have ended
+    attended: bool = True  # a caller waits for it; else someone else makes the steps
+    arrived_at: float = field(default_factory=time.perf_counter)
 
     @property
     def finished(self) -> bool:
@@ -170,6 +221,11 @@ class Request:
             metrics=self._metrics(),
         )
 
+    def score(self) -> ScoreOutput:
+        """What a request that is scored yields."""
+        (sequence,) = self.sequences
+        return ScoreOutput(self.prompt, sequence.prompt_ids, sequence.scores)
+
     def _metrics(self) -> RequestMetrics:
         begun = [s for s in self.sequences if s.first_token_at is not None]
         firsts = [s.first_token_at for s in begun if s.first_token_at is not None]
@@ -180,7 +236,7 @@ class Request:
         return RequestMetrics(
             prompt_tokens=len(self.sequences[0].prompt_ids),
             generated_tokens=generated,
-            reused_prefix_tokens=0,
+            reused_prefix_tokens=self.sequences[0].reused,
             time_to_first_token=min(firsts) - self.arrived_at if firsts else 0.0,
             time_between_tokens=spans / later if later else 0.0,
             tokens_per_second=generated / (max(lasts) - self.arrived_at) if lasts else 0.0,

@@ -10,6 +10,7 @@ where it rounds, what it costs and what bounds it.
 import sys
 
 if sys.platform == "linux":  # Triton is built for Linux; elsewhere the oracles are all there is
+    from gemcut.kernels.advance import advance_
     from gemcut.kernels.decode_attention import attention_decode
     from gemcut.kernels.head import embed, lm_head, lm_head_argmax
     from gemcut.kernels.matmul import linear, norm_linear, skinny_linear
@@ -23,6 +24,7 @@ if sys.platform == "linux":  # Triton is built for Linux; elsewhere the oracles 
 
 __all__ = [
     "add_rmsnorm_",
+    "advance_",
     "attention_decode",
     "attention_prefill",
     "embed",

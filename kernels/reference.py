@@ -14,10 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcut.kernels.reference_sampling import filter_logits, gumbel_noise, penalize, sample
+from gemcut.kernels.reference_sampling import (
+    advance_,
+    filter_logits,
+    gumbel_noise,
+    penalize,
+    sample,
+)
 
 __all__ = [
     "add_rmsnorm_",
+    "advance_",
     "attention_decode",
     "attention_prefill",
     "embed",
@@ -203,7 +210,7 @@ def attention_decode(
     """
     rows = [
         _attend(row, k_cache[slot], v_cache[slot], start, scale, softcap, sliding_window)
-        for row, slot, start in zip(q, slots.tolist(), positions.tolist(), strict=True)
+        for row, slot, start in zip(q, slots.clamp(max=k_cache.shape[0] - 1).tolist(), positions.tolist(), strict=True)
     ]
     return torch.stack(rows) if rows else torch.empty_like(q)
 

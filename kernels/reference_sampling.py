@@ -1,4 +1,4 @@
-"""The oracles of token choice: penalties, filters and seeded draws, in plain torch.
+"""The oracles of token choice: penalties, filters, seeded draws, and what follows a choice.
 
 Letters in shape comments: B rows of a batch, V vocabulary.
 """
@@ -58,6 +58,30 @@ def sample(
     kept = filter_logits(scaled, top_k, top_p, min_p)
     drawn = (kept + gumbel_noise(seeds, positions, logits.shape[-1])).argmax(-1)
     return torch.where(greedy, best, drawn)
+
+
+def advance_(
+    chosen: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    limits: Tensor,
+    is_end: Tensor,
+) -> Tensor:
+    """Write each row's choice to its slot, for the next step: the ids [B], -1 where there is none.
+
+    chosen, scores, slots [B]; tokens, positions, limits [num_slots]; is_end [num_slots, V].  A row
+    has none where it is inactive (its position is negative) or its score is not finite.  It is
+    inactive after that, after a token that ends it, and after the one at its limit.
+    """
+    before = positions.index_select(0, slots)
+    after = before + 1
+    none = (before < 0) | ~scores.isfinite()
+    over = none | is_end[slots, chosen] | (after >= limits.index_select(0, slots))
+    tokens.index_copy_(0, slots, chosen.masked_fill(none, 0))
+    positions.index_copy_(0, slots, after.masked_fill_(over, -1))
+    return chosen.masked_fill(none, -1)
 
 
 def filter_logits(

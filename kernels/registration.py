@@ -21,6 +21,7 @@ MUTATED = {
     "attention_decode": ("counters",),
     "lm_head_argmax": ("counters",),
     "add_rmsnorm_": ("residual",),
+    "advance_": ("tokens", "positions"),
     "norm_qkv_rope_and_store_": ("k_cache", "v_cache"),
     "rope_and_store_": ("k_cache", "v_cache"),
 }
@@ -57,6 +58,7 @@ def _fake_rope_tables(positions: Tensor, inv_freq: Tensor, attention_scaling, dt
 # What each op yields, without data
 FAKES: dict[str, Callable[..., Any]] = {
     "add_rmsnorm_": lambda residual, x, *_: x.new_empty(x.shape),
+    "advance_": lambda chosen, *_: chosen.new_empty(chosen.shape, dtype=torch.int64),
     "attention_decode": lambda q, *_: q.new_empty(q.shape),
     "attention_prefill": lambda q, *_: q.new_empty(q.shape),
     "embed": lambda token_ids, table, _: _matrix(table, token_ids.shape[0], table.shape[1]),

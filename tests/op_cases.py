@@ -38,6 +38,15 @@ def small_calls() -> dict[str, dict[str, Any]]:
             "next_weight": random(D),
             "eps": 1e-6,
         },
+        "advance_": {
+            "chosen": index(3, 5),
+            "scores": per_row,
+            "slots": slots,
+            "tokens": index(7, 8, 9),
+            "positions": index(4, 6, -1),
+            "limits": index(9, 9, 9),
+            "is_end": torch.zeros(3, V, dtype=torch.bool, device=DEVICE),
+        },
         "attention_decode": cache
         | attention
         | {"q": random(M, 1, HQ, K), "slots": slots, "positions": positions},

@@ -1,5 +1,6 @@
 """Bad input: one clear line, and the engine still serves the next request."""
 
+import _thread
 import json
 import re
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from engines import assert_serves, save_random_model
+from engines import assert_serves, run_as_on_a_gpu, save_random_model
 from safetensors.torch import load_file, save_file
 from vocabulary import train_vocabulary
 
@@ -16,9 +17,11 @@ from gemcut.engine import Engine, SamplingParams
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(scope="module")
-def engine(folder):
+@pytest.fixture(scope="module", params=["read-at-once", "read-late"])
+def engine(folder, request):
     with Engine.from_pretrained(folder, max_batch_size=2) as engine:
+        if request.param == "read-late":
+            run_as_on_a_gpu(engine)
         yield engine
 
 
@@ -222,20 +225,18 @@ def test_one_failed_prompt_of_a_list_ends_the_list(engine):
     assert_serves(engine)
 
 
-@pytest.mark.parametrize("where", ["_prefill", "_decode"])
-def test_ctrl_c_in_one_call_harms_no_other(engine, monkeypatch, where):
+def test_ctrl_c_in_one_call_harms_no_other(engine):
     params = SamplingParams(seed=1, max_tokens=8, repetition_penalty=1.5, ignore_eos=True)
     alone = engine.generate("x", params)
     other = engine.stream("x", params)
     text = next(other).text
 
-    def interrupted(sequences):
-        raise KeyboardInterrupt
+    def interrupts(generated, logits):  # in the engine's thread: the main one waits
+        _thread.interrupt_main()
+        return logits
 
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, where, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            engine.generate("y")
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate("y", SamplingParams(ignore_eos=True, logits_processors=[interrupts]))
     assert text + "".join(delta.text for delta in other) == alone.text
     assert_serves(engine)
 
@@ -373,7 +374,7 @@ def test_embedding_larger_than_the_vocabulary_never_yields_a_token_without_text(
         assert max(output.token_ids) < 520
         with pytest.raises(ValueError, match="stop_token_ids"):
             engine.generate("x", SamplingParams(stop_token_ids=[599]))
-        engine._eos_ids = frozenset({1, 599})  # an EOS that has no piece
+        engine._builder.eos_ids = frozenset({1, 599})  # an EOS that has no piece
         assert len(engine.generate("x", SamplingParams(min_tokens=5)).token_ids) >= 5
 
 

@@ -1,0 +1,154 @@
+"""From the worker's thread to whoever waits: a thread, an asyncio task, or another scheduler.
+
+What is delivered is queued, so a consumer that pauses delays nobody, and one that leaves cancels
+its request.
+"""
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from tqdm import tqdm
+
+from gemcut.engine.outputs import Delta
+from gemcut.engine.sequence import Request
+from gemcut.engine.worker import Worker
+
+T = TypeVar("T")
+
+
+def finish(worker: Worker, requests: Sequence[Request], show: bool) -> None:
+    """Wait for requests that run together; the first error ends them all and is raised."""
+    ended: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    for request in requests:
+        request.ended = ended.put
+    try:
+        worker.add(requests)
+        with tqdm(total=len(requests), disable=not show, unit="prompt") as progress:
+            for _ in requests:
+                if (error := ended.get().error) is not None:
+                    raise error
+                progress.update()
+    finally:
+        _leave(worker, requests)
+
+
+def stream(worker: Worker, request: Request) -> Iterator[Delta]:
+    """A request's deltas as they come; closing the iterator cancels it."""
+    arrived: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
+    for sequence in request.sequences:
+        sequence.deliver = arrived.put
+    request.ended = lambda _: arrived.put(None)
+    try:
+        worker.add([request])
+        while (delta := arrived.get()) is not None:
+            yield delta
+        if request.error is not None:
+            raise request.error
+    finally:
+        _leave(worker, [request])
+
+
+async def afinish(worker: Worker, requests: Sequence[Request]) -> None:
+    """`finish` without blocking the event loop."""
+    mailbox: _Mailbox[Request] = _Mailbox()
+    for request in requests:
+        request.ended = mailbox.put
+    try:
+        worker.add(requests)
+        for _ in requests:
+            if (error := (await mailbox.get()).error) is not None:
+                raise error
+    finally:
+        _leave(worker, requests)
+
+
+async def astream(worker: Worker, request: Request) -> AsyncIterator[Delta]:
+    """`stream` without blocking the event loop."""
+    mailbox: _Mailbox[Delta | None] = _Mailbox()
+    for sequence in request.sequences:
+        sequence.deliver = mailbox.put
+    request.ended = lambda _: mailbox.put(None)
+    try:
+        worker.add([request])
+        while (delta := await mailbox.get()) is not None:
+            yield delta
+        if request.error is not None:
+            raise request.error
+    finally:
+        _leave(worker, [request])
+
+
+class Driven:
+    """Requests whose steps someone else makes, and what became of them since the last step."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._requests: dict[str, Request] = {}
+        self._deltas: list[Delta] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._deltas)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError where its id is in use."""
+        if self._requests.setdefault(request.request_id, request) is not request:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        request.attended = False
+        for sequence in request.sequences:
+            sequence.deliver = self._deltas.append
+        request.ended = self._end
+        try:
+            self._worker.add([request])
+        except RuntimeError:
+            del self._requests[request.request_id]
+            raise
+
+    def step(self) -> list[Delta]:
+        """Make a step; every delta since the last one."""
+        return self._worker.call(self._step)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; ValueError where there is none."""
+        request = self._requests.get(request_id)
+        if request is None:
+            raise ValueError(f"no request {request_id!r} is running")
+        self._worker.cancel([request])
+        self._worker.call(lambda: None)  # until it has been done
+
+    def _step(self) -> list[Delta]:
+        self._worker.step()
+        deltas = self._deltas.copy()
+        self._deltas.clear()
+        return deltas
+
+    def _end(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        for sequence in request.sequences:
+            if sequence.error is not None:
+                where = {"index": sequence.index, "request_id": request.request_id}
+                self._deltas.append(
+                    Delta("", [], finish_reason="error", error=sequence.error, **where)
+                )
+
+
+def _leave(worker: Worker, requests: Sequence[Request]) -> None:
+    worker.cancel([request for request in requests if not request.finished])
+
+
+class _Mailbox(Generic[T]):
+    """An asyncio queue of the running event loop that another thread puts into."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[T] = asyncio.Queue()
+
+    def put(self, item: T) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def get(self) -> T:
+        return await self._queue.get()

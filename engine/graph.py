@@ -1,0 +1,73 @@
+"""Captured steps: one CUDA graph for each kind of step and number of rows.
+
+A graph is a step with everything in it decided but the contents of its input tensors.  Replaying it
+costs the host some microseconds, however many kernels it launches.  Batches are padded to the next
+size that has a graph, with rows that are inactive.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Step = Callable[..., Tensor]
+ROWS = 16  # of one pass over the weights: a step of fewer rows costs hardly less
+
+
+def graph_sizes(max_batch_size: int) -> list[int]:
+    """Batch sizes that get a graph, the largest first: powers of two, then multiples of 16."""
+    sizes = {1, 2, 4, 8, *range(ROWS, max_batch_size, ROWS), max_batch_size}
+    return sorted((size for size in sizes if size <= max_batch_size), reverse=True)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A step that can be replayed, and the tensors that it reads and writes."""
+
+    inputs: Sequence[Tensor]
+    output: Tensor
+    replay: Callable[[], None]
+
+
+def capture(step: Step, inputs: Sequence[Tensor], pool: tuple[int, int]) -> Captured:
+    """The graph of a step; `inputs` must be such that running it once changes nothing."""
+    stream = torch.cuda.Stream(inputs[0].device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(*inputs)  # compiles its kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = step(*inputs)
+    return Captured(inputs, output, graph.replay)
+
+
+class Graphs:
+    """Steps by key, captured when they are first asked for, in one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+        self._captured: dict[object, Captured] = {}
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def run(self, key: object, step: Step, inputs: Sequence[Tensor], blank: Step) -> Tensor:
+        """What the step gives for these inputs; it is overwritten when the next one runs.
+
+        key tells apart steps that differ in anything but the contents of their inputs.  blank makes
+        inputs like these of which all rows are inactive.
+        """
+        captured = self._captured.get(key)
+        if captured is None:
+            captured = self._captured[key] = self.capture(step, [blank(x) for x in inputs])
+        for fixed, given in zip(captured.inputs, inputs, strict=True):
+            fixed.copy_(given)
+        captured.replay()
+        return captured.output
+
+    def capture(self, step: Step, inputs: Sequence[Tensor]) -> Captured:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return capture(step, inputs, self._pool)

@@ -1,0 +1,202 @@
+"""From sequences to steps of the device, and back from its tokens.
+
+The host launches a step and goes on: `Launch.read` waits for the tokens, which a GPU copies to
+pinned memory behind the step.  By then the next step is on its way (core.py), so the device never
+waits for the host.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.cache import KVCache
+from gemcut.engine.graph import ROWS, Graphs, graph_sizes
+from gemcut.engine.logprobs import describe_tokens, prompt_logprobs, prompt_scores
+from gemcut.engine.model import Gemma
+from gemcut.engine.outputs import TokenLogprobs
+from gemcut.engine.sampler import FILTERED, FULL, GREEDY, RANDOM, Features, run_processors
+from gemcut.engine.sampling_params import MAX_DRAFT
+from gemcut.engine.sequence import TokenSequence
+from gemcut.engine.slot_state import SlotState, upload
+from gemcut.engine.steps import Steps
+from gemcut.tokenizer import Tokenizer
+
+NO_DRAFT = -1
+
+
+def draft_width(rows: int) -> int:
+    """Tokens of each of so many rows that one pass over the weights verifies, the newest included.
+
+    1 where there is no room for a draft.
+    """
+    return max(1, min(1 + MAX_DRAFT, ROWS // rows))
+
+
+@dataclass
+class Launch:
+    """A step under way: the tokens of its sequences, one or more for each."""
+
+    sequences: list[TokenSequence]
+    ids: Tensor  # [B] or [B, T], on the host when `event` has happened
+    event: torch.cuda.Event | None
+    drafts: list[list[int]] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    def read(self) -> list[list[int]]:
+        """The tokens of each sequence, at least one; -1 stands where none could be chosen."""
+        if self.event is not None:
+            self.event.synchronize()
+        rows = self.ids.tolist()
+        if not self.drafts:
+            return [[token_id] for token_id in rows[: len(self.sequences)]]
+        return [
+            row[: 1 + count_accepted(row, draft)]
+            for row, draft in zip(rows, self.drafts, strict=False)
+        ]
+
+
+def count_accepted(chosen: Sequence[int], draft: Sequence[int]) -> int:
+    """How many tokens of a draft are what the model chose itself, up to the first that is not."""
+    count = 0
+    while count < len(draft) and chosen[count] == draft[count]:
+        count += 1
+    return count
+
+
+class Runner:
+    """Launches prefills and decode steps of one model over one cache."""
+
+    def __init__(
+        self, model: Gemma, cache: KVCache, state: SlotState, tokenizer: Tokenizer
+    ) -> None:
+        self.model, self.cache, self.state, self._tokenizer = model, cache, state, tokenizer
+        self.steps = Steps(model, cache, state)
+        self.device = model.device
+        self.graphs = Graphs() if self.device.type == "cuda" else None
+        self._sizes = sorted(graph_sizes(state.num_slots))
+        self._batch: tuple[list[int], Tensor] = ([], upload([], self.device))
+
+    def prefill(self, sequence: TokenSequence, count: int) -> Launch | None:
+        """Compute `count` more tokens of a prompt; the last of them bring the first token."""
+        assert sequence.slot is not None
+        start, end = sequence.prefilled, sequence.prefilled + count
+        ids = upload(sequence.prompt_ids[start:end], self.device)
+        hidden = self.model.prefill(
+            ids, self.cache, sequence.slot, start, length=len(sequence.prompt_ids)
+        )  # [count, D]
+        following = upload(sequence.prompt_ids[start + 1 : end + 1], self.device)
+        if sequence.score_only:
+            sequence.scores += prompt_scores(self.model, hidden, following)
+        if (top := sequence.params.prompt_logprobs) is not None:
+            entries = prompt_logprobs(self.model, hidden, following, top, self._tokenizer)
+            sequence.prompt_logprobs = (sequence.prompt_logprobs or [None]) + entries
+        sequence.prefilled = end
+        sequence.written = max(sequence.written, end)
+        if sequence.score_only or not sequence.is_prefilled:
+            return None
+        self.state.admit(sequence.slot, sequence)
+        logits = self.model.logits(hidden[-1:])[:, : self.state.vocab_size]
+        return self._choose([sequence], logits, upload([sequence.slot], self.device), sequence.uses)
+
+    def decode(self, sequences: list[TokenSequence], drafts: list[list[int]] | None) -> Launch:
+        """One step for all these sequences; with drafts, perhaps empty ones, for each of them."""
+        slots = self._slots(sequences)
+        width = 1
+        if drafts is not None:  # a graph has one width for each size
+            longest = 1 + max(map(len, drafts))
+            width = longest if self.graphs is None else draft_width(len(slots))
+        for sequence in sequences:
+            newest = sequence.length + sequence.in_flight - 1  # its position
+            sequence.written = max(sequence.written, newest + width)
+        features = self._known(frozenset().union(*(s.uses for s in sequences)))
+        if any(s.needs_logits for s in sequences):
+            logits = self._logits(slots)[: len(sequences)]
+            return self._choose(sequences, logits, slots[: len(sequences)], features)
+        if drafts is None:
+            return self._launch(sequences, self._decode(slots, features))
+        padded = [draft + [NO_DRAFT] * (width - 1 - len(draft)) for draft in drafts]
+        padded += [[NO_DRAFT] * (width - 1)] * (len(slots) - len(drafts))
+        ids = self._verify(slots, upload(padded, self.device), features)
+        return self._launch(sequences, ids, drafts=drafts)
+
+    def kinds_of_steps(self) -> Iterator[Callable[[], Tensor]]:
+        """Calls that run every kind of step once, with no active row: what a warm-up does.
+
+        The largest come first: the others fit the memory that they have taken.
+        """
+        for size in reversed(self._sizes):
+            slots = torch.full((size,), self.state.num_slots, device=self.device)
+            yield partial(self._logits, slots)
+            for features in (FULL, FILTERED, RANDOM, GREEDY):
+                yield partial(self._decode, slots, features)
+                if (width := draft_width(size)) > 1:
+                    drafts = torch.full((size, width - 1), NO_DRAFT, device=self.device)
+                    yield partial(self._verify, slots, drafts, features)
+
+    def _logits(self, slots: Tensor) -> Tensor:
+        return self._run("logits", self.steps.logits, slots)
+
+    def _decode(self, slots: Tensor, features: Features) -> Tensor:
+        return self._run(
+            ("decode", features), lambda slots: self.steps.decode(slots, features), slots
+        )
+
+    def _verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
+        return self._run(
+            ("verify", features),
+            lambda slots, drafts: self.steps.verify(slots, drafts, features),
+            slots,
+            drafts,
+        )
+
+    def _choose(
+        self, sequences: list[TokenSequence], logits: Tensor, slots: Tensor, features: Features
+    ) -> Launch:
+        """The choice from logits that the host may see and change: logits [B, V], slots [B]."""
+        ids = self.steps.choose(run_processors(logits, sequences), slots, features)
+        logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
+        for row, sequence in enumerate(sequences):
+            if (top := sequence.params.logprobs) is not None:
+                one = slice(row, row + 1)
+                chosen = ids[one].clamp(min=0)
+                (logprobs[row],) = describe_tokens(logits[one], chosen, top, self._tokenizer)
+        return self._launch(sequences, ids, logprobs=logprobs)
+
+    def _launch(self, sequences: list[TokenSequence], ids: Tensor, **facts) -> Launch:
+        event = None
+        if self.device.type == "cuda":
+            ids = ids.to("cpu", non_blocking=True)  # to pinned memory
+            event = torch.cuda.Event()
+            event.record()
+        for sequence in sequences:
+            sequence.in_flight += 1
+        return Launch(sequences, ids, event, **facts)
+
+    def _run(self, key: object, step, slots: Tensor, *others: Tensor) -> Tensor:
+        if self.graphs is None:
+            return step(slots, *others)
+        inputs = (slots, *others)
+        return self.graphs.run((key, len(slots)), step, inputs, blank=self._blank)
+
+    def _blank(self, x: Tensor) -> Tensor:
+        """Inputs of which no row is active: slots [B] or drafts [B, T]."""
+        return torch.full_like(x, self.state.num_slots if x.dim() == 1 else NO_DRAFT)
+
+    def _slots(self, sequences: list[TokenSequence]) -> Tensor:
+        """Their slots, padded to the size of a graph; uploaded only when the batch has changed."""
+        slots = [s.slot for s in sequences]
+        if self.graphs is not None:
+            size = next(size for size in self._sizes if size >= len(slots))
+            slots += [self.state.num_slots] * (size - len(slots))
+        if slots != self._batch[0]:
+            self._batch = (slots, upload(slots, self.device))
+        return self._batch[1]
+
+    def _known(self, features: Features) -> Features:
+        """What is computed: just that on a CPU, and by a graph the least that holds it."""
+        if self.graphs is None:
+            return features
+        return next(kind for kind in (GREEDY, RANDOM, FILTERED, FULL) if features <= kind)
