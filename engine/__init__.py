@@ -14,15 +14,19 @@ if TYPE_CHECKING:
         RequestOutput,
         ScoreOutput,
     )
+    from gemcut.engine.core import EngineFault
     from gemcut.engine.sampling_params import SamplingParams
+    from gemcut.engine.worker import QueueFullError
 
 __all__ = [
     "PUBLISHED",
     "CompletionOutput",
     "Delta",
     "Engine",
+    "EngineFault",
     "GemmaConfig",
     "Logprob",
+    "QueueFullError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
@@ -34,7 +38,7 @@ def __getattr__(name: str) -> Any:
     # On first use: the command line is in this package too, and `gemcut --help` should not wait two
     # seconds for torch.
     if name in __all__:
-        for module in ("config", "outputs", "sampling_params", "engine"):
+        for module in ("config", "outputs", "sampling_params", "core", "worker", "engine"):
             names = vars(import_module(f"gemcut.engine.{module}"))
             if name in names:
                 return names[name]

@@ -13,13 +13,13 @@ A core belongs to one thread (worker.py).
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from gemcut.engine.lookup import Lookup
 from gemcut.engine.metrics import EngineMetrics
-from gemcut.engine.runner import Launch, Runner, draft_width
+from gemcut.engine.runner import Launch, Runner
 from gemcut.engine.scheduler import Scheduler
 from gemcut.engine.sequence import Request, TokenSequence
 
@@ -72,11 +72,11 @@ class Core:
         is_late = sequences and not self._must_be_read()
         self._collect(self.depth if is_late else 0)
 
-    def warm_up(self, show: Callable[[int], object]) -> None:
-        """Run every kind of step once, without an active row; `show` is called after each."""
-        for step in self.runner.kinds_of_steps():
+    def warm_up(self, steps: Iterable[Callable[[], object]]) -> None:
+        """Make these calls, which change no slot (Runner.kinds_of_steps)."""
+        self._collect(0)
+        for step in steps:
             step()
-            show(1)
 
     # The parts of a step
 
@@ -124,7 +124,7 @@ class Core:
 
     def _drafts(self, sequences: list[TokenSequence]) -> list[list[int]] | None:
         """A guess for each sequence that wants them, None where there is no guess at all."""
-        most = draft_width(len(sequences)) - 1
+        most = self.runner.draft_width(len(sequences)) - 1
         if most == 0 or any(s.needs_logits for s in sequences):
             return None
         drafts = [_draft(sequence, most) for sequence in sequences]

@@ -26,11 +26,10 @@ def finish(worker: Worker, requests: Sequence[Request], show: bool) -> None:
         request.ended = ended.put
     try:
         worker.add(requests)
-        with tqdm(total=len(requests), disable=not show, unit="prompt") as progress:
-            for _ in requests:
-                if (error := ended.get().error) is not None:
-                    raise error
-                progress.update()
+        # a bar that is not shown would start a thread all the same
+        for _ in tqdm(requests, unit="prompt") if show else requests:
+            if (error := ended.get().error) is not None:
+                raise error
     finally:
         _leave(worker, requests)
 

@@ -164,7 +164,7 @@ class Engine:
         SamplingParams for all or one for each, and show a progress bar on a terminal (`use_tqdm`).
         Bad input raises ValueError before anything runs.
         """
-        requests, is_batch = self._builder.batch(prompt, params)
+        requests, is_batch = self._checked.batch(prompt, params)
         delivery.finish(self._worker, requests, is_batch and _shows(use_tqdm))
         return _unpacked([request.output() for request in requests], is_batch)
 
@@ -180,7 +180,7 @@ class Engine:
 
     async def agenerate(self, prompt, params=None):
         """`generate` in an event loop, which it does not block."""
-        requests, is_batch = self._builder.batch(prompt, params)
+        requests, is_batch = self._checked.batch(prompt, params)
         await delivery.afinish(self._worker, requests)
         return _unpacked([request.output() for request in requests], is_batch)
 
@@ -189,12 +189,11 @@ class Engine:
 
         Bad input raises ValueError at the call.  An abandoned stream frees its slot.
         """
-        self._worker.check_open()
-        return delivery.stream(self._worker, self._builder.one(prompt, params))
+        return delivery.stream(self._worker, self._checked.one(prompt, params))
 
     def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
         """`stream` for `async for`."""
-        return delivery.astream(self._worker, self._builder.one(prompt, params))
+        return delivery.astream(self._worker, self._checked.one(prompt, params))
 
     @overload
     def chat(
@@ -223,7 +222,7 @@ class Engine:
         "content".  Gemma has no system role: it is refused, or with `merge_system` put before the
         first user content.  The answer ends at the end of the turn.
         """
-        request = self._builder.chat(messages, params, merge_system)
+        request = self._checked.chat(messages, params, merge_system)
         if stream:
             return delivery.stream(self._worker, request)
         delivery.finish(self._worker, [request], show=False)
@@ -237,7 +236,7 @@ class Engine:
         merge_system: bool = False,
     ) -> RequestOutput:
         """`chat` in an event loop, which it does not block."""
-        request = self._builder.chat(messages, params, merge_system)
+        request = self._checked.chat(messages, params, merge_system)
         await delivery.afinish(self._worker, [request])
         return request.output()
 
@@ -249,7 +248,7 @@ class Engine:
         merge_system: bool = False,
     ) -> AsyncIterator[Delta]:
         """`chat` with `stream`, for `async for`."""
-        request = self._builder.chat(messages, params, merge_system)
+        request = self._checked.chat(messages, params, merge_system)
         return delivery.astream(self._worker, request)
 
     @overload
@@ -267,13 +266,13 @@ class Engine:
 
         A string gets a BOS, whose own probability is not asked.  A text must fit a slot.
         """
-        requests, is_batch = self._builder.batch(texts, None, score=True)
+        requests, is_batch = self._checked.batch(texts, None, score=True)
         delivery.finish(self._worker, requests, is_batch and _shows(use_tqdm))
         return _unpacked([request.score() for request in requests], is_batch)
 
     async def ascore(self, texts: Prompt | Sequence[Prompt]) -> ScoreOutput | list[ScoreOutput]:
         """`score` in an event loop, which it does not block."""
-        requests, is_batch = self._builder.batch(texts, None, score=True)
+        requests, is_batch = self._checked.batch(texts, None, score=True)
         await delivery.afinish(self._worker, requests)
         return _unpacked([request.score() for request in requests], is_batch)
 
@@ -290,7 +289,7 @@ class Engine:
 
         ValueError for bad input, and for an id that is in use.
         """
-        request = self._builder.one(prompt, params, request_id=request_id)
+        request = self._checked.one(prompt, params, request_id=request_id)
         self._driven.add(request)
         return request.request_id
 
@@ -318,9 +317,10 @@ class Engine:
 
         After it nothing is compiled, captured or allocated any more: see `metrics`.
         """
-        kinds = len(list(self._core.runner.kinds_of_steps()))
-        with tqdm(total=kinds, disable=not _shows(use_tqdm), unit="step") as progress:
-            self._worker.call(lambda: self._core.warm_up(progress.update))
+        steps = self._core.runner.kinds_of_steps()
+        if _shows(use_tqdm):
+            steps = tqdm(list(steps), unit="step")
+        self._worker.call(lambda: self._core.warm_up(steps))
         self._core.metrics.at_warmup = self._costs()
 
     def metrics(self) -> dict[str, Any]:
@@ -348,6 +348,12 @@ class Engine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    @property
+    def _checked(self) -> RequestBuilder:
+        """What makes requests, while there is someone to serve them."""
+        self._worker.check_open()
+        return self._builder
 
     def _costs(self) -> dict[str, int]:
         graphs = self._core.runner.graphs

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gemcut.engine import prompts
+from gemcut.engine.checks import shorten
 from gemcut.engine.prompts import Prompt
 from gemcut.engine.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.sequence import Request, TokenSequence
@@ -55,6 +56,8 @@ class RequestBuilder:
         text, ids = prompts.encode(prompt, self._tokenizer, self._vocab_size)
         prompts.check_length(len(ids), params.min_tokens, self._max_seq_len, score=score)
         seed = secrets.randbits(63) if params.seed is None else params.seed
+        if request_id is not None and not isinstance(request_id, str):
+            raise ValueError(f"request_id {shorten(request_id)} is not a string")
         request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
         sequences = [
             TokenSequence(

@@ -27,14 +27,6 @@ from gemcut.tokenizer import Tokenizer
 NO_DRAFT = -1
 
 
-def draft_width(rows: int) -> int:
-    """Tokens of each of so many rows that one pass over the weights verifies, the newest included.
-
-    1 where there is no room for a draft.
-    """
-    return max(1, min(1 + MAX_DRAFT, ROWS // rows))
-
-
 @dataclass
 class Launch:
     """A step under way: the tokens of its sequences, one or more for each."""
@@ -107,7 +99,7 @@ class Runner:
         width = 1
         if drafts is not None:  # a graph has one width for each size
             longest = 1 + max(map(len, drafts))
-            width = longest if self.graphs is None else draft_width(len(slots))
+            width = longest if self.graphs is None else self.draft_width(len(sequences))
         for sequence in sequences:
             newest = sequence.length + sequence.in_flight - 1  # its position
             sequence.written = max(sequence.written, newest + width)
@@ -122,6 +114,13 @@ class Runner:
         ids = self._verify(slots, upload(padded, self.device), features)
         return self._launch(sequences, ids, drafts=drafts)
 
+    def draft_width(self, rows: int) -> int:
+        """Tokens of each of so many rows that one pass over the weights verifies.
+
+        The newest one is among them: 1 where there is no room for a draft.
+        """
+        return max(1, min(1 + MAX_DRAFT, ROWS // self._size(rows)))
+
     def kinds_of_steps(self) -> Iterator[Callable[[], Tensor]]:
         """Calls that run every kind of step once, with no active row: what a warm-up does.
 
@@ -132,7 +131,7 @@ class Runner:
             yield partial(self._logits, slots)
             for features in (FULL, FILTERED, RANDOM, GREEDY):
                 yield partial(self._decode, slots, features)
-                if (width := draft_width(size)) > 1:
+                if (width := self.draft_width(size)) > 1:
                     drafts = torch.full((size, width - 1), NO_DRAFT, device=self.device)
                     yield partial(self._verify, slots, drafts, features)
 
@@ -188,12 +187,16 @@ class Runner:
     def _slots(self, sequences: list[TokenSequence]) -> Tensor:
         """Their slots, padded to the size of a graph; uploaded only when the batch has changed."""
         slots = [s.slot for s in sequences]
-        if self.graphs is not None:
-            size = next(size for size in self._sizes if size >= len(slots))
-            slots += [self.state.num_slots] * (size - len(slots))
+        slots += [self.state.num_slots] * (self._size(len(slots)) - len(slots))
         if slots != self._batch[0]:
             self._batch = (slots, upload(slots, self.device))
         return self._batch[1]
+
+    def _size(self, rows: int) -> int:
+        """Rows of the step that serves so many."""
+        if self.graphs is None:
+            return rows
+        return next(size for size in self._sizes if size >= rows)
 
     def _known(self, features: Features) -> Features:
         """What is computed: just that on a CPU, and by a graph the least that holds it."""

@@ -1,0 +1,130 @@
+"""Faults of a step: one clear error to whom it concerns, and the others never notice."""
+
+import asyncio
+
+import pytest
+import torch
+from engines import assert_serves, run_as_on_a_gpu
+
+from gemcut.engine import Engine, EngineFault, SamplingParams
+
+PARAMS = SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(params=["read-at-once", "read-late"])
+def engine(folder, request):
+    with Engine.from_pretrained(folder, max_batch_size=2, prefill_chunk=8) as engine:
+        if request.param == "read-late":
+            run_as_on_a_gpu(engine)
+        yield engine
+
+
+def failing(function, error: Exception, *, when):
+    """The same function, but for calls at which `when()` holds."""
+
+    def call(*args, **kwargs):
+        if when():
+            raise error
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_a_fault_in_a_prefill_ends_its_own_request(engine, monkeypatch):
+    alone = engine.generate("x", PARAMS)
+    other = engine.stream("x", PARAMS)
+    text = next(other).text
+    runner = engine._core.runner
+    with monkeypatch.context() as patch:
+        error = torch.OutOfMemoryError("CUDA out of memory")
+        patch.setattr(runner, "prefill", failing(runner.prefill, error, when=lambda: True))
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.generate("Once upon a time there was a fox")
+    assert text + "".join(delta.text for delta in other) == alone.text
+    assert_serves(engine)
+
+
+def test_a_fault_in_a_step_ends_those_that_took_part(engine, monkeypatch):
+    """And not the one that waited for a slot."""
+    runner = engine._core.runner
+    alone = engine.generate("z", PARAMS)
+    streams = [engine.stream(prompt, SamplingParams(ignore_eos=True)) for prompt in "xy"]
+    for stream in streams:
+        next(stream)
+    broken = iter([True])
+    error = RuntimeError("a step broke")
+    waits = engine.add("z", PARAMS)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            runner, "decode", failing(runner.decode, error, when=lambda: next(broken, False))
+        )
+        for stream in streams:
+            with pytest.raises(RuntimeError, match="a step broke"):
+                list(stream)
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step()
+    assert {delta.request_id for delta in deltas} == {waits}
+    assert [id_ for delta in deltas for id_ in delta.token_ids] == alone.token_ids
+    assert_serves(engine)
+
+
+def test_after_a_fault_of_the_device_everyone_learns_that_the_engine_is_dead(engine, monkeypatch):
+    streams = [engine.stream(prompt, SamplingParams(ignore_eos=True)) for prompt in "xy"]
+    for stream in streams:
+        next(stream)
+    waits = engine.add("z")
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+    runner = engine._core.runner
+    monkeypatch.setattr(runner, "decode", failing(runner.decode, error, when=lambda: True))
+    message = "the engine is dead: CUDA error: an illegal memory access was encountered$"
+    for stream in streams:
+        with pytest.raises(EngineFault, match=message):
+            list(stream)
+    (delta,) = engine.step()
+    assert (delta.request_id, delta.finish_reason) == (waits, "error")
+    assert isinstance(delta.error, EngineFault)
+    monkeypatch.undo()
+    for call in (engine.generate, engine.score, lambda prompt: list(engine.stream(prompt))):
+        with pytest.raises(EngineFault, match=message):
+            call("Once")
+    with pytest.raises(EngineFault, match=message):
+        asyncio.run(engine.agenerate("Once"))
+    engine.add("z")
+    assert isinstance(engine.step()[0].error, EngineFault)
+    assert engine._scheduler.free_slots == 2
+    engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.generate("x")
+
+
+def test_a_mistake_in_the_engine_leaves_nobody_waiting(engine, monkeypatch):
+    def broken():
+        raise AssertionError("a mistake")
+
+    monkeypatch.setattr(engine._scheduler, "admit", broken)
+    with pytest.raises(EngineFault, match="the engine is dead: a mistake"):
+        engine.generate("x")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_fault_of_the_device(folder):
+    """In a process of its own: the context does not survive it."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch\n"
+        "from gemcut.engine import Engine, EngineFault\n"
+        "engine = Engine.from_pretrained(sys.argv[1], device='cuda')\n"
+        "engine.generate('x')\n"
+        "def breaks(*args): torch.cuda._sleep(1); torch.empty(1, device='cuda')[torch.tensor([10**9], device='cuda')]; torch.cuda.synchronize()\n"  # noqa: E501
+        "engine._core.runner.decode = breaks\n"
+        "for _ in range(2):\n"
+        "    try: engine.generate('x')\n"
+        "    except EngineFault as error: print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(folder)], capture_output=True, text=True
+    )
+    assert run.stdout.count("the engine is dead: CUDA error") == 2, run.stderr
