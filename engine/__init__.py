@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemcut.engine.config import PUBLISHED, GemmaConfig
+    from gemcut.engine.core import EngineFault
     from gemcut.engine.engine import Engine
     from gemcut.engine.outputs import (
         CompletionOutput,
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
         RequestOutput,
         ScoreOutput,
     )
-    from gemcut.engine.core import EngineFault
     from gemcut.engine.sampling_params import SamplingParams
     from gemcut.engine.worker import QueueFullError
 

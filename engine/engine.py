@@ -1,7 +1,7 @@
 """Engine: prompts in, text out.
 
-A call checks its prompts, makes a request of each and waits for what becomes of it; all else happens
-in one thread of the engine's own:
+A call checks its prompts, makes a request of each and waits for what becomes of it; all else
+happens in one thread of the engine's own:
 
     prompt -> prompts.encode -> Request -> worker -> core.step -> scheduler -> runner
            -> steps (model, sampler) -> sequence.take -> delivery -> caller
@@ -29,7 +29,6 @@ from gemcut.engine.loading import choose_device, choose_dtype, choose_max_seq_le
 from gemcut.engine.metrics import costs, prometheus_text, snapshot
 from gemcut.engine.model import Gemma
 from gemcut.engine.outputs import Delta, RequestOutput, ScoreOutput
-from gemcut.engine.prefixes import Ring
 from gemcut.engine.prompts import Prompt
 from gemcut.engine.request_builder import RequestBuilder
 from gemcut.engine.runner import Runner

@@ -7,6 +7,7 @@ size that has a graph, with rows that are inactive.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Captured:
     replay: Callable[[], None]
 
 
-def capture(step: Step, inputs: Sequence[Tensor], pool: tuple[int, int]) -> Captured:
+def capture(step: Step, inputs: Sequence[Tensor], pool: Any) -> Captured:
     """The graph of a step; `inputs` must be such that running it once changes nothing."""
     stream = torch.cuda.Stream(inputs[0].device)
     stream.wait_stream(torch.cuda.current_stream())
@@ -47,7 +48,7 @@ class Graphs:
     """Steps by key, captured when they are first asked for, in one pool of memory."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._captured: dict[object, Captured] = {}
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ class Lookup:
             known.append(token_id)
 
     def draft(self, count: int) -> list[int]:
-        """A guess of the next `count` tokens; none where the newest token stands for the first time.
+        """A guess of the next `count` tokens; none where the newest one never stood there before.
 
         A guess that reaches the end of the text goes on with itself: what repeats, repeats again.
         """

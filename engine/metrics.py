@@ -72,7 +72,7 @@ def costs(device: torch.device, captures: int) -> dict[str, int]:
 
 
 def count_compilations() -> int:
-    """Variants of gemcut's kernels that this process has compiled, or loaded from Triton's cache."""
+    """Variants of kernels that this process has compiled, or loaded from Triton's cache."""
     kernels = {
         value
         for name, module in list(sys.modules.items())

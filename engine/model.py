@@ -230,4 +230,5 @@ def _spread(token_ids: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor
     T = token_ids.shape[1]
     spread = positions.unsqueeze(-1) + torch.arange(T, device=positions.device)
     spread = spread.masked_fill((positions < 0).unsqueeze(-1) | (token_ids < 0), -1)
-    return slots.unsqueeze(-1).expand_as(spread).flatten(), spread.flatten()
+    spread = spread.flatten()
+    return slots.repeat_interleave(T, output_size=spread.numel()), spread

@@ -23,9 +23,7 @@ class RequestBuilder:
         self.eos_ids, self._max_seq_len = frozenset(eos_ids), max_seq_len
         self._numbers = itertools.count()
 
-    def batch(
-        self, prompt: Any, params: Any, *, score: bool = False
-    ) -> tuple[list[Request], bool]:
+    def batch(self, prompt: Any, params: Any, *, score: bool = False) -> tuple[list[Request], bool]:
         """The requests of a prompt or of a list of prompts, and whether it was a list."""
         if not prompts.is_batch(prompt):
             return [self.one(prompt, params, score=score)], False

@@ -69,7 +69,7 @@ class Runner:
         self.device = model.device
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self._sizes = sorted(graph_sizes(state.num_slots))
-        self._batch: tuple[list[int], Tensor] = ([], upload([], self.device))
+        self._batch: tuple[Sequence[int | None], Tensor] | None = None
 
     def prefill(self, sequence: TokenSequence, count: int) -> Launch | None:
         """Compute `count` more tokens of a prompt; the last of them bring the first token."""
@@ -188,9 +188,10 @@ class Runner:
         """Their slots, padded to the size of a graph; uploaded only when the batch has changed."""
         slots = [s.slot for s in sequences]
         slots += [self.state.num_slots] * (self._size(len(slots)) - len(slots))
-        if slots != self._batch[0]:
-            self._batch = (slots, upload(slots, self.device))
-        return self._batch[1]
+        if self._batch is not None and self._batch[0] == slots:
+            return self._batch[1]
+        self._batch = (slots, uploaded := upload(slots, self.device))
+        return uploaded
 
     def _size(self, rows: int) -> int:
         """Rows of the step that serves so many."""

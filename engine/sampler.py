@@ -35,15 +35,16 @@ def choose(
     """
     integers = state.integers.index_select(1, slots)
     floats = state.floats.index_select(1, slots)
-    *_, top_k, seeds, first_end = integers
-    temperature, top_p, min_p, repetition, presence, frequency = floats
+    *_, top_k, seeds, first_end = integers.unbind()
+    temperature, top_p, min_p, repetition, presence, frequency = floats.unbind()
     if "bias" in features:
-        logits = logits + state.bias[slots]
+        logits = logits + state.bias.index_select(0, slots)
     if "min_tokens" in features:
         early = (positions < first_end).unsqueeze(-1)
-        logits = logits.masked_fill(state.is_end[slots] & early, -torch.inf)
+        logits = logits.masked_fill(state.is_end.index_select(0, slots) & early, -torch.inf)
     if "penalties" in features:
-        counts, in_prompt = state.output_counts[slots], state.in_prompt[slots]
+        counts = state.output_counts.index_select(0, slots)
+        in_prompt = state.in_prompt.index_select(0, slots)
         logits = ops.penalize(logits, counts, in_prompt, repetition, presence, frequency)
 
     def used(name: str, setting: Tensor) -> Tensor | None:

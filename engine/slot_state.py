@@ -40,13 +40,14 @@ class SlotState:
             ) from error
         # tokens: the newest, not yet in the cache; positions: where it stands; limits: where the
         # last one may stand; first_end: the first position at which an end may stand
-        self.tokens, self.positions, self.limits = self.integers[:3]
+        self.newest = self.integers.narrow(0, 0, 2)  # tokens and positions, which every step reads
+        self.tokens, self.positions, self.limits, *_ = self.integers.unbind()
         self.positions.fill_(INACTIVE)
         self._ends: list[frozenset[int]] = [frozenset()] * num_slots
         self._biased: set[int] = set()
 
     def admit(self, slot: int, sequence: TokenSequence) -> None:
-        """Write the settings of a sequence whose prompt is in the cache, its last token included."""
+        """Write the settings of a sequence whose whole prompt is in the cache."""
         params = sequence.params
         last = len(sequence.prompt_ids) - 1
         first_end = len(sequence.prompt_ids) + params.min_tokens

@@ -23,7 +23,7 @@ class Steps:
     def __init__(self, model: Gemma, cache: KVCache, state: SlotState) -> None:
         self.model, self.cache, self.state = model, cache, state
         # an embedding may have more rows than the vocabulary has pieces: those are never chosen
-        self._head = model.weights.lm_head[: state.vocab_size]
+        self._head = model.weights.lm_head.narrow(0, 0, state.vocab_size)
 
     def decode(self, slots: Tensor, features: Features) -> Tensor:
         """One more token in each slot: slots [B] -> ids [B]; -1 where none could be chosen."""
@@ -57,12 +57,14 @@ class Steps:
             self.model.ops,
         )
         chosen, scores = chosen.view(B, T), scores.view(B, T)
-        accepted = (chosen[:, :-1] == drafts).cumprod(1).sum(1, keepdim=True)  # [B, 1]
+        accepted = (chosen.narrow(1, 0, T - 1) == drafts).cumprod(1).sum(1, keepdim=True)  # [B, 1]
         state.positions.index_copy_(
             0, slots, torch.where(positions < 0, INACTIVE, positions + accepted.squeeze(1))
         )
-        self._advance(chosen.gather(1, accepted)[:, 0], scores.gather(1, accepted)[:, 0], slots)
-        return chosen.masked_fill(~scores.isfinite() | (positions < 0).unsqueeze(-1), -1)
+        last = chosen.gather(1, accepted).squeeze(1), scores.gather(1, accepted).squeeze(1)
+        self._advance(*last, slots)
+        holds = (scores.abs() < torch.inf) & (positions >= 0).unsqueeze(-1)
+        return torch.where(holds, chosen, -1)
 
     def logits(self, slots: Tensor) -> Tensor:
         """Logits of each slot's next token: slots [B] -> [B, V] float32."""
@@ -75,11 +77,11 @@ class Steps:
         return self._choose(logits, slots, positions + 1, features)
 
     def _newest(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, positions = self.state.integers[:2].index_select(1, slots)
+        tokens, positions = self.state.newest.index_select(1, slots).unbind()
         return tokens, positions
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)[:, : self.state.vocab_size]
+        return self.model.logits(hidden).narrow(1, 0, self.state.vocab_size)
 
     def _choose(
         self, logits: Tensor, slots: Tensor, positions: Tensor, features: Features

@@ -80,6 +80,6 @@ def advance_(
             chosen_ptr=chosen, scores_ptr=scores, slots_ptr=slots, ids_ptr=ids,
             tokens_ptr=tokens, positions_ptr=positions, limits_ptr=limits, is_end_ptr=is_end,
             stride_is_end_s=is_end.stride(0),
-            B=B, num_slots=is_end.shape[0], V=is_end.shape[1], BLOCK_B=BLOCK_B, num_warps=4,
+            B=B, num_slots=is_end.shape[0], V=is_end.shape[1], BLOCK_B=BLOCK_B,
         )  # fmt: skip
     return ids

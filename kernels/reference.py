@@ -210,7 +210,9 @@ def attention_decode(
     """
     rows = [
         _attend(row, k_cache[slot], v_cache[slot], start, scale, softcap, sliding_window)
-        for row, slot, start in zip(q, slots.clamp(max=k_cache.shape[0] - 1).tolist(), positions.tolist(), strict=True)
+        for row, slot, start in zip(
+            q, slots.clamp(max=k_cache.shape[0] - 1).tolist(), positions.tolist(), strict=True
+        )
     ]
     return torch.stack(rows) if rows else torch.empty_like(q)
 

@@ -1,5 +1,7 @@
 """What a slot holds is not computed again, and never what it has lost."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from engines import save_random_model
@@ -68,7 +70,7 @@ def test_a_second_turn_prefills_the_new_turn_alone(tmp_path, tokenizer_file):
     ):
         outputs, expected = turns(engine, 4), turns(anew, 4)
         assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
-        for before, after in zip(outputs, outputs[1:], strict=False):
+        for before, after in pairwise(outputs):
             known = before.prompt_token_ids + before.token_ids[:-1]
             assert after.metrics.reused_prefix_tokens == common_length(
                 known, after.prompt_token_ids

@@ -166,7 +166,7 @@ def test_a_full_queue_refuses_all_of_a_call_or_nothing(folder):
         stream = engine.stream("x", ENDLESS)
         next(stream)  # it has the slot
         waiting = [engine.add("x", SamplingParams(max_tokens=2)) for _ in range(2)]
-        with pytest.raises(QueueFullError, match="2 completions wait .* max_waiting 3"):
+        with pytest.raises(QueueFullError, match=r"2 completions wait .* max_waiting 3"):
             engine.generate(["y", "z"])
         with pytest.raises(QueueFullError, match="and 4 more"):
             next(engine.stream("y", SamplingParams(n=4)))

@@ -44,7 +44,12 @@ from triton.runtime.jit import JITFunction
 from gemcut import kernels
 from gemcut.engine.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.graph import ROWS
 from gemcut.engine.model import Gemma
+from gemcut.engine.sampler import FULL, GREEDY
+from gemcut.engine.sampling_params import MAX_DRAFT
+from gemcut.engine.slot_state import SlotState
+from gemcut.engine.steps import Steps
 from gemcut.engine.weights import empty_weights
 from gemcut.kernels import parts
 from gemcut.kernels.interpreter import INTERPRETED
@@ -56,10 +61,10 @@ QUICK = {"models": ["gemma-2-2b"], "parts": ["sm_90"]}
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-BATCHES = (1, 16)
+BATCHES = (1, 2, 4, 8, 16)  # those of 8 and less verify drafts too
 MAX_SEQ_LEN = 8192
 # kernels that move too little for the width of a load to matter
-SMALL = {"rope_tables_kernel"}
+SMALL = {"rope_tables_kernel", "advance_kernel"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a cached result
 TYPE_NAMES = {
@@ -167,16 +172,14 @@ def _run(config: GemmaConfig) -> None:
         dtype=dtype,
     )
     model.prefill(torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device), cache, slot=0)
+    steps = Steps(model, cache, SlotState(max(BATCHES), config.vocab_size, device))
     for batch in BATCHES:
-        index = torch.empty(batch, dtype=torch.int64, device=device)
-        logits = model.decode(index, cache, index, index)
-        hidden = torch.empty(batch, config.hidden_size, dtype=dtype, device=device)
-        kernels.lm_head_argmax(hidden, model.weights.lm_head, config.final_softcap)
-        setting = torch.empty(batch, device=device)
-        counts = torch.empty(logits.shape, dtype=torch.int32, device=device)
-        kernels.penalize(logits, counts, counts.bool(), setting, setting, setting)
-        kernels.sample(logits)
-        kernels.sample(logits, setting, index, setting, setting, index, index)
+        slots = torch.empty(batch, dtype=torch.int64, device=device)
+        steps.logits(slots)
+        for features in (GREEDY, FULL):
+            steps.decode(slots, features)
+            if (drafts := min(MAX_DRAFT, ROWS // batch - 1)) > 0:
+                steps.verify(slots, torch.empty_like(slots).expand(drafts, -1).mT, features)
 
 
 def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch:
