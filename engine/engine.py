@@ -98,7 +98,7 @@ class Engine:
         self._core = Core(Runner(model, self.cache, state, tokenizer), self._scheduler)
         self._worker = Worker(self._core, max_waiting)
         self._stop = weakref.finalize(self, self._worker.stop)
-        self._driven = delivery.Driven(self._worker)
+        self._driven, self._mail = delivery.Driven(self._worker), delivery.Mail()
 
     @classmethod
     def from_pretrained(
@@ -180,7 +180,7 @@ class Engine:
     async def agenerate(self, prompt, params=None):
         """`generate` in an event loop, which it does not block."""
         requests, is_batch = self._checked.batch(prompt, params)
-        await delivery.afinish(self._worker, requests)
+        await delivery.afinish(self._worker, self._mail, requests)
         return _unpacked([request.output() for request in requests], is_batch)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -192,7 +192,7 @@ class Engine:
 
     def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
         """`stream` for `async for`."""
-        return delivery.astream(self._worker, self._checked.one(prompt, params))
+        return delivery.astream(self._worker, self._mail, self._checked.one(prompt, params))
 
     @overload
     def chat(
@@ -236,7 +236,7 @@ class Engine:
     ) -> RequestOutput:
         """`chat` in an event loop, which it does not block."""
         request = self._checked.chat(messages, params, merge_system)
-        await delivery.afinish(self._worker, [request])
+        await delivery.afinish(self._worker, self._mail, [request])
         return request.output()
 
     def achat_stream(
@@ -248,7 +248,7 @@ class Engine:
     ) -> AsyncIterator[Delta]:
         """`chat` with `stream`, for `async for`."""
         request = self._checked.chat(messages, params, merge_system)
-        return delivery.astream(self._worker, request)
+        return delivery.astream(self._worker, self._mail, request)
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
@@ -272,7 +272,7 @@ class Engine:
     async def ascore(self, texts: Prompt | Sequence[Prompt]) -> ScoreOutput | list[ScoreOutput]:
         """`score` in an event loop, which it does not block."""
         requests, is_batch = self._checked.batch(texts, None, score=True)
-        await delivery.afinish(self._worker, requests)
+        await delivery.afinish(self._worker, self._mail, requests)
         return _unpacked([request.score() for request in requests], is_batch)
 
     # For another scheduler, which makes the steps itself
