@@ -4,11 +4,13 @@
     gemcut-bench decode --model demo --threads 1
     gemcut-bench prefill --random gemma-2-2b --tokens 512 4096
     gemcut-bench serve-sim --rate 4 --requests 64
+    gemcut-bench host-work --batch 1 16
     gemcut-bench compare A.json B.json
     gemcut-bench report *.json --out page
 
-Exit code 0; 1 for bad input, where a contestant computes something else, or where B is slower than
-A; 2 for wrong usage; 130 for an interrupted run, which prints what it has measured.
+Exit code 0; 1 for bad input, where a contestant computes something else, where B is slower than A,
+or where the host works longer than promised; 2 for wrong usage; 130 for an interrupted run, which
+prints what it has measured.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from gemcut.bench import decode, kernels, prefill, serve_sim
+from gemcut.bench import decode, host_work, kernels, prefill, serve_sim
 from gemcut.bench.compare import THRESHOLD, run_compare
 from gemcut.bench.results import INTERRUPTED
 from gemcut.engine.checks import check_int
@@ -28,6 +30,7 @@ BENCHMARKS = {
     "decode": (decode, "tokens a second, beside other stacks"),
     "prefill": (prefill, "time to the first token by prompt length"),
     "serve-sim": (serve_sim, "latencies of one engine under a trace of arrivals"),
+    "host-work": (host_work, "what the host does in a step whose device takes no time"),
 }
 
 

@@ -5,9 +5,8 @@ Whoever fails at any of that is told with the reason, and the others go on.
 
 import argparse
 import gc
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from gemcut.bench.peers import (
     GEMCUT,
     PEERS,
     Contestant,
+    Gemcut,
     Generation,
     Peer,
     Stage,
@@ -41,9 +41,6 @@ from gemcut.bench.results import (
 from gemcut.bench.timing import Spread, take_turns
 from gemcut.engine.checks import check_int
 from gemcut.tokenizer import Tokenizer
-
-if sys.platform == "linux":  # Triton is built for Linux
-    from triton import knobs
 
 PASSAGE = (
     "The ferry left at six, with the mail, two sheep and a schoolmaster on board. Nobody spoke "
@@ -95,7 +92,7 @@ class Result:
     entrants: list[Entrant]  # gemcut first
     rounds: list[dict[str, Generation]] = field(default_factory=list)
     interrupted: bool = False
-    compilations: int = 0  # of Triton kernels in gemcut's turns
+    after_warmup: dict[str, int] = field(default_factory=dict)  # what gemcut's engine says
 
     @property
     def timed(self) -> list[Entrant]:
@@ -223,27 +220,13 @@ def _turn(result: Result, entrant: Entrant, prompts: Rows) -> Generation | None:
     if entrant.contestant is None:
         return None
     try:
-        if entrant.name != GEMCUT or result.setup.device.type != "cuda":
-            return entrant.contestant.generate(prompts, result.workload.new_tokens)
-        with _counted_compilations() as compiled:
-            generation = entrant.contestant.generate(prompts, result.workload.new_tokens)
-        result.compilations += len(compiled)
+        generation = entrant.contestant.generate(prompts, result.workload.new_tokens)
+        if isinstance(entrant.contestant, Gemcut):
+            result.after_warmup = entrant.contestant.after_warmup
         return generation
     except Exception as error:
         entrant.fail(error)
         return None
-
-
-@contextmanager
-def _counted_compilations() -> Iterator[list[str]]:
-    """The Triton kernels that are compiled meanwhile."""
-    compiled: list[str] = []
-    before = knobs.runtime.jit_post_compile_hook
-    knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["repr"])
-    try:
-        yield compiled
-    finally:
-        knobs.runtime.jit_post_compile_hook = before
 
 
 def _let_go(result: Result) -> None:
@@ -297,10 +280,13 @@ def run_contest(
     if lacking := not_installed():
         print(f"not installed: {', '.join(lacking)}")
 
-    interrupted, compilations = False, 0
+    interrupted = False
+    after_warmup: Counter[str] = Counter()
     for workload in workloads:
         result = run_case(setup, workload, peers, arguments.repeats)
-        interrupted, compilations = result.interrupted, compilations + result.compilations
+        interrupted = result.interrupted
+        after_warmup.update(result.after_warmup)
+        results.report["after_warmup"] = dict(after_warmup)
         if result.rounds or not interrupted:
             rows = make_rows(result, ceilings)
             results.add(*rows)
@@ -309,8 +295,6 @@ def run_contest(
         if interrupted:
             print(f"interrupted: {len(result.rounds)} whole rounds of this case are kept")
             break
-    if setup.device.type == "cuda":
-        results.report["after_warmup"] = {"compilations": compilations, "captures": 0}
     if not interrupted:
         results.finish()
     results.print_line()

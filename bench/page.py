@@ -15,6 +15,7 @@ from gemcut.bench.tables import (
     decode_tables,
     failures_table,
     goals_table,
+    host_work_table,
     kernel_tables,
     kernels_summary,
     markdown,
@@ -33,6 +34,7 @@ SECTIONS = {
     "Decoding": decode_tables,
     "Prefill": prefill_tables,
     "Serving": serving_table,
+    "Work of the host": host_work_table,
     "Not measured": failures_table,
 }
 

@@ -116,8 +116,15 @@ class Gemcut:
             setup.tokenizer,
             max_batch_size=workload.batch,
             max_seq_len=workload.length,
+            reuse_prefixes=False,  # every round asks the same, and must compute it
         )
-        self.engine.warmup()
+        self.engine.warmup(use_tqdm=False)
+
+    @property
+    def after_warmup(self) -> dict[str, int]:
+        """Kernels compiled and graphs captured since the engine was warmed up."""
+        metrics = self.engine.metrics()
+        return {name: metrics[f"{name}_after_warmup"] for name in ("compilations", "captures")}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)

@@ -1,6 +1,6 @@
 """What a benchmark leaves: one JSON object, as its last line and in a file.
 
-    benchmark       "kernels" | "decode" | "prefill" | "serve-sim"
+    benchmark       "kernels" | "decode" | "prefill" | "serve-sim" | "host-work"
     arguments       what was asked for
     machine         where it ran (machine.py)
     ceilings        read_gbps, copy_gbps, matmul_tflops, measured in the same run (ceilings.py)

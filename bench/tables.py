@@ -179,6 +179,18 @@ def serving_table(reports: Sequence[Report]) -> list[str]:
     return markdown(header, rows) if rows else []
 
 
+def host_work_table(reports: Sequence[Report]) -> list[str]:
+    """A row for each batch and kind of caller: microseconds beside what the engine promises."""
+    rows = [
+        [row["model"], str(row["batch"]), row["caller"], describe(spread_of(row, "step_us")), limit]
+        for case in cases(reports, "host-work")
+        for row in case.timed.values()
+        for limit in ["" if row["limit_us"] is None else figures(row["limit_us"])]
+    ]
+    header = ("model", "batch", "callers", "host work of a step, us", "promised")
+    return markdown(header, rows) if rows else []
+
+
 def failures_table(reports: Sequence[Report]) -> list[str]:
     """What was not measured, and why."""
     rows = [

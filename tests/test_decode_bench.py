@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from contests import CEILINGS, SIZES, TINY, demo_setup, one_token_off, plant, skip_ceilings
-from triton import knobs
+from engines import PlainGraphs
 
-from gemcut.bench import cli, contest
+from gemcut.bench import cli
 from gemcut.bench.contest import Entrant, make_prompts, run_case
 from gemcut.bench.decode import make_rows, mean_context
 from gemcut.bench.judge import Judge
 from gemcut.bench.models import Setup
 from gemcut.bench.peers import CONTESTANTS, Gemcut, Peer, Stage, Transformers, Workload
+from gemcut.engine import Engine
 from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
 from gemcut.engine.config import PUBLISHED
 
@@ -48,7 +49,7 @@ def test_command_prints_a_table_and_one_json_object(capsys, tmp_path):
     assert {"device", "cpu", "threads", "versions", "commit"} <= report["machine"].keys()
     assert report["arguments"]["model"] == "demo"
     assert report["arguments"]["layers"] is None
-    assert "after_warmup" not in report
+    assert report["after_warmup"] == {"compilations": 0, "captures": 0}
 
     names = ["gemcut", "transformers", "transformers-static"]
     assert [row["contestant"] for row in report["rows"]] == names
@@ -304,11 +305,15 @@ def test_contestants_are_let_go_after_a_case(setup):
     assert all(one.contestant is None for one in result.entrants)
 
 
-def test_compilations_after_the_warm_up_are_counted():
-    with contest._counted_compilations() as compiled:
-        knobs.runtime.jit_post_compile_hook(repr="a kernel", key="key", is_manual_warmup=False)
-    assert compiled == ["a kernel"]
-    assert knobs.runtime.jit_post_compile_hook is None
+def test_captures_after_the_warm_up_are_counted(setup, monkeypatch):
+    """Of an engine that captures, but never warmed up."""
+    monkeypatch.setattr(Engine, "warmup", capture_one)
+    assert run_case(setup, TINY, [], 1).after_warmup["captures"] > 0
+
+
+def capture_one(engine: Engine, **options) -> None:
+    engine._core.runner.graphs = PlainGraphs()
+    engine._core.metrics.at_warmup = engine._costs()
 
 
 def test_a_failure_lets_go_of_the_contestant():

@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 LIMIT=${LIMIT:-470} # seconds of a part
 PARTS=(tests-kernels tests-rest sanitizer kernels compiled decode-small decode-middle decode-large)
-PARTS+=(prefill serve-sim tune profile report)
+PARTS+=(prefill serve-sim host-work tune profile report)
 KERNEL_TESTS=(norm rotary matmul mlp qkv head prefill_attention decode_attention)
 KERNEL_TESTS+=(sampling_kernels penalize registration model_kernels)
 
@@ -109,6 +109,7 @@ run_part() {
             bench serve-sim --random "${SMALL[-1]}" "${CUT[@]}" "${SERVE[@]}" --device "$DEVICE" \
                 --json "$OUT/serve-sim-${SMALL[-1]}.json"
             ;;
+        host-work) bench host-work --device "$DEVICE" --json "$OUT/host-work.json" ;;
         tune) "$PYTHON" -P -m gemcut.tools.tune --models "$MIDDLE" --out "$OUT" "${TUNE[@]}" ;;
         profile)
             for batch in 1 16; do

@@ -1,0 +1,169 @@
+"""How long does the host work between two decode steps?
+
+    gemcut-bench host-work
+    gemcut-bench host-work --batch 1 16 --new-tokens 1000
+
+The device's part of a step is replaced by one that takes no time: it yields tokens of a text.  What
+is left is all that stands between two steps: scheduling, the launch, reading tokens, text, stop
+conditions, delivery to the callers, and the callers themselves.  On a GPU it runs beside the step
+before, so only what exceeds a step's own time costs anything.
+"""
+
+import argparse
+import asyncio
+import statistics
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from gemcut.bench.contest import report_settings
+from gemcut.bench.models import Setup, add_model_arguments, choose_setup
+from gemcut.bench.peers import GEMCUT
+from gemcut.bench.results import INTERRUPTED, OK, Results, Row, metric, print_table
+from gemcut.bench.timing import clock
+from gemcut.engine import Engine, SamplingParams
+from gemcut.engine.checks import check_int
+from gemcut.engine.sampler import Features
+
+LIMITS_US = {1: 150.0, 16: 400.0}  # by batch: what the engine promises on two cores
+TEXT = "Once upon a time there was an old man, who said: come in, and mind the step! "
+
+
+class StubSteps:
+    """Steps of a device that needs no time."""
+
+    def __init__(self, token_ids: list[int], device: torch.device) -> None:
+        self._token_ids = torch.tensor(token_ids, device=device)
+        self._step = 0
+
+    def decode(self, slots: Tensor, features: Features) -> Tensor:
+        """The text's next token for every slot."""
+        self._step = (self._step + 1) % len(self._token_ids)
+        return self._token_ids[self._step].expand(len(slots))
+
+    def choose(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
+        """The first token after a prompt."""
+        return self.decode(slots, features)
+
+
+def make_engine(setup: Setup, slots: int) -> Engine:
+    """An engine whose decode steps are stubs; its prefills are real."""
+    engine = Engine(setup.model, setup.tokenizer, max_batch_size=slots)
+    runner = engine._core.runner
+    token_ids = setup.tokenizer.encode(TEXT, add_bos=False)
+    runner.steps = StubSteps(token_ids, setup.device)  # pyright: ignore[reportAttributeAccessIssue]
+    runner.graphs = None
+    return engine
+
+
+def time_generate(engine: Engine, batch: int, new_tokens: int) -> float:
+    """Microseconds of a step whose callers wait for the end: one thread, a list of prompts."""
+    outputs = engine.generate(_prompts(batch), _params(new_tokens), use_tqdm=False)
+    return 1e6 * statistics.median(output.metrics.time_between_tokens for output in outputs)
+
+
+def time_astream(engine: Engine, batch: int, new_tokens: int) -> float:
+    """Microseconds of a step whose tokens go to as many asyncio tasks, one by one."""
+
+    async def consume(prompt: list[int]) -> float:
+        times = [clock() async for _ in engine.astream(prompt, _params(new_tokens))]
+        return (times[-1] - times[0]) / (len(times) - 1)
+
+    async def consume_all() -> list[float]:
+        return await asyncio.gather(*map(consume, _prompts(batch)))
+
+    return 1e6 * statistics.median(asyncio.run(consume_all()))
+
+
+CALLERS: dict[str, Callable[[Engine, int, int], float]] = {
+    "generate": time_generate,
+    "astream": time_astream,
+}
+
+
+def _prompts(batch: int) -> list[list[int]]:
+    return [[2, 5 + i] for i in range(batch)]
+
+
+def _params(new_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+
+
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gemcut-bench host-work`."""
+    add_model_arguments(parser)
+    for name, default, meaning in (
+        ("--new-tokens", 256, "of each row"),
+        ("--repeats", 7, "rounds"),
+    ):
+        parser.add_argument(
+            name, type=int, default=default, metavar="N", help=f"{meaning} ({default})"
+        )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure each batch with each kind of caller, in turns; 1 where a limit is passed."""
+    setup = choose_setup(arguments)
+    for batch in arguments.batch:
+        check_int("batch", batch, 1, 1024)
+    check_int("new tokens", arguments.new_tokens, 3, setup.config.context_length - 2)
+    check_int("repeats", arguments.repeats, 1, 10**4)
+    settings = report_settings(arguments, setup)
+    results = Results("host-work", settings, setup.device, arguments.json)
+    kinds = [(batch, name) for batch in dict.fromkeys(arguments.batch) for name in CALLERS]
+    times: dict[tuple[int, str], list[float]] = {kind: [] for kind in kinds}
+    try:
+        with make_engine(setup, max(arguments.batch)) as engine:
+            for batch, name in kinds:  # the first run of each is not counted
+                CALLERS[name](engine, batch, 3)
+            for _ in range(arguments.repeats):
+                for batch, name in kinds:
+                    took = CALLERS[name](engine, batch, arguments.new_tokens)
+                    times[batch, name].append(took)
+        results.add(*(_row(setup, *kind, times[kind]) for kind in kinds))
+        results.finish()
+        _print(results.rows)
+    except KeyboardInterrupt:
+        print("interrupted before all was measured")
+        return INTERRUPTED
+    finally:
+        results.print_line()
+    return int(any(row["step_us"]["median"] > row["limit_us"] for row in _limited(results.rows)))
+
+
+def _row(setup: Setup, batch: int, caller: str, times: list[float]) -> Row:
+    return {
+        "case": f"{setup.name}/batch={batch}/{caller}",
+        "contestant": GEMCUT,
+        "version": version("gemcut"),
+        "settings": f"Engine.{caller}, steps that take no time",
+        "status": OK,
+        "detail": "",
+        "model": setup.name,
+        "batch": batch,
+        "caller": caller,
+        "limit_us": LIMITS_US.get(batch),
+        "step_us": metric(times),
+    }
+
+
+def _limited(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["limit_us"] is not None and row["caller"] == "generate"]
+
+
+def _print(rows: list[Row]) -> None:
+    table = [
+        [
+            row["case"],
+            *(f"{row['step_us'][name]:.0f}" for name in ("median", "low", "high")),
+            "" if row["limit_us"] is None else f"{row['limit_us']:.0f}",
+        ]
+        for row in rows
+    ]
+    print_table(["host work of a step, us", "median", "low", "high", "promised"], table)
