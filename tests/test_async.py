@@ -15,7 +15,7 @@ ENDLESS = SamplingParams(ignore_eos=True)
 
 @pytest.fixture(scope="module", params=["read-at-once", "read-late"])
 def engine(folder, request):
-    with Engine.from_pretrained(folder, max_batch_size=3) as engine:
+    with Engine.from_pretrained(folder, max_batch_size=3, dtype="float32") as engine:
         if request.param == "read-late":
             run_as_on_a_gpu(engine)
         yield engine
@@ -152,7 +152,7 @@ def test_an_error_reaches_its_own_task_alone(engine, tokenizer):
 
 def test_closing_ends_every_task(folder):
     async def close_all():
-        engine = Engine.from_pretrained(folder, max_batch_size=2)
+        engine = Engine.from_pretrained(folder, max_batch_size=2, dtype="float32")
         tasks = [asyncio.ensure_future(engine.agenerate("x", ENDLESS)) for _ in range(4)]
         await asyncio.sleep(0.02)
         engine.close()

@@ -19,7 +19,7 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(scope="module", params=["read-at-once", "read-late"])
 def engine(folder, request):
-    with Engine.from_pretrained(folder, max_batch_size=2) as engine:
+    with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32") as engine:
         if request.param == "read-late":
             run_as_on_a_gpu(engine)
         yield engine
@@ -243,7 +243,7 @@ def test_ctrl_c_in_one_call_harms_no_other(engine):
 
 def test_prompt_ids_without_a_piece_take_penalties(tmp_path, tokenizer_file):
     save_random_model(tmp_path, tokenizer_file, vocab_size=600)
-    with Engine.from_pretrained(tmp_path) as engine:
+    with Engine.from_pretrained(tmp_path, dtype="float32") as engine:
         params = SamplingParams(repetition_penalty=1.1, max_tokens=3)
         assert engine.generate([2, 599], params).token_ids
 
@@ -262,7 +262,7 @@ def test_system_turns_and_wrong_turns(engine):
 
 
 def test_a_closed_engine_says_so(folder):
-    engine = Engine.from_pretrained(folder)
+    engine = Engine.from_pretrained(folder, dtype="float32")
     stream = engine.stream("x", SamplingParams(ignore_eos=True))
     next(stream)
     engine.close()
@@ -303,7 +303,7 @@ def test_bad_argument(folder, name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 def test_cuda_where_there_is_none(folder):
     with pytest.raises(ValueError, match="torch sees 0 CUDA devices"):
-        Engine.from_pretrained(folder, device="cuda")
+        Engine.from_pretrained(folder, device="cuda", dtype="float32")
 
 
 def test_a_cache_that_does_not_fit_names_its_size(folder, damaged):
@@ -318,7 +318,7 @@ def test_a_cache_that_does_not_fit_names_its_size(folder, damaged):
 def test_no_memory_for_a_cache_is_said(folder, monkeypatch):
     monkeypatch.setattr("gemcut.engine.loading.free_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match="too little for 8 slots") as error:
-        Engine.from_pretrained(folder)
+        Engine.from_pretrained(folder, dtype="float32")
     one_line(error)
 
 
@@ -340,7 +340,7 @@ def test_unknown_model_while_offline(monkeypatch):
 
 def test_folder_without_a_config(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
-        Engine.from_pretrained(tmp_path)
+        Engine.from_pretrained(tmp_path, dtype="float32")
 
 
 def test_missing_tokenizer(damaged):
@@ -366,7 +366,7 @@ def test_embedding_larger_than_the_vocabulary_never_yields_a_token_without_text(
     tmp_path, tokenizer_file
 ):
     save_random_model(tmp_path, tokenizer_file, vocab_size=600)
-    with Engine.from_pretrained(tmp_path) as engine:
+    with Engine.from_pretrained(tmp_path, dtype="float32") as engine:
         params = SamplingParams(
             temperature=50.0, max_tokens=100, seed=0, ignore_eos=True, logprobs=520
         )

@@ -26,7 +26,9 @@ def theirs(folder):
 
 @pytest.fixture(scope="module", params=["read-at-once", "read-late"])
 def engine(folder, request):
-    with Engine.from_pretrained(folder, max_batch_size=3, prefill_chunk=8) as engine:
+    with Engine.from_pretrained(
+        folder, max_batch_size=3, prefill_chunk=8, dtype="float32"
+    ) as engine:
         if request.param == "read-late":
             run_as_on_a_gpu(engine)
         poison(engine.cache)
@@ -73,7 +75,7 @@ def test_dynamic_rope_goes_on_past_the_trained_positions(tmp_path, tokenizer_fil
     short = {"rope_parameters": dynamic, "max_position_embeddings": 32}
     theirs = save_random_model(tmp_path, tokenizer_file, "gemma", **short)
     theirs.generation_config.eos_token_id = None
-    with Engine.from_pretrained(tmp_path) as engine:
+    with Engine.from_pretrained(tmp_path, dtype="float32") as engine:
         assert engine.max_seq_len == 96
         prompt = engine.tokenizer.encode(PROMPTS[0])
         output = engine.generate(prompt, SamplingParams(temperature=0, ignore_eos=True))
@@ -271,7 +273,7 @@ def test_score_never_holds_the_logits_of_a_long_text(folder, monkeypatch):
         return lm_head(x, weight, softcap)
 
     monkeypatch.setattr(reference, "lm_head", spy)
-    with Engine.from_pretrained(folder) as engine:
+    with Engine.from_pretrained(folder, dtype="float32") as engine:
         engine.score([[2] + [9] * 127])
     assert sum(rows) == 127
     assert max(rows) <= LOGITS_ROWS

@@ -13,7 +13,9 @@ PARAMS = SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
 
 @pytest.fixture(params=["read-at-once", "read-late"])
 def engine(folder, request):
-    with Engine.from_pretrained(folder, max_batch_size=2, prefill_chunk=8) as engine:
+    with Engine.from_pretrained(
+        folder, max_batch_size=2, prefill_chunk=8, dtype="float32"
+    ) as engine:
         if request.param == "read-late":
             run_as_on_a_gpu(engine)
         yield engine

@@ -29,7 +29,9 @@ def test_sizes_reach_every_slot_and_no_further(slots, sizes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_replayed_steps_give_what_plain_ones_give(folder, kind):
     params = [SamplingParams(max_tokens=n, ignore_eos=True, **KINDS[kind]) for n in (3, 9, 14, 20)]
-    with Engine.from_pretrained(folder, max_batch_size=3, reuse_prefixes=False) as engine:
+    with Engine.from_pretrained(
+        folder, max_batch_size=3, reuse_prefixes=False, dtype="float32"
+    ) as engine:
         expected = [output.token_ids for output in engine.generate(PROMPTS, params)]
         engine._core.runner.graphs = graphs = PlainGraphs()
         replayed = [output.token_ids for output in engine.generate(PROMPTS, params)]
@@ -41,7 +43,7 @@ def test_replayed_steps_give_what_plain_ones_give(folder, kind):
 
 
 def test_after_a_warm_up_nothing_is_captured(folder):
-    with Engine.from_pretrained(folder, max_batch_size=3) as engine:
+    with Engine.from_pretrained(folder, max_batch_size=3, dtype="float32") as engine:
         engine._core.runner.graphs = PlainGraphs()
         engine.warmup()
         captured = engine.metrics()["graph_captures"]
@@ -57,7 +59,7 @@ def test_after_a_warm_up_nothing_is_captured(folder):
 
 def test_a_warm_up_changes_no_slot(folder):
     """The text goes on where it was, and what a slot holds is still of use."""
-    with Engine.from_pretrained(folder, max_batch_size=2) as engine:
+    with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32") as engine:
         params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
         alone = engine.generate(PROMPTS[0], params)
         stream = engine.stream(PROMPTS[0], params)

@@ -10,7 +10,9 @@ from gemcut.engine.metrics import DESCRIPTIONS
 
 @pytest.fixture
 def engine(folder):
-    with Engine.from_pretrained(folder, max_batch_size=4, prefill_chunk=8) as engine:
+    with Engine.from_pretrained(
+        folder, max_batch_size=4, prefill_chunk=8, dtype="float32"
+    ) as engine:
         yield engine
 
 

@@ -19,7 +19,9 @@ TURN = "Tell me of the moor, and of the hound that was seen there by the old doc
 @pytest.fixture
 def engine(folder):
     """Window 5 and chunks of 8: a ring of 13 tokens."""
-    with Engine.from_pretrained(folder, max_batch_size=3, prefill_chunk=8) as engine:
+    with Engine.from_pretrained(
+        folder, max_batch_size=3, prefill_chunk=8, dtype="float32"
+    ) as engine:
         poison(engine.cache)
         yield engine
 
@@ -65,8 +67,10 @@ def test_a_second_turn_prefills_the_new_turn_alone(tmp_path, tokenizer_file):
     """But for tokens of the answer that its text does not give back, from the first of them on."""
     save_random_model(tmp_path, tokenizer_file, max_position_embeddings=512)
     with (
-        Engine.from_pretrained(tmp_path, prefill_chunk=64) as engine,
-        Engine.from_pretrained(tmp_path, prefill_chunk=64, reuse_prefixes=False) as anew,
+        Engine.from_pretrained(tmp_path, prefill_chunk=64, dtype="float32") as engine,
+        Engine.from_pretrained(
+            tmp_path, prefill_chunk=64, reuse_prefixes=False, dtype="float32"
+        ) as anew,
     ):
         outputs, expected = turns(engine, 4), turns(anew, 4)
         assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
@@ -120,7 +124,7 @@ def test_what_a_ring_has_lost_is_computed_again(engine):
 def test_nothing_is_reused_where_keys_depend_on_the_length(tmp_path, tokenizer_file):
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     save_random_model(tmp_path, tokenizer_file, "gemma", rope_parameters=rope)
-    with Engine.from_pretrained(tmp_path) as engine:
+    with Engine.from_pretrained(tmp_path, dtype="float32") as engine:
         for _ in range(2):
             assert engine.generate("Once upon", GREEDY).metrics.reused_prefix_tokens == 0
 

@@ -10,7 +10,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
 @pytest.fixture(scope="module", params=["read-at-once", "read-late"])
 def engine(folder, request):
-    with Engine.from_pretrained(folder, max_batch_size=2) as engine:
+    with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32") as engine:
         if request.param == "read-late":
             run_as_on_a_gpu(engine)
         yield engine
@@ -111,7 +111,7 @@ def test_a_processor_may_not_step_its_own_engine(engine):
 
 
 def test_a_closed_engine_steps_no_more(folder):
-    engine = Engine.from_pretrained(folder)
+    engine = Engine.from_pretrained(folder, dtype="float32")
     engine.add("x")
     engine.close()
     for call in (engine.step, lambda: engine.add("x"), engine.warmup):

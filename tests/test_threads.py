@@ -21,7 +21,7 @@ def engine_threads() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("late", [False, True], ids=["read-at-once", "read-late"])
 def test_200_requests_from_16_threads_with_random_cancels(folder, late):
-    engine = Engine.from_pretrained(folder, max_batch_size=4, prefill_chunk=8)
+    engine = Engine.from_pretrained(folder, max_batch_size=4, prefill_chunk=8, dtype="float32")
     before = set(threading.enumerate())
     if late:
         run_as_on_a_gpu(engine)
@@ -100,7 +100,7 @@ def _locked(numbers, lock):
 
 def test_one_thread_serves_and_ends_with_the_engine(folder):
     before = len(engine_threads())
-    engine = Engine.from_pretrained(folder)
+    engine = Engine.from_pretrained(folder, dtype="float32")
     assert len(engine_threads()) == before  # none before it has work
     engine.generate("x", SamplingParams(max_tokens=2))
     engine.generate("x", SamplingParams(max_tokens=2))
@@ -112,7 +112,7 @@ def test_one_thread_serves_and_ends_with_the_engine(folder):
 
 def test_an_engine_that_nobody_holds_is_collected_with_its_thread(folder):
     before = len(engine_threads())
-    engine = Engine.from_pretrained(folder)
+    engine = Engine.from_pretrained(folder, dtype="float32")
     stream = engine.stream("x", ENDLESS)
     next(stream)
     cache = weakref.ref(engine.cache)
@@ -141,7 +141,7 @@ def test_a_process_may_end_with_requests_in_flight(ending):
 
 
 def test_close_ends_requests_that_run_and_that_wait(folder):
-    engine = Engine.from_pretrained(folder, max_batch_size=1)
+    engine = Engine.from_pretrained(folder, max_batch_size=1, dtype="float32")
     errors: list[str] = []
 
     def call() -> None:
@@ -162,7 +162,7 @@ def test_close_ends_requests_that_run_and_that_wait(folder):
 
 
 def test_a_full_queue_refuses_all_of_a_call_or_nothing(folder):
-    with Engine.from_pretrained(folder, max_batch_size=1, max_waiting=3) as engine:
+    with Engine.from_pretrained(folder, max_batch_size=1, max_waiting=3, dtype="float32") as engine:
         stream = engine.stream("x", ENDLESS)
         next(stream)  # it has the slot
         waiting = [engine.add("x", SamplingParams(max_tokens=2)) for _ in range(2)]
@@ -186,12 +186,12 @@ def test_a_full_queue_refuses_all_of_a_call_or_nothing(folder):
 @pytest.mark.parametrize("value", [-1, 1.5, True, "many"])
 def test_bad_max_waiting(folder, value):
     with pytest.raises(ValueError, match="max_waiting"):
-        Engine.from_pretrained(folder, max_waiting=value)
+        Engine.from_pretrained(folder, max_waiting=value, dtype="float32")
 
 
 def test_a_consumer_that_stops_reading_holds_nothing_up(folder):
     """Its request ends by itself, and what it has not read waits for it."""
-    with Engine.from_pretrained(folder, max_batch_size=1) as engine:
+    with Engine.from_pretrained(folder, max_batch_size=1, dtype="float32") as engine:
         unread = engine.stream("x", SamplingParams(max_tokens=50, ignore_eos=True))
         next(unread)
         assert engine.generate("y", SamplingParams(max_tokens=3, ignore_eos=True)).token_ids
