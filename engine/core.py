@@ -73,8 +73,10 @@ class Core:
         self._collect(self.depth if is_late else 0)
 
     def warm_up(self, steps: Iterable[Callable[[], object]]) -> None:
-        """Make these calls, which change no slot (Runner.kinds_of_steps)."""
+        """Make these calls, which change no slot (Runner.kinds_of_steps), and prefill a free one."""
         self._collect(0)
+        if (slot := self.scheduler.empty_slot()) is not None:
+            self.runner.warm_up_prefill(slot)
         for step in steps:
             step()
 

@@ -22,13 +22,14 @@ def graph_sizes(max_batch_size: int) -> list[int]:
     return sorted((size for size in sizes if size <= max_batch_size), reverse=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Captured:
     """A step that can be replayed, and the tensors that it reads and writes."""
 
     inputs: Sequence[Tensor]
     output: Tensor
-    replay: Callable[[], None]
+    replay: Callable[[], object]
+    given: Sequence[Tensor] = ()  # what the inputs were copied from, and is never written to
 
 
 def capture(step: Step, inputs: Sequence[Tensor], pool: Any) -> Captured:
@@ -63,8 +64,11 @@ class Graphs:
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = self.capture(step, [blank(x) for x in inputs])
-        for fixed, given in zip(captured.inputs, inputs, strict=True):
-            fixed.copy_(given)
+        known = captured.given or (None,) * len(inputs)
+        for fixed, given, last in zip(captured.inputs, inputs, known, strict=True):
+            if given is not last:  # the batch has changed: most steps copy nothing
+                fixed.copy_(given)
+        captured.given = inputs
         captured.replay()
         return captured.output
 

@@ -25,6 +25,7 @@ from gemcut.engine.steps import Steps
 from gemcut.tokenizer import Tokenizer
 
 NO_DRAFT = -1
+KINDS = (FULL, FILTERED, RANDOM, GREEDY)  # what a graph computes, the most first
 
 
 @dataclass
@@ -91,7 +92,8 @@ class Runner:
             return None
         self.state.admit(sequence.slot, sequence)
         logits = self.model.logits(hidden[-1:])[:, : self.state.vocab_size]
-        return self._choose([sequence], logits, upload([sequence.slot], self.device), sequence.uses)
+        slots = upload([sequence.slot], self.device)
+        return self._choose([sequence], logits, slots, self._known(sequence.uses))
 
     def decode(self, sequences: list[TokenSequence], drafts: list[list[int]] | None) -> Launch:
         """One step for all these sequences; with drafts, perhaps empty ones, for each of them."""
@@ -121,16 +123,24 @@ class Runner:
         """
         return max(1, min(1 + MAX_DRAFT, ROWS // self._size(rows)))
 
+    def warm_up_prefill(self, slot: int) -> None:
+        """Run the longest and the shortest chunk in a slot that holds nothing of use."""
+        for count in (min(self.cache.prefill_chunk, self.cache.max_seq_len), 1):
+            ids = torch.zeros(count, dtype=torch.int64, device=self.device)
+            self.model.logits(self.model.prefill(ids, self.cache, slot)[-1:])
+
     def kinds_of_steps(self) -> Iterator[Callable[[], Tensor]]:
         """Calls that run every kind of step once, with no active row: what a warm-up does.
 
         The largest come first: the others fit the memory that they have taken.
         """
-        for size in reversed(self._sizes):
+        for size in reversed(self._sizes) if self.graphs is not None else [1]:
             slots = torch.full((size,), self.state.num_slots, device=self.device)
+            logits = torch.zeros(size, self.state.vocab_size, device=self.device)
             yield partial(self._logits, slots)
-            for features in (FULL, FILTERED, RANDOM, GREEDY):
+            for features in KINDS:
                 yield partial(self._decode, slots, features)
+                yield partial(self.steps.choose, logits, slots, features)
                 if (width := self.draft_width(size)) > 1:
                     drafts = torch.full((size, width - 1), NO_DRAFT, device=self.device)
                     yield partial(self._verify, slots, drafts, features)
@@ -203,4 +213,4 @@ class Runner:
         """What is computed: just that on a CPU, and by a graph the least that holds it."""
         if self.graphs is None:
             return features
-        return next(kind for kind in (GREEDY, RANDOM, FILTERED, FULL) if features <= kind)
+        return next(kind for kind in reversed(KINDS) if features <= kind)

@@ -104,6 +104,14 @@ class Scheduler:
         self._running[slot] = sequence
         return Placement(sequence, slot, reused, source)
 
+    def empty_slot(self) -> int | None:
+        """A free slot, whose tokens are of no use to anyone from now on; None where all run."""
+        if not self._free:
+            return None
+        slot = next(iter(self._free))
+        self._free[slot] = Held()
+        return slot
+
     def remove(self, sequence: TokenSequence) -> None:
         """Forget a sequence that has ended or was cancelled; its slot is free again."""
         if sequence.slot is None:

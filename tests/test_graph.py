@@ -57,8 +57,8 @@ def test_after_a_warm_up_nothing_is_captured(folder):
         assert metrics["captures_after_warmup"] == 0
 
 
-def test_a_warm_up_changes_no_slot(folder):
-    """The text goes on where it was, and what a slot holds is still of use."""
+def test_a_warm_up_changes_no_slot_in_use(folder):
+    """The text goes on where it was, and what is reused was there."""
     with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32") as engine:
         params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
         alone = engine.generate(PROMPTS[0], params)
@@ -66,6 +66,9 @@ def test_a_warm_up_changes_no_slot(folder):
         text = next(stream).text
         engine.warmup()
         assert text + "".join(delta.text for delta in stream) == alone.text
+        assert engine.generate(PROMPTS[0], params).token_ids == alone.token_ids
+        engine.warmup()
+        assert engine.generate(PROMPTS[0], params).token_ids == alone.token_ids
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
