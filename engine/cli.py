@@ -188,6 +188,7 @@ def _add_sampling(
     number("--repetition-penalty", float, 1.0, "above 1 discourages tokens of prompt and text")
     number("--presence-penalty", float, 0.0, "above 0 discourages tokens of the text")
     number("--frequency-penalty", float, 0.0, "the same, for each time they stand there")
+    number("--prompt-lookup-num-tokens", int, 0, "guess up to 7 from the text, verify in one step")
     group.add_argument(
         "--stop",
         action="append",

@@ -40,7 +40,8 @@ def capture(step: Step, inputs: Sequence[Tensor], pool: Any) -> Captured:
         step(*inputs)  # compiles its kernels
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # other threads of the process may use the device meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = step(*inputs)
     return Captured(inputs, output, graph.replay)
 

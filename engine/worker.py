@@ -53,7 +53,8 @@ class Worker:
         """Queue all of these, or none: QueueFullError where they do not fit."""
         count = sum(len(request.sequences) for request in requests)
         with self._lock:
-            if self._max_waiting is not None and self.waiting + count > self._max_waiting:
+            room = self._core.scheduler.free_slots - self.waiting
+            if self._max_waiting is not None and count > room + self._max_waiting:
                 raise QueueFullError(
                     f"{self.waiting} completions wait for a slot, and {count} more would pass "
                     f"max_waiting {self._max_waiting}"

@@ -153,6 +153,11 @@ def test_every_sampling_option_reaches_the_request():
     )
 
 
+def test_drafts_are_an_option_too():
+    asked = cli._parser().parse_args(["generate", "a", "--prompt-lookup-num-tokens", "5"])
+    assert commands._sampling_params(asked).prompt_lookup_num_tokens == 5
+
+
 @pytest.mark.parametrize(("command", "max_tokens"), [("generate", 256), ("chat", None)])
 def test_default_sampling(command, max_tokens):
     asked = commands._sampling_params(cli._parser().parse_args([command]))

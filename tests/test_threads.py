@@ -183,6 +183,14 @@ def test_a_full_queue_refuses_all_of_a_call_or_nothing(folder):
         assert_serves(engine)
 
 
+def test_where_nobody_may_wait_free_slots_still_serve(folder):
+    with Engine.from_pretrained(folder, max_batch_size=2, max_waiting=0, dtype="float32") as engine:
+        assert len(engine.generate(["x", "y"], SamplingParams(max_tokens=3))) == 2
+        with pytest.raises(QueueFullError):
+            engine.generate(["x", "y", "z"])
+        assert_serves(engine)
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, True, "many"])
 def test_bad_max_waiting(folder, value):
     with pytest.raises(ValueError, match="max_waiting"):
