@@ -19,7 +19,7 @@ from gemcut.kernels import reference
 LENGTH = 40  # eight windows
 
 IN_THE_OPS = {
-    "norm by w instead of 1 + w": ("torch.addcmul(y, y, _widened(weight))", "y * _widened(weight)"),
+    "norm by w instead of 1 + w": ("torch.addcmul(y, y, weight)", "y * weight"),
     "window one too long": ("> q_positions - sliding_window", ">= q_positions - sliding_window"),
     "window one too short": (
         "> q_positions - sliding_window",
@@ -40,8 +40,8 @@ IN_THE_OPS = {
     ),
     "exact GELU": ('approximate="tanh"', 'approximate="none"'),
     "bf16 angles": (
-        "positions.unsqueeze(-1).float() * inv_freq",
-        "(positions.unsqueeze(-1).bfloat16() * inv_freq.bfloat16()).float()",
+        "positions.view(-1, 1, 1) * inv_freq",
+        "(positions.view(-1, 1, 1).bfloat16() * inv_freq.bfloat16()).float()",
     ),
     "interleaved rotation": (
         "x.roll(x.shape[-1] // 2, -1)",
