@@ -8,13 +8,12 @@ cache is a ring: position p lives at index p % C, which is p itself where C is t
 A negative position marks an inactive row: nothing is stored for it, and what it yields is zero.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemcut.kernels.reference_attention import attention_decode, attention_prefill
+from gemcut.kernels.reference_numbers import constant, rounded, times, times_, widened
 from gemcut.kernels.reference_sampling import filter_logits, gumbel_noise, penalize, sample
 
 __all__ = [
@@ -40,31 +39,6 @@ __all__ = [
 ]
 
 FEW_ROWS, BLOCKS = 16, 4  # see linear
-WIDE = (torch.float32, torch.float64)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Float64 stays, float32 stays, bfloat16 becomes float32."""
-    return x if x.dtype in WIDE else x.float()
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a `to` that does nothing still costs 1 us
-
-
-@lru_cache(maxsize=64)
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device=device)
-
-
-def _times(x: Tensor, factor: float) -> Tensor:
-    return x * _constant(
-        factor, x.dtype, x.device
-    )  # converting a Python number costs 1 us and more
-
-
-def _times_(x: Tensor, factor: float) -> Tensor:
-    return x.mul_(_constant(factor, x.dtype, x.device))
 
 
 # Embedding and norms
@@ -82,11 +56,11 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Gemma stores the weight as an offset from one: zeros are the identity.
     """
-    x_wide = _widened(x)
+    x_wide = widened(x)
     norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
-    eps_ = _constant(eps, norm.dtype, norm.device)
+    eps_ = constant(eps, norm.dtype, norm.device)
     y = x_wide * torch.addcmul(eps_, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    return _rounded(torch.addcmul(y, y, weight), x.dtype)
+    return rounded(torch.addcmul(y, y, weight), x.dtype)
 
 
 def add_rmsnorm_(
@@ -126,7 +100,7 @@ def rope_tables(
     cos, sin = angles.cos(), angles.sin()
     if attention_scaling != 1:
         cos, sin = cos * attention_scaling, sin * attention_scaling
-    return _rounded(cos, dtype), _rounded(sin, dtype)
+    return rounded(cos, dtype), rounded(sin, dtype)
 
 
 def rope_and_store_(
@@ -154,7 +128,7 @@ def rope_and_store_(
     if q_norm_weight is not None and k_norm_weight is not None:
         q, k = qk.split_with_sizes([HQ, HK], dim=1)
         qk = torch.cat([rmsnorm(q, q_norm_weight, eps), rmsnorm(k, k_norm_weight, eps)], dim=1)
-    qk = _rotated(_widened(qk), cos, sin)
+    qk = _rotated(widened(qk), cos, sin)
     q, k = qk.split_with_sizes([HQ, HK], dim=1)
 
     on_host = positions.tolist()
@@ -162,148 +136,13 @@ def rope_and_store_(
         active = positions >= 0
         slots, positions, k, v = slots[active], positions[active], k[active], v[active]
     places = (slots, positions % C if max(on_host, default=0) >= C else positions)
-    k_cache.transpose(1, 2).index_put_(places, _rounded(k, k_cache.dtype))
-    v_cache.transpose(1, 2).index_put_(places, _rounded(v, v_cache.dtype))
-    return _rounded(q, qkv.dtype)
+    k_cache.transpose(1, 2).index_put_(places, rounded(k, k_cache.dtype))
+    v_cache.transpose(1, 2).index_put_(places, rounded(v, v_cache.dtype))
+    return rounded(q, qkv.dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-# Attention
-
-
-def attention_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    """Causal attention of chunks of new tokens over the cache, in which they already stand.
-
-    q [M, HQ, K]: rows cu_seqlens[b] to cu_seqlens[b + 1] are the chunk of sequence b; its first
-    token has position starts[b]; its keys are in slots[b] -> [M, HQ, K].
-    """
-    bounds = cu_seqlens.tolist()
-    chunks = [
-        _attend(q[None, first:end], k_cache, v_cache, slot, start, scale, softcap, sliding_window)
-        for first, end, slot, start in zip(
-            bounds, bounds[1:], slots.tolist(), starts.tolist(), strict=False
-        )
-    ]
-    return torch.cat(chunks, 1)[0] if chunks else torch.empty_like(q)
-
-
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    counters: Tensor | None = None,
-) -> Tensor:
-    """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape.
-
-    slots, positions [B]; query t of row b stands at positions[b] + t, and its key is in the cache.
-    `counters` is scratch of the kernel.
-    """
-    at, starts = slots.tolist(), positions.tolist()
-    settings = (scale, softcap, sliding_window)
-    runs = [
-        _attend(q[first:end], k_cache, v_cache, at[first], starts[first], *settings)
-        for first, end in _runs(at, starts)
-    ]
-    return torch.cat(runs) if len(runs) > 1 else runs[0] if runs else torch.empty_like(q)
-
-
-def _runs(slots: list[int], starts: list[int]) -> Iterator[tuple[int, int]]:
-    """Where rows begin and end that are equally long and stand side by side in the cache."""
-    first = 0
-    for b in range(1, len(slots)):
-        if slots[b] != slots[b - 1] + 1 or starts[b] != starts[b - 1]:
-            yield first, b
-            first = b
-    if slots:
-        yield first, len(slots)
-
-
-def _attend(
-    q: Tensor,  # [B, T, HQ, K]
-    k_cache: Tensor,  # [slots, HK, C, K]
-    v_cache: Tensor,
-    slot: int,  # of the first row; the others follow it
-    start: int,  # position of the first query, in each row
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    """Attention of the queries of equally long rows; only keys that some query sees are read."""
-    B, T, HQ, K = q.shape
-    if start < 0 or T == 0:
-        return torch.zeros_like(q)
-    HK, dtype = k_cache.shape[1], q.dtype
-    end = start + T
-    first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-    rows = slice(slot * HK, (slot + B) * HK)
-    k, v = _tokens(k_cache, rows, first, end), _tokens(v_cache, rows, first, end)  # [B HK, S, K]
-
-    q, k, v = _widened(q), _widened(k), _widened(v)
-    if T == 1:  # all keys are visible
-        weights = _scores(q.reshape(B * HK, -1, K), k, scale, softcap).softmax(-1)
-        return _rounded(torch.bmm(weights, v).view(B, 1, HQ, K), dtype)
-    q = q.view(B, T, HK, -1, K).permute(0, 2, 3, 1, 4).reshape(B * HK, -1, K)  # [B HK, G T, K]
-    scores = _scores(q, k, scale, softcap).view(B * HK, -1, T, end - first)
-    hidden = ~_visible(start, first, end, sliding_window, q.device)  # [T, S]
-    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-    out = torch.bmm(weights.view(B * HK, -1, end - first), v).view(B, HK, -1, T, K)
-    return _rounded(out.permute(0, 3, 1, 2, 4).reshape(B, T, HQ, K), dtype)
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Scores before the mask: q [B HK, Q, K], k [B HK, S, K] -> [B HK, Q, S].
-
-    The softcap comes before the mask: a capped -inf would be -softcap, and leak.
-    """
-    if softcap is None:
-        return torch.bmm(_times(q, scale), k.mT)
-    return _times_(torch.bmm(_times(q, scale / softcap), k.mT).tanh_(), softcap)
-
-
-def _tokens(cache: Tensor, rows: slice, first: int, end: int) -> Tensor:
-    """Keys or values of positions first to end - 1, in order: [slots, HK, C, K] -> [R, S, K].
-
-    `rows` are R of the slots' heads, one slot's behind the other's.
-    """
-    C, K = cache.shape[2:]
-    cache = cache.view(-1, C, K)
-    first, end = first % C, first % C + end - first
-    if end <= C:
-        return cache[rows, first:end]
-    return torch.cat([cache[rows, first:], cache[rows, : end - C]], dim=1)  # the ring's end
-
-
-def _visible(
-    start: int, first: int, end: int, sliding_window: int | None, device: torch.device
-) -> Tensor:
-    """Which keys first to end - 1 the queries start to end - 1 see: [T, S] bool.
-
-    Position q sees k iff q - W < k <= q: itself and the W - 1 before it.
-    """
-    q_positions = torch.arange(start, end, device=device).unsqueeze(-1)
-    k_positions = torch.arange(first, end, device=device)
-    visible = k_positions <= q_positions
-    if sliding_window is not None:
-        visible &= k_positions > q_positions - sliding_window
-    return visible
 
 
 # Products
@@ -334,8 +173,8 @@ def skinny_linear(
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh approximation: gate_up [M, 2 F], gate first -> [M, F]."""
     half = gate_up.shape[-1] // 2
-    gate, up = _widened(gate_up).split_with_sizes([half, half], dim=-1)
-    return _rounded(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype)
+    gate, up = widened(gate_up).split_with_sizes([half, half], dim=-1)
+    return rounded(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype)
 
 
 def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
@@ -343,10 +182,10 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
     bf16 logits tie: about one row in twenty would have two equal maxima.
     """
-    x, weight = _widened(x), _widened(weight)
+    x, weight = widened(x), widened(weight)
     if softcap is None:
         return linear(x, weight)
-    return _times_(linear(_times(x, 1 / softcap), weight).tanh_(), softcap)
+    return times_(linear(times(x, 1 / softcap), weight).tanh_(), softcap)
 
 
 def lm_head_argmax(

@@ -14,7 +14,7 @@ from random_models import random_model
 from twins import all_logits, assert_same_logits, gemcut_twin, random_ids, stepwise_logits
 
 from gemcut.engine.model import Gemma
-from gemcut.kernels import reference
+from gemcut.kernels import reference, reference_attention
 
 LENGTH = 40  # eight windows
 
@@ -74,10 +74,12 @@ def expected(theirs):
 
 
 def mutated_ops(old: str, new: str) -> ModuleType:
-    source = inspect.getsource(reference)
-    assert source.count(old) == 1, f"the oracles hold {old!r} {source.count(old)} times"
+    sources = [inspect.getsource(one) for one in (reference, reference_attention)]
+    found = sum(source.count(old) for source in sources)
+    assert found == 1, f"the oracles hold {old!r} {found} times"
     module = ModuleType("mutated")
-    exec(compile(source.replace(old, new), "mutated", "exec"), module.__dict__)
+    for source in sources:  # the second takes the place of what the first imports
+        exec(compile(source.replace(old, new), "mutated", "exec"), module.__dict__)
     return module
 
 
