@@ -57,11 +57,14 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Gemma stores the weight as an offset from one: zeros are the identity.
     """
-    x_wide = widened(x)
-    norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
-    eps_ = constant(eps, norm.dtype, norm.device)
-    y = x_wide * torch.addcmul(eps_, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    return rounded(torch.addcmul(y, y, weight), x.dtype)
+    dtype = x.dtype
+    if dtype not in WIDE:
+        x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    eps_ = constant(eps, x.dtype, x.device)
+    y = x * torch.addcmul(eps_, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    y = torch.addcmul(y, y, weight)
+    return y if dtype in WIDE else y.to(dtype)
 
 
 def add_rmsnorm_(

@@ -64,7 +64,11 @@ def attention_decode(
 
 
 def _runs(slots: list[int], starts: list[int]) -> Iterator[tuple[int, int]]:
-    """Where rows begin and end that are equally long and stand side by side in the cache."""
+    """Where rows begin and end that are equally long and stand side by side in the cache.
+
+    They are one product over a view of it.  Rows of other lengths share none: padding them to one
+    length would copy all keys and values.
+    """
     first = 0
     for b in range(1, len(slots)):
         if slots[b] != slots[b - 1] + 1 or starts[b] != starts[b - 1]:
