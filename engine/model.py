@@ -46,6 +46,12 @@ class Gemma:
         self.rope_global = rotary(config.rope)
         one_kind = config.rope_local == config.rope  # all but Gemma 3
         self.rope_local = self.rope_global if one_kind else rotary(config.rope_local)
+        self._global_attention = {
+            "scale": config.scale,
+            "softcap": config.attn_softcap,
+            "sliding_window": None,
+        }
+        self._local_attention = self._global_attention | {"sliding_window": config.sliding_window}
         # what each layer's last add is normalised by: the next layer's first norm
         self.next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
 
@@ -217,12 +223,7 @@ class Gemma:
         return [of_global, of_global if one_kind else of(self.rope_local)]
 
     def _attention(self, layer: int) -> dict[str, Any]:
-        config = self.config
-        return {
-            "scale": config.scale,
-            "softcap": config.attn_softcap,
-            "sliding_window": config.sliding_window if config.is_local(layer) else None,
-        }
+        return self._local_attention if self.config.is_local(layer) else self._global_attention
 
 
 def _spread(token_ids: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ cache is a ring: position p lives at index p % C, which is p itself where C is t
 A negative position marks an inactive row: nothing is stored for it, and what it yields is zero.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemcut.kernels.reference_attention import attention_decode, attention_prefill
+from gemcut.kernels.reference_numbers import WIDE, constant, rounded, times, times_, widened
 from gemcut.kernels.reference_sampling import (
     advance_,
     filter_logits,
@@ -46,20 +46,7 @@ __all__ = [
 ]
 
 FEW_ROWS, BLOCKS = 16, 4  # see linear
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Float64 stays, float32 stays, bfloat16 becomes float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a `to` that does nothing still costs 1 us
-
-
-@lru_cache(maxsize=64)
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device=device)  # a Python number is converted each time
+HEAD_ROWS = 256  # see lm_head
 
 
 # Embedding and norms
@@ -67,7 +54,7 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
     """Scaled rows of the table: token_ids [M], table [V, D] -> [M, D]."""
-    return F.embedding(token_ids, table) * scale
+    return table.index_select(0, token_ids) * scale
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -77,13 +64,14 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Gemma stores the weight as an offset from one: zeros are the identity.
     """
-    x_wide = _widened(x)
-    norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
-    mean_square = torch.addcmul(
-        _constant(eps, norm.dtype, norm.device), norm, norm, value=1 / x.shape[-1]
-    )
-    y = x_wide * torch.rsqrt(mean_square)
-    return _rounded(torch.addcmul(y, y, _widened(weight)), x.dtype)
+    dtype = x.dtype
+    if dtype not in WIDE:
+        x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    eps_ = constant(eps, x.dtype, x.device)
+    y = x * torch.addcmul(eps_, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    y = torch.addcmul(y, y, weight)
+    return y if dtype in WIDE else y.to(dtype)
 
 
 def add_rmsnorm_(
@@ -110,17 +98,20 @@ def rope_tables(
     """The cos and sin by which `rope_and_store_` rotates, in every layer of one kind.
 
     positions [M], inv_freq [K/2] or [M, K/2] in float32 -> cos, sin [M, 1, K].  Dimension i pairs
-    with i + K/2, so both halves hold the same angles; the first half of sin is negated, and then
+    with i + K/2, so both halves hold the same angles; in the first they are negated, which negates
+    the sine alone, and then
 
         rotated = x * cos + roll(x, K/2) * sin
 
     Angles are float32 (a bf16 position is wrong from 257 on); cos and sin are rounded to the dtype
     of the activations.
     """
-    angles = positions.unsqueeze(-1).float() * inv_freq  # [M, K/2]
-    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
-    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-    return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
+    inv_freq = torch.cat([-inv_freq, inv_freq], -1).unsqueeze(-2)
+    angles = positions.view(-1, 1, 1) * inv_freq  # [M, 1, K]
+    cos, sin = angles.cos(), angles.sin()
+    if attention_scaling != 1:
+        cos, sin = cos * attention_scaling, sin * attention_scaling
+    return rounded(cos, dtype), rounded(sin, dtype)
 
 
 def rope_and_store_(
@@ -144,142 +135,25 @@ def rope_and_store_(
     _, HK, C, K = k_cache.shape
     HQ = qkv.shape[1] // K - 2 * HK
     heads = qkv.view(-1, HQ + 2 * HK, K)
-    qk, v = heads.split([HQ + HK, HK], dim=1)
+    qk, v = heads.split_with_sizes([HQ + HK, HK], dim=1)  # `split` is Python, and costs 2 us more
     if q_norm_weight is not None and k_norm_weight is not None:
-        q, k = qk.split([HQ, HK], dim=1)
+        q, k = qk.split_with_sizes([HQ, HK], dim=1)
         qk = torch.cat([rmsnorm(q, q_norm_weight, eps), rmsnorm(k, k_norm_weight, eps)], dim=1)
-    q, k = _rotated(_widened(qk), _widened(cos), _widened(sin)).split([HQ, HK], dim=1)
+    qk = _rotated(widened(qk), cos, sin)
+    q, k = qk.split_with_sizes([HQ, HK], dim=1)
 
-    if min(positions.tolist(), default=0) < 0:
+    on_host = positions.tolist()
+    if min(on_host, default=0) < 0:
         active = positions >= 0
         slots, positions, k, v = slots[active], positions[active], k[active], v[active]
-    places = (slots, positions % C)
-    k_cache.transpose(1, 2).index_put_(places, _rounded(k, k_cache.dtype))
-    v_cache.transpose(1, 2).index_put_(places, _rounded(v, v_cache.dtype))
-    return _rounded(q, qkv.dtype)
+    places = (slots, positions % C if max(on_host, default=0) >= C else positions)
+    k_cache.transpose(1, 2).index_put_(places, rounded(k, k_cache.dtype))
+    v_cache.transpose(1, 2).index_put_(places, rounded(v, v_cache.dtype))
+    return rounded(q, qkv.dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-# Attention
-
-
-def attention_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    """Causal attention of chunks of new tokens over the cache, in which they already stand.
-
-    q [M, HQ, K]: rows cu_seqlens[b] to cu_seqlens[b + 1] are the chunk of sequence b; its first
-    token has position starts[b]; its keys are in slots[b] -> [M, HQ, K].
-    """
-    bounds = cu_seqlens.tolist()
-    chunks = [
-        _attend(q[first:end], k_cache[slot], v_cache[slot], start, scale, softcap, sliding_window)
-        for first, end, slot, start in zip(
-            bounds, bounds[1:], slots.tolist(), starts.tolist(), strict=False
-        )
-    ]
-    return torch.cat(chunks) if chunks else torch.empty_like(q)
-
-
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    counters: Tensor | None = None,
-) -> Tensor:
-    """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape.
-
-    slots, positions [B]; query t of row b stands at positions[b] + t, and its key is in the cache.
-    `counters` is scratch of the kernel.
-    """
-    rows = [
-        _attend(row, k_cache[slot], v_cache[slot], start, scale, softcap, sliding_window)
-        for row, slot, start in zip(
-            q, slots.clamp(max=k_cache.shape[0] - 1).tolist(), positions.tolist(), strict=True
-        )
-    ]
-    return torch.stack(rows) if rows else torch.empty_like(q)
-
-
-def _attend(
-    q: Tensor,  # [T, HQ, K]
-    k_cache: Tensor,  # [HK, C, K]: one slot
-    v_cache: Tensor,
-    start: int,  # position of the first query
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    """Attention of the queries of one sequence; only keys that some query sees are read."""
-    T, HQ, K = q.shape
-    if start < 0 or T == 0:
-        return torch.zeros_like(q)
-    HK, dtype = k_cache.shape[0], q.dtype
-    end = start + T
-    first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-    k, v = _tokens(k_cache, first, end), _tokens(v_cache, first, end)  # [HK, S, K]
-
-    q, k, v = _widened(q), _widened(k), _widened(v)
-    if T == 1:  # all keys are visible
-        weights = _scores(q.view(HK, -1, K), k, scale, softcap).softmax(-1)
-        return _rounded(torch.bmm(weights, v).view(1, HQ, K), dtype)
-    q = q.view(T, HK, -1, K).permute(1, 2, 0, 3).reshape(HK, -1, K)  # [HK, G T, K]
-    scores = _scores(q, k, scale, softcap).view(HK, -1, T, end - first)
-    hidden = ~_visible(start, first, end, sliding_window, q.device)  # [T, S]
-    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-    out = torch.bmm(weights.view(HK, -1, end - first), v).view(HK, -1, T, K)
-    return _rounded(out.permute(2, 0, 1, 3).reshape(T, HQ, K), dtype)
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Scores before the mask: q [HK, Q, K], k [HK, S, K] -> [HK, Q, S].
-
-    The softcap comes before the mask: a capped -inf would be -softcap, and leak.
-    """
-    none = _constant(0.0, q.dtype, q.device)
-    if softcap is None:
-        return torch.baddbmm(none, q, k.mT, beta=0, alpha=scale)
-    return torch.baddbmm(none, q, k.mT, beta=0, alpha=scale / softcap).tanh_().mul_(softcap)
-
-
-def _tokens(cache: Tensor, first: int, end: int) -> Tensor:
-    """Keys or values of positions first to end - 1, in order: one slot [HK, C, K] -> [HK, S, K]."""
-    C = cache.shape[1]
-    first, end = first % C, first % C + end - first
-    if end <= C:
-        return cache[:, first:end]
-    return torch.cat([cache[:, first:], cache[:, : end - C]], dim=1)  # the ring's end is inside
-
-
-def _visible(
-    start: int, first: int, end: int, sliding_window: int | None, device: torch.device
-) -> Tensor:
-    """Which keys first to end - 1 the queries start to end - 1 see: [T, S] bool.
-
-    Position q sees k iff q - W < k <= q: itself and the W - 1 before it.
-    """
-    q_positions = torch.arange(start, end, device=device).unsqueeze(-1)
-    k_positions = torch.arange(first, end, device=device)
-    visible = k_positions <= q_positions
-    if sliding_window is not None:
-        visible &= k_positions > q_positions - sliding_window
-    return visible
 
 
 # Products
@@ -288,12 +162,14 @@ def _visible(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Project rows: x [M, D], weight [N, D], bias [N] -> [M, N]; float32 sums, rounded once."""
     M, (N, D) = x.shape[0], weight.shape
-    if M > FEW_ROWS or N % BLOCKS or x.dtype != torch.float32 or not x.is_cpu:
+    if M > FEW_ROWS or x.dtype != torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
-    # The same product from the weight's side, a few blocks at a time: torch reads the demo model's
-    # matrices in 0.8 ms this way, instead of 2.2, at one row and two threads.
-    blocks = weight.view(BLOCKS, N // BLOCKS, D)
-    y = torch.bmm(blocks, x.mT.expand(BLOCKS, D, M)).view(N, M).mT.contiguous()
+    # The same product from the weight's side, and of one row a few blocks at a time: torch reads
+    # the demo model's matrices in 0.5 ms this way, instead of 1.5, at one row and two threads.
+    if M == 1 and N % BLOCKS == 0:
+        y = torch.bmm(weight.view(BLOCKS, -1, D), x.mT.expand(BLOCKS, D, 1)).view(1, N)
+    else:
+        y = torch.mm(weight, x.mT).mT.contiguous()
     return y if bias is None else y.add_(bias)
 
 
@@ -307,8 +183,9 @@ def skinny_linear(
 
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh approximation: gate_up [M, 2 F], gate first -> [M, F]."""
-    gate, up = _widened(gate_up).chunk(2, dim=-1)
-    return _rounded(F.gelu(gate, approximate="tanh") * up, gate_up.dtype)
+    half = gate_up.shape[-1] // 2
+    gate, up = widened(gate_up).split_with_sizes([half, half], dim=-1)
+    return rounded(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype)
 
 
 def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
@@ -316,8 +193,14 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
     bf16 logits tie: about one row in twenty would have two equal maxima.
     """
-    logits = linear(_widened(x), _widened(weight))
-    return logits if softcap is None else (logits / softcap).tanh_() * softcap
+    x = widened(x)
+    if softcap is not None:
+        x = times(x, 1 / softcap)
+    if weight.dtype in WIDE:
+        logits = linear(x, weight)
+    else:  # a wide copy of the whole head takes eight times as long as one block after the other
+        logits = torch.cat([linear(x, rows.float()) for rows in weight.split(HEAD_ROWS)], -1)
+    return logits if softcap is None else times_(logits.tanh_(), softcap)
 
 
 def lm_head_argmax(

@@ -21,7 +21,16 @@ GRID = Grid(batches=(1, 3), contexts=(7, 40), tokens=(23,), large_bytes=4096, ch
 MOVES = {"view", "transpose", "permute", "expand", "slice", "select", "split", "clone", "copy_"}
 MOVES |= {"_to_copy", "cat", "stack", "unsqueeze", "squeeze", "t", "roll", "index_put_", "alias"}
 MOVES |= {"embedding", "arange", "full", "empty_like", "_unsafe_view", "detach", "lift_fresh"}
-MOVES |= {"split_with_sizes", "unbind", "index", "gather", "as_strided", "full_like", "slice_copy"}
+MOVES |= {
+    "split_with_sizes",
+    "unbind",
+    "index",
+    "gather",
+    "index_select",
+    "as_strided",
+    "full_like",
+    "slice_copy",
+}
 MOVES |= {
     "_local_scalar_dense",
     "reshape",

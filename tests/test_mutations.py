@@ -14,12 +14,12 @@ from random_models import random_model
 from twins import all_logits, assert_same_logits, gemcut_twin, random_ids, stepwise_logits
 
 from gemcut.engine.model import Gemma
-from gemcut.kernels import reference
+from gemcut.kernels import reference, reference_attention
 
 LENGTH = 40  # eight windows
 
 IN_THE_OPS = {
-    "norm by w instead of 1 + w": ("torch.addcmul(y, y, _widened(weight))", "y * _widened(weight)"),
+    "norm by w instead of 1 + w": ("torch.addcmul(y, y, weight)", "y * weight"),
     "window one too long": ("> q_positions - sliding_window", ">= q_positions - sliding_window"),
     "window one too short": (
         "> q_positions - sliding_window",
@@ -40,8 +40,8 @@ IN_THE_OPS = {
     ),
     "exact GELU": ('approximate="tanh"', 'approximate="none"'),
     "bf16 angles": (
-        "positions.unsqueeze(-1).float() * inv_freq",
-        "(positions.unsqueeze(-1).bfloat16() * inv_freq.bfloat16()).float()",
+        "positions.view(-1, 1, 1) * inv_freq",
+        "(positions.view(-1, 1, 1).bfloat16() * inv_freq.bfloat16()).float()",
     ),
     "interleaved rotation": (
         "x.roll(x.shape[-1] // 2, -1)",
@@ -74,10 +74,12 @@ def expected(theirs):
 
 
 def mutated_ops(old: str, new: str) -> ModuleType:
-    source = inspect.getsource(reference)
-    assert source.count(old) == 1, f"the oracles hold {old!r} {source.count(old)} times"
+    sources = [inspect.getsource(one) for one in (reference, reference_attention)]
+    found = sum(source.count(old) for source in sources)
+    assert found == 1, f"the oracles hold {old!r} {found} times"
     module = ModuleType("mutated")
-    exec(compile(source.replace(old, new), "mutated", "exec"), module.__dict__)
+    for source in sources:  # the second takes the place of what the first imports
+        exec(compile(source.replace(old, new), "mutated", "exec"), module.__dict__)
     return module
 
 
