@@ -123,15 +123,49 @@ def test_published_sizes_are_estimated_to_the_byte(name, dtype):
     ],
 )
 def test_the_peak_from_loading_to_decoding_is_the_estimate(folders, name, dtype, size):
+    check_peak(folders[name], SIZES[size], dtype)
+
+
+def check_peak(folder: Path, sizes: tuple[int, int, int], dtype: str) -> None:
     estimates = []
 
     def work() -> None:
-        with make(folders[name], SIZES[size], dtype) as engine:
+        with make(folder, sizes, dtype) as engine:
             work_hard(engine)
             estimates.append(estimate_of(engine).total)
 
-    peak = peak_on_cpu(work, folders[name] / "model.safetensors")
+    peak = peak_on_cpu(work, folder / "model.safetensors")
     assert abs(peak - estimates[0]) <= SHARE * estimates[0]
+
+
+WIDE = {"hidden_size": 512, "intermediate_size": 16, "num_attention_heads": 1}
+WIDE |= {"num_key_value_heads": 1, "num_hidden_layers": 1}
+LOCAL_ALONE = {"layer_types": ["sliding_attention"] * 4}
+
+
+# Of a whole model's bytes these are few: here they are the most
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "sizes", "dtype"),
+    [
+        pytest.param("gemma", WIDE, (1, 2048, 64), "float32", id="states-joined"),
+        pytest.param("gemma", WIDE, (1, 2048, 256), "float32", id="states-beside-scores"),
+        pytest.param("gemma2", LOCAL_ALONE, (1, 2048, 64), "float32", id="window-of-keys"),
+        pytest.param(
+            "gemma",
+            {"head_dim": 64, "num_hidden_layers": 1},
+            (1, 2048, 64),
+            "bfloat16",
+            id="keys-widened",
+        ),
+    ],
+)
+def test_the_peak_where_one_thing_outweighs_the_rest(
+    tmp_path, tokenizer_file, model_type, overrides, sizes, dtype
+):
+    save_random_model(
+        tmp_path, tokenizer_file, model_type, max_position_embeddings=2048, **overrides
+    )
+    check_peak(tmp_path, sizes, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
