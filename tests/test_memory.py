@@ -140,6 +140,7 @@ def check_peak(folder: Path, sizes: tuple[int, int, int], dtype: str) -> None:
 
 WIDE = {"hidden_size": 512, "intermediate_size": 16, "num_attention_heads": 1}
 WIDE |= {"num_key_value_heads": 1, "num_hidden_layers": 1}
+MANY_NEURONS = {"intermediate_size": 4096, "num_hidden_layers": 1}
 LOCAL_ALONE = {"layer_types": ["sliding_attention"] * 4}
 
 
@@ -156,6 +157,15 @@ LOCAL_ALONE = {"layer_types": ["sliding_attention"] * 4}
             (1, 2048, 64),
             "bfloat16",
             id="keys-widened",
+        ),
+        pytest.param("gemma", MANY_NEURONS, (1, 128, 128), "float32", id="mlp"),
+        pytest.param("gemma", MANY_NEURONS, (1, 128, 128), "bfloat16", id="mlp-widened"),
+        pytest.param(
+            "gemma3_text",
+            {"head_dim": 256, "num_hidden_layers": 2},
+            (1, 256, 256),
+            "float32",
+            id="rotation",
         ),
     ],
 )
@@ -292,6 +302,17 @@ def test_weights_that_are_loaded_are_not_needed_again(set_free):
     assert build.choose("auto", 2048, loaded=True) == (4, 2048)
     set_free((estimate.total - estimate.weights) / 0.8 - 1e6)
     assert build.choose("auto", 2048, loaded=True) == (2, 2048)
+
+
+def test_an_engine_of_a_loaded_model_needs_no_second_copy(folders, set_free):
+    arguments = {"max_batch_size": 2, "max_seq_len": 128, "prefill_chunk": 32}
+    with make(folders["demo"], (2, 128, 32)) as first:
+        estimate = estimate_of(first)
+        set_free(estimate.total - estimate.weights)
+        Engine(first.model, first.tokenizer, **arguments).close()
+        set_free(estimate.total - estimate.weights - 1)
+        with pytest.raises(MemoryError):
+            Engine(first.model, first.tokenizer, **arguments)
 
 
 def test_sizes_asked_for_may_take_all_that_is_free(set_free):
