@@ -62,6 +62,7 @@ def test_info_of_an_engine_that_does_not_fit_names_what_would(run, monkeypatch):
         (["--max-seq-len", "-3"], "max_seq_len -3 is outside 2..512"),
         (["--max-seq-len", "513"], "max_seq_len 513 is outside 2..512"),
         (["--max-batch-size", "0"], "max_batch_size 0 is outside 1..4096"),
+        (["--max-batch-size", "4097"], "max_batch_size 4097 is outside 1..4096"),
     ],
 )
 def test_info_refuses_a_size_out_of_range(run, arguments, message):
@@ -73,3 +74,9 @@ def test_info_and_the_engine_have_the_same_defaults():
     assert parameters["max_batch_size"].default == memory.DEFAULT_BATCH_SIZE
     assert cli._parser().parse_args(["info"]).max_batch_size == memory.DEFAULT_BATCH_SIZE
     assert parameters["max_seq_len"].default is None
+
+
+@pytest.mark.parametrize("slots", ["many", "", None])
+def test_slots_that_are_no_number(slots):
+    with pytest.raises(ValueError, match=f"max_batch_size {slots!r} is n"):
+        Engine.from_pretrained("demo", max_batch_size=slots)
