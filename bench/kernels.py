@@ -33,7 +33,8 @@ from gemcut.bench.timing import Runs, Spread, Timing, input_sets, prepare_runs, 
 from gemcut.engine.checks import check_int
 from gemcut.engine.config import PUBLISHED
 from gemcut.engine.info import find_config
-from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, free_bytes
+from gemcut.engine.loading import choose_device, choose_dtype, choose_ops
+from gemcut.engine.memory import free_bytes
 from gemcut.kernels import reference
 
 GEMCUT = "gemcut"

@@ -11,7 +11,8 @@ from gemcut.bench.random_model import published_config, random_tokenizer, random
 from gemcut.engine.checkpoint import load_checkpoint
 from gemcut.engine.config import PUBLISHED, GemmaConfig
 from gemcut.engine.hub import resolve_checkpoint
-from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, free_bytes
+from gemcut.engine.loading import choose_device, choose_dtype, choose_ops
+from gemcut.engine.memory import free_bytes
 from gemcut.engine.model import Gemma
 from gemcut.tokenizer import Tokenizer
 

@@ -4,8 +4,8 @@
 
 A slot holds one sequence.  Position p stands at index p % capacity.  A global layer's capacity is
 the longest sequence, so that p % capacity is p.  A local layer keeps its window and one prefill
-chunk: the chunk is written before it is attended to, and with that much room it overwrites nothing
-that one of its own queries still sees.
+chunk: it is written before it is attended to, and with that much room it overwrites nothing
+that one of its own queries still sees.  The drafts of one decode step are such a chunk.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemcut.engine.config import GemmaConfig
 from gemcut.engine.prefixes import Ring
+from gemcut.engine.sampling_params import MAX_DRAFT
 
 PREFILL_CHUNK = 512  # tokens; the default
 
@@ -80,10 +81,14 @@ class KVCache:
 
 
 def layer_capacity(config: GemmaConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:
-    """Tokens that a slot holds in `layer`."""
+    """Tokens that a slot holds in `layer`.
+
+    A ring has room for the longest chunk behind its window: of a prefill, or of a decode step's
+    drafts where the prefill's chunks are shorter than those.
+    """
     if config.sliding_window is None or not config.is_local(layer):
         return max_seq_len
-    return min(max_seq_len, config.sliding_window + prefill_chunk)
+    return min(max_seq_len, config.sliding_window + max(prefill_chunk, 1 + MAX_DRAFT))
 
 
 def slot_bytes(
@@ -95,3 +100,8 @@ def slot_bytes(
         for layer in range(config.num_layers)
     )
     return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def counter_bytes(config: GemmaConfig, num_slots: int) -> int:
+    """Bytes of the counters that all layers share."""
+    return num_slots * config.num_kv_heads * torch.int32.itemsize

@@ -28,8 +28,8 @@ each line read is a turn of the user, nothing but the answers is written to stan
 exit code is 1 if a turn was refused.
 """
 INFO = """\
-Print a model's shape, its size in memory, and what fits on this machine now.  The config is
-enough: no weights are read or fetched.
+Print a model's shape, its size in memory, what fits on this machine now, and what an engine of the
+given sizes would take.  The config is enough: no weights are read or fetched.
 """
 
 
@@ -147,7 +147,15 @@ def _parser() -> argparse.ArgumentParser:
         "unknown or misshapen, in one line each; exit code 1 if there is any",
     )
     info.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_device(info)
+    group = _add_device(info)
+    group.add_argument(
+        "--max-batch-size",
+        type=_number_or_auto,
+        default=8,
+        metavar="N",
+        help="slots; auto: the most of 16, 8, 4, 2, 1 that memory allows (default: %(default)s)",
+    )
+    _add_length(group)
     return parser
 
 
@@ -212,10 +220,24 @@ def _add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = _add_device(parser)
+    _add_length(group)
+    group.add_argument("--ops", default="auto", help="triton, reference (default: what runs here)")
+
+
+def _add_length(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-seq-len",
-        type=int,
+        type=_number_or_auto,
         metavar="N",
-        help="tokens of prompt and text together (default: the model's limit, as memory allows)",
+        help="tokens of prompt and text together; auto, the default: the model's limit, as memory "
+        "allows",
     )
-    group.add_argument("--ops", default="auto", help="triton, reference (default: what runs here)")
+
+
+def _number_or_auto(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'") from None

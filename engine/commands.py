@@ -79,7 +79,8 @@ def info(args: argparse.Namespace) -> int:
     """0, or 1 where --check has found a problem, once all is printed."""
     device = choose_device(args.device)
     config = find_config(args.model)
-    facts = describe(config, device, choose_dtype(args.dtype, device))
+    dtype = choose_dtype(args.dtype, device)
+    facts = describe(config, device, dtype, args.max_batch_size, args.max_seq_len)
     problems = find_problems(args.model, config) if args.check else None
     if args.json:
         checked = {} if problems is None else {"problems": problems}

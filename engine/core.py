@@ -73,7 +73,7 @@ class Core:
         self._collect(self.depth if is_late else 0)
 
     def warm_up(self, steps: Iterable[Callable[[], object]]) -> None:
-        """Make these calls, which change no slot (Runner.kinds_of_steps), and prefill a free one."""
+        """Prefill a free slot, and make these calls, which change none (Runner.kinds_of_steps)."""
         self._collect(0)
         if (slot := self.scheduler.empty_slot()) is not None:
             self.runner.warm_up_prefill(slot)

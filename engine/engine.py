@@ -25,7 +25,8 @@ from gemcut.engine.checks import check_int
 from gemcut.engine.config import GemmaConfig
 from gemcut.engine.core import Core
 from gemcut.engine.hub import resolve_checkpoint
-from gemcut.engine.loading import choose_device, choose_dtype, choose_max_seq_len, choose_ops
+from gemcut.engine.loading import choose_device, choose_dtype, choose_ops
+from gemcut.engine.memory import Build
 from gemcut.engine.metrics import costs, prometheus_text, snapshot
 from gemcut.engine.model import Gemma
 from gemcut.engine.outputs import Delta, RequestOutput, ScoreOutput
@@ -51,8 +52,8 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         eos_ids: Sequence[int] | None = None,
-        max_batch_size: int = 8,
-        max_seq_len: int | None = None,
+        max_batch_size: int | Literal["auto"] = 8,
+        max_seq_len: int | Literal["auto"] | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
@@ -60,8 +61,9 @@ class Engine:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
         reuse_prefixes: a prompt that begins like what a slot holds is not computed again from its
-        first token.  max_waiting: completions that may wait for a slot; more are refused.
-        ValueError names a value out of range, MemoryError the size of a cache that does not fit.
+        first token.  max_waiting: completions that may wait beyond the free slots; more are
+        refused.  ValueError names a value out of range, MemoryError what is needed, what is free
+        and what would fit.
         """
         config = model.config
         if len(tokenizer) > config.vocab_size:
@@ -69,14 +71,11 @@ class Engine:
                 f"the vocabulary has {len(tokenizer)} pieces, "
                 f"but the embedding only {config.vocab_size} rows"
             )
-        check_int("max_batch_size", max_batch_size, 1, 4096)
-        check_int("prefill_chunk", prefill_chunk, 1, 2**20)
         if max_waiting is not None:
             check_int("max_waiting", max_waiting, 0, INT64_MAX)
         self.model, self.config, self.tokenizer = model, config, tokenizer
-        self.max_seq_len = choose_max_seq_len(
-            max_seq_len, config, max_batch_size, prefill_chunk, model.device, model.dtype
-        )
+        build = Build(config, model.device, model.dtype, model.ops, prefill_chunk)
+        max_batch_size, self.max_seq_len = build.choose(max_batch_size, max_seq_len, loaded=True)
         self.cache = KVCache(
             config,
             num_slots=max_batch_size,
@@ -107,8 +106,8 @@ class Engine:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        max_batch_size: int = 8,
-        max_seq_len: int | None = None,
+        max_batch_size: int | Literal["auto"] = 8,
+        max_seq_len: int | Literal["auto"] | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
@@ -118,8 +117,9 @@ class Engine:
         """An engine for "demo", a local folder or a Hugging Face id.
 
         device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and float32 on a
-        CPU; max_seq_len None is the model's own limit, capped by free memory.  ValueError names
-        what is wrong with an argument or the checkpoint, in one line.
+        CPU; max_batch_size "auto" is the most of 16, 8, 4, 2, 1 slots that free memory holds;
+        max_seq_len None or "auto" is the model's own limit, capped by it.  ValueError names what is
+        wrong with an argument or the checkpoint, in one line.
         """
         if quantization is not None:
             raise NotImplementedError(f"quantization {quantization!r} is not there yet; None is")
@@ -130,13 +130,15 @@ class Engine:
         config = GemmaConfig.from_file(folder)
         tokenizer = Tokenizer.from_file(folder)
         eos_ids = stop_token_ids(folder, config)
+        build = Build(config, target, weights_dtype, op_table, prefill_chunk)
+        slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
         weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
         return cls(
             Gemma(config, weights, op_table),
             tokenizer,
             eos_ids=eos_ids,
-            max_batch_size=max_batch_size,
-            max_seq_len=max_seq_len,
+            max_batch_size=slots,
+            max_seq_len=length,
             prefill_chunk=prefill_chunk,
             reuse_prefixes=reuse_prefixes,
             max_waiting=max_waiting,

@@ -2,20 +2,37 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from gemcut import kernels
 from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
 from gemcut.engine.checkpoint import find_nonfinite, load_checkpoint, stop_token_ids
 from gemcut.engine.config import PUBLISHED, GemmaConfig
 from gemcut.engine.hub import resolve_checkpoint
-from gemcut.engine.loading import MEMORY_SHARE, free_bytes, longest_slot
+from gemcut.engine.memory import (
+    DEFAULT_BATCH_SIZE,
+    MEMORY_SHARE,
+    SHORTEST,
+    Build,
+    free_bytes,
+    is_auto,
+    readable,
+)
 from gemcut.engine.rope_parameters import RopeParameters
+from gemcut.kernels import reference
 from gemcut.tokenizer import Tokenizer
 
 BATCH_SIZES = (1, 8)
+KINDS = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "state": "sampling state",
+    "activations": "activations",
+    "graphs": "graphs",
+}
 FAMILIES = {
     "gemma": "Gemma 1",
     "gemma2": "Gemma 2",
@@ -32,8 +49,19 @@ class Room:
     dtype: str
     free_bytes: int
     weight_bytes: int
-    slots: int  # of the model's own limit, beside the weights
+    slots: int  # of the model's own limit, beside weights and activations
     longest_slot: dict[int, int]  # slots -> tokens in each; 0 where there is no room
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The engine that would be made now, of these sizes, and the bytes that it would take."""
+
+    max_batch_size: int
+    max_seq_len: int
+    prefill_chunk: int
+    bytes: dict[str, int]  # by kind; "total" is their sum
+    problem: str | None  # why it would not be made
 
 
 @dataclass(frozen=True)
@@ -46,6 +74,7 @@ class ModelInfo:
     slot_bytes: int  # of the model's own limit
     full_slot_bytes: int  # the same if local layers kept all tokens
     room: Room
+    engine: Plan
 
 
 def find_config(model: str) -> GemmaConfig:
@@ -63,8 +92,19 @@ def _is_published(model: str) -> bool:
     return model in PUBLISHED and not os.path.isdir(model)
 
 
-def describe(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> ModelInfo:
-    """The model's sizes, and what fits on `device` in `dtype`."""
+def describe(
+    config: GemmaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_batch_size: int | str = DEFAULT_BATCH_SIZE,
+    max_seq_len: int | str | None = None,
+) -> ModelInfo:
+    """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
+
+    ValueError names a size out of range; one that does not fit is the plan's problem.
+    """
+    ops = reference if device.type == "cpu" else kernels
+    build = Build(config, device, dtype, ops)
     parameters = config.num_parameters()
     limit = config.context_length
     return ModelInfo(
@@ -73,27 +113,35 @@ def describe(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> M
         kv_bytes_per_token=config.kv_bytes_per_token(),
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
-        room=_room(config, device, dtype),
+        room=_room(build),
+        engine=_plan(build, max_batch_size, max_seq_len),
     )
 
 
-def _room(config: GemmaConfig, device: torch.device, dtype: torch.dtype) -> Room:
-    limit = config.context_length
-    free = free_bytes(device)
-    weights = config.num_parameters() * dtype.itemsize
-    budget = MEMORY_SHARE * (free - weights)  # as the engine's own choice of max_seq_len
-
+def _room(build: Build) -> Room:
+    free = free_bytes(build.device)
+    budget = MEMORY_SHARE[build.device.type] * free  # as where the engine chooses
     return Room(
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        device=str(build.device),
+        dtype=str(build.dtype).removeprefix("torch."),
         free_bytes=free,
-        weight_bytes=weights,
-        slots=max(0, int(budget // slot_bytes(config, limit, PREFILL_CHUNK, dtype))),
-        longest_slot={
-            slots: longest_slot(config, slots, PREFILL_CHUNK, dtype, budget)
-            for slots in BATCH_SIZES
-        },
+        weight_bytes=build.config.num_parameters() * build.dtype.itemsize,
+        slots=build.most_slots(build.config.context_length, budget),
+        longest_slot={slots: build.longest_slot(slots, budget) for slots in BATCH_SIZES},
     )
+
+
+def _plan(build: Build, max_batch_size: int | str, max_seq_len: int | str | None) -> Plan:
+    problem = None
+    try:
+        slots, length = build.choose(max_batch_size, max_seq_len)
+    except MemoryError as error:
+        problem = str(error)
+        slots = 1 if is_auto(max_batch_size) else int(max_batch_size)
+        length = SHORTEST if max_seq_len is None or is_auto(max_seq_len) else int(max_seq_len)
+    estimate = build.estimate(slots, length)
+    sizes = asdict(estimate) | {"total": estimate.total}
+    return Plan(slots, length, build.prefill_chunk, sizes, problem)
 
 
 def rows(model: str, config: GemmaConfig, info: ModelInfo) -> Iterator[tuple[str, str]]:
@@ -102,7 +150,7 @@ def rows(model: str, config: GemmaConfig, info: ModelInfo) -> Iterator[tuple[str
     yield "model", model
     yield "family", f"{FAMILIES[config.model_type]} ({config.model_type})"
     yield "parameters", f"{info.parameters:,}"
-    sizes = ", ".join(f"{_size(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
+    sizes = ", ".join(f"{readable(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
     yield "weights", sizes
     yield "layers", _layers(config)
     yield "hidden size", f"{config.hidden_size}, MLP {config.intermediate_size}"
@@ -115,22 +163,31 @@ def rows(model: str, config: GemmaConfig, info: ModelInfo) -> Iterator[tuple[str
     yield "rope", _rope(config)
     yield "longest text", f"{limit} tokens"
     yield "KV cache", f"{info.kv_bytes_per_token / 1024:g} KiB a token in bfloat16"
-    slot = f"{_size(info.slot_bytes)} a slot of {limit} tokens"
+    slot = f"{readable(info.slot_bytes)} a slot of {limit} tokens"
     if info.slot_bytes < info.full_slot_bytes:
-        slot += f"; {_size(info.full_slot_bytes)} if local layers were no rings"
+        slot += f"; {readable(info.full_slot_bytes)} if local layers were no rings"
     yield "", slot
     yield from _room_rows(info.room, limit)
+    yield from _plan_rows(info.engine)
 
 
 def _room_rows(room: Room, limit: int) -> Iterator[tuple[str, str]]:
-    needs = f"{_size(room.free_bytes)} free, {_size(room.weight_bytes)} for weights in {room.dtype}"
-    yield f"on {room.device}", needs
+    free, weights = readable(room.free_bytes), readable(room.weight_bytes)
+    yield f"on {room.device}", f"{free} free, {weights} for weights in {room.dtype}"
     if room.longest_slot[1] == 0:
         yield "", "does not fit"
         return
     yield "", f"room for {room.slots} slots of {limit} tokens"
     longest = ", ".join(f"{length} at batch {n}" for n, length in room.longest_slot.items())
     yield "", f"longest slot, in tokens: {longest}"
+
+
+def _plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    sizes = f"{plan.max_batch_size} x {plan.max_seq_len} tokens"
+    yield "an engine", plan.problem or f"{sizes} take {readable(plan.bytes['total'])}"
+    kinds = [kind for kind, size in plan.bytes.items() if size and kind != "total"]
+    shown = (f"{readable(plan.bytes[kind])} {KINDS[kind]}" for kind in kinds)
+    yield "", ", ".join(shown)
 
 
 def _layers(config: GemmaConfig) -> str:
@@ -154,10 +211,6 @@ def _rotation(rope: RopeParameters) -> str:
     scaling = "" if rope.rope_type == "default" else f", {rope.rope_type}"
     factor = "" if rope.factor is None else f" by {rope.factor:g}"
     return f"base {rope.rope_theta:,.0f}{scaling}{factor}"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def find_problems(model: str, config: GemmaConfig) -> list[str]:

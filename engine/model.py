@@ -178,7 +178,7 @@ class Gemma:
             )
             post_norm = layer.post_attention_norm
             residual, branch = self._project(
-                residual, attended.view(q.shape[0], -1), layer.o, layer.o_bias, post_norm
+                residual, attended.reshape(q.shape[0], -1), layer.o, layer.o_bias, post_norm
             )
             activated, residual = ops.norm_linear_geglu(
                 residual, branch, post_norm, layer.pre_mlp_norm, eps, layer.gate_up

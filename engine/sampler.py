@@ -43,9 +43,14 @@ def choose(
         early = (positions < first_end).unsqueeze(-1)
         logits = logits.masked_fill(state.is_end.index_select(0, slots) & early, -torch.inf)
     if "penalties" in features:
-        counts = state.output_counts.index_select(0, slots)
-        in_prompt = state.in_prompt.index_select(0, slots)
-        logits = ops.penalize(logits, counts, in_prompt, repetition, presence, frequency)
+        logits = ops.penalize(
+            logits,
+            state.output_counts.index_select(0, slots),
+            state.in_prompt.index_select(0, slots),
+            repetition,
+            presence,
+            frequency,
+        )
 
     def used(name: str, setting: Tensor) -> Tensor | None:
         return setting if name in features else None

@@ -63,11 +63,16 @@ def test_keys_are_those_of_a_cache_that_holds_what_is_seen(name, context):
         PUBLISHED[name],
         num_slots=3,
         max_seq_len=context,
-        prefill_chunk=0,  # a ring of the window alone
+        prefill_chunk=1,
         device="meta",
         dtype=BF16,
     )
-    tensors = [tensor for layer in cache.layers for tensor in (layer.k, layer.v)]
+    window = PUBLISHED[name].sliding_window or context  # a ring has room behind it
+    tensors = [
+        tensor[:, :, : window if PUBLISHED[name].is_local(layer) else context]
+        for layer, kv in enumerate(cache.layers)
+        for tensor in (kv.k, kv.v)
+    ]
     counted = account(name, batch=3, context=context)
     assert counted.kv_read == sum(tensor.nbytes for tensor in tensors)
     assert counted.kv_written == sum(tensor[:, :, :1].nbytes for tensor in tensors)

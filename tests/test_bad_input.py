@@ -285,8 +285,15 @@ BAD_ARGUMENTS = {
     "device without support": ({"device": "meta"}, "device 'meta' is not supported"),
     "unknown ops": ({"ops": "fast"}, "ops 'fast' is unknown"),
     "no slot": ({"max_batch_size": 0}, "max_batch_size 0 is outside 1..4096"),
+    "less than no slot": ({"max_batch_size": -1}, "max_batch_size -1 is outside 1..4096"),
+    "slots by halves": ({"max_batch_size": 2.0}, "max_batch_size 2.0 is not an integer"),
+    "slots that are true": ({"max_batch_size": True}, "max_batch_size True is not an integer"),
     "no tokens": ({"max_seq_len": 0}, "max_seq_len 0 is outside 2..128"),
+    "less than no tokens": ({"max_seq_len": -5}, "max_seq_len -5 is outside 2..128"),
     "more tokens than the model has positions": ({"max_seq_len": 129}, "outside 2..128"),
+    "tokens by halves": ({"max_seq_len": 64.0}, "max_seq_len 64.0 is not an integer"),
+    "tokens that are true": ({"max_seq_len": True}, "max_seq_len True is not an integer"),
+    "tokens in words": ({"max_seq_len": "many"}, "'many' is neither an integer nor 'auto'"),
     "no chunk": ({"prefill_chunk": 0}, "prefill_chunk 0 is outside"),
     "unknown quantization": ({"quantization": "int3"}, "quantization 'int3'"),
 }
@@ -307,17 +314,17 @@ def test_cuda_where_there_is_none(folder):
 
 
 def test_a_cache_that_does_not_fit_names_its_size(folder, damaged):
-    """4096 slots of a context that no machine has the memory for: 45 TB."""
+    """4096 slots of a context that no machine has the memory for: 9 TB."""
     config = json.loads((folder / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**24}))
-    with pytest.raises(MemoryError, match=r"the KV cache of 4096 slots .* takes .* GB") as error:
+    with pytest.raises(MemoryError, match=r"4096 slots of 16777216 tokens need .* GB") as error:
         Engine.from_pretrained(damaged, max_batch_size=4096, max_seq_len=2**24)
     one_line(error)
 
 
 def test_no_memory_for_a_cache_is_said(folder, monkeypatch):
-    monkeypatch.setattr("gemcut.engine.loading.free_bytes", lambda device: 1000)
-    with pytest.raises(MemoryError, match="too little for 8 slots") as error:
+    monkeypatch.setattr("gemcut.engine.memory.free_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match="no size of this model would fit") as error:
         Engine.from_pretrained(folder, dtype="float32")
     one_line(error)
 

@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemcut import engine as engine_package
-from gemcut.engine import PUBLISHED, Delta, Engine, SamplingParams, cli, commands, hub, info
-from gemcut.engine.cache import slot_bytes
+from gemcut.engine import PUBLISHED, Delta, Engine, SamplingParams, cli, commands, hub, info, memory
 from gemcut.engine.cli import main
+from gemcut.kernels import reference
 from gemcut.tokenizer import render_chat
 
 COMMAND = [sys.executable, "-P", "-c", "import sys; from gemcut.engine.cli import main\n"]
@@ -414,8 +414,19 @@ def test_info_of_a_published_size_asks_nobody(run, monkeypatch, model, parameter
     assert facts["config"]["num_hidden_layers"] == PUBLISHED[model].num_layers
 
 
-def test_info_for_people(run, monkeypatch):
-    monkeypatch.setattr(info, "free_bytes", lambda device: 60 * 10**9)
+@pytest.fixture
+def set_free(monkeypatch):
+    """A way to say how many bytes are free."""
+
+    def set_free(free: float) -> None:
+        for module in (info, memory):
+            monkeypatch.setattr(module, "free_bytes", lambda device: int(free))
+
+    return set_free
+
+
+def test_info_for_people(run, set_free):
+    set_free(60e9)
     code, out, err = run("info", "gemma-2-9b", "--device", "cpu")
     assert (code, err) == (0, "")
     assert out == (
@@ -433,8 +444,11 @@ def test_info_for_people(run, monkeypatch):
         "KV cache      336 KiB a token in bfloat16\n"
         "              2.20 GB a slot of 8192 tokens; 2.82 GB if local layers were no rings\n"
         "on cpu        60.00 GB free, 36.97 GB for weights in float32\n"
-        "              room for 4 slots of 8192 tokens\n"
-        "              longest slot, in tokens: 8192 at batch 1, 3347 at batch 8\n"
+        "              room for 2 slots of 8192 tokens\n"
+        "              longest slot, in tokens: 8192 at batch 1, 1961 at batch 8\n"
+        "an engine     8 x 1961 tokens take 48.00 GB\n"
+        "              36.97 GB weights, 10.80 GB KV cache, 20.48 MB sampling state, "
+        "215.30 MB activations\n"
     )
 
 
@@ -445,28 +459,48 @@ def test_info_of_a_model_with_two_rotations(run):
     assert "rope          base 1,000,000; local layers base 10,000\n" in out
 
 
-def test_room_is_exact(monkeypatch):
+def test_room_is_exact(set_free):
     config = PUBLISHED["gemma-2-2b"]
-    weights = 2 * config.num_parameters()
-    monkeypatch.setattr(info, "free_bytes", lambda device: weights + 10**9)
-    room = info.describe(config, torch.device("cpu"), torch.bfloat16).room
+    weights = 4 * config.num_parameters()
+    budget = weights + 6e9
+    set_free(budget / 0.8)
+    room = info.describe(config, torch.device("cpu"), torch.float32).room
+    build = memory.Build(config, torch.device("cpu"), torch.float32, reference)
 
-    def size(length: int) -> int:
-        return slot_bytes(config, length, info.PREFILL_CHUNK, torch.bfloat16)
+    def size(slots: int, length: int) -> int:
+        return build.estimate(slots, length).total
 
     assert room.weight_bytes == weights
-    assert room.slots == 0.8e9 // size(8192)
+    assert 1 < room.slots < 8
+    assert size(room.slots, 8192) <= budget < size(room.slots + 1, 8192)
     for slots, length in room.longest_slot.items():
-        assert slots * size(length) <= 0.8e9
-        assert length == 8192 or slots * size(length + 1) > 0.8e9
+        assert size(slots, length) <= budget
+        assert length == 8192 or size(slots, length + 1) > budget
     assert room.longest_slot[1] == 8192 > room.longest_slot[8] > 0
 
 
-def test_a_model_larger_than_the_memory_does_not_fit(run, monkeypatch):
-    monkeypatch.setattr(info, "free_bytes", lambda device: 10**9)
-    assert run("info", "gemma-2-9b")[1].endswith("does not fit\n")
-    room = json.loads(run("info", "gemma-2-9b", "--json")[1])["room"]
+def test_a_model_larger_than_the_memory_does_not_fit(run, set_free):
+    set_free(1e9)
+    assert "              does not fit\n" in run("info", "gemma-2-9b", "--device", "cpu")[1]
+    facts = json.loads(run("info", "gemma-2-9b", "--device", "cpu", "--json")[1])
+    room = facts["room"]
     assert (room["slots"], room["longest_slot"]) == (0, {"1": 0, "8": 0})
+    assert "cpu has 1.00 GB free" in facts["engine"]["problem"]
+    assert facts["engine"]["problem"].endswith("no size of this model would fit")
+
+
+@pytest.mark.parametrize("command", ["info", "generate", "chat"])
+@pytest.mark.parametrize("size", ["many", "1.5", ""])
+def test_a_size_that_is_no_number(run, command, size):
+    code, out, err = run(command, f"--max-seq-len={size}")
+    assert (code, out) == (2, "")
+    assert err.endswith(f"--max-seq-len: {size!r} is neither a number nor 'auto'\n")
+
+
+def test_generate_with_a_slot_of_the_length_that_fits(run):
+    plain = run("generate", "Once", "--max-tokens", "3", *GREEDY)
+    assert run("generate", "Once", "--max-tokens", "3", *GREEDY, "--max-seq-len", "auto") == plain
+    assert plain[0] == 0
 
 
 def test_rings_are_as_long_as_the_engine_makes_them():

@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 import torch
-from random_models import MODEL_TYPES, random_model
+from random_models import MODEL_TYPES, random_config, random_model
 from transformers import AutoModelForCausalLM
 from twins import (
     all_logits,
@@ -15,8 +15,10 @@ from twins import (
     random_ids,
 )
 
-from gemcut.engine.cache import slot_bytes
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.cache import layer_capacity, slot_bytes
+from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.sampling_params import MAX_DRAFT
+from gemcut.kernels.decode_attention import MAX_Q_LEN
 
 WINDOW = 5
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -172,10 +174,10 @@ def test_frequencies_that_depend_on_the_length_do_not_see_the_chunks(case):
 @torch.inference_mode()
 def test_ring_gives_what_a_full_cache_gives(precise):
     ids = random_ids(100, precise.config.vocab_size)
-    ring, full = new_cache(precise, prefill_chunk=4), new_cache(precise, prefill_chunk=128)
+    ring, full = new_cache(precise, prefill_chunk=9), new_cache(precise, prefill_chunk=128)
     assert full.layers[0].k.shape[2] == 128
     if precise.config.is_local(0):
-        assert ring.layers[0].k.shape[2] == WINDOW + 4
+        assert ring.layers[0].k.shape[2] == WINDOW + 9
     for cache in (ring, full):
         precise.prefill(ids[:30], cache, slot=0)
     slots = torch.tensor([0])
@@ -232,6 +234,14 @@ def test_what_a_cache_takes():
     assert slot_bytes(config, 8192, 8192, torch.bfloat16) == full
     assert slot_bytes(config, 8192, 128, torch.bfloat16) / full <= 0.76
     assert slot_bytes(config, 8192, 512, torch.bfloat16) / full <= 0.79
+
+
+def test_drafts_fit_a_ring_of_short_chunks():
+    config = GemmaConfig.from_dict(random_config("gemma2").to_dict())
+    assert 1 + MAX_DRAFT == MAX_Q_LEN
+    for chunk, capacity in ((1, WINDOW + 8), (8, WINDOW + 8), (9, WINDOW + 9), (60, 64)):
+        assert layer_capacity(config, 0, 64, chunk) == capacity
+        assert layer_capacity(config, 1, 64, chunk) == 64
 
 
 def test_a_prefill_past_the_slot_is_refused(precise):

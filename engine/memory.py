@@ -1,0 +1,178 @@
+"""What an engine takes of a device's memory, and the sizes that fit it.
+
+`Build` says what an engine is made of, but for its sizes; its estimates follow from the config
+alone: no tensor is made.  `Build.choose` turns "auto" into the number of slots and their length:
+first fewer slots, then shorter ones.
+"""
+
+import os
+import re
+from bisect import bisect_right
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from gemcut.engine.activations import CUBLAS_BYTES, decode_bytes, prefill_bytes
+from gemcut.engine.cache import PREFILL_CHUNK, counter_bytes, slot_bytes
+from gemcut.engine.checks import check_int, shorten
+from gemcut.engine.config import GemmaConfig
+from gemcut.kernels import reference
+
+MEMINFO = Path("/proc/meminfo")
+# Of the free memory, for an engine whose size is chosen here.  A CPU's is everyone's; on a GPU the
+# estimate may be 5 % too low.
+MEMORY_SHARE = {"cpu": 0.8, "cuda": 0.95}
+DEFAULT_BATCH_SIZE = 8  # the engine's
+AUTO_BATCH_SIZES = (16, 8, 4, 2, 1)
+MAX_BATCH_SIZE = 4096
+SHORTEST = 2  # a prompt and what comes of it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of an engine at its peak, by kind."""
+
+    weights: int  # a tied embedding counts once
+    kv_cache: int
+    state: int  # sampling settings and marks, by slot
+    activations: int  # of the largest step: a chunk of a prefill, or one token in each slot
+    graphs: int  # the activations that captured decode steps keep for themselves
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Build:
+    """An engine but for its sizes."""
+
+    config: GemmaConfig
+    device: torch.device
+    dtype: torch.dtype
+    ops: ModuleType
+    prefill_chunk: int = PREFILL_CHUNK
+
+    def estimate(self, max_batch_size: int, max_seq_len: int) -> Estimate:
+        """The bytes of so many slots of so many tokens, with everything beside them."""
+        config, dtype = self.config, self.dtype
+        chunk = self.prefill_chunk
+        is_reference = self.ops is reference
+        prefill = prefill_bytes(config, dtype, chunk, max_seq_len, is_reference=is_reference)
+        decode = decode_bytes(config, dtype, max_batch_size, max_seq_len, is_reference=is_reference)
+        on_gpu = self.device.type == "cuda"
+        return Estimate(
+            weights=config.num_parameters() * dtype.itemsize,
+            kv_cache=max_batch_size * slot_bytes(config, max_seq_len, chunk, dtype)
+            + counter_bytes(config, max_batch_size),
+            state=state_bytes(max_batch_size, config.vocab_size),
+            activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
+            graphs=decode if on_gpu and not is_reference else 0,
+        )
+
+    def longest_slot(self, max_batch_size: int, budget: float) -> int:
+        """The most tokens, up to the model's limit, that each slot can hold; 0 if none fits."""
+        return bisect_right(
+            range(1, self.config.context_length + 1),
+            budget,
+            key=lambda length: self.estimate(max_batch_size, length).total,
+        )
+
+    def most_slots(self, max_seq_len: int, budget: float) -> int:
+        """The most slots of so many tokens; 0 if none fits."""
+        return bisect_right(
+            range(1, MAX_BATCH_SIZE + 1),
+            budget,
+            key=lambda slots: self.estimate(slots, max_seq_len).total,
+        )
+
+    def choose(
+        self, max_batch_size: Any, max_seq_len: Any, *, loaded: bool = False
+    ) -> tuple[int, int]:
+        """The slots of an engine and the tokens that each holds, as asked for or as memory allows.
+
+        `loaded` says that the weights are there already.  ValueError names a size out of range,
+        MemoryError what is needed, what is free and what would fit.
+        """
+        self.check(max_batch_size, max_seq_len)
+        free = free_bytes(self.device)
+        there = self.estimate(1, SHORTEST).weights if loaded else 0
+        share = MEMORY_SHARE[self.device.type]
+        budget = there + share * free
+
+        length = self.config.context_length if is_auto(max_seq_len) else int(max_seq_len)
+        if is_auto(max_batch_size):
+            fitting = self.most_slots(length, budget)
+            slots = next((size for size in AUTO_BATCH_SIZES if size <= fitting), 1)
+        else:
+            slots = int(max_batch_size)
+        limit = free  # what was asked for may take all of it; what is chosen here, its share
+        if is_auto(max_seq_len):
+            length, limit = max(SHORTEST, self.longest_slot(slots, budget)), share * free
+        needed = self.estimate(slots, length).total - there
+        if needed > limit:
+            of_it = "" if limit == free else f", of which {readable(limit)} may be taken"
+            raise MemoryError(
+                f"{_slots(slots, length)} need {readable(needed)}, but {self.device} has "
+                f"{readable(free)} free{of_it}; {self._what_fits(slots, length, budget)}"
+            )
+        return slots, length
+
+    def check(self, max_batch_size: Any, max_seq_len: Any) -> None:
+        """Nothing, or ValueError where a size is neither "auto" nor an integer in its range."""
+        limit = self.config.context_length
+        for name, size, low, high in (
+            ("max_batch_size", max_batch_size, 1, MAX_BATCH_SIZE),
+            ("max_seq_len", max_seq_len, SHORTEST, limit),
+        ):
+            if isinstance(size, str) and size != "auto":
+                raise ValueError(f"{name} {shorten(size)} is neither an integer nor 'auto'")
+            if not is_auto(size) or (size is None and name == "max_batch_size"):
+                check_int(name, size, low, high)
+        check_int("prefill_chunk", self.prefill_chunk, 1, 2**20)
+
+    def _what_fits(self, slots: int, length: int, budget: float) -> str:
+        """The nearest sizes that fit, as the end of a sentence."""
+        would = []
+        if fewer := self.most_slots(length, budget):
+            would.append(_slots(fewer, length))
+        if (shorter := self.longest_slot(slots, budget)) >= SHORTEST:
+            would.append(_slots(slots, shorter))
+        if not would and (longest := self.longest_slot(1, budget)) >= SHORTEST:
+            would.append(_slots(1, longest))
+        return f"{' or '.join(would)} would fit" if would else "no size of this model would fit"
+
+
+def _slots(count: int, length: int) -> str:
+    return f"{count} slot{'s' if count > 1 else ''} of {length} tokens"
+
+
+def readable(num_bytes: float) -> str:
+    """A size as people read it."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def state_bytes(max_batch_size: int, vocab_size: int) -> int:
+    """Bytes of slot_state.py's tensors: by slot, and by slot and vocabulary entry."""
+    numbers = 6 * 8 + 6 * 4  # int64, float32
+    entry = 4 + 1 + 4 + 1  # count, in_prompt, bias, is_end
+    return (max_batch_size + 1) * (numbers + entry * vocab_size)  # and a row for padding
+
+
+def is_auto(size: Any) -> bool:
+    """Whether a size is to be chosen here: None or "auto"."""
+    return size is None or (isinstance(size, str) and size == "auto")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if MEMINFO.exists():  # counts what the page cache would give back, a checkpoint just read, say
+        (available,) = re.findall(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
+        return int(available) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
