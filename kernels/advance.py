@@ -41,7 +41,7 @@ def advance_kernel(
     is_end = tl.load(is_end_ptr + slot * stride_is_end_s + chosen, mask=valid, other=1) != 0
     over = (valid == 0) | is_end | (position + 1 >= limit)
     tl.store(ids_ptr + offs_b, tl.where(valid, chosen, -1), mask=mask)
-    tl.store(tokens_ptr + slot, tl.where(valid, chosen, 0), mask=known)
+    tl.store(tokens_ptr + slot, chosen, mask=known)
     tl.store(positions_ptr + slot, tl.where(over, -1, position + 1), mask=known)
 
 

@@ -77,11 +77,11 @@ def advance_(
     """
     before = positions.index_select(0, slots)
     after = before + 1
-    none = (before < 0) | ~scores.isfinite()
-    over = none | is_end[slots, chosen] | (after >= limits.index_select(0, slots))
-    tokens.index_copy_(0, slots, chosen.masked_fill(none, 0))
-    positions.index_copy_(0, slots, after.masked_fill_(over, -1))
-    return chosen.masked_fill(none, -1)
+    is_valid = (before >= 0) & (scores.abs() < torch.inf)
+    goes_on = is_valid & (after < limits.index_select(0, slots)) & ~is_end[slots, chosen]
+    tokens.index_copy_(0, slots, chosen)
+    positions.index_copy_(0, slots, torch.where(goes_on, after, -1))
+    return torch.where(is_valid, chosen, -1)
 
 
 def filter_logits(

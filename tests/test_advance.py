@@ -68,7 +68,7 @@ def test_each_rule_by_itself(op):
     # goes on, is an end, chose nothing, was inactive, is at its limit, had all tokens banned
     assert ids.tolist() == [3, 3, -1, -1, 3, -1]
     assert positions.tolist() == [5, -1, -1, -1, -1, -1]
-    assert tokens.tolist() == [3, 3, 0, 0, 3, 0]
+    assert tokens.tolist() == [3] * 6
 
 
 def test_rows_of_padding_share_a_slot():
