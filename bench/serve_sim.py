@@ -242,9 +242,13 @@ def make_engine(setup: Setup, trace: Sequence[Arrival], slots: int) -> Engine:
     model = setup.model
     cache = slots * slot_bytes(setup.config, longest, PREFILL_CHUNK, setup.dtype)
     require_memory(setup.device, {"cache": cache})
-    options = {"max_batch_size": slots, "max_seq_len": longest}
-    # what runs before the clock must not be there when it counts
-    return Engine(model, setup.tokenizer, **options, reuse_prefixes=False)
+    return Engine(
+        model,
+        setup.tokenizer,
+        max_batch_size=slots,
+        max_seq_len=longest,
+        reuse_prefixes=False,  # what runs before the clock must not be there when it counts
+    )
 
 
 def measured(served: Sequence[Served], slots: int) -> Row:

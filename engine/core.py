@@ -34,7 +34,7 @@ class Core:
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner, self.scheduler = runner, scheduler
         self.metrics = EngineMetrics()
-        self.attended = 0  # unfinished requests that a caller waits for
+        self.attended: set[Request] = set()  # unfinished ones, for which the thread makes steps
         self.fault: Exception | None = None
         self.depth = int(runner.device.type == "cuda")  # launches that may stay unread
         self._in_flight: deque[Launch] = deque()
@@ -42,7 +42,8 @@ class Core:
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences."""
-        self.attended += request.attended
+        if request.attended:
+            self.attended.add(request)
         for sequence in request.sequences:
             self._owners[sequence] = request
             self.scheduler.add(sequence)
@@ -59,6 +60,11 @@ class Core:
         """End every request."""
         self._in_flight.clear()
         self._fail(self.scheduler.all(), RuntimeError("the engine was closed"))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a sequence that has not ended."""
+        return bool(self._owners)
 
     def step(self) -> None:
         """One chunk and one token; a failure ends the sequences concerned, and no others."""
@@ -157,6 +163,15 @@ class Core:
 
     # Ends
 
+    def recover(self) -> None:
+        """Undo what an interrupted step had begun: the host says where each sequence stands."""
+        self._in_flight.clear()
+        for sequence in list(self._owners):
+            self._settle(sequence)
+        self.scheduler.recover()
+        for sequence in self.scheduler.running:
+            self._guarded([sequence], lambda s=sequence: self.runner.rewind(s))
+
     def _guarded(self, sequences: Sequence[TokenSequence], work: Callable[[], object]) -> None:
         """Do `work`; where it fails, the sequences concerned end with the reason, and no others."""
         try:
@@ -175,13 +190,14 @@ class Core:
 
     def _settle(self, sequence: TokenSequence) -> None:
         """Free the slot of a sequence that has ended; its request may have ended with it."""
-        if not sequence.finished or (request := self._owners.pop(sequence, None)) is None:
+        if not sequence.finished or (request := self._owners.get(sequence)) is None:
             return
         self.scheduler.remove(sequence)
         self.metrics.count_end(sequence)
-        if not any(other in self._owners for other in request.sequences):
-            self.attended -= request.attended
+        if request.finished:
+            self.attended.discard(request)
             request.ended(request)
+        del self._owners[sequence]  # at last: what was interrupted is settled again
 
     def _is_fatal(self, error: Exception) -> bool:
         """Whether the device itself has failed: then nothing runs on it any more."""

@@ -26,14 +26,21 @@ def finish(worker: Worker, requests: Sequence[Request], show: bool) -> None:
     """Wait for requests that run together; the first error ends them all and is raised."""
     ended: queue.SimpleQueue[Request] = queue.SimpleQueue()
     for request in requests:
-        request.ended = ended.put
+        request.ended, request.attended = ended.put, not worker.inline
+    waiting = set(requests)
+    progress = tqdm(total=len(requests), unit="prompt") if show else None  # it starts a thread
     try:
         worker.add(requests)
-        # a bar that is not shown would start a thread all the same
-        for _ in tqdm(requests, unit="prompt") if show else requests:
-            if (error := ended.get().error) is not None:
-                raise error
+        while waiting:
+            request = worker.wait(ended)
+            if request.error is not None:
+                raise request.error
+            waiting.discard(request)
+            if progress is not None:
+                progress.update(len(requests) - len(waiting) - progress.n)
     finally:
+        if progress is not None:
+            progress.close()
         _leave(worker, requests)
 
 
@@ -42,10 +49,10 @@ def stream(worker: Worker, request: Request) -> Iterator[Delta]:
     arrived: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
     for sequence in request.sequences:
         sequence.deliver = arrived.put
-    request.ended = lambda _: arrived.put(None)
+    request.ended, request.attended = lambda _: arrived.put(None), not worker.inline
     try:
         worker.add([request])
-        while (delta := arrived.get()) is not None:
+        while (delta := worker.wait(arrived)) is not None:
             yield delta
         if request.error is not None:
             raise request.error

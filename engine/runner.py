@@ -82,10 +82,10 @@ class Runner:
         )  # [count, D]
         following = upload(sequence.prompt_ids[start + 1 : end + 1], self.device)
         if sequence.score_only:
-            sequence.scores += prompt_scores(self.model, hidden, following)
+            sequence.scores[start:] = prompt_scores(self.model, hidden, following)
         if (top := sequence.params.prompt_logprobs) is not None:
             entries = prompt_logprobs(self.model, hidden, following, top, self._tokenizer)
-            sequence.prompt_logprobs = (sequence.prompt_logprobs or [None]) + entries
+            sequence.prompt_logprobs = (sequence.prompt_logprobs or [None])[: start + 1] + entries
         sequence.prefilled = end
         sequence.written = max(sequence.written, end)
         if sequence.score_only or not sequence.is_prefilled:
@@ -115,6 +115,17 @@ class Runner:
         padded += [[NO_DRAFT] * (width - 1)] * (len(slots) - len(drafts))
         ids = self._verify(slots, upload(padded, self.device), features)
         return self._launch(sequences, ids, drafts=drafts)
+
+    def rewind(self, sequence: TokenSequence) -> None:
+        """Let the next step go on from where the host knows that a sequence stands."""
+        assert sequence.slot is not None
+        if sequence.is_taking:
+            raise RuntimeError("interrupted in the midst of a token")
+        sequence.in_flight = 0
+        if sequence.output_ids:
+            self.state.admit(sequence.slot, sequence)
+        else:
+            sequence.prefilled = sequence.reused = 0
 
     def draft_width(self, rows: int) -> int:
         """Tokens of each of so many rows that one pass over the weights verifies.

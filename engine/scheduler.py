@@ -5,7 +5,6 @@ prompt, is prefilled chunk by chunk, then takes part in every decode step until 
 decodes waits for one chunk at most between two tokens.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 from gemcut.engine.prefixes import Held, Ring
@@ -34,7 +33,7 @@ class Scheduler:
         self.num_slots, self.prefill_chunk = num_slots, prefill_chunk
         self._ring, self._reuse_prefixes = ring, reuse_prefixes
         self._free = {slot: Held() for slot in range(num_slots)}  # the longest unused first
-        self._waiting: deque[TokenSequence] = deque()
+        self._waiting: dict[TokenSequence, None] = {}  # in the order of arrival
         self._running: dict[int, TokenSequence] = {}  # by slot, in the order of admission
         self.admitted = 0  # sequences that ever left the queue, cancelled ones too
 
@@ -67,7 +66,7 @@ class Scheduler:
         return [*self._running.values(), *self._waiting]
 
     def add(self, sequence: TokenSequence) -> None:
-        self._waiting.append(sequence)
+        self._waiting[sequence] = None
 
     def prefilling(self) -> TokenSequence | None:
         """The sequence of which a chunk is due: one at a time, in order."""
@@ -82,8 +81,7 @@ class Scheduler:
         """
         if not (self._waiting and self._free):
             return None
-        sequence = self._waiting.popleft()
-        self.admitted += 1
+        sequence = next(iter(self._waiting))
         slot, source, reused, written = next(iter(self._free)), None, 0, 0
         if self._reuse_prefixes and sequence.may_reuse:
             held = self._free | {number: s.held() for number, s in self._running.items()}
@@ -102,6 +100,8 @@ class Scheduler:
         del self._free[slot]
         sequence.place(slot, reused, written)
         self._running[slot] = sequence
+        del self._waiting[sequence]
+        self.admitted += 1
         return Placement(sequence, slot, reused, source)
 
     def empty_slot(self) -> int | None:
@@ -114,10 +114,19 @@ class Scheduler:
 
     def remove(self, sequence: TokenSequence) -> None:
         """Forget a sequence that has ended or was cancelled; its slot is free again."""
-        if sequence.slot is None:
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
-                self.admitted += 1
-        elif self._running.get(sequence.slot) is sequence:
+        if sequence in self._waiting:
+            del self._waiting[sequence]
+            self.admitted += 1
+        if sequence.slot is not None and self._running.get(sequence.slot) is sequence:
             del self._running[sequence.slot]
             self._free[sequence.slot] = sequence.held()
+
+    def recover(self) -> None:
+        """Make whole what an interrupted call left half done: no slot and no sequence is lost."""
+        for sequence in list(self._waiting):
+            if sequence.slot is not None:  # it had been placed
+                self._running.pop(sequence.slot, None)
+                sequence.slot = None
+        for slot in range(self.num_slots):
+            if slot not in self._free and slot not in self._running:
+                self._free[slot] = Held()

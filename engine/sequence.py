@@ -41,6 +41,7 @@ class TokenSequence:
     reused: int = 0  # tokens of the prompt that the slot held already
     prefilled: int = 0  # tokens of the prompt in the cache
     in_flight: int = 0  # tokens chosen on the device that the host has not read
+    is_taking: bool = False  # it is taking a token; if that was interrupted, it cannot go on
     written: int = 0  # positions of the slot that were ever written
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -115,14 +116,18 @@ class TokenSequence:
 
         -1 stands for a token that could not be chosen: it ends the sequence with an error.
         """
-        for count, token_id in enumerate(token_ids):
+        self.is_taking = True
+        count = 0
+        for token_id in token_ids:
             if self.finished:
-                return count
+                break
             if token_id < 0:
                 self.fail(ValueError("no token is left: logits are NaN, or all are banned"))
-                return count
+                break
             self.append(token_id, logprobs)
-        return len(token_ids)
+            count += 1
+        self.is_taking = False
+        return count
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Take the token that was chosen; it may be the last."""

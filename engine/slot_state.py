@@ -47,13 +47,15 @@ class SlotState:
         self._biased: set[int] = set()
 
     def admit(self, slot: int, sequence: TokenSequence) -> None:
-        """Write the settings of a sequence whose whole prompt is in the cache."""
+        """Write where a sequence stands, whose prompt is in the cache, and its settings."""
         params = sequence.params
+        newest = sequence.output_ids[-1] if sequence.output_ids else 0
         last = len(sequence.prompt_ids) - 1
         first_end = len(sequence.prompt_ids) + params.min_tokens
         top_k = max(int(params.top_k), 0)
         # the order of `gather`; float: a number of NumPy is none to torch
-        integers = [0, last, last + sequence.max_tokens, top_k, sequence.seed, first_end]
+        integers = [newest, sequence.length - 1, last + sequence.max_tokens]
+        integers += [top_k, sequence.seed, first_end]
         floats = [params.temperature, params.top_p, params.min_p]
         floats += [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
         self.integers[:, slot] = upload(integers, self.device)
@@ -61,6 +63,9 @@ class SlotState:
 
         if "penalties" in sequence.uses:
             self.output_counts[slot] = 0
+            if sequence.output_ids:
+                ids = upload(sequence.output_ids, self.device)
+                self.output_counts[slot] = ids.bincount(minlength=self.vocab_size)
             self._mark(self.in_prompt[slot], sequence.prompt_ids)
         if slot in self._biased:
             self.bias[slot] = 0

@@ -1,14 +1,19 @@
-"""The one thread that touches the device, and how others ask something of it.
+"""Who makes the steps, and how others ask something of it.
 
-Everything is asked through a queue: new requests, cancellations, a single step.  While a caller
-waits for a request the thread makes steps, and looks at the queue before each.  So no lock is held
-during a step, Ctrl-C never falls into one, and a consumer may leave at any time, even from within a
-destructor.
+One thread at a time drives the engine.  On a GPU that is a thread of the engine's own.  On a CPU a
+caller that waits drives it itself, as long as nobody else does: there a step in a second thread
+takes up to twice as long, since each has its own team of OpenMP threads and its own heap.  Only
+where several wait, or an event loop does, the engine's thread takes over.
+
+Everything is asked through a queue: new requests, cancellations, a single step.  Whoever drives
+looks at it before each step.  So nobody needs a lock during a step, and a consumer may leave at any
+time, even from within a destructor.  A step that Ctrl-C has interrupted is made again.
 """
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -27,17 +32,25 @@ class QueueFullError(RuntimeError):
 
 
 class Worker:
-    """Owns a core.  Its thread begins with the first request and ends with `stop`."""
+    """Owns a core.  Its thread begins when it is first needed and ends with `stop`."""
 
     def __init__(self, core: Core, max_waiting: int | None = None) -> None:
         self._core, self._max_waiting = core, max_waiting
-        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        # Held for moments, and never by the thread.  Reentrant: the garbage collector may end an
-        # abandoned stream, which cancels its request, wherever it likes.
+        self.inline = core.runner.device.type == "cpu"  # callers may drive
+        self._commands: deque[Callable[[], object]] = deque()
+        # Held for moments.  Reentrant: the garbage collector may end an abandoned stream, which
+        # cancels its request, wherever it likes.
         self._lock = threading.RLock()
+        self._turn = threading.Lock()  # of whoever drives
+        self._driver: threading.Thread | None = None
+        self._blocked = 0  # callers that wait while another drives
+        self._interrupted = False  # the last step was not finished
         self._thread: threading.Thread | None = None
+        self._wake_ups: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._submitted = 0  # completions
         self.stopped = False
+
+    # What is asked
 
     @property
     def waiting(self) -> int:
@@ -62,66 +75,133 @@ class Worker:
             for request in requests:
                 self._put(partial(self._core.add, request))
             self._submitted += count
+        if any(request.attended for request in requests):
+            self._wake_thread()
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """End these where they stand; a slot is free before the next step."""
-        for request in requests:
-            self._commands.put(partial(self._core.cancel, request))
+        """End these where they stand; their slots are free before the next step."""
+        self._commands.extend(partial(self._core.cancel, request) for request in requests)
+        if requests and not self.inline:
+            self._wake_ups.put(True)
 
     def call(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, done by the thread between two steps."""
+        """What `work` returns or raises, done between two steps."""
         answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
         def answered() -> None:
             try:
                 answer.put((work(), None))
-            except BaseException as error:
+            except Exception as error:
                 answer.put((None, error))
 
         self._put(answered)
-        result, error = answer.get()
+        result, error = self.wait(answer)
         if error is not None:
             raise error
         return result  # pyright: ignore[reportReturnType]  # None only where T is
 
+    def wait(self, answer: "queue.SimpleQueue[T]") -> T:
+        """The next thing put there; until it comes, steps are made here or elsewhere."""
+        with self._lock:
+            may_drive = self.inline or self._thread is None
+            drives = may_drive and self._turn.acquire(blocking=False)
+            self._blocked += not drives
+        try:
+            return self._drive_until(answer) if drives else answer.get()
+        finally:
+            with self._lock:
+                if not drives:
+                    self._blocked -= 1
+                else:
+                    self._driver = None
+                    self._turn.release()
+                    if self._blocked or self._core.attended:
+                        self._wake_thread()
+
     def stop(self) -> None:
         """End every request and the thread; whoever calls afterwards is refused."""
+        closed: queue.SimpleQueue[bool] = queue.SimpleQueue()
         with self._lock:
-            self.stopped = True
-            self._commands.put(None)
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            is_first, self.stopped = not self.stopped, True
+            if is_first:
+                self._commands.append(self._core.close)
+                self._commands.append(partial(closed.put, True))
+        if not is_first or self._driver is threading.current_thread():
+            return  # in the midst of a step: its driver will find it
+        self._wake_ups.put(True)
+        self.wait(closed)
+        self._wake_ups.put(False)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # What is done; by the driver alone
 
     def step(self) -> None:
-        """One step, counted."""
+        """One step, counted; whatever breaks the core itself ends every request."""
         started = time.perf_counter()
-        self._core.step()
+        try:
+            if self._interrupted:
+                self._core.recover()
+            self._interrupted = True
+            self._core.step()
+        except Exception as error:  # a mistake of ours: nobody may wait for ever
+            self._core.die(error)
+        self._interrupted = False
         self._core.metrics.busy_seconds += time.perf_counter() - started
 
-    def _put(self, command: Callable[[], object]) -> None:
-        with self._lock:
-            self.check_open()
-            if self._thread is threading.current_thread():
-                raise RuntimeError("a logits processor must not call its own engine")
-            if self._thread is None or not self._thread.is_alive():  # the latter after a fork
-                self._thread = threading.Thread(target=self._run, name="gemcut", daemon=True)
-                self._thread.start()
-            self._commands.put(command)
+    def _drain(self) -> None:
+        """Do what was asked for; what Ctrl-C interrupts is done again."""
+        while self._commands:
+            self._commands[0]()
+            self._commands.popleft()
+
+    @torch.inference_mode()
+    def _drive_until(self, answer: "queue.SimpleQueue[T]") -> T:
+        self._driver = threading.current_thread()
+        while True:
+            self._drain()
+            try:
+                return answer.get_nowait()
+            except queue.Empty:
+                self.step()
 
     @torch.inference_mode()
     def _run(self) -> None:
         # the device on which Triton launches
         with torch.accelerator.device_index(self._core.runner.device.index):
-            while True:
-                try:
-                    command = self._commands.get(block=not self._core.attended)
-                except queue.Empty:
-                    command = self.step
-                if command is None:
-                    self._core.close()
-                    return
-                try:
-                    command()
-                except Exception as error:  # a mistake of ours: nobody may wait for ever
-                    self._core.die(error)
+            while self._wake_ups.get():
+                self._turn.acquire()
+                self._driver = threading.current_thread()
+                while not self._leaves():
+                    self._drain()
+                    if self._core.is_busy:
+                        self.step()
+                    else:  # somebody has an answer and has not seen it yet
+                        time.sleep(0)
+
+    def _leaves(self) -> bool:
+        """Give the turn back where nobody waits for another step."""
+        with self._lock:
+            if self._core.attended or self._blocked or self._commands:
+                return False
+            self._driver = None
+            self._turn.release()
+            return True
+
+    # Both sides
+
+    def _put(self, command: Callable[[], object]) -> None:
+        with self._lock:
+            self.check_open()
+            if self._driver is threading.current_thread():
+                raise RuntimeError("a logits processor must not call its own engine")
+            self._commands.append(command)
+        if not self.inline:
+            self._wake_thread()
+
+    def _wake_thread(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():  # the latter after a fork
+                self._thread = threading.Thread(target=self._run, name="gemcut", daemon=True)
+                self._thread.start()
+        self._wake_ups.put(True)

@@ -77,7 +77,7 @@ def _run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> No
     core = engine._core
     for request in engine._builder.batch(prompts, params)[0]:
         core.add(request)
-    while core.attended:
+    while core.is_busy:
         core.step()
 
 

@@ -38,10 +38,11 @@ class PlainGraphs(Graphs):
 
 
 def run_as_on_a_gpu(engine: Engine) -> None:
-    """Replayed steps, each read when the next one is under way."""
+    """Replayed steps, each read when the next one is under way, in a thread of their own."""
     if engine.model.device.type == "cpu":
         engine._core.runner.graphs = PlainGraphs()
         engine._core.depth = 1
+        engine._worker.inline = False
 
 
 def dictate(token_ids: Sequence[int]):

@@ -98,21 +98,31 @@ def _locked(numbers, lock):
         yield number
 
 
-def test_one_thread_serves_and_ends_with_the_engine(folder):
+by_driver = pytest.mark.parametrize("late", [False, True], ids=["callers-drive", "own-thread"])
+
+
+@by_driver
+def test_one_thread_at_most_serves_and_ends_with_the_engine(folder, late):
     before = len(engine_threads())
     engine = Engine.from_pretrained(folder, dtype="float32")
+    if late:
+        run_as_on_a_gpu(engine)
     assert len(engine_threads()) == before  # none before it has work
     engine.generate("x", SamplingParams(max_tokens=2))
     engine.generate("x", SamplingParams(max_tokens=2))
-    assert len(engine_threads()) == before + 1
+    own = late or engine.model.device.type == "cuda"
+    assert len(engine_threads()) == before + own
     engine.close()
     engine.close()
     assert len(engine_threads()) == before
 
 
-def test_an_engine_that_nobody_holds_is_collected_with_its_thread(folder):
+@by_driver
+def test_an_engine_that_nobody_holds_is_collected_with_its_thread(folder, late):
     before = len(engine_threads())
     engine = Engine.from_pretrained(folder, dtype="float32")
+    if late:
+        run_as_on_a_gpu(engine)
     stream = engine.stream("x", ENDLESS)
     next(stream)
     cache = weakref.ref(engine.cache)
@@ -121,6 +131,27 @@ def test_an_engine_that_nobody_holds_is_collected_with_its_thread(folder):
     assert len(engine_threads()) == before
     gc.collect()
     assert cache() is None
+
+
+def test_callers_hand_the_turn_to_each_other(folder):
+    """Two that wait on a CPU: one drives, and when it has its text the engine's thread does."""
+    with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32") as engine:
+        long = SamplingParams(max_tokens=100, ignore_eos=True)
+        short = SamplingParams(max_tokens=5, ignore_eos=True)
+        lengths: list[int] = []
+
+        def call(params: SamplingParams) -> None:
+            lengths.append(len(engine.generate("x", params).token_ids))
+
+        for _ in range(5):
+            threads = [threading.Thread(target=call, args=(p,)) for p in (short, long, short)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(timeout=30)
+                assert not thread.is_alive()
+        assert sorted(lengths) == [5] * 10 + [100] * 5
+        assert_serves(engine)
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "1 / 0"])
