@@ -167,6 +167,7 @@ class Core:
         """Undo what an interrupted step had begun: the host says where each sequence stands."""
         self._in_flight.clear()
         for sequence in list(self._owners):
+            sequence.fail_if_interrupted()
             self._settle(sequence)
         self.scheduler.recover()
         for sequence in self.scheduler.running:

@@ -167,6 +167,12 @@ class TokenSequence:
         if not self.finished:
             self.error = error
 
+    def fail_if_interrupted(self) -> None:
+        """End it if it was taking a token: nobody knows what of it has been delivered."""
+        if self.is_taking:
+            self.finish_reason = None
+            self.error = RuntimeError("interrupted in the midst of a token")
+
     def _rest(self) -> str:
         """Text that was held back: it can no longer become a character or a stop string."""
         if isinstance(self.stop_reason, str):

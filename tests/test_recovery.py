@@ -1,0 +1,100 @@
+"""Ctrl-C at any line of the engine: whoever asked is told, and everyone else gets what is theirs.
+
+On a CPU the main thread may drive the engine for others.  Here a trace function raises
+KeyboardInterrupt at the n-th line that it executes inside the engine, for one n after another.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from engines import assert_serves
+
+from gemcut.engine import Engine, SamplingParams
+
+FOLDER = str(Path(sys.modules["gemcut.engine"].__file__).parent)
+FILES = {
+    f"{FOLDER}/{name}.py" for name in ("core", "runner", "scheduler", "slot_state", "sequence")
+}
+SETTINGS = {
+    "greedy": {"temperature": 0},
+    "penalised": {"seed": 3, "repetition_penalty": 1.5, "frequency_penalty": 0.5},
+    "stopped": {"seed": 5, "logit_bias": {9: 2.0}, "stop": ["zzz"], "min_tokens": 4},
+    "guessed": {"temperature": 0, "prompt_lookup_num_tokens": 4},
+}
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt at the n-th line of a step, once; counts lines where n is None."""
+
+    def __init__(self, n: int | None) -> None:
+        self.n, self.lines, self._in_step = n, 0, 0
+
+    def __enter__(self) -> "InterruptAt":
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame, event, arg):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if frame.f_code.co_name in ("step", "add", "cancel") and "core" in frame.f_code.co_filename:
+            return self._line
+        return self._line if self._within(frame) else None
+
+    def _within(self, frame) -> bool:
+        """Whether a step is being made: what a caller does before is its own affair."""
+        while frame is not None:
+            if frame.f_code.co_filename.endswith("core.py"):
+                return True
+            frame = frame.f_back
+        return False
+
+    def _line(self, frame, event, arg):
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.n:
+                raise KeyboardInterrupt
+        return self._line
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    options = {"max_batch_size": 2, "prefill_chunk": 8, "dtype": "float32", "device": "cpu"}
+    with Engine.from_pretrained(folder, **options) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_an_interrupted_step_harms_no_other(engine, setting):
+    """The main thread drives for itself and for a stream that it began before."""
+    params = SamplingParams(max_tokens=6, ignore_eos=True, **SETTINGS[setting])
+    prompts = ["Once upon a time there was", "It was"]
+    alone = [engine.generate(prompt, params).token_ids for prompt in prompts]
+
+    def run(n: int | None) -> int:
+        other = engine.stream(prompts[0], params)
+        ids = next(other).token_ids
+        with InterruptAt(n) as interrupt:
+            if n is None:
+                assert engine.generate(prompts[1], params).token_ids == alone[1]
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    engine.generate(prompts[1], params)
+        try:
+            for delta in other:
+                ids = ids + delta.token_ids
+            assert ids == alone[0], n
+        except RuntimeError as error:  # half a token was taken: that one cannot go on
+            assert str(error) == "interrupted in the midst of a token", n
+            assert ids == alone[0][: len(ids)], n
+        assert_serves(engine)
+        assert engine._scheduler.free_slots == 2, n
+        return interrupt.lines
+
+    lines = run(None)
+    assert lines > 300
+    for n in range(1, lines + 1, max(1, lines // 40)):
+        run(n)
