@@ -9,7 +9,7 @@ On a GPU a step's tokens are read when the next step is under way.  A sequence t
 by then: what that step chose for it is dropped.  Where the host must know a token before the next
 step (logits processors, log-probabilities, drafts), and on a CPU, it is read at once.
 
-A core belongs to one thread (worker.py).
+One thread at a time calls a core (worker.py).
 """
 
 from collections import deque

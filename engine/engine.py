@@ -1,12 +1,12 @@
 """Engine: prompts in, text out.
 
-A call checks its prompts, makes a request of each and waits for what becomes of it; all else
-happens in one thread of the engine's own:
+A call checks its prompts, makes a request of each and waits for what becomes of it:
 
     prompt -> prompts.encode -> Request -> worker -> core.step -> scheduler -> runner
            -> steps (model, sampler) -> sequence.take -> delivery -> caller
 
-Any number of threads and asyncio tasks may call one engine.  Their requests share the decode batch.
+Any number of threads and asyncio tasks may call one engine.  Their requests share the decode batch;
+worker.py says which thread makes the steps.
 """
 
 import sys

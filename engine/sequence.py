@@ -94,8 +94,6 @@ class TokenSequence:
 
     def held(self) -> Held:
         """What its slot can offer to others: all tokens but the newest, which is not computed."""
-        if self.error is not None:  # whatever failed may have left it half done
-            return Held(written=self.max_seq_len)
         return Held(self.prompt_ids[: self.prefilled] + self.output_ids[:-1], self.written)
 
     @property

@@ -1,5 +1,6 @@
 """What a slot holds is not computed again, and never what it has lost."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -143,14 +144,22 @@ def test_what_must_see_the_whole_prompt_reuses_nothing(engine):
     assert torch.tensor(logprobs).isfinite().all()
 
 
-def test_a_prompt_that_failed_leaves_nothing_to_reuse(engine, monkeypatch):
+def test_of_a_prompt_that_failed_whole_chunks_are_of_use(engine, monkeypatch):
+    """Chunks of 8: the third fails in its last layer."""
     prompt = [2, *range(30, 60)]
+    expected = engine.generate(prompt, GREEDY).token_ids
+    engine.generate([2, *range(100, 140)], replace(GREEDY, n=3))  # in every slot
+    geglu, calls = engine.model.ops.geglu, iter(range(10**6))
 
     def fails(*args, **kwargs):
-        raise RuntimeError("half done")
+        if next(calls) == 3 * engine.config.num_layers - 1:
+            raise RuntimeError("half done")
+        return geglu(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.model.ops, "geglu", fails)
         with pytest.raises(RuntimeError, match="half done"):
             engine.generate(prompt, GREEDY)
-    assert engine.generate(prompt, GREEDY).metrics.reused_prefix_tokens == 0
+    again = engine.generate(prompt, GREEDY)
+    assert again.metrics.reused_prefix_tokens == 16
+    assert again.token_ids == expected

@@ -83,13 +83,14 @@ def test_an_interrupted_step_harms_no_other(engine, setting):
             else:
                 with pytest.raises(KeyboardInterrupt):
                     engine.generate(prompts[1], params)
+        failed = None
         try:
             for delta in other:
                 ids = ids + delta.token_ids
-            assert ids == alone[0], n
         except RuntimeError as error:  # half a token was taken: that one cannot go on
-            assert str(error) == "interrupted in the midst of a token", n
-            assert ids == alone[0][: len(ids)], n
+            failed = str(error)
+        assert failed in (None, "interrupted in the midst of a token"), n
+        assert ids == (alone[0] if failed is None else alone[0][: len(ids)]), n
         assert_serves(engine)
         assert engine._scheduler.free_slots == 2, n
         return interrupt.lines
