@@ -33,6 +33,8 @@ def choose(
     -> ids [B] and what speaks for them, float32 [B]: not finite where a row had nothing to choose,
     as of NaN logits, or where all tokens are banned.
     """
+    if features == GREEDY:
+        return _scored(ops.sample(logits), logits)
     integers = state.integers.index_select(1, slots)
     floats = state.floats.index_select(1, slots)
     *_, top_k, seeds, first_end = integers.unbind()
@@ -68,6 +70,10 @@ def choose(
         cells = slots * state.vocab_size + chosen
         ones = torch.ones_like(cells, dtype=state.output_counts.dtype)
         state.output_counts.view(-1).scatter_add_(0, cells, ones)
+    return _scored(chosen, logits)
+
+
+def _scored(chosen: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
 
 
