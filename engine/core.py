@@ -202,8 +202,6 @@ class Core:
 
     def _is_fatal(self, error: Exception) -> bool:
         """Whether the device itself has failed: then nothing runs on it any more."""
-        if isinstance(error, torch.OutOfMemoryError):
-            return False
         if isinstance(error, torch.AcceleratorError):
             return True
         try:  # Triton's errors are plain ones, and a fault may show anywhere

@@ -1,7 +1,7 @@
 """What an engine says of itself, read by Prometheus' own parser."""
 
 import pytest
-from engines import PlainGraphs
+from engines import PlainGraphs, run_as_on_a_gpu
 from prometheus_client.parser import text_string_to_metric_families
 
 from gemcut.engine import Engine, SamplingParams
@@ -16,7 +16,11 @@ def engine(folder):
         yield engine
 
 
-def test_counts_are_what_was_done(engine):
+@pytest.mark.parametrize("late", [False, True], ids=["read-at-once", "read-late"])
+def test_counts_are_what_was_done(engine, late):
+    """Read late too no step is made for a token that nobody wants."""
+    if late:
+        run_as_on_a_gpu(engine)
     prompt = [2, *range(30, 50)]
     engine.generate(prompt, SamplingParams(max_tokens=9, ignore_eos=True))
     metrics = engine.metrics()
