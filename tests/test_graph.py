@@ -42,6 +42,18 @@ def test_replayed_steps_give_what_plain_ones_give(folder, kind):
         assert len(graphs) == captured
 
 
+def test_kinds_of_steps_have_graphs_of_their_own(folder):
+    """One engine, all kinds one after the other and beside each other."""
+    params = [SamplingParams(max_tokens=9, ignore_eos=True, **kind) for kind in KINDS.values()]
+    options = {"max_batch_size": 3, "reuse_prefixes": False, "dtype": "float32"}
+    with Engine.from_pretrained(folder, **options) as engine:
+        alone = [engine.generate(PROMPTS[0], one).token_ids for one in params]
+        engine._core.runner.graphs = PlainGraphs()
+        assert [engine.generate(PROMPTS[0], one).token_ids for one in params] == alone
+        together = engine.generate([PROMPTS[0]] * len(params), params)
+        assert [output.token_ids for output in together] == alone
+
+
 def test_after_a_warm_up_nothing_is_captured(folder):
     with Engine.from_pretrained(folder, max_batch_size=3, dtype="float32") as engine:
         engine._core.runner.graphs = PlainGraphs()
