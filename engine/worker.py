@@ -115,7 +115,7 @@ class Worker:
                 else:
                     self._driver = None
                     self._turn.release()
-                    if self._blocked or self._core.attended:
+                    if self._wants_steps:
                         self._wake_thread()
 
     def stop(self) -> None:
@@ -174,15 +174,20 @@ class Worker:
                 self._driver = threading.current_thread()
                 while not self._leaves():
                     self._drain()
-                    if self._core.is_busy:
+                    if self._wants_steps and self._core.is_busy:
                         self.step()
                     else:  # somebody has an answer and has not seen it yet
                         time.sleep(0)
 
+    @property
+    def _wants_steps(self) -> bool:
+        """Whether someone waits for the thread: not whoever makes the steps of `Engine.step`."""
+        return bool(self._core.attended) or (self.inline and self._blocked > 0)
+
     def _leaves(self) -> bool:
         """Give the turn back where nobody waits for another step."""
         with self._lock:
-            if self._core.attended or self._blocked or self._commands:
+            if self._wants_steps or self._commands:
                 return False
             self._driver = None
             self._turn.release()
