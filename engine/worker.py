@@ -140,8 +140,6 @@ class Worker:
         """One step, counted; whatever breaks the core itself ends every request."""
         started = time.perf_counter()
         try:
-            if self._interrupted:
-                self._core.recover()
             self._interrupted = True
             self._core.step()
         except Exception as error:  # a mistake of ours: nobody may wait for ever
@@ -150,9 +148,15 @@ class Worker:
         self._core.metrics.busy_seconds += time.perf_counter() - started
 
     def _drain(self) -> None:
-        """Do what was asked for; what Ctrl-C interrupts is done again."""
+        """Do what was asked for; what Ctrl-C has interrupted, a step or this, is mended first."""
+        if self._interrupted:
+            self._core.recover()
+            self._interrupted = False
         while self._commands:
-            self._commands[0]()
+            try:
+                self._commands[0]()
+            except Exception as error:  # a mistake of ours, as in `step`
+                self._core.die(error)
             self._commands.popleft()
 
     @torch.inference_mode()

@@ -13,9 +13,9 @@ from engines import assert_serves
 from gemcut.engine import Engine, SamplingParams
 
 FOLDER = str(Path(sys.modules["gemcut.engine"].__file__).parent)
-FILES = {
-    f"{FOLDER}/{name}.py" for name in ("core", "runner", "scheduler", "slot_state", "sequence")
-}
+NAMES = ("core", "runner", "scheduler", "slot_state", "sequence", "cache")
+FILES = {f"{FOLDER}/{name}.py" for name in NAMES}
+PLACING = {"admit", "place", "_prefill", "copy_prefix"}  # where a slot and its tokens change hands
 SETTINGS = {
     "greedy": {"temperature": 0},
     "penalised": {"seed": 3, "repetition_penalty": 1.5, "frequency_penalty": 0.5},
@@ -28,7 +28,8 @@ class InterruptAt:
     """Raises KeyboardInterrupt at the n-th line of a step, once; counts lines where n is None."""
 
     def __init__(self, n: int | None) -> None:
-        self.n, self.lines, self._in_step = n, 0, 0
+        self.n, self.lines = n, 0
+        self.placing: list[int] = []  # the lines at which a slot is given out
 
     def __enter__(self) -> "InterruptAt":
         sys.settrace(self._call)
@@ -55,6 +56,8 @@ class InterruptAt:
     def _line(self, frame, event, arg):
         if event == "line":
             self.lines += 1
+            if frame.f_code.co_name in PLACING:
+                self.placing.append(self.lines)
             if self.lines == self.n:
                 raise KeyboardInterrupt
         return self._line
@@ -69,20 +72,29 @@ def engine(folder):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_interrupted_step_harms_no_other(engine, setting):
-    """The main thread drives for itself and for a stream that it began before."""
-    params = SamplingParams(max_tokens=6, ignore_eos=True, **SETTINGS[setting])
-    prompts = ["Once upon a time there was", "It was"]
-    alone = [engine.generate(prompt, params).token_ids for prompt in prompts]
+    """The main thread drives for itself and for a stream that it began before.
 
-    def run(n: int | None) -> int:
+    What both prompts begin with, and is copied from slot to slot, is another for each n.
+    """
+    params = SamplingParams(max_tokens=6, ignore_eos=True, **SETTINGS[setting])
+    options = {"max_batch_size": 1, "reuse_prefixes": False}
+    anew = Engine(engine.model, engine.tokenizer, **options)
+
+    def run(n: int | None) -> InterruptAt:
+        shared = [2, *range(40 + (n or 0) % 300, 49 + (n or 0) % 300)]
+        prompts = [[*shared, 20, 21], [*shared, 30]]
+        alone = [anew.generate(prompt, params).token_ids for prompt in prompts]
         other = engine.stream(prompts[0], params)
         ids = next(other).token_ids
         with InterruptAt(n) as interrupt:
-            if n is None:
+            try:
                 assert engine.generate(prompts[1], params).token_ids == alone[1]
+            except KeyboardInterrupt:
+                interrupted = True
             else:
-                with pytest.raises(KeyboardInterrupt):
-                    engine.generate(prompts[1], params)
+                interrupted = False
+        # with other guesses it takes other steps, perhaps fewer
+        assert interrupted == (n is not None and interrupt.lines >= n)
         failed = None
         try:
             for delta in other:
@@ -93,9 +105,10 @@ def test_an_interrupted_step_harms_no_other(engine, setting):
         assert ids == (alone[0] if failed is None else alone[0][: len(ids)]), n
         assert_serves(engine)
         assert engine._scheduler.free_slots == 2, n
-        return interrupt.lines
+        return interrupt
 
-    lines = run(None)
-    assert lines > 300
-    for n in range(1, lines + 1, max(1, lines // 40)):
+    whole = run(None)
+    assert whole.lines > 300
+    sampled = set(range(1, whole.lines + 1, whole.lines // 40))
+    for n in sorted(sampled | set(whole.placing if setting == "greedy" else ())):
         run(n)
