@@ -45,6 +45,7 @@ from gemcut.bench.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
 from gemcut.engine.checks import check_int, check_number
+from gemcut.engine.loading import in_passing_thread
 
 SIGMA = 0.6  # of a length's logarithm: one in twenty is 2.7 times the median
 PERCENTILES = (50, 90, 99)
@@ -102,7 +103,7 @@ def replay(engine: Engine, trace: Sequence[Arrival], served: list[Served]) -> No
     ]
     # no request should wait for a compiler
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    engine.generate(prompts, params, use_tqdm=False)
+    in_passing_thread(lambda: engine.generate(prompts, params, use_tqdm=False))
     stopped = threading.Event()
     with ThreadPoolExecutor(len(trace)) as threads:
         started = clock()
@@ -225,7 +226,7 @@ def _run_rate(results: Results, setup: Setup, arguments: argparse.Namespace, rat
     }
     served: list[Served] = []
     try:
-        with make_engine(setup, trace, arguments.batch) as engine:
+        with in_passing_thread(lambda: make_engine(setup, trace, arguments.batch)) as engine:
             replay(engine, trace, served)
     except MemoryError as error:
         row |= {"status": NO_MEMORY, "detail": str(error)}

@@ -26,7 +26,7 @@ def finish(worker: Worker, requests: Sequence[Request], show: bool) -> None:
     """Wait for requests that run together; the first error ends them all and is raised."""
     ended: queue.SimpleQueue[Request] = queue.SimpleQueue()
     for request in requests:
-        request.ended, request.attended = ended.put, not worker.inline
+        request.ended, request.attended = ended.put, not worker.drives_here
     waiting = set(requests)
     progress = tqdm(total=len(requests), unit="prompt") if show else None  # it starts a thread
     try:
@@ -49,7 +49,7 @@ def stream(worker: Worker, request: Request) -> Iterator[Delta]:
     arrived: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
     for sequence in request.sequences:
         sequence.deliver = arrived.put
-    request.ended, request.attended = lambda _: arrived.put(None), not worker.inline
+    request.ended, request.attended = lambda _: arrived.put(None), not worker.drives_here
     try:
         worker.add([request])
         while (delta := worker.wait(arrived)) is not None:

@@ -25,7 +25,7 @@ from gemcut.engine.checks import check_int
 from gemcut.engine.config import GemmaConfig
 from gemcut.engine.core import Core
 from gemcut.engine.hub import resolve_checkpoint
-from gemcut.engine.loading import choose_device, choose_dtype, choose_ops
+from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, in_passing_thread
 from gemcut.engine.memory import Build
 from gemcut.engine.metrics import costs, prometheus_text, snapshot
 from gemcut.engine.model import Gemma
@@ -132,17 +132,21 @@ class Engine:
         eos_ids = stop_token_ids(folder, config)
         build = Build(config, target, weights_dtype, op_table, prefill_chunk)
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
-        weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
-        return cls(
-            Gemma(config, weights, op_table),
-            tokenizer,
-            eos_ids=eos_ids,
-            max_batch_size=slots,
-            max_seq_len=length,
-            prefill_chunk=prefill_chunk,
-            reuse_prefixes=reuse_prefixes,
-            max_waiting=max_waiting,
-        )
+
+        def load() -> Engine:
+            weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
+            return cls(
+                Gemma(config, weights, op_table),
+                tokenizer,
+                eos_ids=eos_ids,
+                max_batch_size=slots,
+                max_seq_len=length,
+                prefill_chunk=prefill_chunk,
+                reuse_prefixes=reuse_prefixes,
+                max_waiting=max_waiting,
+            )
+
+        return in_passing_thread(load) if target.type == "cpu" else load()
 
     # Callers
 

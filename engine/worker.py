@@ -1,9 +1,8 @@
 """Who makes the steps, and how others ask something of it.
 
-One thread at a time drives the engine.  On a GPU that is a thread of the engine's own.  On a CPU a
-caller that waits drives it itself, as long as nobody else does: there a step in a second thread
-takes up to twice as long, since each has its own team of OpenMP threads and its own heap.  Only
-where several wait, or an event loop does, the engine's thread takes over.
+One thread at a time drives the engine, as a rule one of the engine's own.  On a CPU the main thread
+drives it itself while it waits, as long as nobody else does: every thread that computes there keeps
+a team of OpenMP threads, and where the teams outnumber the cores, steps take twice as long.
 
 Everything is asked through a queue: new requests, cancellations, a single step.  Whoever drives
 looks at it before each step.  So nobody needs a lock during a step, and a consumer may leave at any
@@ -36,7 +35,7 @@ class Worker:
 
     def __init__(self, core: Core, max_waiting: int | None = None) -> None:
         self._core, self._max_waiting = core, max_waiting
-        self.inline = core.runner.device.type == "cpu"  # callers may drive
+        self.inline = core.runner.device.type == "cpu"  # the main thread may drive
         self._commands: deque[Callable[[], object]] = deque()
         # Held for moments.  Reentrant: the garbage collector may end an abandoned stream, which
         # cancels its request, wherever it likes.
@@ -56,6 +55,11 @@ class Worker:
     def waiting(self) -> int:
         """Completions that have no slot yet."""
         return self._submitted - self._core.scheduler.admitted
+
+    @property
+    def drives_here(self) -> bool:
+        """Whether this thread makes the steps that it waits for."""
+        return self.inline and threading.current_thread() is threading.main_thread()
 
     def check_open(self) -> None:
         """Nothing, or RuntimeError where nobody answers any more."""
@@ -81,7 +85,7 @@ class Worker:
     def cancel(self, requests: Sequence[Request]) -> None:
         """End these where they stand; their slots are free before the next step."""
         self._commands.extend(partial(self._core.cancel, request) for request in requests)
-        if requests and not self.inline:
+        if requests and not self.drives_here:
             self._wake_ups.put(True)
 
     def call(self, work: Callable[[], T]) -> T:
@@ -103,7 +107,7 @@ class Worker:
     def wait(self, answer: "queue.SimpleQueue[T]") -> T:
         """The next thing put there; until it comes, steps are made here or elsewhere."""
         with self._lock:
-            may_drive = self.inline or self._thread is None
+            may_drive = self.drives_here or self._thread is None
             drives = may_drive and self._turn.acquire(blocking=False)
             self._blocked += not drives
         try:
@@ -205,7 +209,7 @@ class Worker:
             if self._driver is threading.current_thread():
                 raise RuntimeError("a logits processor must not call its own engine")
             self._commands.append(command)
-        if not self.inline:
+        if not self.drives_here:
             self._wake_thread()
 
     def _wake_thread(self) -> None:

@@ -134,7 +134,7 @@ def test_an_engine_that_nobody_holds_is_collected_with_its_thread(folder, late):
 
 
 def test_callers_hand_the_turn_to_each_other(folder):
-    """Two that wait on a CPU: one drives, and when it has its text the engine's thread does."""
+    """On a CPU the main thread drives while it waits, and then the engine's own."""
     with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32") as engine:
         long = SamplingParams(max_tokens=100, ignore_eos=True)
         short = SamplingParams(max_tokens=5, ignore_eos=True)
@@ -145,12 +145,14 @@ def test_callers_hand_the_turn_to_each_other(folder):
 
         for _ in range(5):
             threads = [threading.Thread(target=call, args=(p,)) for p in (short, long, short)]
+            call(short)
             for thread in threads:
                 thread.start()
+            call(short)  # perhaps beside the engine's thread, perhaps before it
             for thread in threads:
                 thread.join(timeout=30)
                 assert not thread.is_alive()
-        assert sorted(lengths) == [5] * 10 + [100] * 5
+        assert sorted(lengths) == [5] * 20 + [100] * 5
         assert_serves(engine)
 
 
