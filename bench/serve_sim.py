@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_int("seed", arguments.seed, 0, 2**63 - 1)
     settings = report_settings(arguments, setup)
     results = Results("serve-sim", settings, setup.device, arguments.json)
-    results.set_ceilings(measure_ceilings(setup.device, setup.dtype))
+    results.set_ceilings(in_passing_thread(lambda: measure_ceilings(setup.device, setup.dtype)))
     try:
         for rate in dict.fromkeys(arguments.rate):
             _run_rate(results, setup, arguments, rate)
