@@ -103,6 +103,8 @@ def test_an_interrupted_step_harms_no_other(engine, setting):
             failed = str(error)
         assert failed in (None, "interrupted in the midst of a token"), n
         assert ids == (alone[0] if failed is None else alone[0][: len(ids)]), n
+        # a slot that claimed what it does not hold would show here
+        assert engine.generate(prompts[1], params).token_ids == alone[1], n
         assert_serves(engine)
         assert engine._scheduler.free_slots == 2, n
         return interrupt

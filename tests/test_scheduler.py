@@ -125,3 +125,19 @@ def test_a_cancelled_sequence_leaves_the_queue_and_its_slot():
     scheduler.remove(first)
     assert scheduler.admit().sequence is third
     assert (scheduler.waiting, scheduler.admitted, scheduler.free_slots) == (0, 3, 0)
+
+
+def test_an_admission_that_was_interrupted_is_made_again():
+    """Before the queue forgot the sequence, and before its slot was anyone's."""
+    scheduler = Scheduler(2, 8)
+    sequence = Stub(LONG)
+    scheduler.add(sequence)
+    scheduler.admit()
+    scheduler._waiting[sequence] = None
+    scheduler.recover()
+    assert (sequence.slot, scheduler.waiting, scheduler.free_slots) == (None, 1, 2)
+    del scheduler._free[0]
+    scheduler.recover()
+    assert scheduler.free_slots == 2
+    assert scheduler.admit().sequence is sequence
+    assert (scheduler.waiting, scheduler.free_slots) == (0, 1)
