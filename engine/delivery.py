@@ -1,4 +1,4 @@
-"""From the worker's thread to whoever waits: a thread, an asyncio task, or another scheduler.
+"""From whoever makes the steps to whoever waits: a thread, an asyncio task, or another scheduler.
 
 What is delivered is queued, so a consumer that pauses delays nobody, and one that leaves cancels
 its request.
