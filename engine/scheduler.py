@@ -58,8 +58,9 @@ class Scheduler:
     @property
     def held_tokens(self) -> int:
         """Tokens in the cache, of those that run and of those that have ended."""
-        running = sum(s.length for s in self._running.values())
-        return running + sum(len(held.token_ids) for held in self._free.values())
+        # copies: other threads ask this too, while slots change hands
+        running, free = list(self._running.values()), list(self._free.values())
+        return sum(s.length for s in running) + sum(len(held.token_ids) for held in free)
 
     def all(self) -> list[TokenSequence]:
         """Those that run and those that wait."""

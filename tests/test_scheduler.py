@@ -141,3 +141,19 @@ def test_an_admission_that_was_interrupted_is_made_again():
     assert scheduler.free_slots == 2
     assert scheduler.admit().sequence is sequence
     assert (scheduler.waiting, scheduler.free_slots) == (0, 1)
+
+
+def test_tokens_may_be_counted_while_slots_change_hands():
+    """Another thread asks: here the slots change in the midst of its count."""
+    scheduler = Scheduler(3, 8)
+
+    class Changing(Stub):
+        @property
+        def length(self) -> int:
+            run(scheduler, OTHER, keep=True)
+            return 9
+
+    scheduler.add(Changing([1]))
+    scheduler.admit()
+    assert scheduler.held_tokens == 9
+    assert scheduler.free_slots == 1
