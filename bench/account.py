@@ -13,7 +13,7 @@ import torch
 
 from gemcut.bench.prefill_cases import visible_pairs
 from gemcut.bench.results import print_table
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.weights import Part, parts
 
 # biases go with their products; of the embedding see above
@@ -55,7 +55,7 @@ class Account:
 
 
 def decode_account(
-    config: GemmaConfig,
+    config: ModelConfig,
     *,
     batch: int,
     context: float,
@@ -83,20 +83,20 @@ def decode_account(
     return Account(**sizes)
 
 
-def _kind(part: Part, config: GemmaConfig) -> str | None:
+def _kind(part: Part, config: ModelConfig) -> str | None:
     if part.field == "embedding":
         return "head" if config.tie_word_embeddings else None
     return KINDS.get(part.field, "norms")
 
 
-def window_of(config: GemmaConfig, layer: int) -> float:
+def window_of(config: ModelConfig, layer: int) -> float:
     """How many tokens a query of `layer` sees at most."""
     if config.sliding_window is None or not config.is_local(layer):
         return math.inf
     return config.sliding_window
 
 
-def prefill_flops(config: GemmaConfig, *, batch: int, tokens: int) -> int:
+def prefill_flops(config: ModelConfig, *, batch: int, tokens: int) -> int:
     """Operations of a prefill of `batch` prompts: products, two for each multiply-and-add.
 
     Attention counts pairs of a query and a key that it sees, twice: for the score and for the

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.cache import PREFILL_CHUNK, layer_capacity
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.kernels import reference
 
 Arguments = dict[str, Any]
@@ -73,7 +73,7 @@ class Shapes:
     """A model's sizes and where its tensors lie."""
 
     def __init__(
-        self, model: str, config: GemmaConfig, device: torch.device, dtype: torch.dtype
+        self, model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size

@@ -23,7 +23,7 @@ from torch._inductor import list_mode_options, list_options
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.rope import Rope
 from gemcut.engine.weights import LayerWeights, Weights
 
@@ -41,7 +41,7 @@ class CompiledGemma:
 
     def __init__(
         self,
-        config: GemmaConfig,
+        config: ModelConfig,
         weights: Weights,
         *,
         batch: int,
@@ -198,7 +198,7 @@ class Kind:
     A local layer's cache is a ring of W places: a full one holds just what is in the window.
     """
 
-    def __init__(self, config: GemmaConfig, is_local: bool, max_seq_len: int, like: Tensor) -> None:
+    def __init__(self, config: ModelConfig, is_local: bool, max_seq_len: int, like: Tensor) -> None:
         self.window = config.sliding_window if is_local else None
         self.capacity = min(max_seq_len, self.window or max_seq_len)
         self.has_softcap = config.attn_softcap is not None
@@ -245,7 +245,7 @@ class Kind:
 
 class Transformer(nn.Module):
     def __init__(
-        self, config: GemmaConfig, weights: Weights, batch: int, max_seq_len: int, flex: bool
+        self, config: ModelConfig, weights: Weights, batch: int, max_seq_len: int, flex: bool
     ) -> None:
         super().__init__()
         self.embedding = table = weights.embedding
@@ -271,7 +271,7 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: GemmaConfig, weights: LayerWeights, kv_cache: Tensor) -> None:
+    def __init__(self, config: ModelConfig, weights: LayerWeights, kv_cache: Tensor) -> None:
         super().__init__()
         self.config, self.weights = config, weights
         self.kv_cache = kv_cache  # [2, B, HK, C, K]: keys, then values

@@ -9,7 +9,7 @@ import torch
 
 from gemcut.bench.random_model import published_config, random_tokenizer, random_weights
 from gemcut.engine.checkpoint import load_checkpoint
-from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.config import PUBLISHED, ModelConfig
 from gemcut.engine.hub import resolve_checkpoint
 from gemcut.engine.loading import choose_device, choose_dtype, choose_ops
 from gemcut.engine.memory import free_bytes
@@ -26,7 +26,7 @@ class Setup:
     def __init__(
         self,
         name: str,  # as reports have it
-        config: GemmaConfig,
+        config: ModelConfig,
         device: torch.device,
         dtype: torch.dtype,
         folder: Path | None = None,
@@ -40,7 +40,7 @@ class Setup:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def whole_config(self) -> GemmaConfig:
+    def whole_config(self) -> ModelConfig:
         """Of the model before layers were cut."""
         return self.config if self.folder is not None else PUBLISHED[self.name]
 
@@ -103,4 +103,4 @@ def choose_setup(arguments: argparse.Namespace) -> Setup:
     # of a folder no more than its name: reports are published
     is_folder = os.path.isdir(os.path.expanduser(model))
     name = os.path.basename(os.path.abspath(folder)) if is_folder else model
-    return Setup(name, GemmaConfig.from_file(folder), device, dtype, folder)
+    return Setup(name, ModelConfig.from_file(folder), device, dtype, folder)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.checks import check_int
-from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.config import PUBLISHED, ModelConfig
 from gemcut.engine.hub import DEMO
 from gemcut.engine.weights import Weights, empty_weights
 from gemcut.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ LOGIT_STD = 3.0
 TOKENIZER = "tokenizer.model"
 
 
-def published_config(name: str, num_layers: int | None = None) -> GemmaConfig:
+def published_config(name: str, num_layers: int | None = None) -> ModelConfig:
     """The config of a published size, cut to its first layers; ValueError for another name."""
     if name not in PUBLISHED:
         raise ValueError(f"--random {name!r} is unknown; there are {', '.join(PUBLISHED)}")
@@ -41,7 +41,7 @@ def published_config(name: str, num_layers: int | None = None) -> GemmaConfig:
 
 
 def random_weights(
-    config: GemmaConfig, *, device: torch.device, dtype: torch.dtype, seed: int = SEED
+    config: ModelConfig, *, device: torch.device, dtype: torch.dtype, seed: int = SEED
 ) -> Weights:
     """Weights made where they are used, the same for the same seed, device and dtype."""
     generator = torch.Generator(device).manual_seed(seed)

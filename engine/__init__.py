@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemcut.engine.config import PUBLISHED, GemmaConfig
+    from gemcut.engine.config import PUBLISHED, ModelConfig
     from gemcut.engine.core import EngineFault
     from gemcut.engine.engine import Engine
     from gemcut.engine.outputs import (
@@ -24,8 +24,8 @@ __all__ = [
     "Delta",
     "Engine",
     "EngineFault",
-    "GemmaConfig",
     "Logprob",
+    "ModelConfig",
     "QueueFullError",
     "RequestMetrics",
     "RequestOutput",

@@ -13,7 +13,7 @@ Left out are the logits of LOGITS_ROWS prompt tokens, which `score` and prompt_l
 
 import torch
 
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.graph import ROWS
 from gemcut.engine.sampling_params import MAX_DRAFT
 from gemcut.kernels.reference import HEAD_ROWS
@@ -31,7 +31,7 @@ MAX_SPLITS, SPLIT = 256, 128
 
 
 def prefill_bytes(
-    config: GemmaConfig, dtype: torch.dtype, T: int, max_seq_len: int, *, is_reference: bool
+    config: ModelConfig, dtype: torch.dtype, T: int, max_seq_len: int, *, is_reference: bool
 ) -> int:
     """The most that a prefill of up to `max_seq_len` tokens holds, in chunks of `T`."""
     T = min(T, max_seq_len)
@@ -41,7 +41,7 @@ def prefill_bytes(
 
 
 def decode_bytes(
-    config: GemmaConfig, dtype: torch.dtype, B: int, max_seq_len: int, *, is_reference: bool
+    config: ModelConfig, dtype: torch.dtype, B: int, max_seq_len: int, *, is_reference: bool
 ) -> int:
     """The most that a decode step of `B` rows holds, the choice of their tokens included.
 
@@ -58,7 +58,7 @@ def decode_bytes(
     return max(layer, _choice_bytes(config, dtype, tokens, is_reference))
 
 
-def _choice_bytes(config: GemmaConfig, dtype: torch.dtype, B: int, is_reference: bool) -> int:
+def _choice_bytes(config: ModelConfig, dtype: torch.dtype, B: int, is_reference: bool) -> int:
     """From the head's product to `B` token ids."""
     V = config.vocab_size
     if not is_reference:
@@ -70,7 +70,7 @@ def _choice_bytes(config: GemmaConfig, dtype: torch.dtype, B: int, is_reference:
 
 
 def _layer_bytes(
-    config: GemmaConfig, dtype: torch.dtype, T: int, max_seq_len: int, is_reference: bool
+    config: ModelConfig, dtype: torch.dtype, T: int, max_seq_len: int, is_reference: bool
 ) -> int:
     """The most that a layer holds for T tokens of one sequence, attention included."""
     most = _moments(config, dtype, T, is_reference)
@@ -85,14 +85,14 @@ def _layer_bytes(
     return most
 
 
-def _held(config: GemmaConfig, dtype: torch.dtype) -> int:
+def _held(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes a token that a layer's loop keeps: residual, h, branch, q, attended, cos and sin."""
     kinds = 1 if config.rope_local == config.rope else 2
     q_size = config.num_q_heads * config.head_dim
     return (3 * config.hidden_size + 2 * q_size + 2 * kinds * config.head_dim) * dtype.itemsize
 
 
-def _moments(config: GemmaConfig, dtype: torch.dtype, rows: int, is_reference: bool) -> int:
+def _moments(config: ModelConfig, dtype: torch.dtype, rows: int, is_reference: bool) -> int:
     """The greatest moment of a layer for so many tokens, but for the scores of attention."""
     D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, qk_size = config.num_q_heads * K, (config.num_q_heads + config.num_kv_heads) * K
@@ -113,7 +113,7 @@ def _moments(config: GemmaConfig, dtype: torch.dtype, rows: int, is_reference: b
     return rows * (_held(config, dtype) + max(mlp, rope, norm))
 
 
-def _attention_bytes(config: GemmaConfig, dtype: torch.dtype, T: int, S: int, is_ring: bool) -> int:
+def _attention_bytes(config: ModelConfig, dtype: torch.dtype, T: int, S: int, is_ring: bool) -> int:
     """What the reference's attention holds: scores and weights [HQ, T, S], the mask [T, S]."""
     # q by KV head, the sum over keys, and that by token
     total = 3 * T * config.num_q_heads * config.head_dim * FLOAT

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.prefixes import Ring
 from gemcut.engine.sampling_params import MAX_DRAFT
 
@@ -33,7 +33,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: GemmaConfig,
+        config: ModelConfig,
         *,
         num_slots: int,
         max_seq_len: int,
@@ -80,7 +80,7 @@ class KVCache:
                 x[target, :, :count].copy_(x[source, :, :count])
 
 
-def layer_capacity(config: GemmaConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:
+def layer_capacity(config: ModelConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:
     """Tokens that a slot holds in `layer`.
 
     A ring has room for the longest chunk behind its window: of a prefill, or of a decode step's
@@ -92,7 +92,7 @@ def layer_capacity(config: GemmaConfig, layer: int, max_seq_len: int, prefill_ch
 
 
 def slot_bytes(
-    config: GemmaConfig, max_seq_len: int, prefill_chunk: int, dtype: torch.dtype
+    config: ModelConfig, max_seq_len: int, prefill_chunk: int, dtype: torch.dtype
 ) -> int:
     """Bytes of one slot over all layers."""
     tokens = sum(
@@ -102,6 +102,6 @@ def slot_bytes(
     return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def counter_bytes(config: GemmaConfig, num_slots: int) -> int:
+def counter_bytes(config: ModelConfig, num_slots: int) -> int:
     """Bytes of the counters that all layers share."""
     return num_slots * config.num_kv_heads * torch.int32.itemsize

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gemcut.engine.checks import check_int, shorten
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.config_file import LFS_POINTER, as_token_ids, read_json_object
 from gemcut.engine.weights import Part, Weights, empty_weights, parts
 
@@ -54,7 +54,7 @@ class StoredTensor:
 
 
 def load_checkpoint(
-    path: str | Path, config: GemmaConfig, *, device: torch.device | str, dtype: torch.dtype
+    path: str | Path, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> Weights:
     """The weights in folder `path`, on `device` in `dtype`; ValueError names what is at fault.
 
@@ -125,7 +125,7 @@ def read_generation_config(path: str | Path) -> dict[str, Any]:
     return read_json_object(file) if file.exists() else {}
 
 
-def stop_token_ids(path: str | Path, config: GemmaConfig) -> tuple[int, ...]:
+def stop_token_ids(path: str | Path, config: ModelConfig) -> tuple[int, ...]:
     """The ids that end a generation: those of config.json and of generation_config.json."""
     more = as_token_ids(read_generation_config(path).get("eos_token_id"))
     for token_id in more:
@@ -135,7 +135,7 @@ def stop_token_ids(path: str | Path, config: GemmaConfig) -> tuple[int, ...]:
 
 def save_checkpoint(
     path: str | Path,
-    config: GemmaConfig,
+    config: ModelConfig,
     weights: Weights,
     *,
     tokenizer_file: str | Path | None = None,
@@ -255,7 +255,7 @@ def _read_headers(folder: Path) -> list[StoredTensor]:
     return list(found.values())
 
 
-def _by_model_name(tensors: list[StoredTensor], config: GemmaConfig) -> dict[str, StoredTensor]:
+def _by_model_name(tensors: list[StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
     """The tensors of the language model by the names that `parts` gives them."""
     stored: dict[str, StoredTensor] = {}
     for tensor in tensors:

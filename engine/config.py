@@ -1,4 +1,4 @@
-"""GemmaConfig: the shape and the constants of one Gemma model, validated.
+"""ModelConfig: the shape and the constants of one Gemma model, validated.
 
 The names are gemcut's; config_file.py translates from and to config.json.  The dataclass's
 `__post_init__` is the only validation, so that no config out of range exists.
@@ -26,7 +26,7 @@ from gemcut.engine.config_file import (
 )
 from gemcut.engine.rope_parameters import RopeParameters
 
-__all__ = ["PUBLISHED", "GemmaConfig", "RopeParameters"]
+__all__ = ["PUBLISHED", "ModelConfig", "RopeParameters"]
 
 # Far above every published model, far below what a corrupt file can ask memory for.
 MAX_SIZES = {
@@ -43,7 +43,7 @@ DTYPES = ("bfloat16", "float32", "float16", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GemmaConfig:
+class ModelConfig:
     """One Gemma model's shape and constants; ValueError names a value out of range."""
 
     model_type: str
@@ -232,12 +232,12 @@ class GemmaConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "GemmaConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """The config that a parsed config.json of either generation describes."""
         return cls(**read_fields(values))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "GemmaConfig":
+    def from_file(cls, path: str | Path) -> "ModelConfig":
         """The config in `path`: a config.json, or the folder that holds one."""
         path = Path(path)
         if path.is_dir():
@@ -253,8 +253,8 @@ class GemmaConfig:
         return write_fields({f.name: getattr(self, f.name) for f in fields(self)})
 
 
-def _gemma3(**values: Any) -> GemmaConfig:
-    return GemmaConfig.from_dict(
+def _gemma3(**values: Any) -> ModelConfig:
+    return ModelConfig.from_dict(
         {
             "model_type": "gemma3_text",
             "vocab_size": 262144,
@@ -269,8 +269,8 @@ def _gemma3(**values: Any) -> GemmaConfig:
 
 
 # The published sizes; whatever stands nowhere here is the default of the family's class.
-PUBLISHED: dict[str, GemmaConfig] = {
-    "gemma-2b": GemmaConfig.from_dict(
+PUBLISHED: dict[str, ModelConfig] = {
+    "gemma-2b": ModelConfig.from_dict(
         {
             "model_type": "gemma",
             "hidden_size": 2048,
@@ -280,9 +280,9 @@ PUBLISHED: dict[str, GemmaConfig] = {
             "num_key_value_heads": 1,
         }
     ),
-    "gemma-7b": GemmaConfig.from_dict({"model_type": "gemma"}),
-    "gemma-2-2b": GemmaConfig.from_dict({"model_type": "gemma2"}),
-    "gemma-2-9b": GemmaConfig.from_dict(
+    "gemma-7b": ModelConfig.from_dict({"model_type": "gemma"}),
+    "gemma-2-2b": ModelConfig.from_dict({"model_type": "gemma2"}),
+    "gemma-2-9b": ModelConfig.from_dict(
         {
             "model_type": "gemma2",
             "hidden_size": 3584,
@@ -292,7 +292,7 @@ PUBLISHED: dict[str, GemmaConfig] = {
             "num_key_value_heads": 8,
         }
     ),
-    "gemma-2-27b": GemmaConfig.from_dict(
+    "gemma-2-27b": ModelConfig.from_dict(
         {
             "model_type": "gemma2",
             "hidden_size": 4608,
@@ -305,7 +305,7 @@ PUBLISHED: dict[str, GemmaConfig] = {
         }
     ),
     # From public notes; the class's defaults (windows, softcaps, 2304 wide) are not this model.
-    "vaultgemma-1b": GemmaConfig.from_dict(
+    "vaultgemma-1b": ModelConfig.from_dict(
         {
             "model_type": "vaultgemma",
             "hidden_size": 1152,

@@ -1,4 +1,4 @@
-"""config.json: its keys, its defaults and its two generations, translated to GemmaConfig's fields.
+"""config.json: its keys, its defaults and its two generations, translated to ModelConfig's fields.
 
 Defaults are those of the transformers classes (5.23), since a file holds only what its writer
 thought worth saying.  A key that would change the computation and is not supported is refused by
@@ -88,7 +88,7 @@ TANH_GELUS = ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", 
 
 
 def key_of(field: str) -> str:
-    """The key of config.json that holds `field` of GemmaConfig."""
+    """The key of config.json that holds `field` of ModelConfig."""
     return _KEYS.get(field, field)
 
 
@@ -121,7 +121,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of GemmaConfig that a parsed config.json describes, their ranges unchecked."""
+    """The fields of ModelConfig that a parsed config.json describes, their ranges unchecked."""
     if not isinstance(values, Mapping):
         raise ValueError(f"a config is a JSON object, not {shorten(values)}")
     left = _text_part(values)  # keys leave it as they are read; the rest is carried along
@@ -222,7 +222,7 @@ def _pop_activation(model_type: str, values: dict[str, Any]) -> Any:
         activation = activation or ("gelu_pytorch_tanh" if legacy == "gelu" else legacy)
     if activation is None or activation in TANH_GELUS:
         return "gelu_pytorch_tanh"
-    return activation  # refused by GemmaConfig
+    return activation  # refused by ModelConfig
 
 
 def _pop_layer_types(model_type: str, num_layers: int, values: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from gemcut.engine import delivery
 from gemcut.engine.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.checkpoint import load_checkpoint, stop_token_ids
 from gemcut.engine.checks import check_int
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.core import Core
 from gemcut.engine.hub import resolve_checkpoint
 from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, in_passing_thread
@@ -127,7 +127,7 @@ class Engine:
         op_table = choose_ops(ops, target)
         weights_dtype = choose_dtype(dtype, target)
         folder = resolve_checkpoint(model)
-        config = GemmaConfig.from_file(folder)
+        config = ModelConfig.from_file(folder)
         tokenizer = Tokenizer.from_file(folder)
         eos_ids = stop_token_ids(folder, config)
         build = Build(config, target, weights_dtype, op_table, prefill_chunk)

@@ -10,7 +10,7 @@ import torch
 from gemcut import kernels
 from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
 from gemcut.engine.checkpoint import find_nonfinite, load_checkpoint, stop_token_ids
-from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.config import PUBLISHED, ModelConfig
 from gemcut.engine.hub import resolve_checkpoint
 from gemcut.engine.memory import (
     DEFAULT_BATCH_SIZE,
@@ -77,7 +77,7 @@ class ModelInfo:
     engine: Plan
 
 
-def find_config(model: str) -> GemmaConfig:
+def find_config(model: str) -> ModelConfig:
     """The config of "demo", a folder, a Hugging Face id or a published size; no weights fetched."""
     if _is_published(model):
         return PUBLISHED[model]
@@ -85,7 +85,7 @@ def find_config(model: str) -> GemmaConfig:
         folder = resolve_checkpoint(model, files=["config.json"])
     except ValueError as error:
         raise ValueError(f"{error}; known without files are {', '.join(PUBLISHED)}") from None
-    return GemmaConfig.from_file(folder)
+    return ModelConfig.from_file(folder)
 
 
 def _is_published(model: str) -> bool:
@@ -93,7 +93,7 @@ def _is_published(model: str) -> bool:
 
 
 def describe(
-    config: GemmaConfig,
+    config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
     max_batch_size: int | str = DEFAULT_BATCH_SIZE,
@@ -144,7 +144,7 @@ def _plan(build: Build, max_batch_size: int | str, max_seq_len: int | str | None
     return Plan(slots, length, build.prefill_chunk, sizes, problem)
 
 
-def rows(model: str, config: GemmaConfig, info: ModelInfo) -> Iterator[tuple[str, str]]:
+def rows(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[str, str]]:
     """Label and value of each line that a person reads."""
     limit = config.context_length
     yield "model", model
@@ -190,7 +190,7 @@ def _plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "", ", ".join(shown)
 
 
-def _layers(config: GemmaConfig) -> str:
+def _layers(config: ModelConfig) -> str:
     num_local = sum(config.is_local(layer) for layer in range(config.num_layers))
     if num_local == 0:
         return f"{config.num_layers}, all global"
@@ -201,7 +201,7 @@ def _layers(config: GemmaConfig) -> str:
     )
 
 
-def _rope(config: GemmaConfig) -> str:
+def _rope(config: ModelConfig) -> str:
     if config.rope_local == config.rope:
         return _rotation(config.rope)
     return f"{_rotation(config.rope)}; local layers {_rotation(config.rope_local)}"
@@ -213,7 +213,7 @@ def _rotation(rope: RopeParameters) -> str:
     return f"base {rope.rope_theta:,.0f}{scaling}{factor}"
 
 
-def find_problems(model: str, config: GemmaConfig) -> list[str]:
+def find_problems(model: str, config: ModelConfig) -> list[str]:
     """What keeps the files of `model` from being used, a line each; reads every weight."""
     if _is_published(model):
         raise ValueError(f"{model} is known by its size alone: --check needs a folder or a Hub id")
@@ -222,7 +222,7 @@ def find_problems(model: str, config: GemmaConfig) -> list[str]:
     return list(dict.fromkeys(problems))  # a damaged file shows twice
 
 
-def _weight_problems(folder: Path, config: GemmaConfig) -> Iterator[str]:
+def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     try:  # on "meta" all is checked and nothing allocated
         load_checkpoint(folder, config, device="meta", dtype=torch.bfloat16)
     except ValueError as error:
@@ -234,7 +234,7 @@ def _weight_problems(folder: Path, config: GemmaConfig) -> Iterator[str]:
         yield str(error)
 
 
-def _token_problems(folder: Path, config: GemmaConfig) -> Iterator[str]:
+def _token_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     try:
         size = len(Tokenizer.from_file(folder))
         if size > config.vocab_size:

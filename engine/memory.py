@@ -18,7 +18,7 @@ import torch
 from gemcut.engine.activations import CUBLAS_BYTES, decode_bytes, prefill_bytes
 from gemcut.engine.cache import PREFILL_CHUNK, counter_bytes, slot_bytes
 from gemcut.engine.checks import check_int, shorten
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.kernels import reference
 
 MEMINFO = Path("/proc/meminfo")
@@ -50,7 +50,7 @@ class Estimate:
 class Build:
     """An engine but for its sizes."""
 
-    config: GemmaConfig
+    config: ModelConfig
     device: torch.device
     dtype: torch.dtype
     ops: ModuleType

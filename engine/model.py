@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.cache import KVCache
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.rope import Rope
 from gemcut.engine.weights import Weights
 
@@ -29,7 +29,7 @@ from gemcut.engine.weights import Weights
 class Gemma:
     """The weights of one model and the ops that it is computed with."""
 
-    def __init__(self, config: GemmaConfig, weights: Weights, ops: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: ModuleType) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops

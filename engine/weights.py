@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 
 
 @dataclass
@@ -70,7 +70,7 @@ _SANDWICH_NORMS = {
 }
 
 
-def parts(config: GemmaConfig) -> Iterator[Part]:
+def parts(config: ModelConfig) -> Iterator[Part]:
     """Every tensor that a checkpoint of this model holds, in the order of the computation."""
     table = (config.vocab_size, config.hidden_size)
     yield Part("model.embed_tokens.weight", table, "embedding")
@@ -81,7 +81,7 @@ def parts(config: GemmaConfig) -> Iterator[Part]:
         yield Part("lm_head.weight", table, "lm_head")
 
 
-def _layer_parts(config: GemmaConfig, layer: int) -> Iterator[Part]:
+def _layer_parts(config: ModelConfig, layer: int) -> Iterator[Part]:
     D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_q_heads * K, config.num_kv_heads * K
 
@@ -110,7 +110,7 @@ def _layer_parts(config: GemmaConfig, layer: int) -> Iterator[Part]:
 
 
 def empty_weights(
-    config: GemmaConfig, *, device: torch.device | str, dtype: torch.dtype
+    config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> Weights:
     """Uninitialised tensors of the model's shapes, fused; every one is covered by `parts`."""
     shapes: dict[tuple[int | None, str], tuple[int, ...]] = {}

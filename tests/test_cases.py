@@ -14,7 +14,7 @@ from gemcut.bench.cases import CPU_GRID, GPU_GRID, Grid, Shapes
 from gemcut.bench.decode_cases import decode_cases
 from gemcut.bench.kernels import model_cases
 from gemcut.bench.prefill_cases import visible_pairs
-from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.config import PUBLISHED, ModelConfig
 from gemcut.kernels import reference
 
 GRID = Grid(batches=(1, 3), contexts=(7, 40), tokens=(23,), large_bytes=4096, chunk=9)
@@ -67,7 +67,7 @@ def configs():
     for model_type in MODEL_TYPES:
         overrides = {"vocab_size": 1024} | ({"sliding_window": 11} if model_type != "gemma" else {})
         values = random_config(model_type, **overrides).to_dict()
-        yield pytest.param(GemmaConfig.from_dict(values), id=model_type)
+        yield pytest.param(ModelConfig.from_dict(values), id=model_type)
 
 
 @pytest.fixture(params=configs())

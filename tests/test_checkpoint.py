@@ -27,20 +27,20 @@ from gemcut.engine.checkpoint import (
     save_checkpoint,
     stop_token_ids,
 )
-from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.config import PUBLISHED, ModelConfig
 from gemcut.engine.hub import resolve_checkpoint
 from gemcut.engine.weights import Weights, empty_weights, parts
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
-    return load_checkpoint(folder, GemmaConfig.from_file(folder), device="cpu", dtype=dtype)
+    return load_checkpoint(folder, ModelConfig.from_file(folder), device="cpu", dtype=dtype)
 
 
-def all_weights(config: GemmaConfig, weights: Weights) -> dict[str, torch.Tensor]:
+def all_weights(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
     return {part.name: part.of(weights) for part in parts(config)}
 
 
-def assert_equal(weights: Weights, config: GemmaConfig, state: dict[str, torch.Tensor]) -> None:
+def assert_equal(weights: Weights, config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
     ours = all_weights(config, weights)
     assert ours.keys() | {"lm_head.weight"} == state.keys() | {"lm_head.weight"}
     for name, tensor in ours.items():
@@ -76,7 +76,7 @@ def test_transformers_to_here_and_back(tmp_path, model_type, overrides, shard):
     model = random_model(model_type, **overrides)
     model.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
     assert (tmp_path / "theirs" / "model.safetensors").exists() is (shard == "1GB")
-    config = GemmaConfig.from_file(tmp_path / "theirs")
+    config = ModelConfig.from_file(tmp_path / "theirs")
     weights = load(tmp_path / "theirs")
     assert_equal(weights, config, model.state_dict())
     assert (weights.lm_head is weights.embedding) is config.tie_word_embeddings
@@ -156,7 +156,7 @@ def test_dtype_is_converted_on_the_way(saved):
 def test_a_large_tensor_is_copied_in_pieces(saved, monkeypatch):
     whole = load(saved)
     monkeypatch.setattr(checkpoint, "PIECE", 7)
-    config = GemmaConfig.from_file(saved)
+    config = ModelConfig.from_file(saved)
     assert_equal(
         load(saved), config, all_weights(config, whole) | {"lm_head.weight": whole.lm_head}
     )
@@ -249,7 +249,7 @@ def test_names_without_prefix_are_those_of_a_headless_model(tmp_path):
     model = random_model("gemma2", num_hidden_layers=2)
     model.model.save_pretrained(tmp_path)
     assert "norm.weight" in load_file(tmp_path / "model.safetensors")
-    assert_equal(load(tmp_path), GemmaConfig.from_file(tmp_path), model.state_dict())
+    assert_equal(load(tmp_path), ModelConfig.from_file(tmp_path), model.state_dict())
 
 
 @pytest.mark.parametrize("hub_names", [False, True], ids=["transformers-5", "hub"])
@@ -281,7 +281,7 @@ def test_text_part_of_a_multimodal_gemma_3(tmp_path, hub_names):
             tensors[name.replace(*(to_hub if hub_names else to_new))] = tensors.pop(name)
 
     rewrite(tmp_path, rename)
-    assert_equal(load(tmp_path), GemmaConfig.from_file(tmp_path), text.state_dict())
+    assert_equal(load(tmp_path), ModelConfig.from_file(tmp_path), text.state_dict())
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ def test_nonfinite_weights_are_found(saved):
 
 
 def test_saving_replaces_what_was_there(sharded):
-    config, weights = GemmaConfig.from_file(sharded), load(sharded)
+    config, weights = ModelConfig.from_file(sharded), load(sharded)
     tokenizer = sharded / "spiece"
     tokenizer.write_bytes(b"pieces")
     save_checkpoint(sharded, config, weights, tokenizer_file=tokenizer)
@@ -450,7 +450,7 @@ def test_saving_replaces_what_was_there(sharded):
 
 
 def test_a_tensor_above_the_limit_has_a_file_of_its_own(saved):
-    config, weights = GemmaConfig.from_file(saved), load(saved)
+    config, weights = ModelConfig.from_file(saved), load(saved)
     save_checkpoint(saved, config, weights, max_shard_bytes=1)
     for file in saved.glob("model-*.safetensors"):
         assert len(load_file(file)) == 1
@@ -458,7 +458,7 @@ def test_a_tensor_above_the_limit_has_a_file_of_its_own(saved):
 
 
 def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
-    config, weights = GemmaConfig.from_file(saved), load(saved)
+    config, weights = ModelConfig.from_file(saved), load(saved)
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
 
     def fail(tensors, file, metadata):
@@ -472,9 +472,9 @@ def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
 
 
 def test_saved_dtype_is_that_of_the_weights(saved, tmp_path):
-    config = GemmaConfig.from_file(saved)
+    config = ModelConfig.from_file(saved)
     save_checkpoint(tmp_path / "half", config, load(saved, torch.bfloat16))
-    assert GemmaConfig.from_file(tmp_path / "half").dtype == "bfloat16"
+    assert ModelConfig.from_file(tmp_path / "half").dtype == "bfloat16"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert model.dtype == torch.bfloat16
 
@@ -483,12 +483,12 @@ def test_weights_of_another_config_are_not_saved(saved, tmp_path):
     weights = load(saved)
     weights.norm = weights.norm[:-1]
     with pytest.raises(ValueError, match=r"model.norm.weight is \(47,\), the config says \(48,\)"):
-        save_checkpoint(tmp_path / "ours", GemmaConfig.from_file(saved), weights)
+        save_checkpoint(tmp_path / "ours", ModelConfig.from_file(saved), weights)
     assert not (tmp_path / "ours" / "config.json").exists()
 
 
 def test_stop_tokens_are_the_union(saved):
-    config = GemmaConfig.from_file(saved)
+    config = ModelConfig.from_file(saved)
     (saved / "generation_config.json").unlink(missing_ok=True)
     assert read_generation_config(saved) == {}
     assert stop_token_ids(saved, config) == (1,)

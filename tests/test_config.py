@@ -9,19 +9,19 @@ import torch
 from random_models import CONFIG_CLASSES, MODEL_TYPES, random_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gemcut.engine.config import PUBLISHED, GemmaConfig, RopeParameters
+from gemcut.engine.config import PUBLISHED, ModelConfig, RopeParameters
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
-def read(model_type: str = "gemma2", **values) -> GemmaConfig:
-    return GemmaConfig.from_dict({"model_type": model_type, **values})
+def read(model_type: str = "gemma2", **values) -> ModelConfig:
+    return ModelConfig.from_dict({"model_type": model_type, **values})
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_defaults_are_those_of_transformers(model_type):
     assert read(model_type) == dataclasses.replace(
-        GemmaConfig.from_dict(CONFIG_CLASSES[model_type]().to_dict()),
+        ModelConfig.from_dict(CONFIG_CLASSES[model_type]().to_dict()),
         extra={},
         id2label=None,
     )
@@ -42,20 +42,20 @@ def test_what_is_written_reads_as_the_same_model(model_type):
         if model_type == "gemma3_text"
         else {"rope_theta": 5e5} | rope,
     )
-    ours = GemmaConfig.from_dict(theirs.to_dict())
-    assert GemmaConfig.from_dict(json.loads(json.dumps(ours.to_dict()))) == ours
+    ours = ModelConfig.from_dict(theirs.to_dict())
+    assert ModelConfig.from_dict(json.loads(json.dumps(ours.to_dict()))) == ours
     again = CONFIG_CLASSES[model_type].from_dict(ours.to_dict())
     for key, value in theirs.to_dict().items():
         if key in ("rope_parameters", "architectures"):
             continue  # ours spells defaults out; what they mean is compared below
         assert again.to_dict()[key] == value, key
-    assert GemmaConfig.from_dict(again.to_dict()).rope == ours.rope
+    assert ModelConfig.from_dict(again.to_dict()).rope == ours.rope
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     config = PUBLISHED[name]
-    assert GemmaConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_dict(config.to_dict()) == config
     theirs = AutoConfig.for_model(**config.to_dict())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs)
@@ -139,7 +139,7 @@ def test_old_spelling_of_gemma_3():
     assert config.rope_local == RopeParameters(rope_theta=2e3)
     assert config.dtype == "bfloat16"
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
-    assert GemmaConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_dict(config.to_dict()) == config
     assert "rope_theta" not in config.to_dict()
 
 
@@ -156,11 +156,11 @@ def test_gemma_3_reads_truncate_where_transformers_does(nested):
     rope = {GLOBAL: yarn | {"truncate": False}} if nested else {GLOBAL: yarn, "truncate": False}
     config = read("gemma3_text", rope_parameters=rope)
     assert config.rope.truncate is nested
-    assert GemmaConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_multimodal_gemma_3_is_read_as_its_text_part():
-    config = GemmaConfig.from_dict(
+    config = ModelConfig.from_dict(
         {
             "model_type": "gemma3",
             "architectures": ["Gemma3ForConditionalGeneration"],
@@ -317,7 +317,7 @@ BAD = [
 @pytest.mark.parametrize(("values", "message"), BAD, ids=[message for _, message in BAD])
 def test_bad_value_is_refused_by_name(values, message):
     with pytest.raises(ValueError, match=message) as error:
-        GemmaConfig.from_dict({"model_type": "gemma2"} | values)
+        ModelConfig.from_dict({"model_type": "gemma2"} | values)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 250
 
@@ -362,11 +362,11 @@ def test_bad_file(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        GemmaConfig.from_file(tmp_path)
+        ModelConfig.from_file(tmp_path)
 
 
 def test_reads_a_file_or_its_folder(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(PUBLISHED["gemma-3-1b"].to_dict()))
-    assert GemmaConfig.from_file(file) == GemmaConfig.from_file(str(tmp_path))
-    assert GemmaConfig.from_file(file) == PUBLISHED["gemma-3-1b"]
+    assert ModelConfig.from_file(file) == ModelConfig.from_file(str(tmp_path))
+    assert ModelConfig.from_file(file) == PUBLISHED["gemma-3-1b"]

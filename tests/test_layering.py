@@ -74,7 +74,7 @@ def test_imports_stand_at_the_top(path):
 @pytest.mark.parametrize(
     ("folder", "source"),
     [
-        ("kernels", "from gemcut.engine.config import GemmaConfig"),
+        ("kernels", "from gemcut.engine.config import ModelConfig"),
         ("engine", "import gemcut.bench.timing"),
         ("tokenizer", "import torch.nn"),
         ("engine", "from kernels import reference"),

@@ -18,7 +18,7 @@ from gemcut.bench.random_model import published_config, random_weights
 from gemcut.engine import PUBLISHED, Engine, hub, memory
 from gemcut.engine.cache import KVCache
 from gemcut.engine.checkpoint import load_checkpoint, save_checkpoint
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.memory import Build
 from gemcut.engine.slot_state import SlotState
 from gemcut.engine.weights import empty_weights
@@ -178,7 +178,7 @@ def test_the_peak_where_one_thing_outweighs_the_rest(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_holds_the_weights_once(large, dtype):
-    config = GemmaConfig.from_file(large)
+    config = ModelConfig.from_file(large)
     peak = peak_on_cpu(
         lambda: load_checkpoint(large, config, device=CPU, dtype=dtype),
         large / "model.safetensors",

@@ -16,7 +16,7 @@ from twins import (
 )
 
 from gemcut.engine.cache import layer_capacity, slot_bytes
-from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.config import PUBLISHED, ModelConfig
 from gemcut.engine.sampling_params import MAX_DRAFT
 from gemcut.kernels.decode_attention import MAX_Q_LEN
 
@@ -237,7 +237,7 @@ def test_what_a_cache_takes():
 
 
 def test_drafts_fit_a_ring_of_short_chunks():
-    config = GemmaConfig.from_dict(random_config("gemma2").to_dict())
+    config = ModelConfig.from_dict(random_config("gemma2").to_dict())
     assert 1 + MAX_DRAFT == MAX_Q_LEN
     for chunk, capacity in ((1, WINDOW + 8), (8, WINDOW + 8), (9, WINDOW + 9), (60, 64)):
         assert layer_capacity(config, 0, 64, chunk) == capacity

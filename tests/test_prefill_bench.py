@@ -10,7 +10,7 @@ from gemcut.bench.account import prefill_flops
 from gemcut.bench.contest import Entrant, Result
 from gemcut.bench.peers import Generation, Workload
 from gemcut.bench.prefill import make_rows
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.hub import DEMO
 
 CPU = ["--repeats", "2", "--device", "cpu"]
@@ -35,7 +35,7 @@ def test_command_prints_a_table_and_one_json_object(capsys):
     assert [row["contestant"] for row in report["rows"]] == 4 * names
     cases = [f"demo/batch={batch}/tokens={tokens}" for tokens in (20, 7) for batch in (1, 2)]
     assert [row["case"] for row in report["rows"][::3]] == cases
-    config = GemmaConfig.from_file(DEMO)
+    config = ModelConfig.from_file(DEMO)
     for row in report["rows"]:
         assert row["status"] == "ok"
         assert (row["model"], row["dtype"]) == ("demo", "float32")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.hub import DEMO
 from gemcut.tools import profile_step
 from gemcut.tools.profile_step import Line, Span, break_down
@@ -58,7 +58,7 @@ def test_command_finds_every_op_of_a_step(capsys, tmp_path):
 
     report = json.loads((folder / "breakdown.json").read_text())
     launches = {line["kernel"]: line["launches"] for line in report["lines"]}
-    layers = GemmaConfig.from_file(DEMO).num_layers
+    layers = ModelConfig.from_file(DEMO).num_layers
     assert launches["attention_decode"] == launches["norm_linear_geglu"] == layers
     assert launches["norm_qkv_rope_and_store_"] == layers
     assert launches["skinny_linear"] == 2 * layers

@@ -5,7 +5,7 @@ import torch
 from random_models import random_config, random_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gemcut.engine.config import GemmaConfig, RopeParameters
+from gemcut.engine.config import ModelConfig, RopeParameters
 from gemcut.engine.rope import Rope
 
 HEAD_DIM, MAX_LENGTH = 16, 64
@@ -77,7 +77,7 @@ BY_TYPE = [
 
 def both(rope: dict) -> tuple[Rope, object]:
     theirs = random_config("gemma2", rope_parameters={"rope_theta": 500.0} | rope)
-    config = GemmaConfig.from_dict(theirs.to_dict())
+    config = ModelConfig.from_dict(theirs.to_dict())
     return Rope(config.rope, HEAD_DIM, config.max_position_embeddings, "cpu"), theirs
 
 
@@ -106,10 +106,10 @@ def test_trained_length_beside_the_rope_object_wins():
         "gemma2", rope_parameters=dict(yarn), original_max_position_embeddings=512
     )
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
-    config = GemmaConfig.from_dict(theirs.to_dict() | {"rope_parameters": yarn})
+    config = ModelConfig.from_dict(theirs.to_dict() | {"rope_parameters": yarn})
     actual = Rope(config.rope, HEAD_DIM, MAX_LENGTH, "cpu").inv_freq()
     torch.testing.assert_close(actual, expected, rtol=4e-7, atol=0)
-    assert GemmaConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -147,7 +147,7 @@ def test_gemma3_turns_local_and_global_layers_by_their_own_base():
         },
     )
     model = random_model("gemma3_text", rope_parameters=theirs.rope_parameters)
-    config = GemmaConfig.from_dict(theirs.to_dict())
+    config = ModelConfig.from_dict(theirs.to_dict())
     for parameters, name in (
         (config.rope, "full_attention"),
         (config.rope_local, "sliding_attention"),

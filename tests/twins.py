@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gemcut.engine.cache import KVCache
 from gemcut.engine.checkpoint import load_checkpoint
-from gemcut.engine.config import GemmaConfig
+from gemcut.engine.config import ModelConfig
 from gemcut.engine.model import Gemma
 from gemcut.kernels import reference
 
@@ -31,7 +31,7 @@ def load_model(
     folder: Path, ops: ModuleType | SimpleNamespace, dtype: torch.dtype, device: str
 ) -> Gemma:
     """A checkpoint, run on `ops`."""
-    config = GemmaConfig.from_file(folder)
+    config = ModelConfig.from_file(folder)
     return Gemma(config, load_checkpoint(folder, config, device=device, dtype=dtype), ops)
 
 

@@ -43,7 +43,7 @@ from triton.runtime.jit import JITFunction
 
 from gemcut import kernels
 from gemcut.engine.cache import PREFILL_CHUNK, KVCache
-from gemcut.engine.config import PUBLISHED, GemmaConfig
+from gemcut.engine.config import PUBLISHED, ModelConfig
 from gemcut.engine.graph import ROWS
 from gemcut.engine.model import Gemma
 from gemcut.engine.sampler import FULL, GREEDY
@@ -131,7 +131,7 @@ class Cell:
             yield f"a 32-bit product: {line}"
 
 
-def launches(config: GemmaConfig, name: str) -> set[Launch]:
+def launches(config: ModelConfig, name: str) -> set[Launch]:
     """What a model launches on a part: a prefill chunk, decode steps, every choice of tokens."""
     with recorded(name) as found:
         _run(config)
@@ -158,7 +158,7 @@ def recorded(name: str) -> Iterator[set[Launch]]:
     parts._generation.cache_clear()
 
 
-def _run(config: GemmaConfig) -> None:
+def _run(config: ModelConfig) -> None:
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     # six layers show every kind: Gemma 3 has a global one in six
     config = replace(config, num_layers=6, layer_types=config.layer_types[:6])

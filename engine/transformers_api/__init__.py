@@ -1,0 +1,1 @@
+"""The classes that the Hugging Face documents of Gemma describe, on gemcut's kernels and cache."""
