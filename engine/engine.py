@@ -299,7 +299,7 @@ class Engine:
         return request.request_id
 
     def step(self) -> list[Delta]:
-        """Make one step for all requests: what became of those of `add` since the last.
+        """Make a step for all requests: what became of those of `add` since the last, in order.
 
         A completion's last delta has a finish_reason: "stop", "length", "abort" after `cancel`, or
         "error" with the exception in `error`.  Without work it is empty at once.
@@ -307,7 +307,7 @@ class Engine:
         return self._driven.step()
 
     def cancel(self, request_id: str) -> None:
-        """End a request of `add` where it stands; ValueError where it has ended, or never came."""
+        """End a request of `add` where it stands; one that has ended already is left alone."""
         self._driven.cancel(request_id)
 
     @property

@@ -13,6 +13,7 @@ is None.  `ops` is a module: `gemcut.kernels`, or `gemcut.kernels.reference` of 
 signatures, which runs on any machine.
 """
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -90,11 +91,10 @@ class Gemma:
     def _prefill_chunk(
         self, token_ids: Tensor, cache: KVCache, slot: int, start: int, length: int
     ) -> Tensor:
-        ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
-        T = token_ids.shape[0]
+        ops, T = self.ops, token_ids.shape[0]
         positions = torch.arange(start, start + T, device=self.device)
         slots = torch.full_like(positions, slot)
-        tables = self._rope_tables(positions, torch.full_like(positions, length))
+        tables = self.rope_tables(positions, torch.full_like(positions, length))
         chunk = {
             # filled on the device: a copy from the host would wait for it
             "slots": torch.full((1,), slot, device=self.device),
@@ -102,23 +102,49 @@ class Gemma:
             "cu_seqlens": torch.arange(0, T + 1, T, device=self.device),
         }
 
-        residual = ops.embed(token_ids, self.weights.embedding, self.embedding_scale)  # [T, D]
+        def attend(layer: int, q: Tensor) -> Tensor:
+            kv = cache.layers[layer]
+            return ops.attention_prefill(q, kv.k, kv.v, **chunk, **self.attention(layer))
+
+        residual = self.embed(token_ids)  # [T, D]
+        return self.run_layers(residual, cache, slots, positions, tables, attend)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Where the residual stream begins: token_ids [M] -> [M, D]."""
+        return self.ops.embed(token_ids, self.weights.embedding, self.embedding_scale)
+
+    def run_layers(
+        self,
+        residual: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        positions: Tensor,
+        tables: list[tuple[Tensor, Tensor]],
+        attend: Callable[[int, Tensor], Tensor],
+        observe: Callable[[int, Tensor], object] = lambda layer, residual: None,
+    ) -> Tensor:
+        """Normed hidden states of many new tokens: residual [M, D], which is overwritten -> [M, D].
+
+        Their keys and values go to slots and positions [M] of the cache, rotated by `tables`.
+        `attend` yields what a layer's queries [M, HQ, K] see; `observe` is shown what goes into a
+        layer, and must copy what it keeps.
+        """
+        ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
         for i, layer in enumerate(self.weights.layers):
-            kv = cache.layers[i]
+            observe(i, residual)
             q = ops.rope_and_store_(
                 ops.linear(h, layer.qkv, layer.qkv_bias),
-                kv.k,
-                kv.v,
+                cache.layers[i].k,
+                cache.layers[i].v,
                 slots,
                 positions,
                 *tables[config.is_local(i)],
                 layer.q_norm,
                 layer.k_norm,
                 eps,
-            )  # [T, HQ, K]
-            attended = ops.attention_prefill(q, kv.k, kv.v, **chunk, **self._attention(i))
-            branch = ops.linear(attended.flatten(1), layer.o, layer.o_bias)
+            )  # [M, HQ, K]
+            branch = ops.linear(attend(i, q).flatten(1), layer.o, layer.o_bias)
             h = ops.add_rmsnorm_(
                 residual, branch, layer.post_attention_norm, layer.pre_mlp_norm, eps
             )
@@ -146,8 +172,8 @@ class Gemma:
         if T > 1:
             token_slots, token_positions = _spread(token_ids, slots, positions)
             token_ids = token_ids.clamp(min=0)
-        tables = self._rope_tables(token_positions, token_positions + 1)
-        residual = ops.embed(token_ids.flatten(), self.weights.embedding, self.embedding_scale)
+        tables = self.rope_tables(token_positions, token_positions + 1)
+        residual = self.embed(token_ids.flatten())
         branch = post_norm = None
         for i, layer in enumerate(self.weights.layers):
             kv = cache.layers[i]
@@ -174,7 +200,7 @@ class Gemma:
                 slots,
                 positions,
                 counters=cache.counters,
-                **self._attention(i),
+                **self.attention(i),
             )
             post_norm = layer.post_attention_norm
             residual, branch = self._project(
@@ -207,7 +233,7 @@ class Gemma:
         """The head: normed hidden states [M, D] -> logits [M, V] in float32."""
         return self.ops.lm_head(hidden, self.weights.lm_head, self.config.final_softcap)
 
-    def _rope_tables(self, positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def rope_tables(self, positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Cos and sin of global layers, then of local ones: positions, lengths [M].
 
         `lengths` says how long each token's sequence is as the token is computed.
@@ -222,7 +248,8 @@ class Gemma:
         one_kind = self.rope_local is self.rope_global
         return [of_global, of_global if one_kind else of(self.rope_local)]
 
-    def _attention(self, layer: int) -> dict[str, Any]:
+    def attention(self, layer: int) -> dict[str, Any]:
+        """What a layer's attention is told beside its tensors."""
         return self._local_attention if self.config.is_local(layer) else self._global_attention
 
 
