@@ -79,6 +79,15 @@ class KVCache:
                 count = min(length, x.shape[2])
                 x[target, :, :count].copy_(x[source, :, :count])
 
+    def copy_from(self, smaller: "KVCache") -> None:
+        """What a cache of the same slots and shorter ones holds, each token at its index.
+
+        A ring that has turned has the same capacity in both, and one that has not begins alike.
+        """
+        for new, old in zip(self.layers, smaller.layers, strict=True):
+            new.k[:, :, : old.k.shape[2]].copy_(old.k)
+            new.v[:, :, : old.v.shape[2]].copy_(old.v)
+
 
 def layer_capacity(config: ModelConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:
     """Tokens that a slot holds in `layer`.

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,12 +54,19 @@ class StoredTensor:
 
 
 def load_checkpoint(
-    path: str | Path, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
+    path: str | Path,
+    config: ModelConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    any_head: bool = False,
+    new_head: Callable[[str, Tensor], object] | None = None,
 ) -> Weights:
     """The weights in folder `path`, on `device` in `dtype`; ValueError names what is at fault.
 
     Expects exactly the tensors of `config`.  Left aside are rotary buffers of old files, and what
-    belongs to the vision part of a multimodal Gemma 3.
+    belongs to the vision part of a multimodal Gemma 3; with `any_head`, for who looks at hidden
+    states alone, heads too.  `new_head` fills a classifier's tensors where the files have none.
     """
     if dtype == torch.float16:
         raise ValueError("dtype float16 is refused: Gemma's activations overflow it; use bfloat16")
@@ -68,8 +75,14 @@ def load_checkpoint(
     folder = Path(path)
     stored = _by_model_name(_read_headers(folder), config)
     expected = {part.name: part for part in parts(config)}
-    if config.tie_word_embeddings:
+    if any_head or new_head is not None:
+        stored = {name: x for name, x in stored.items() if name in expected or not is_head(name)}
+    elif config.tie_word_embeddings:
         _check_tied_head(stored)
+    new: list[Part] = []
+    if new_head is not None:
+        names = [name for name in expected if is_head(name) and name not in stored]
+        new = [expected.pop(name) for name in names]
     _check(folder, stored, expected)
 
     try:
@@ -102,7 +115,15 @@ def load_checkpoint(
                     ):
                         target.copy_(piece)
                         bar.update(piece.nbytes)
+    for part in new:
+        assert new_head is not None
+        new_head(part.name, part.of(weights))
     return weights
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor of a checkpoint stands behind the last norm."""
+    return name.startswith(("lm_head.", "score."))
 
 
 def find_nonfinite(path: str | Path) -> list[str]:
@@ -140,11 +161,13 @@ def save_checkpoint(
     *,
     tokenizer_file: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    more_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json, weights and tokenizer to folder `path`, for this package and transformers.
 
     More than `max_shard_bytes` become several files and an index.  Each file is written under a
     temporary name and renamed, config.json last; weight files of an earlier save are removed.
+    `more_config` goes to config.json too.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +206,8 @@ def save_checkpoint(
         with _renamed(folder / "tokenizer.model") as temporary:
             shutil.copyfile(tokenizer_file, temporary)
     dtype = str(weights.embedding.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", replace(config, dtype=dtype).to_dict())
+    values = replace(config, dtype=dtype).to_dict()
+    _write_json(folder / "config.json", {**values, **(more_config or {})})
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -194,8 +218,8 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
         hint = ""
-        if any(folder.glob("*.bin")) or any(folder.glob("*.ckpt")):
-            hint = "; pickled weights are read by `gemcut convert` alone"
+        if any(any(folder.glob(f"*.{kind}")) for kind in ("bin", "ckpt", "pth", "msgpack")):
+            hint = "; pickles and Flax's msgpack are read by `gemcut convert` alone"
         raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint}")
     return sorted({folder / name for name in _weight_map(folder).values()})
 

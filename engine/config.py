@@ -212,6 +212,19 @@ class ModelConfig:
         """Whether q and k are normalised over head_dim before they are rotated."""
         return self.model_type == "gemma3_text"
 
+    @property
+    def classifier(self) -> str | None:
+        """"sequence" or "token" where the checkpoint has a classifier in place of the head."""
+        for kind in ("sequence", "token"):
+            if self.architectures[0].endswith(f"For{kind.title()}Classification"):
+                return kind
+        return None
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of a classifier; two where nothing is said."""
+        return 2 if self.id2label is None else len(self.id2label)
+
     def is_local(self, layer: int) -> bool:
         """Whether `layer` attends within sliding_window and rotates by `rope_local`."""
         return self.layer_types[layer] == LOCAL
@@ -224,8 +237,10 @@ class ModelConfig:
         if self.attention_bias:
             attention += q_size + 2 * kv_size + D
         norms = (4 if self.has_post_norms else 2) * D + (2 * K if self.has_qk_norm else 0)
-        tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * D
-        return tables + self.num_layers * (attention + 3 * D * F + norms) + D
+        one_table = self.tie_word_embeddings or self.classifier is not None
+        tables = (1 if one_table else 2) * self.vocab_size * D
+        scores = {None: 0, "sequence": D, "token": D + 1}[self.classifier] * self.num_labels
+        return tables + self.num_layers * (attention + 3 * D * F + norms) + D + scores
 
     def kv_bytes_per_token(self, itemsize: int = 2) -> int:
         """Bytes of keys and values that a token adds while it is within every window."""

@@ -128,6 +128,11 @@ class Engine:
         weights_dtype = choose_dtype(dtype, target)
         folder = resolve_checkpoint(model)
         config = ModelConfig.from_file(folder)
+        if config.classifier is not None:
+            raise ValueError(
+                f"{folder} holds a {config.architectures[0]}, which generates no text; "
+                f"gemcut.engine has a class of that name"
+            )
         tokenizer = Tokenizer.from_file(folder)
         eos_ids = stop_token_ids(folder, config)
         build = Build(config, target, weights_dtype, op_table, prefill_chunk)

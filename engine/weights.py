@@ -6,6 +6,7 @@ product.  `parts` is the only list of names and shapes: loading, checking and sa
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,28 @@ class LayerWeights:
 
 @dataclass
 class Weights:
-    """One model; `lm_head` is the `embedding` itself where they are tied."""
+    """One model; `lm_head` is the `embedding` itself where they are tied, or a classifier stands."""
 
     embedding: Tensor  # [V, D]
     layers: list[LayerWeights]
     norm: Tensor  # [D]
     lm_head: Tensor  # [V, D]
+    score: Tensor | None = None  # [num_labels, D], of a classifier
+    score_bias: Tensor | None = None  # [num_labels], where it classifies tokens
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Weights":
+        """The same weights elsewhere, or in another dtype; tied ones stay tied."""
+
+        def moved(x: Any) -> Any:
+            return x.to(device=device, dtype=dtype) if isinstance(x, Tensor) else x
+
+        fields = {name: moved(x) for name, x in vars(self).items() if name != "lm_head"}
+        fields["layers"] = [
+            LayerWeights(**{name: moved(x) for name, x in vars(layer).items()})
+            for layer in self.layers
+        ]
+        is_tied = self.lm_head is self.embedding
+        return Weights(**fields, lm_head=fields["embedding"] if is_tied else moved(self.lm_head))
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,11 @@ def parts(config: ModelConfig) -> Iterator[Part]:
     for layer in range(config.num_layers):
         yield from _layer_parts(config, layer)
     yield Part("model.norm.weight", (config.hidden_size,), "norm")
-    if not config.tie_word_embeddings:
+    if config.classifier is not None:
+        yield Part("score.weight", (config.num_labels, config.hidden_size), "score")
+        if config.classifier == "token":
+            yield Part("score.bias", (config.num_labels,), "score_bias")
+    elif not config.tie_word_embeddings:
         yield Part("lm_head.weight", table, "lm_head")
 
 
@@ -117,21 +138,22 @@ def empty_weights(
     for part in parts(config):
         shapes[part.layer, part.field] = (part.start + part.shape[0], *part.shape[1:])
 
-    def allocate(layer: int | None, field: str) -> Tensor:
+    def allocate(layer: int | None, field: str) -> Any:
+        """A tensor, or None for what the model lacks: only what may be absent does."""
+        if (layer, field) not in shapes:
+            return None
         return torch.empty(shapes[layer, field], device=device, dtype=dtype)
 
     def allocate_layer(layer: int) -> LayerWeights:
-        return LayerWeights(
-            **{
-                field: allocate(layer, field) if (layer, field) in shapes else None
-                for field in LayerWeights.__dataclass_fields__
-            }  # pyright: ignore[reportArgumentType]  # only the optional ones may be absent
-        )
+        fields = LayerWeights.__dataclass_fields__
+        return LayerWeights(**{field: allocate(layer, field) for field in fields})
 
-    embedding = allocate(None, "embedding")
+    embedding, lm_head = allocate(None, "embedding"), allocate(None, "lm_head")
     return Weights(
         embedding=embedding,
         layers=[allocate_layer(layer) for layer in range(config.num_layers)],
         norm=allocate(None, "norm"),
-        lm_head=embedding if config.tie_word_embeddings else allocate(None, "lm_head"),
+        lm_head=embedding if lm_head is None else lm_head,
+        score=allocate(None, "score"),
+        score_bias=allocate(None, "score_bias"),
     )

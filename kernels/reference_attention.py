@@ -63,6 +63,32 @@ def attention_decode(
     return torch.cat(runs) if len(runs) > 1 else runs[0] if runs else torch.empty_like(q)
 
 
+def attention_masked(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: int,
+    first: int,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention where a mask says what is seen, and its weights: no kernel does this.
+
+    q [T, HQ, K]; visible [T, S] bool: which of the slot's positions first to first + S - 1 each
+    query sees, at least one -> [T, HQ, K] and [HQ, T, S], both in q's dtype.
+    """
+    (T, HQ, K), HK = q.shape, k_cache.shape[1]
+    rows, end = slice(slot * HK, (slot + 1) * HK), first + visible.shape[1]
+    k, v = _tokens(k_cache, rows, first, end), _tokens(v_cache, rows, first, end)  # [HK, S, K]
+    by_head = widened(q).view(T, HK, -1, K).permute(1, 2, 0, 3).reshape(HK, -1, K)  # [HK, G T, K]
+    scores = _scores(by_head, widened(k), scale, softcap).view(HQ, T, -1)
+    weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
+    out = torch.bmm(weights.view(HK, -1, weights.shape[-1]), widened(v))  # [HK, G T, K]
+    out = out.view(HQ, T, K).transpose(0, 1)
+    return rounded(out, q.dtype), rounded(weights, q.dtype)
+
+
 def _runs(slots: list[int], starts: list[int]) -> Iterator[tuple[int, int]]:
     """Where rows begin and end that are equally long and stand side by side in the cache.
 

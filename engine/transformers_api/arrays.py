@@ -1,0 +1,66 @@
+"""Arrays in and out: torch, NumPy, and whatever speaks DLPack, such as jax.Array.
+
+The model computes in torch.  What a caller gives is taken without a copy where memory allows it, and
+the answer comes back in the kind of array that the question came in.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemcut.engine.checks import shorten
+
+Convert = Callable[[Tensor], Any]
+
+
+def as_tensor(name: str, x: Any, device: torch.device) -> Tensor:
+    """The tensor on `device` that holds `x`; ValueError where it is no array or lies elsewhere.
+
+    Arrays of the host's memory that are not torch's are copied to the device.
+    """
+    if isinstance(x, Tensor):
+        if x.device != device and not (x.is_cuda and device.type == "cuda" and device.index is None):
+            raise ValueError(
+                f"{name} is on {x.device}, the model on {device}; "
+                f"move one of them: {name}.to({str(device)!r}) or model.to({str(x.device)!r})"
+            )
+        return x
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "biuf":
+            raise ValueError(f"{name} is an array of {x.dtype}, not of numbers")
+        return torch.tensor(x, device=device)  # a copy: torch cannot share a read-only array
+    if hasattr(x, "__dlpack__"):
+        return torch.from_dlpack(x).to(device)
+    raise ValueError(
+        f"{name} {shorten(x)} is a {type(x).__name__}; "
+        f"give a torch.Tensor, a NumPy array or one that has __dlpack__"
+    )
+
+
+def converter_to_kind_of(x: Any) -> Convert:
+    """What turns a tensor into an array of x's kind, and on x's side of the machine."""
+    if isinstance(x, Tensor):
+        return lambda tensor: tensor
+    if isinstance(x, np.ndarray):
+        return to_numpy
+    namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
+    if namespace is None or not hasattr(namespace, "from_dlpack"):
+        return lambda tensor: tensor  # DLPack alone says how to give, not how to take
+    return lambda tensor: namespace.from_dlpack(tensor.contiguous())
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The same numbers for NumPy, which has no bfloat16: that becomes float32."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def convert(value: Any, to_kind: Convert) -> Any:
+    """`value` with every tensor in it converted; tuples stay tuples."""
+    if isinstance(value, Tensor):
+        return to_kind(value)
+    if isinstance(value, tuple):
+        return tuple(convert(item, to_kind) for item in value)
+    return value

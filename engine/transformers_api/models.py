@@ -1,0 +1,357 @@
+"""GemmaModel, GemmaForCausalLM, the classifiers, and their kin of the other families.
+
+Signatures, names and shapes are those of the Hugging Face documents.  A family's class says which
+config it takes; what it computes is the same for all.
+"""
+
+from numbers import Integral
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemcut.engine.transformers_api.arrays import as_tensor
+from gemcut.engine.transformers_api.base import PreTrainedModel, Run
+from gemcut.engine.transformers_api.configs import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    VaultGemmaConfig,
+)
+from gemcut.engine.transformers_api.generation import GenerationMixin
+from gemcut.engine.transformers_api.inputs import (
+    INTEGERS,
+    check_targets_are_seen,
+    read_labels,
+)
+from gemcut.engine.transformers_api.losses import (
+    causal_lm_loss,
+    classification_loss,
+    token_classification_loss,
+)
+from gemcut.engine.transformers_api.outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+
+
+class TextModel(PreTrainedModel):
+    """The decoder without a head."""
+
+    is_bare = True
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Hidden states of a batch: input_ids [B, T] -> last_hidden_state [B, T, D], and more.
+
+        attention_mask [B, past + T]: 1 for a token, 0 for padding, whose outputs are zero.
+        position_ids [B, T]: by default the columns' numbers.  inputs_embeds [B, T, D], scaled, in
+        place of ids.  past_key_values: the cache of an earlier call, behind which the new ids go
+        on.  output_attentions computes attention in plain torch, by the oracle, not by a kernel.
+        Arrays come back in the kind of the ids.  ValueError names an argument that cannot be.
+        """
+        run = self._run(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            **options,
+        )
+        return run.answer(BaseModelOutputWithPast, last_hidden_state=run.states.last)
+
+
+class CausalLM(PreTrainedModel, GenerationMixin):
+    """The decoder with its head."""
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Any = 0,
+        **options: Any,
+    ) -> Any:
+        """Logits of a batch: input_ids [B, T] -> logits [B, kept, V] float32, and more.
+
+        labels [B, kept]: the ids themselves, -100 where none is asked for; the loss is the mean
+        cross entropy of each next one.  Beside a loss, logits are computed when they are first
+        looked at: a loss alone never holds all of them.  logits_to_keep: 0 keeps all columns, n
+        the last n, an array [kept] or [B, kept] these, a bool array [B, T] those that are true
+        (then logits are [kept, V]).  Otherwise as the model without a head.
+        """
+        run = self._run(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            **options,
+        )
+        kept = _keep(run.states.last, logits_to_keep, self.device)
+        core = self._core
+
+        def logits() -> Any:
+            flat = core.logits(kept.reshape(-1, kept.shape[-1]))
+            return run.kind(flat.view(*kept.shape[:-1], -1))
+
+        loss = None
+        if labels is not None:
+            if kept.dim() != 3:
+                raise ValueError("labels need rows: give logits_to_keep as a number or as columns")
+            targets = read_labels(labels, tuple(kept.shape[:2]), core.config.vocab_size, self.device)
+            if kept.shape == run.states.last.shape:
+                following = F.pad(targets[:, 1:], (0, 1), value=-100)
+                check_targets_are_seen(following, run.batch.mask, "the next one is predicted from")
+            loss = causal_lm_loss(core, kept, targets)
+        return run.answer(
+            CausalLMOutputWithPast, loss=loss, logits=logits() if labels is None else logits
+        )
+
+
+class SequenceClassifier(PreTrainedModel):
+    """The decoder with one answer a row."""
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Logits of a batch: input_ids [B, T] -> logits [B, num_labels], and more.
+
+        A row's answer is read at its rightmost token that is not pad_token_id; with inputs_embeds,
+        at the last column that attention_mask does not hide.  labels: config.problem_type says
+        what they are, or else their kind: [B] classes, [B, num_labels] of zeros and ones as floats,
+        or, where there is one label, [B] numbers.  Otherwise as the model without a head.
+        """
+        run = self._run(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            **options,
+        )
+        rows = torch.arange(run.batch.shape[0], device=self.device)
+        pooled = run.states.last[rows, self._pooled_columns(run)]
+        logits = F.linear(pooled, self._score())
+        loss = None
+        if labels is not None:
+            targets, problem_type = self._read_targets(labels, len(rows))
+            loss = classification_loss(logits, targets, problem_type)
+        return run.answer(SequenceClassifierOutputWithPast, loss=loss, logits=logits)
+
+    def _score(self) -> Tensor:
+        score = self._core.weights.score
+        assert score is not None
+        return score
+
+    def _pooled_columns(self, run: Run) -> Tensor:
+        """The column that each row's answer is read at: int64 [B]."""
+        (B, T), ids, mask = run.batch.shape, run.batch.token_ids, run.batch.mask
+        pad = self.config.pad_token_id
+        if ids is None or pad is None:
+            if ids is not None and B != 1:
+                raise ValueError(f"a batch of {B} rows needs config.pad_token_id to find their ends")
+            seen = torch.ones(B, T, dtype=torch.bool) if mask is None else mask[:, -T:]
+        else:
+            seen = (ids != pad).cpu()
+        columns = (torch.arange(T) * seen).argmax(-1)
+        for row in range(B if mask is not None else 0):
+            if not mask[row, -T:][columns[row]]:
+                raise ValueError(
+                    f"row {row} is read at column {int(columns[row])}, its last that is not "
+                    f"pad_token_id {pad}, but attention_mask hides it"
+                )
+        return columns.to(self.device)
+
+    def _read_targets(self, labels: Any, rows: int) -> tuple[Tensor, str]:
+        """Labels of the shape that the problem needs, and which problem that is."""
+        count, tensor = self.config.num_labels, as_tensor("labels", labels, self.device)
+        problem_type = self.config.problem_type
+        if problem_type is None:
+            if count == 1:
+                problem_type = "regression"
+            elif tensor.dtype in INTEGERS:
+                problem_type = "single_label_classification"
+            else:
+                problem_type = "multi_label_classification"
+        if problem_type == "single_label_classification":
+            flat = tensor.flatten() if tensor.shape == (rows, 1) else tensor
+            return read_labels(flat, (rows,), count, self.device), problem_type
+        shapes = [(rows, count)] if count > 1 or problem_type != "regression" else [(rows,), (rows, 1)]
+        if tuple(tensor.shape) not in shapes:
+            raise ValueError(
+                f"labels are {list(tensor.shape)}, must be {list(shapes[0])} for {problem_type}"
+            )
+        return tensor.view(rows, count), problem_type
+
+
+class TokenClassifier(PreTrainedModel):
+    """The decoder with one answer a token."""
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Logits of a batch: input_ids [B, T] -> logits [B, T, num_labels], and more.
+
+        labels [B, T]: classes, -100 where none is asked for.  Otherwise as the model without a
+        head.
+        """
+        run = self._run(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            **options,
+        )
+        weights = self._core.weights
+        assert weights.score is not None
+        logits = F.linear(run.states.last, weights.score, weights.score_bias)
+        loss = None
+        if labels is not None:
+            targets = read_labels(labels, run.batch.shape, self.config.num_labels, self.device)
+            check_targets_are_seen(targets, run.batch.mask, "there is one at")
+            loss = token_classification_loss(logits, targets)
+        return run.answer(TokenClassifierOutput, loss=loss, logits=logits)
+
+
+def _keep(states: Tensor, which: Any, device: torch.device) -> Tensor:
+    """The states [B, T, D] of the columns that logits are wanted of, as logits_to_keep says."""
+    T = states.shape[1]
+    if isinstance(which, Integral) and not isinstance(which, bool):
+        if which < 0:
+            raise ValueError(f"logits_to_keep {which} is negative; 0 keeps all columns")
+        return states[:, -int(which) :]
+    columns = as_tensor("logits_to_keep", which, device)
+    if columns.dtype == torch.bool and columns.shape == states.shape[:2]:
+        return states[columns]
+    if columns.dtype not in INTEGERS or columns.dim() not in (1, 2):
+        raise ValueError(
+            f"logits_to_keep is {columns.dtype} {list(columns.shape)}, must be a number, columns "
+            f"[kept] or [{states.shape[0]}, kept], or a bool for each of {list(states.shape[:2])}"
+        )
+    columns = columns.to(torch.int64)
+    if columns.numel() and not (-T <= int(columns.min()) and int(columns.max()) < T):
+        raise ValueError(f"logits_to_keep names a column outside {-T}..{T - 1}")
+    if columns.dim() == 1:
+        return states[:, columns]
+    if columns.shape[0] != states.shape[0]:
+        raise ValueError(f"logits_to_keep has {columns.shape[0]} rows, the batch {states.shape[0]}")
+    return states.take_along_dim((columns % T).unsqueeze(-1), dim=1)
+
+
+class GemmaModel(TextModel):
+    """Gemma 1 without a head."""
+
+    config_class = GemmaConfig
+
+
+class GemmaForCausalLM(CausalLM):
+    """Gemma 1 with a head: logits, losses, text."""
+
+    config_class = GemmaConfig
+
+
+class GemmaForSequenceClassification(SequenceClassifier):
+    """Gemma 1 that classifies texts."""
+
+    config_class = GemmaConfig
+
+
+class GemmaForTokenClassification(TokenClassifier):
+    """Gemma 1 that classifies tokens."""
+
+    config_class = GemmaConfig
+
+
+class Gemma2Model(TextModel):
+    """Gemma 2 without a head."""
+
+    config_class = Gemma2Config
+
+
+class Gemma2ForCausalLM(CausalLM):
+    """Gemma 2 with a head: logits, losses, text."""
+
+    config_class = Gemma2Config
+
+
+class Gemma2ForSequenceClassification(SequenceClassifier):
+    """Gemma 2 that classifies texts."""
+
+    config_class = Gemma2Config
+
+
+class Gemma2ForTokenClassification(TokenClassifier):
+    """Gemma 2 that classifies tokens."""
+
+    config_class = Gemma2Config
+
+
+class VaultGemmaModel(TextModel):
+    """VaultGemma without a head."""
+
+    config_class = VaultGemmaConfig
+
+
+class VaultGemmaForCausalLM(CausalLM):
+    """VaultGemma with a head: logits, losses, text."""
+
+    config_class = VaultGemmaConfig
+
+
+class Gemma3TextModel(TextModel):
+    """Gemma 3's text part without a head."""
+
+    config_class = Gemma3TextConfig
+
+
+class Gemma3ForCausalLM(CausalLM):
+    """Gemma 3's text part with a head: logits, losses, text."""
+
+    config_class = Gemma3TextConfig
+
+
+class Gemma3TextForSequenceClassification(SequenceClassifier):
+    """Gemma 3's text part that classifies texts."""
+
+    config_class = Gemma3TextConfig

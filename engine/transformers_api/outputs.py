@@ -1,0 +1,106 @@
+"""What a model's call yields: an object that is a mapping, an index and a tuple too."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+
+class ModelOutput:
+    """Named values in a fixed order; those that are None are not there.
+
+    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()` and `loss, logits = output`
+    all work.  A value given as a function is computed when it is first asked for.
+    """
+
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, **values: Any) -> None:
+        assert set(values) <= set(self.FIELDS)
+        self._values = {name: values.get(name) for name in self.FIELDS}
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("_values", {})
+        if name not in values:
+            known = ", ".join(self.FIELDS)
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {known}")
+        if isinstance(value := values[name], Callable):
+            value = values[name] = value()
+        return value
+
+    def keys(self) -> list[str]:
+        """The names of the values that are there, in order."""
+        return [name for name, value in self._values.items() if value is not None]
+
+    def values(self) -> list[Any]:
+        """The values that are there."""
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and values."""
+        return list(zip(self.keys(), self.values(), strict=True))
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are there, as a tuple."""
+        return tuple(self.values())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of that name, or the default."""
+        return self[name] if name in self else default
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={_show(value)}" for name, value in self._values.items())
+        return f"{type(self).__name__}({shown})"
+
+
+def _show(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    if shape:
+        return f"<{type(value).__name__} {list(shape)}>"
+    if isinstance(value, tuple):
+        return f"<{len(value)} of {_show(value[0])}>"
+    return "<on request>" if callable(value) else repr(value)
+
+
+class BaseModelOutputWithPast(ModelOutput):
+    """last_hidden_state [B, T, D]; L + 1 hidden_states; L attentions [B, HQ, T, S]."""
+
+    FIELDS = ("last_hidden_state", "past_key_values", "hidden_states", "attentions")
+
+
+class CausalLMOutputWithPast(ModelOutput):
+    """logits [B, kept, V] float32; with labels, a loss."""
+
+    FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
+
+
+class SequenceClassifierOutputWithPast(ModelOutput):
+    """logits [B, num_labels]."""
+
+    FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
+
+
+class TokenClassifierOutput(ModelOutput):
+    """logits [B, T, num_labels]."""
+
+    FIELDS = ("loss", "logits", "hidden_states", "attentions")
+
+
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """sequences [B, T]; logits, one [B, V] for each new token."""
+
+    FIELDS = ("sequences", "logits", "past_key_values")
