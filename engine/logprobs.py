@@ -19,7 +19,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def describe_tokens(
-    logits: Tensor, token_ids: Tensor, top: int, tokenizer: Tokenizer
+    logits: Tensor, token_ids: Tensor, top: int, tokenizer: Tokenizer | None | None
 ) -> list[TokenLogprobs]:
     """Each row's token and the `top` likeliest ones: logits [M, V], token_ids [M] -> M entries."""
     logprobs = logits.log_softmax(-1)
@@ -42,9 +42,9 @@ def describe_tokens(
     return entries
 
 
-def _show(tokenizer: Tokenizer, token_id: int) -> str:
+def _show(tokenizer: Tokenizer | None, token_id: int) -> str:
     # ids of an embedding padded past the vocabulary have no text
-    if token_id >= len(tokenizer):
+    if tokenizer is None or token_id >= len(tokenizer):
         return ""
     return tokenizer.decode([token_id], skip_special_tokens=False)
 
@@ -56,7 +56,7 @@ def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float
 
 
 def prompt_logprobs(
-    model: Gemma, hidden: Tensor, following: Tensor, top: int, tokenizer: Tokenizer
+    model: Gemma, hidden: Tensor, following: Tensor, top: int, tokenizer: Tokenizer | None | None
 ) -> list[TokenLogprobs]:
     """The same with the likeliest tokens: one entry for each of `following`."""
     blocks = _blocks(model, hidden, following)

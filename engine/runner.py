@@ -60,10 +60,13 @@ def count_accepted(chosen: Sequence[int], draft: Sequence[int]) -> int:
 
 
 class Runner:
-    """Launches prefills and decode steps of one model over one cache."""
+    """Launches prefills and decode steps of one model over one cache.
+
+    The tokenizer shows tokens in log-probabilities; without one they have no text.
+    """
 
     def __init__(
-        self, model: Gemma, cache: KVCache, state: SlotState, tokenizer: Tokenizer
+        self, model: Gemma, cache: KVCache, state: SlotState, tokenizer: Tokenizer | None
     ) -> None:
         self.model, self.cache, self.state, self._tokenizer = model, cache, state, tokenizer
         self.steps = Steps(model, cache, state)
@@ -90,10 +93,20 @@ class Runner:
         sequence.written = max(sequence.written, end)
         if sequence.score_only or not sequence.is_prefilled:
             return None
-        self.state.admit(sequence.slot, sequence)
-        logits = self.model.logits(hidden[-1:])[:, : self.state.vocab_size]
-        slots = upload([sequence.slot], self.device)
-        return self._choose([sequence], logits, slots, self._known(sequence.uses))
+        return self.begin([sequence], hidden[-1:])
+
+    def begin(self, sequences: list[TokenSequence], hidden: Tensor) -> Launch:
+        """The next token of sequences from the states [B, D] of all that they hold.
+
+        The first one of a prompt that is in the cache, or one that was computed elsewhere.
+        """
+        for sequence in sequences:
+            assert sequence.slot is not None
+            self.state.admit(sequence.slot, sequence)
+        logits = self.model.logits(hidden)[:, : self.state.vocab_size]
+        slots = upload([s.slot for s in sequences], self.device)
+        features = self._known(frozenset().union(*(s.uses for s in sequences)))
+        return self._choose(sequences, logits, slots, features)
 
     def decode(self, sequences: list[TokenSequence], drafts: list[list[int]] | None) -> Launch:
         """One step for all these sequences; with drafts, perhaps empty ones, for each of them."""

@@ -28,7 +28,7 @@ class TokenSequence:
 
     prompt_ids: list[int]
     params: SamplingParams
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: ids are all that is wanted
     eos_ids: frozenset[int]  # tokens that end it, unless ignore_eos
     max_seq_len: int  # tokens of prompt and output together
     seed: int
@@ -56,9 +56,10 @@ class TokenSequence:
 
     def __post_init__(self) -> None:
         self._text: list[str] = []
-        self._decoder = StreamDecoder(
-            self.tokenizer, skip_special_tokens=self.params.skip_special_tokens
-        )
+        self._decoder = None
+        if self.tokenizer is not None:
+            skip = self.params.skip_special_tokens
+            self._decoder = StreamDecoder(self.tokenizer, skip_special_tokens=skip)
         self._stops = StopStrings(self.params.stop_strings)
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
         eos_ids = frozenset() if self.params.ignore_eos else self.eos_ids
@@ -141,7 +142,8 @@ class TokenSequence:
             self.finish_reason = "stop"
             self.stop_reason = token_id if token_id in self._stop_token_ids else None
         else:
-            text, self.stop_reason = self._stops.push(self._decoder.push(token_id))
+            more = "" if self._decoder is None else self._decoder.push(token_id)
+            text, self.stop_reason = self._stops.push(more)
             if self.stop_reason is not None:
                 self.finish_reason = "stop"
             elif len(self.output_ids) >= self.max_tokens:
@@ -175,7 +177,7 @@ class TokenSequence:
         """Text that was held back: it can no longer become a character or a stop string."""
         if isinstance(self.stop_reason, str):
             return ""
-        text, matched = self._stops.push(self._decoder.flush())
+        text, matched = self._stops.push("" if self._decoder is None else self._decoder.flush())
         if matched is not None:
             self.finish_reason, self.stop_reason = "stop", matched
             return text

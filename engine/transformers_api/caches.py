@@ -104,6 +104,15 @@ class StaticCache:
         self.kv, self.runner = grown, None
         return grown
 
+    def take(self, other: "StaticCache", times: int) -> None:
+        """What another cache holds, each of its rows so often; memory for it has been prepared."""
+        assert self.kv is not None and other.kv is not None
+        for to, source in zip(self.kv.layers, other.kv.layers, strict=True):
+            for x, y in ((to.k, source.k), (to.v, source.v)):
+                x[:, :, : y.shape[2]].copy_(y.repeat_interleave(times, dim=0))
+        self._columns = other._columns
+        self._column_of = [of_row for of_row in other._column_of for _ in range(times)]
+
     def extend(self, columns: int, new: list[Tensor]) -> None:
         """Note `columns` more of them, and which ones of each row hold a token."""
         self._column_of = [

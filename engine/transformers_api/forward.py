@@ -78,7 +78,8 @@ def forward(
     if output_attentions:
         shape = (B, config.num_q_heads, T, past + T)
         attentions = [zeros(*shape) for _ in range(config.num_layers)]
-    is_plain = attentions is None and _is_plain(batch, columns, past + T, model)
+    is_plain = attentions is None and batch.segments is None
+    is_plain = is_plain and rows_are_plain(batch.mask, columns, past + T, config.sliding_window)
 
     for pieces in _chunks(real, held, kv.prefill_chunk):
         flat = torch.cat([piece.row * T + piece.columns for piece in pieces])
@@ -133,19 +134,21 @@ def _chunks(real: list[Tensor], held: list[int], chunk: int) -> list[list[Piece]
     ]
 
 
-def _is_plain(batch: Batch, columns: list[Tensor], end: int, model: Gemma) -> bool:
-    """Whether each row is a sequence of its own, and whole."""
-    if batch.segments is not None:
+def rows_are_plain(
+    mask: Tensor | None, columns: list[Tensor], end: int, window: int | None
+) -> bool:
+    """Whether each row is one sequence, up to column `end`: all that it holds is seen, in order.
+
+    Holes count where some of the columns lie outside the window.
+    """
+    if window is not None and end > window and any(_has_holes(of_row) for of_row in columns):
         return False
-    window = model.config.sliding_window
-    if window is not None and end > window and any(has_holes(of_row) for of_row in columns):
-        return False
-    if batch.mask is None:
+    if mask is None:
         return True
-    return all(bool(batch.mask[row, of_row].all()) for row, of_row in enumerate(columns))
+    return all(bool(mask[row, of_row].all()) for row, of_row in enumerate(columns))
 
 
-def has_holes(columns: Tensor) -> bool:
+def _has_holes(columns: Tensor) -> bool:
     """Whether masked columns stand between those [n] that hold a row's tokens."""
     return len(columns) > 0 and int(columns[-1] - columns[0]) + 1 != len(columns)
 

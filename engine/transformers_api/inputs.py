@@ -98,6 +98,19 @@ def check_targets_are_seen(labels: Tensor, mask: Tensor | None, what: str) -> No
         )
 
 
+def check_is_stored(mask: Tensor, cache: StaticCache) -> None:
+    """Nothing, or ValueError where a mask [B, past + T] shows what the cache did not take in."""
+    past = cache.get_seq_length()
+    for row in range(mask.shape[0] if past else 0):
+        stored = torch.zeros(past, dtype=torch.bool)
+        stored[cache.columns_of(row)] = True
+        if (lost := (mask[row, :past] & ~stored).nonzero()).numel():
+            raise ValueError(
+                f"attention_mask shows column {int(lost[0])} of row {row}, but it was hidden when "
+                f"the cache was filled, and is not in it"
+            )
+
+
 def check_cache_position(value: Any, past: int, count: int, device: torch.device) -> None:
     """Nothing, or ValueError where new columns are said to stand elsewhere than behind the cache."""
     if value is None:
@@ -133,14 +146,7 @@ def _read_mask(
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError("attention_mask holds other values than 0 (padding) and 1 (token)")
         mask = mask != 0
-    for row in range(rows if past else 0):
-        stored = torch.zeros(past, dtype=torch.bool)
-        stored[cache.columns_of(row)] = True
-        if (lost := (mask[row, :past] & ~stored).nonzero()).numel():
-            raise ValueError(
-                f"attention_mask shows column {int(lost[0])} of row {row}, but it was hidden when "
-                f"the cache was filled, and is not in it"
-            )
+    check_is_stored(mask, cache)
     return mask
 
 

@@ -19,7 +19,7 @@ from gemcut.engine.transformers_api.configs import (
     GemmaConfig,
     VaultGemmaConfig,
 )
-from gemcut.engine.transformers_api.generation import GenerationMixin
+from gemcut.engine.transformers_api.generation import GenerativeModel
 from gemcut.engine.transformers_api.inputs import (
     INTEGERS,
     check_targets_are_seen,
@@ -74,7 +74,7 @@ class TextModel(PreTrainedModel):
         return run.answer(BaseModelOutputWithPast, last_hidden_state=run.states.last)
 
 
-class CausalLM(PreTrainedModel, GenerationMixin):
+class CausalLM(GenerativeModel):
     """The decoder with its head."""
 
     @torch.no_grad()
