@@ -214,7 +214,7 @@ class ModelConfig:
 
     @property
     def classifier(self) -> str | None:
-        """"sequence" or "token" where the checkpoint has a classifier in place of the head."""
+        """ "sequence" or "token" where the checkpoint has a classifier in place of the head."""
         for kind in ("sequence", "token"):
             if self.architectures[0].endswith(f"For{kind.title()}Classification"):
                 return kind

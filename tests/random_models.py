@@ -55,7 +55,9 @@ def random_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     return CONFIG_CLASSES[model_type](**values)
 
 
-def random_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def random_model(
+    model_type: str, *, seed: int = 0, auto_class: Any = AutoModelForCausalLM, **overrides: Any
+) -> PreTrainedModel:
     """A small transformers model in float32 and eval mode, with eager attention.
 
     Weights are large enough that scores reach the softcap and no head attends evenly.  Norm weights
@@ -65,9 +67,7 @@ def random_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrai
     config = random_config(model_type, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", dtype=torch.float32
-        )
+        model = auto_class.from_config(config, attn_implementation="eager", dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):

@@ -1,1 +1,64 @@
 """The classes that the Hugging Face documents of Gemma describe, on gemcut's kernels and cache."""
+
+from gemcut.engine.transformers_api.auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    FlaxGemmaForCausalLM,
+    FlaxGemmaModel,
+)
+from gemcut.engine.transformers_api.caches import DynamicCache, StaticCache
+from gemcut.engine.transformers_api.configs import (
+    AutoConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    VaultGemmaConfig,
+)
+from gemcut.engine.transformers_api.generation_config import GenerationConfig
+from gemcut.engine.transformers_api.models import (
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma2ForTokenClassification,
+    Gemma2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextForSequenceClassification,
+    Gemma3TextModel,
+    GemmaForCausalLM,
+    GemmaForSequenceClassification,
+    GemmaForTokenClassification,
+    GemmaModel,
+    VaultGemmaForCausalLM,
+    VaultGemmaModel,
+)
+
+__all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "DynamicCache",
+    "FlaxGemmaForCausalLM",
+    "FlaxGemmaModel",
+    "Gemma2Config",
+    "Gemma2ForCausalLM",
+    "Gemma2ForSequenceClassification",
+    "Gemma2ForTokenClassification",
+    "Gemma2Model",
+    "Gemma3ForCausalLM",
+    "Gemma3TextConfig",
+    "Gemma3TextForSequenceClassification",
+    "Gemma3TextModel",
+    "GemmaConfig",
+    "GemmaForCausalLM",
+    "GemmaForSequenceClassification",
+    "GemmaForTokenClassification",
+    "GemmaModel",
+    "GenerationConfig",
+    "StaticCache",
+    "VaultGemmaConfig",
+    "VaultGemmaForCausalLM",
+    "VaultGemmaModel",
+]

@@ -22,7 +22,9 @@ def as_tensor(name: str, x: Any, device: torch.device) -> Tensor:
     Arrays of the host's memory that are not torch's are copied to the device.
     """
     if isinstance(x, Tensor):
-        if x.device != device and not (x.is_cuda and device.type == "cuda" and device.index is None):
+        if x.device != device and not (
+            x.is_cuda and device.type == "cuda" and device.index is None
+        ):
             raise ValueError(
                 f"{name} is on {x.device}, the model on {device}; "
                 f"move one of them: {name}.to({str(device)!r}) or model.to({str(x.device)!r})"

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -106,7 +105,9 @@ class PreTrainedModel:
             if (value := overrides.pop(name)) not in GRANTED[name]:
                 raise NotImplementedError(f"{name}={value!r} is not supported; leave it out")
         refuse_unknown(
-            f"{cls.__name__}.from_pretrained", overrides, (*cls.config_class.parameters, "num_labels")
+            f"{cls.__name__}.from_pretrained",
+            overrides,
+            (*cls.config_class.parameters, "num_labels"),
         )
         folder = resolve_checkpoint(pretrained_model_name_or_path, files=FILES)
         if config is None:
@@ -114,7 +115,9 @@ class PreTrainedModel:
         elif overrides:
             raise ValueError(f"give config or {next(iter(overrides))}, not both")
         if not isinstance(config, cls.config_class):
-            raise ValueError(f"config is a {type(config).__name__}, not {cls.config_class.__name__}")
+            raise ValueError(
+                f"config is a {type(config).__name__}, not {cls.config_class.__name__}"
+            )
         target = _device_of(device_map)
         chosen = _dtype_of(dtype or torch_dtype or "auto", config, target)
         choose_ops(ops, target)  # a refusal comes before the weights
@@ -287,7 +290,9 @@ class PreTrainedModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What a subclass computes."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward; use one of its subclasses")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward; use one of its subclasses"
+        )
 
     def _run(
         self,

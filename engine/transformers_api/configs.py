@@ -45,7 +45,9 @@ class PreTrainedConfig:
 
     def __init_subclass__(cls) -> None:
         own = [name for name in cls.__annotations__ if name != "model_type"]
-        shared = [n for n in PreTrainedConfig.__annotations__ if n not in ("model_type", "parameters")]
+        shared = [
+            n for n in PreTrainedConfig.__annotations__ if n not in ("model_type", "parameters")
+        ]
         cls.parameters = {name: getattr(cls, name) for name in own + shared}
         keyword = inspect.Parameter.KEYWORD_ONLY
         cls.__signature__ = inspect.Signature(  # for help() and editors
@@ -61,7 +63,9 @@ class PreTrainedConfig:
         self.extra = extra  # other keys of config.json, as they came
         for name, default in self.parameters.items():
             setattr(self, name, values.get(name, default))
-        self.dtype = _dtype_name(older.pop("torch_dtype", None) if self.dtype is None else self.dtype)
+        self.dtype = _dtype_name(
+            older.pop("torch_dtype", None) if self.dtype is None else self.dtype
+        )
         if (count := older.pop("num_labels", None)) is not None:
             if self.id2label is not None and len(self.id2label) != count:
                 raise ValueError(

@@ -223,9 +223,7 @@ def _attend_by_mask(
     return attend
 
 
-def _visible(
-    piece: Piece, keys: Tensor, batch: Batch, past: int, window: int | None
-) -> Tensor:
+def _visible(piece: Piece, keys: Tensor, batch: Batch, past: int, window: int | None) -> Tensor:
     """Which keys the tokens of a piece see: keys [S], their columns -> [n, S] bool."""
     queries = (piece.columns + past).unsqueeze(-1)
     visible = keys <= queries

@@ -129,7 +129,7 @@ class GenerativeModel(PreTrainedModel):
         empty = StaticCache(self.config)
         whole = read_batch(core, empty, ids, mask, None, embeds, may_be_packed=False)
         (B, T) = whole.shape
-        if T <= past:
+        if past >= T:
             raise ValueError(
                 f"the prompt has {T} columns, of which the cache holds {past}: give all of them, "
                 f"and at least one more"
@@ -196,7 +196,9 @@ class _Task:
         pad = config.pad_token_id
         self._pad_id = min(eos_ids, default=0) if pad is None else pad
         rows = [row for row in range(prompt.whole.shape[0]) for _ in range(self._times)]
-        seeds = torch.randint(2**63 - 1, (len(rows),)).tolist() if config.do_sample else [0] * len(rows)
+        seeds = (
+            torch.randint(2**63 - 1, (len(rows),)).tolist() if config.do_sample else [0] * len(rows)
+        )
         self._sequences = []
         for slot, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
             ids = prompt.ids_of(row)
@@ -349,7 +351,9 @@ class _Task:
             self._streamer.put(self._result(count)[:, -1].cpu())
         for criterion in self._criteria:
             verdict = torch.as_tensor(criterion(self._result(count), None)).cpu()
-            for sequence, ends in zip(self._sequences, verdict.expand(len(self._sequences)), strict=True):
+            for sequence, ends in zip(
+                self._sequences, verdict.expand(len(self._sequences)), strict=True
+            ):
                 if ends and not sequence.finished:
                     sequence.finish_reason = "stop"
 

@@ -127,9 +127,7 @@ class GenerationConfig:
         refuse_unknown("generate", values, {*names, *NEUTRAL})
         for name, value in {**self.extra, **values}.items():
             if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-                raise NotImplementedError(
-                    f"{name}={shorten(value)} is not supported; leave it out"
-                )
+                raise NotImplementedError(f"{name}={shorten(value)} is not supported; leave it out")
         own = {key: x for key, x in values.items() if key in names}
         # what a file or a config object says of lengths is no wish of this call
         if "max_length" in own and "max_new_tokens" not in own:

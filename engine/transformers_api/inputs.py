@@ -138,9 +138,7 @@ def _read_mask(
         mask = mask[:, :wanted]  # Flax's callers give one entry for each place of the cache
     elif shape != (rows, wanted):
         of = f"{past} columns of the cache and {columns} new ones" if past else "the input's"
-        raise ValueError(
-            f"attention_mask is {list(shape)}, must be [{rows}, {wanted}]: {of}"
-        )
+        raise ValueError(f"attention_mask is {list(shape)}, must be [{rows}, {wanted}]: {of}")
     mask = mask.cpu()
     if mask.dtype != torch.bool:
         if not ((mask == 0) | (mask == 1)).all():

@@ -118,7 +118,9 @@ class CausalLM(GenerativeModel):
         if labels is not None:
             if kept.dim() != 3:
                 raise ValueError("labels need rows: give logits_to_keep as a number or as columns")
-            targets = read_labels(labels, tuple(kept.shape[:2]), core.config.vocab_size, self.device)
+            targets = read_labels(
+                labels, tuple(kept.shape[:2]), core.config.vocab_size, self.device
+            )
             if kept.shape == run.states.last.shape:
                 following = F.pad(targets[:, 1:], (0, 1), value=-100)
                 check_targets_are_seen(following, run.batch.mask, "the next one is predicted from")
@@ -179,7 +181,9 @@ class SequenceClassifier(PreTrainedModel):
         pad = self.config.pad_token_id
         if ids is None or pad is None:
             if ids is not None and B != 1:
-                raise ValueError(f"a batch of {B} rows needs config.pad_token_id to find their ends")
+                raise ValueError(
+                    f"a batch of {B} rows needs config.pad_token_id to find their ends"
+                )
             seen = torch.ones(B, T, dtype=torch.bool) if mask is None else mask[:, -T:]
         else:
             seen = (ids != pad).cpu()
@@ -206,7 +210,9 @@ class SequenceClassifier(PreTrainedModel):
         if problem_type == "single_label_classification":
             flat = tensor.flatten() if tensor.shape == (rows, 1) else tensor
             return read_labels(flat, (rows,), count, self.device), problem_type
-        shapes = [(rows, count)] if count > 1 or problem_type != "regression" else [(rows,), (rows, 1)]
+        shapes = (
+            [(rows, count)] if count > 1 or problem_type != "regression" else [(rows,), (rows, 1)]
+        )
         if tuple(tensor.shape) not in shapes:
             raise ValueError(
                 f"labels are {list(tensor.shape)}, must be {list(shapes[0])} for {problem_type}"
@@ -270,7 +276,7 @@ def _keep(states: Tensor, which: Any, device: torch.device) -> Tensor:
             f"[kept] or [{states.shape[0]}, kept], or a bool for each of {list(states.shape[:2])}"
         )
     columns = columns.to(torch.int64)
-    if columns.numel() and not (-T <= int(columns.min()) and int(columns.max()) < T):
+    if columns.numel() and not (int(columns.min()) >= -T and int(columns.max()) < T):
         raise ValueError(f"logits_to_keep names a column outside {-T}..{T - 1}")
     if columns.dim() == 1:
         return states[:, columns]

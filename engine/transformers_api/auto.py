@@ -1,0 +1,112 @@
+"""AutoModel and its kin: the class that a checkpoint's config.json names, and the Flax names."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gemcut.engine.transformers_api import models
+from gemcut.engine.transformers_api.base import PreTrainedModel
+from gemcut.engine.transformers_api.configs import AutoConfig, PreTrainedConfig
+
+
+class _Auto:
+    kind: ClassVar[str]
+    classes: ClassVar[dict[str, type[PreTrainedModel]]]  # by model_type
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+        """The model in "demo", a folder or a Hugging Face id; options as those of its class."""
+        config = options.get("config")
+        if config is None:
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        return cls._class_of(config).from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **options: Any) -> Any:
+        """A model with random weights; options as those of its class."""
+        return cls._class_of(config)(config, **options)
+
+    @classmethod
+    def _class_of(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
+        if config.model_type not in cls.classes:
+            raise ValueError(
+                f"{cls.__name__} has no class for model_type {config.model_type!r}; "
+                f"it has them for {', '.join(cls.classes)}"
+            )
+        return cls.classes[config.model_type]
+
+
+class AutoModel(_Auto):
+    """Models without a head."""
+
+    classes: ClassVar = {
+        "gemma": models.GemmaModel,
+        "gemma2": models.Gemma2Model,
+        "vaultgemma": models.VaultGemmaModel,
+        "gemma3_text": models.Gemma3TextModel,
+    }
+
+
+class AutoModelForCausalLM(_Auto):
+    """Models that generate."""
+
+    classes: ClassVar = {
+        "gemma": models.GemmaForCausalLM,
+        "gemma2": models.Gemma2ForCausalLM,
+        "vaultgemma": models.VaultGemmaForCausalLM,
+        "gemma3_text": models.Gemma3ForCausalLM,
+    }
+
+
+class AutoModelForSequenceClassification(_Auto):
+    """Models that classify texts."""
+
+    classes: ClassVar = {
+        "gemma": models.GemmaForSequenceClassification,
+        "gemma2": models.Gemma2ForSequenceClassification,
+        "gemma3_text": models.Gemma3TextForSequenceClassification,
+    }
+
+
+class AutoModelForTokenClassification(_Auto):
+    """Models that classify tokens."""
+
+    classes: ClassVar = {
+        "gemma": models.GemmaForTokenClassification,
+        "gemma2": models.Gemma2ForTokenClassification,
+    }
+
+
+class _Flax:
+    """What the Flax documents' calls have beside: `params`, `dropout_rng`, `train`."""
+
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        **options: Any,
+    ) -> Any:
+        """`forward`, by the signature that the Flax documents have."""
+        if params is not None:
+            raise NotImplementedError("params: a model has its own weights; see load_state_dict")
+        if train or dropout_rng is not None:
+            raise NotImplementedError("gemcut runs models and does not train them; leave out train")
+        return self.forward(  # pyright: ignore[reportAttributeAccessIssue]  # of the model beside
+            input_ids, attention_mask, position_ids, past_key_values, **options
+        )
+
+
+class FlaxGemmaModel(_Flax, models.GemmaModel):
+    """Gemma 1 without a head, by the name that the Flax documents have."""
+
+
+class FlaxGemmaForCausalLM(_Flax, models.GemmaForCausalLM):
+    """Gemma 1 with a head, by the name that the Flax documents have."""
+
+    def generate(self, *args: Any, **settings: Any) -> Any:
+        """`generate`, whose ids are in the output's `sequences`, as in Flax."""
+        return super().generate(*args, **{"return_dict_in_generate": True} | settings)
