@@ -214,7 +214,7 @@ class ModelConfig:
 
     @property
     def classifier(self) -> str | None:
-        """ "sequence" or "token" where the checkpoint has a classifier in place of the head."""
+        """What stands in place of the head: a classifier of a "sequence", of a "token", or None."""
         for kind in ("sequence", "token"):
             if self.architectures[0].endswith(f"For{kind.title()}Classification"):
                 return kind

@@ -34,7 +34,7 @@ class LayerWeights:
 
 @dataclass
 class Weights:
-    """One model; `lm_head` is the `embedding` itself where they are tied, or a classifier stands."""
+    """One model; `lm_head` is the `embedding` itself where it is tied, and in a classifier."""
 
     embedding: Tensor  # [V, D]
     layers: list[LayerWeights]

@@ -400,7 +400,7 @@ def test_missing_files(sharded):
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
         load(sharded)
     (sharded / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match="pickles and .* are read by `gemcut convert` alone"):
+    with pytest.raises(ValueError, match=r"pickles and .* are read by `gemcut convert` alone"):
         load(sharded)
     with pytest.raises(ValueError, match="no such folder"):
         find_nonfinite(sharded / "nowhere")

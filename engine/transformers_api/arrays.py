@@ -1,7 +1,6 @@
 """Arrays in and out: torch, NumPy, and whatever speaks DLPack, such as jax.Array.
 
-The model computes in torch.  What a caller gives is taken without a copy where memory allows it, and
-the answer comes back in the kind of array that the question came in.
+The model computes in torch; an answer comes back in the kind of array that the question came in.
 """
 
 from collections.abc import Callable

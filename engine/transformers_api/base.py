@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,13 +16,12 @@ from gemcut.engine.config import ModelConfig
 from gemcut.engine.hub import FILES, resolve_checkpoint
 from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, in_passing_thread
 from gemcut.engine.model import Gemma
-from gemcut.engine.transformers_api.arrays import Convert, convert, converter_to_kind_of
+from gemcut.engine.transformers_api.arrays import converter_to_kind_of
 from gemcut.engine.transformers_api.caches import StaticCache
 from gemcut.engine.transformers_api.configs import PreTrainedConfig
-from gemcut.engine.transformers_api.forward import Batch, States, forward
+from gemcut.engine.transformers_api.forward import Run, forward
 from gemcut.engine.transformers_api.inputs import check_cache_position, read_batch, read_ids
 from gemcut.engine.transformers_api.keywords import refuse_unknown
-from gemcut.engine.transformers_api.outputs import ModelOutput
 from gemcut.engine.weights import Weights, empty_weights, parts
 
 M = TypeVar("M", bound="PreTrainedModel")
@@ -308,7 +307,7 @@ class PreTrainedModel:
         cache_position: Any = None,
         return_dict: bool | None = None,
         **unknown: Any,
-    ) -> "Run":
+    ) -> Run:
         """Hidden states of a batch, and whatever else was asked for."""
         core, config = self._core, self.config
         refuse_unknown(f"{type(self).__name__}.forward", unknown, self._keywords())
@@ -354,28 +353,6 @@ class PreTrainedModel:
         return {name for name, x in taken.items() if x.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
-@dataclass
-class Run:
-    """A call that has been computed: its batch, its states, and how its answer is given."""
-
-    batch: Batch
-    states: States
-    cache: StaticCache | None
-    kind: Convert  # to what the caller's arrays are
-    as_mapping: bool
-
-    def answer(self, output_class: type[ModelOutput], **values: Any) -> Any:
-        """The output that holds these values, and what the call yields beside them."""
-        values |= {
-            "past_key_values": self.cache,
-            "hidden_states": self.states.hidden,
-            "attentions": self.states.attentions,
-        }
-        known = {name: values[name] for name in output_class.FIELDS if name in values}
-        output = output_class(**{k: convert(x, self.kind) for k, x in known.items()})
-        return output if self.as_mapping else output.to_tuple()
-
-
 class Embedding:
     """The input embeddings of a model: ids [B, T] -> [B, T, D], scaled."""
 
@@ -409,7 +386,8 @@ def _device_of(device_map: Any) -> torch.device:
         device_map = device_map[""]
     if isinstance(device_map, int) and not isinstance(device_map, bool):
         device_map = f"cuda:{device_map}"
-    return choose_device("cpu" if device_map is None else device_map)
+    place: Any = "cpu" if device_map is None else device_map
+    return choose_device(place)
 
 
 def _dtype_of(dtype: Any, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

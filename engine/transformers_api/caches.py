@@ -106,7 +106,8 @@ class StaticCache:
 
     def take(self, other: "StaticCache", times: int) -> None:
         """What another cache holds, each of its rows so often; memory for it has been prepared."""
-        assert self.kv is not None and other.kv is not None
+        assert self.kv is not None
+        assert other.kv is not None
         for to, source in zip(self.kv.layers, other.kv.layers, strict=True):
             for x, y in ((to.k, source.k), (to.v, source.v)):
                 x[:, :, : y.shape[2]].copy_(y.repeat_interleave(times, dim=0))

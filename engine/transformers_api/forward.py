@@ -11,13 +11,16 @@ row; a mask that hides tokens which are in the cache; and attention weights as a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemcut.engine.cache import KVCache
 from gemcut.engine.model import Gemma
+from gemcut.engine.transformers_api.arrays import Convert, convert
 from gemcut.engine.transformers_api.caches import StaticCache
+from gemcut.engine.transformers_api.outputs import ModelOutput
 from gemcut.kernels.reference_attention import attention_masked
 
 
@@ -40,6 +43,28 @@ class States:
     last: Tensor  # [B, T, D]
     hidden: tuple[Tensor, ...] | None  # L + 1 of [B, T, D]
     attentions: tuple[Tensor, ...] | None  # L of [B, HQ, T, past + T]
+
+
+@dataclass
+class Run:
+    """A call that has been computed: its batch, its states, and how its answer is given."""
+
+    batch: Batch
+    states: States
+    cache: StaticCache | None
+    kind: Convert  # to what the caller's arrays are
+    as_mapping: bool
+
+    def answer(self, output_class: type[ModelOutput], **values: Any) -> Any:
+        """The output that holds these values, and what the call yields beside them."""
+        values |= {
+            "past_key_values": self.cache,
+            "hidden_states": self.states.hidden,
+            "attentions": self.states.attentions,
+        }
+        known = {name: values[name] for name in output_class.FIELDS if name in values}
+        output = output_class(**{k: convert(x, self.kind) for k, x in known.items()})
+        return output if self.as_mapping else output.to_tuple()
 
 
 @dataclass

@@ -112,7 +112,7 @@ def check_is_stored(mask: Tensor, cache: StaticCache) -> None:
 
 
 def check_cache_position(value: Any, past: int, count: int, device: torch.device) -> None:
-    """Nothing, or ValueError where new columns are said to stand elsewhere than behind the cache."""
+    """Nothing, or ValueError where new columns are said to stand but behind the cache."""
     if value is None:
         return
     expected = torch.arange(past, past + count)

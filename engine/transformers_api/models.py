@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.engine.transformers_api.arrays import as_tensor
-from gemcut.engine.transformers_api.base import PreTrainedModel, Run
+from gemcut.engine.transformers_api.base import PreTrainedModel
 from gemcut.engine.transformers_api.configs import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     VaultGemmaConfig,
 )
+from gemcut.engine.transformers_api.forward import Run
 from gemcut.engine.transformers_api.generation import GenerativeModel
 from gemcut.engine.transformers_api.inputs import (
     INTEGERS,
@@ -188,8 +189,8 @@ class SequenceClassifier(PreTrainedModel):
         else:
             seen = (ids != pad).cpu()
         columns = (torch.arange(T) * seen).argmax(-1)
-        for row in range(B if mask is not None else 0):
-            if not mask[row, -T:][columns[row]]:
+        for row in range(B):
+            if mask is not None and not mask[row, -T:][columns[row]]:
                 raise ValueError(
                     f"row {row} is read at column {int(columns[row])}, its last that is not "
                     f"pad_token_id {pad}, but attention_mask hides it"

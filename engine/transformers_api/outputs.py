@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 class ModelOutput:
     """Named values in a fixed order; those that are None are not there.
 
-    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()` and `loss, logits = output`
-    all work.  A value given as a function is computed when it is first asked for.
+    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `loss, logits = output`
+    and `**output` all work.  A value given as a function is computed when it is first asked for.
     """
 
     FIELDS: ClassVar[tuple[str, ...]] = ()
@@ -44,7 +44,8 @@ class ModelOutput:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of that name, or the default."""
-        return self[name] if name in self else default
+        value = getattr(self, name) if name in self else None
+        return default if value is None else value
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):
