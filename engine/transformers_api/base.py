@@ -103,11 +103,9 @@ class PreTrainedModel:
         for name in [name for name in overrides if name in GRANTED]:
             if (value := overrides.pop(name)) not in GRANTED[name]:
                 raise NotImplementedError(f"{name}={value!r} is not supported; leave it out")
-        refuse_unknown(
-            f"{cls.__name__}.from_pretrained",
-            overrides,
-            (*cls.config_class.parameters, "num_labels"),
-        )
+        own = inspect.signature(cls.from_pretrained).parameters
+        known = {*own, *GRANTED, *cls.config_class.parameters, "num_labels"}
+        refuse_unknown(f"{cls.__name__}.from_pretrained", overrides, known)
         folder = resolve_checkpoint(pretrained_model_name_or_path, files=FILES)
         if config is None:
             config = cls.config_class.from_pretrained(folder, **overrides)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gemcut.engine.config_file import as_token_ids
 from gemcut.engine.model import Gemma
 from gemcut.engine.runner import Launch, Runner
-from gemcut.engine.sampling_params import LogitsProcessor, SamplingParams
+from gemcut.engine.sampling_params import INT64_MAX, LogitsProcessor, SamplingParams
 from gemcut.engine.sequence import TokenSequence
 from gemcut.engine.slot_state import SlotState
 from gemcut.engine.transformers_api.caches import StaticCache

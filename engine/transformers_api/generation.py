@@ -74,6 +74,7 @@ class GenerativeModel(PreTrainedModel):
             input_ids = inputs
         own = self.generation_config if generation_config is None else generation_config
         config = own.updated(settings)
+        config.check_token_ids(self.config.vocab_size)
         cache = StaticCache(self.config) if past_key_values is None else past_key_values
         if not isinstance(cache, StaticCache):
             raise ValueError(

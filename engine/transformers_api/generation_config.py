@@ -153,6 +153,13 @@ class GenerationConfig:
                 f"greedy sequences are all the same"
             )
 
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Nothing, or ValueError where an id is past the vocabulary."""
+        pad = () if self.pad_token_id is None else (self.pad_token_id,)
+        for name, ids in (("eos_token_id", as_token_ids(self.eos_token_id)), ("pad_token_id", pad)):
+            for token_id in ids:
+                check_int(name, token_id, 0, vocab_size - 1)
+
     def new_tokens(self, columns: int, most: int) -> int:
         """How many tokens go behind a prompt of so many columns, of `most` in all."""
         if self.max_new_tokens is not None:

@@ -164,6 +164,8 @@ def _read_positions(value: Any, rows: int, columns: int, past: int, model: Gemma
 
 
 def _check_range(name: str, x: Tensor, low: int, high: int, also: str = "") -> None:
+    if x.numel() == 0:
+        return
     smallest, largest = (int(bound) for bound in torch.aminmax(x))
     for value in (smallest, largest):
         if not low <= value <= high:
