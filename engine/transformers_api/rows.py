@@ -101,7 +101,9 @@ def truncated(parts: Sequence[Part], room: int, strategy: str, side: str) -> lis
         return list(parts)
     if room < 0:
         raise ValueError(f"max_length leaves no room: the special tokens alone pass it by {-room}")
-    if strategy == "longest_first":
+    if room == 0:
+        kept = [0] * len(parts)
+    elif strategy == "longest_first":
         kept = _longest_first(lengths, room)
     else:
         index = int(strategy == "only_second")

@@ -129,16 +129,19 @@ class SpecialTokens:
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a piece, or the list of ids of a list; an unknown piece has that of unk."""
-        if tokens is None or isinstance(tokens, str):
-            return None if tokens is None else self.id_of(tokens)
+        if isinstance(tokens, str):
+            return self.id_of(tokens)
         return [self.id_of(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The piece of an id, or the list of pieces of a list of ids."""
         if isinstance(ids, int):
             return self.piece_of(ids)
-        skipped = self._skipped() if skip_special_tokens else frozenset()
-        return [piece for i in ids if int(i) not in skipped for piece in [self.piece_of(i)]]
+        pieces = [self.piece_of(i) for i in ids]
+        if not skip_special_tokens:
+            return pieces
+        skipped = {self._vocabulary.pieces[i] for i in self._skipped()}
+        return [piece for piece in pieces if piece not in skipped]
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
