@@ -138,6 +138,10 @@ class TestEncode:
         tokenizer = GemmaTokenizer(os.environ["GEMCUT_GEMMA_TOKENIZER"])
         assert tokenizer.encode("Hello this is a test") == [2, 4521, 736, 603, 476, 2121]
 
+    def test_a_lone_surrogate_in_the_json(self, from_json):
+        with pytest.raises(ValueError, match="surrogate"):
+            from_json.encode("\ud800")
+
     def test_two_bos_as_transformers_has_them(self, ours, theirs):
         assert ours.encode("<bos>a") == theirs.encode("<bos>a")
         assert ours.encode("<bos>a").count(2) == 2
@@ -664,6 +668,23 @@ class TestFiles:
         assert theirs.chat_template == TEMPLATE
         again = GemmaTokenizer.from_pretrained(tmp_path)
         assert again.encode("The children<eos>") == from_json.encode("The children<eos>")
+
+    @pytest.mark.parametrize(("bos", "eos"), [(True, True), (False, True), (False, False)])
+    def test_what_is_added_around_is_saved_in_the_json(self, saved, tmp_path, bos, eos):
+        tokenizer = GemmaTokenizer.from_pretrained(saved, add_bos_token=bos, add_eos_token=eos)
+        tokenizer.save_pretrained(tmp_path)
+        for reader in (GemmaTokenizer, TheirAutoTokenizer):
+            loaded = reader.from_pretrained(tmp_path)
+            assert loaded("a", "b c", return_token_type_ids=True).data == (
+                tokenizer("a", "b c", return_token_type_ids=True).data
+            )
+            assert loaded.encode("a") == tokenizer.encode("a")
+
+    def test_the_former_name_overrides(self, tokenizer_file, tmp_path):
+        GemmaTokenizer(tokenizer_file).save_pretrained(tmp_path)
+        options = {"additional_special_tokens": ["<table>"]}
+        tokenizer = GemmaTokenizer.from_pretrained(tmp_path, **options)
+        assert tokenizer.extra_special_tokens == ["<table>"]
 
     def test_added_tokens_choose_the_json(self, saved, tokenizer_file, tmp_path, theirs):
         """A fine-tune's tokenizer.model may lack the tokens that were added to it."""

@@ -145,7 +145,7 @@ class Tokenizer:
         two hurt the model as much as none. "▁" (U+2581) encodes as a space does, by SentencePiece's
         definition; every other text decodes to itself where the vocabulary has byte pieces.
         """
-        _check_text(text)
+        check_text(text)
         ids: list[int] = []
         if parse_special:
             for i, part in enumerate(self._literal.split(text)):
@@ -215,7 +215,8 @@ class Tokenizer:
         return index
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Nothing, or ValueError where text is no string that UTF-8 can spell."""
     if not isinstance(text, str):
         raise ValueError(f"text must be a string, got {type(text).__name__}")
     try:

@@ -142,7 +142,9 @@ class GemmaTokenizer(TextCoder):
         folder = resolve_checkpoint(name, files=tokenizer_files.FILES)
         settings = tokenizer_files.read_settings(folder)
         known = {k: v for k, v in settings.items() if k in _SETTINGS}
-        model, other = (folder / name for name in (tokenizer_files.MODEL_FILE, "tokenizer.json"))
+        model, other = (
+            folder / name for name in (tokenizer_files.MODEL_FILE, tokenizer_files.JSON_FILE)
+        )
         files = [file for file in (model, other) if file.is_file()]
         if not files:
             raise ValueError(f"{folder} holds neither tokenizer.model nor tokenizer.json")
@@ -150,6 +152,8 @@ class GemmaTokenizer(TextCoder):
             files.remove(model)
         if files[0] == other:
             known["add_bos_token"], known["add_eos_token"] = JsonVocabulary(other).added_around()
+        if "additional_special_tokens" in overrides:
+            known.pop("extra_special_tokens", None)
         file_name = "vocab_file" if files[0] == model else "tokenizer_file"
         arguments = {file_name: files[0], "name_or_path": str(source)} | known | overrides
         tokenizer = cls(**arguments)
@@ -202,7 +206,8 @@ class GemmaTokenizer(TextCoder):
             raise ValueError(f"save_directory {str(folder)!r} is no folder")
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         path = folder / f"{prefix}{self._vocabulary.file_name}"
-        self._vocabulary.save(path)
+        before, behind = map(self.convert_ids_to_tokens, (self._prefix, self._suffix))
+        self._vocabulary.save(path, before, behind)
         return (str(path),)
 
     def get_chat_template(

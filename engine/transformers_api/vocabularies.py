@@ -4,6 +4,7 @@ Both yield the same ids, but for text with a run of five spaces or more or with 
 the tokenizers package cuts otherwise than SentencePiece (tests/test_codec.py has the cases).
 """
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 from gemcut.engine.transformers_api.rows import Part
 from gemcut.tokenizer import Tokenizer
-from gemcut.tokenizer.codec import END_OF_TURN, MARK_EACH_BYTE, START_OF_TURN
+from gemcut.tokenizer.codec import END_OF_TURN, MARK_EACH_BYTE, START_OF_TURN, check_text
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -37,7 +38,7 @@ class Vocabulary(Protocol):
 
     def encode_with_offsets(self, text: str, *, parse_special: bool) -> Part: ...
 
-    def save(self, path: Path) -> None: ...
+    def save(self, path: Path, before: Sequence[str], behind: Sequence[str]) -> None: ...
 
 
 class SentencePieceVocabulary:
@@ -64,7 +65,8 @@ class SentencePieceVocabulary:
         ids = self.encode(text, add_bos=False, parse_special=parse_special)
         return Part(ids, _offsets(text, [self.pieces[i] for i in ids]))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, before: Sequence[str], behind: Sequence[str]) -> None:
+        # what stands around a text is said by tokenizer_config.json
         path.write_bytes(self._codec.serialized())
 
 
@@ -107,6 +109,7 @@ class JsonVocabulary:
         return [self.bos_id, *ids] if add_bos else ids
 
     def encode_with_offsets(self, text: str, *, parse_special: bool) -> Part:
+        check_text(text)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         start = 0
@@ -126,8 +129,28 @@ class JsonVocabulary:
         inner = self._backend.encode("a", add_special_tokens=False).ids
         return ids[: len(inner)] != inner, ids[-len(inner) :] != inner
 
-    def save(self, path: Path) -> None:
-        self._backend.save(str(path))
+    def save(self, path: Path, before: Sequence[str], behind: Sequence[str]) -> None:
+        """The file written, with a post-processor that puts these pieces around each text."""
+        first, second = (
+            [
+                *({"SpecialToken": {"id": piece, "type_id": i}} for piece in before),
+                {"Sequence": {"id": "AB"[i], "type_id": i}},
+                *({"SpecialToken": {"id": piece, "type_id": i}} for piece in behind),
+            ]
+            for i in range(2)
+        )
+        content = json.loads(self._backend.to_str())
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": first,
+            "pair": first + second,
+            "special_tokens": {
+                piece: {"id": piece, "ids": [self.id_of(piece)], "tokens": [piece]}
+                for piece in (*before, *behind)
+            },
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        path.write_text(text, encoding="utf-8")
 
 
 def text_of(pieces: Sequence[str]) -> str:
