@@ -23,6 +23,10 @@ LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/peers.py", "transfo
 LATE |= {("engine/loading.py", "gemcut.kernels.interpreter")}
 LATE |= {("bench/cli.py", "gemcut.bench.page"), ("bench/compiled_gemma.py", "torchao")}
 LATE |= {("bench/peers.py", "gemcut.bench.compiled_gemma")}
+# a peer's arrays, files and templates, which not every user has
+LATE |= {("engine/transformers_api/batch_encoding.py", "jax.numpy")}
+LATE |= {("engine/transformers_api/vocabularies.py", "tokenizers")}
+LATE |= {("engine/transformers_api/chat_templates.py", "jinja2")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

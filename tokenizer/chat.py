@@ -13,14 +13,25 @@ role's name and content cannot merge across.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
-from gemcut.tokenizer.codec import END_OF_TURN, START_OF_TURN, Tokenizer
+from gemcut.tokenizer.codec import END_OF_TURN, START_OF_TURN
 
 ROLES = {"user": "user", "model": "model", "assistant": "model"}
 
 
+class TurnVocabulary(Protocol):
+    """What a chat needs of a vocabulary; `encode` yields no special token for a literal in text."""
+
+    bos_id: int
+    start_of_turn_id: int | None
+    end_of_turn_id: int | None
+
+    def encode(self, text: str, *, add_bos: bool) -> list[int]: ...
+
+
 def render_chat(
-    tokenizer: Tokenizer,
+    tokenizer: TurnVocabulary,
     messages: Iterable[Mapping[str, str]],
     *,
     add_generation_prompt: bool = True,

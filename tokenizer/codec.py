@@ -42,7 +42,17 @@ class Tokenizer:
     unknown pieces with the turn markers. Safe to share between threads, and can be pickled.
     """
 
-    def __init__(self, model: bytes, source: str = "vocabulary"):
+    def __init__(self, model: bytes, source: str = "vocabulary", *, dropout: float = 0.0):
+        """Of the bytes of a tokenizer.model; `source` names them in errors.
+
+        `dropout` is the share of BPE's merges that each encoding skips at random (Provilkov et al.,
+        2020): the ids of a text then differ from call to call, and all of them decode to it.
+        """
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout {dropout!r} is no share from 0 to 1")
+        # nbest_size -1: SentencePiece wants it said, though BPE has no list of the best
+        sampling = {"enable_sampling": True, "nbest_size": -1, "alpha": dropout}
+        self._options = sampling if dropout else {}
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
             ids = list(range(self._processor.get_piece_size()))
@@ -89,7 +99,7 @@ class Tokenizer:
         self._inside_marker = re.compile("|".join(inside) or "(?!)")
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+    def from_file(cls, path: str | os.PathLike[str], *, dropout: float = 0.0) -> "Tokenizer":
         """The vocabulary in a tokenizer.model file, or in a directory that holds one."""
         file = Path(path)
         if file.is_dir():
@@ -102,10 +112,14 @@ class Tokenizer:
             raise ValueError(f"vocabulary {file} is empty")
         if model.startswith(b"version https://git-lfs"):
             raise ValueError(f"vocabulary {file} is a git-lfs pointer; `git lfs pull` fetches it")
-        return cls(model, source=f"vocabulary {file}")
+        return cls(model, source=f"vocabulary {file}", dropout=dropout)
 
     def __len__(self) -> int:
         return self.vocab_size
+
+    def serialized(self) -> bytes:
+        """The vocabulary as a tokenizer.model holds it."""
+        return self._processor.serialized_model_proto()
 
     def piece(self, token_id: int) -> str:
         """The piece as the vocabulary spells it: "▁the", "<0xE2>", "<bos>"."""
@@ -131,15 +145,15 @@ class Tokenizer:
         two hurt the model as much as none. "▁" (U+2581) encodes as a space does, by SentencePiece's
         definition; every other text decodes to itself where the vocabulary has byte pieces.
         """
-        _check_text(text)
+        check_text(text)
         ids: list[int] = []
         if parse_special:
             for i, part in enumerate(self._literal.split(text)):
                 is_literal = i % 2 == 1  # what the pattern captured stands between plain parts
-                ids += [self._id_of_literal[part]] if is_literal else self._processor.encode(part)
+                ids += [self._id_of_literal[part]] if is_literal else self._merged(part)
         else:
             for part in self._inside_marker.split(text):
-                ids += self._processor.encode(part)
+                ids += self._merged(part)
         if add_bos and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         if add_eos:
@@ -188,6 +202,9 @@ class Tokenizer:
         joined = b"".join([table[self._checked(i)] for i in ids])
         return joined.decode("utf-8", MARK_EACH_BYTE)
 
+    def _merged(self, text: str) -> list[int]:
+        return self._processor.encode(text, **self._options)
+
     def _checked(self, token_id: int) -> int:
         try:
             index = operator.index(token_id)  # also takes numpy's integers
@@ -198,7 +215,8 @@ class Tokenizer:
         return index
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Nothing, or ValueError where text is no string that UTF-8 can spell."""
     if not isinstance(text, str):
         raise ValueError(f"text must be a string, got {type(text).__name__}")
     try:

@@ -1,0 +1,173 @@
+"""One row of a batch: pieces of text cut to a length, joined with special tokens, and padded."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+NO_MAXIMUM = int(1e30)  # transformers' mark for a tokenizer that knows no maximum
+LARGEST_MAXIMUM = int(1e20)  # above it a model_max_length counts as none there
+PADDINGS = ("longest", "max_length", "do_not_pad")
+TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
+SIDES = ("left", "right")
+
+
+class Part(NamedTuple):
+    """The ids of one text and the characters of each, as (start, end)."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+@dataclass
+class Row:
+    """Aligned lists; `sequences` is 0 or 1 for the text that a token is from, None where added."""
+
+    ids: list[int] = field(default_factory=list)
+    type_ids: list[int] = field(default_factory=list)
+    offsets: list[tuple[int, int]] = field(default_factory=list)
+    sequences: list[int | None] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+
+    @property
+    def special_tokens_mask(self) -> list[int]:
+        return [int(sequence is None) for sequence in self.sequences]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows come to their length; `max_length` is None where none is needed."""
+
+    padding: str
+    truncation: str
+    max_length: int | None
+
+
+def plan(
+    padding: Any,
+    truncation: Any,
+    max_length: int | None,
+    *,
+    pad_to_multiple_of: int | None,
+    model_max_length: int,
+) -> Plan:
+    """The plan that transformers' arguments ask for.
+
+    `max_length` alone truncates.  "max_length" and truncation without a `max_length` go by
+    `model_max_length`, and where the tokenizer has none they do nothing, as is documented there.
+    """
+    for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value is not None and not is_count:
+            raise ValueError(f"{name} {value!r} is no positive integer")
+    if max_length is not None and padding is False and truncation is None:
+        truncation = "longest_first"
+    pad: Any = {True: "longest", False: "do_not_pad"}.get(padding, padding)
+    uncut = (None, False)
+    cut: Any = "do_not_truncate" if truncation in uncut else truncation
+    cut = "longest_first" if truncation is True else cut
+    for name, value, known in (("padding", pad, PADDINGS), ("truncation", cut, TRUNCATIONS)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown; known are True, False, {_list(known)}")
+    if pad_to_multiple_of is not None and pad == "do_not_pad":
+        raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} needs padding")
+    if max_length is not None and pad == "longest" and cut == "do_not_truncate":
+        warnings.warn(
+            f"max_length={max_length} does nothing with padding to the longest row and no "
+            'truncation; padding="max_length" pads to it',
+            stacklevel=4,
+        )
+    if max_length is None and (pad == "max_length" or cut != "do_not_truncate"):
+        if model_max_length <= LARGEST_MAXIMUM:
+            max_length = model_max_length
+        else:
+            pad = "do_not_pad" if pad == "max_length" else pad
+            cut = "do_not_truncate"
+    multiple = pad_to_multiple_of or 1
+    if pad != "do_not_pad" and cut != "do_not_truncate" and (max_length or 0) % multiple:
+        raise ValueError(
+            f"max_length {max_length} is no multiple of pad_to_multiple_of {multiple}, "
+            "so rows cannot be cut to one and padded to the other"
+        )
+    return Plan(pad, cut, max_length)
+
+
+def truncated(parts: Sequence[Part], room: int, strategy: str, side: str) -> list[Part]:
+    """The parts cut to `room` ids together, from `side`; ValueError where the strategy cannot."""
+    check_side("truncation_side", side)
+    lengths = [len(part.ids) for part in parts]
+    excess = sum(lengths) - room
+    if excess <= 0:
+        return list(parts)
+    if room < 0:
+        raise ValueError(f"max_length leaves no room: the special tokens alone pass it by {-room}")
+    if room == 0:
+        kept = [0] * len(parts)
+    elif strategy == "longest_first":
+        kept = _longest_first(lengths, room)
+    else:
+        index = int(strategy == "only_second")
+        if index >= len(parts):
+            raise ValueError("truncation 'only_second' needs a text_pair")
+        if lengths[index] <= excess:
+            raise ValueError(
+                f"truncation {strategy!r} must remove {excess} tokens of a text of {lengths[index]}"
+            )
+        kept = [n - excess if i == index else n for i, n in enumerate(lengths)]
+    return [_cut(part, n, side) for part, n in zip(parts, kept, strict=True)]
+
+
+def _longest_first(lengths: list[int], room: int) -> list[int]:
+    """What is left of each text when tokens go one by one from the longer one."""
+    if len(lengths) == 1:
+        return [room]
+    short, long = sorted(lengths)
+    long = max(short, room - short) if short <= room else short
+    if short + long > room:
+        short, long = room // 2, room - room // 2
+    return [short, long] if lengths[0] <= lengths[1] else [long, short]
+
+
+def _cut(part: Part, length: int, side: str) -> Part:
+    kept = slice(len(part.ids) - length, None) if side == "left" else slice(length)
+    return Part(part.ids[kept], part.offsets[kept])
+
+
+def joined(parts: Sequence[Part], prefix: Sequence[int], suffix: Sequence[int]) -> Row:
+    """A row of the parts, each between the special tokens of `prefix` and `suffix`."""
+    row = Row()
+    for sequence, part in enumerate(parts):
+        nowhere = (0, 0)
+        row.ids += [*prefix, *part.ids, *suffix]
+        row.offsets += [*[nowhere] * len(prefix), *part.offsets, *[nowhere] * len(suffix)]
+        added_before, added_after = [None] * len(prefix), [None] * len(suffix)
+        row.sequences += [*added_before, *[sequence] * len(part.ids), *added_after]
+        row.type_ids += [sequence] * (len(prefix) + len(part.ids) + len(suffix))
+    row.mask = [1] * len(row.ids)
+    return row
+
+
+def padded_width(lengths: Sequence[int], plan: Plan, pad_to_multiple_of: int | None) -> int:
+    """The width that rows are padded to; a longer row stays as it is."""
+    if plan.padding == "do_not_pad":
+        return 0
+    width = max(lengths) if plan.padding == "longest" else plan.max_length or 0
+    multiple = pad_to_multiple_of or 1
+    return -(-width // multiple) * multiple
+
+
+def padded(values: Sequence[Any], width: int, side: str, filler: Any) -> list[Any]:
+    """The values with fillers before or behind them, `width` in all."""
+    check_side("padding_side", side)
+    fillers = [filler] * (width - len(values))
+    return [*fillers, *values] if side == "left" else [*values, *fillers]
+
+
+def check_side(name: str, side: Any) -> None:
+    """Nothing, or ValueError where `side` is neither left nor right."""
+    if side not in SIDES:
+        raise ValueError(f"{name} is {side!r}; 'left' and 'right' are supported")
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
