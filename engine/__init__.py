@@ -1,4 +1,4 @@
-"""The engine: `Engine` takes prompts and yields text."""
+"""The engine: `Engine` takes prompts and yields text; beside it, the classes of transformers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,76 @@ if TYPE_CHECKING:
         ScoreOutput,
     )
     from gemcut.engine.sampling_params import SamplingParams
+    from gemcut.engine.transformers_api import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+        BatchEncoding,
+        DynamicCache,
+        FlaxGemmaForCausalLM,
+        FlaxGemmaModel,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        Gemma2ForSequenceClassification,
+        Gemma2ForTokenClassification,
+        Gemma2Model,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        Gemma3TextForSequenceClassification,
+        Gemma3TextModel,
+        GemmaConfig,
+        GemmaForCausalLM,
+        GemmaForSequenceClassification,
+        GemmaForTokenClassification,
+        GemmaModel,
+        GemmaTokenizer,
+        GemmaTokenizerFast,
+        GenerationConfig,
+        StaticCache,
+        TextGenerationPipeline,
+        VaultGemmaConfig,
+        VaultGemmaForCausalLM,
+        VaultGemmaModel,
+        pipeline,
+    )
     from gemcut.engine.worker import QueueFullError
 
 __all__ = [
     "PUBLISHED",
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
+    "BatchEncoding",
     "CompletionOutput",
     "Delta",
+    "DynamicCache",
     "Engine",
     "EngineFault",
+    "FlaxGemmaForCausalLM",
+    "FlaxGemmaModel",
+    "Gemma2Config",
+    "Gemma2ForCausalLM",
+    "Gemma2ForSequenceClassification",
+    "Gemma2ForTokenClassification",
+    "Gemma2Model",
+    "Gemma3ForCausalLM",
+    "Gemma3TextConfig",
+    "Gemma3TextForSequenceClassification",
+    "Gemma3TextModel",
+    "GemmaConfig",
+    "GemmaForCausalLM",
+    "GemmaForSequenceClassification",
+    "GemmaForTokenClassification",
+    "GemmaModel",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
+    "GenerationConfig",
     "Logprob",
     "ModelConfig",
     "QueueFullError",
@@ -31,14 +93,21 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "StaticCache",
+    "TextGenerationPipeline",
+    "VaultGemmaConfig",
+    "VaultGemmaForCausalLM",
+    "VaultGemmaModel",
+    "pipeline",
 ]
+MODULES = ("config", "outputs", "sampling_params", "core", "worker", "engine", "transformers_api")
 
 
 def __getattr__(name: str) -> Any:
     # On first use: the command line is in this package too, and `gemcut --help` should not wait two
     # seconds for torch.
     if name in __all__:
-        for module in ("config", "outputs", "sampling_params", "core", "worker", "engine"):
+        for module in MODULES:
             names = vars(import_module(f"gemcut.engine.{module}"))
             if name in names:
                 return names[name]

@@ -23,10 +23,10 @@ from vocabulary import (
     train_vocabulary,
 )
 
+from gemcut.engine.transformers_api.auto import AutoTokenizer
 from gemcut.engine.transformers_api.batch_encoding import BatchEncoding
 from gemcut.engine.transformers_api.text_coder import plain
 from gemcut.engine.transformers_api.tokenizer import (
-    AutoTokenizer,
     GemmaTokenizer,
     GemmaTokenizerFast,
 )

@@ -5,9 +5,11 @@ from gemcut.engine.transformers_api.auto import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     FlaxGemmaForCausalLM,
     FlaxGemmaModel,
 )
+from gemcut.engine.transformers_api.batch_encoding import BatchEncoding
 from gemcut.engine.transformers_api.caches import DynamicCache, StaticCache
 from gemcut.engine.transformers_api.configs import (
     AutoConfig,
@@ -32,6 +34,8 @@ from gemcut.engine.transformers_api.models import (
     VaultGemmaForCausalLM,
     VaultGemmaModel,
 )
+from gemcut.engine.transformers_api.pipelines import TextGenerationPipeline, pipeline
+from gemcut.engine.transformers_api.tokenizer import GemmaTokenizer, GemmaTokenizerFast
 
 __all__ = [
     "AutoConfig",
@@ -39,6 +43,8 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "AutoTokenizer",
+    "BatchEncoding",
     "DynamicCache",
     "FlaxGemmaForCausalLM",
     "FlaxGemmaModel",
@@ -56,9 +62,13 @@ __all__ = [
     "GemmaForSequenceClassification",
     "GemmaForTokenClassification",
     "GemmaModel",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
     "GenerationConfig",
     "StaticCache",
+    "TextGenerationPipeline",
     "VaultGemmaConfig",
     "VaultGemmaForCausalLM",
     "VaultGemmaModel",
+    "pipeline",
 ]

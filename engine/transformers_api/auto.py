@@ -1,4 +1,4 @@
-"""AutoModel and its kin: the class that a checkpoint's config.json names, and the Flax names."""
+"""AutoModel and its kin, which pick a class by config.json; and the names of the Flax documents."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -6,10 +6,16 @@ from typing import Any, ClassVar
 from gemcut.engine.transformers_api import models
 from gemcut.engine.transformers_api.base import PreTrainedModel
 from gemcut.engine.transformers_api.configs import AutoConfig, PreTrainedConfig
+from gemcut.engine.transformers_api.tokenizer import GemmaTokenizer
 
 
 class _Auto:
-    kind: ClassVar[str]
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise TypeError(f"{name} only picks a class: call {name}.from_pretrained(...)")
+
+
+class _AutoModel(_Auto):
     classes: ClassVar[dict[str, type[PreTrainedModel]]]  # by model_type
 
     @classmethod
@@ -35,7 +41,7 @@ class _Auto:
         return cls.classes[config.model_type]
 
 
-class AutoModel(_Auto):
+class AutoModel(_AutoModel):
     """Models without a head."""
 
     classes: ClassVar = {
@@ -46,7 +52,7 @@ class AutoModel(_Auto):
     }
 
 
-class AutoModelForCausalLM(_Auto):
+class AutoModelForCausalLM(_AutoModel):
     """Models that generate."""
 
     classes: ClassVar = {
@@ -57,7 +63,7 @@ class AutoModelForCausalLM(_Auto):
     }
 
 
-class AutoModelForSequenceClassification(_Auto):
+class AutoModelForSequenceClassification(_AutoModel):
     """Models that classify texts."""
 
     classes: ClassVar = {
@@ -67,13 +73,24 @@ class AutoModelForSequenceClassification(_Auto):
     }
 
 
-class AutoModelForTokenClassification(_Auto):
+class AutoModelForTokenClassification(_AutoModel):
     """Models that classify tokens."""
 
     classes: ClassVar = {
         "gemma": models.GemmaForTokenClassification,
         "gemma2": models.Gemma2ForTokenClassification,
     }
+
+
+class AutoTokenizer(_Auto):
+    """The one kind of tokenizer that Gemma has."""
+
+    @staticmethod
+    def from_pretrained(
+        pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> GemmaTokenizer:
+        """The tokenizer in "demo", a folder or a Hugging Face id; options as those of its class."""
+        return GemmaTokenizer.from_pretrained(pretrained_model_name_or_path, **options)
 
 
 class _Flax:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from gemcut.engine.checks import shorten
-from gemcut.engine.transformers_api.auto import AutoModelForCausalLM
+from gemcut.engine.transformers_api.auto import AutoModelForCausalLM, AutoTokenizer
 from gemcut.engine.transformers_api.generation import GenerativeModel
-from gemcut.engine.transformers_api.tokenizer import AutoTokenizer, GemmaTokenizer
+from gemcut.engine.transformers_api.tokenizer import GemmaTokenizer
 
 # what transformers' pipeline does where neither the caller nor the checkpoint says otherwise
 DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
@@ -41,16 +41,17 @@ def pipeline(
             raise ValueError(f"{name} has no meaning for a model that is loaded")
         if device is not None:
             model.to("cpu" if device == -1 else device)
+        loaded = model
     else:
         if device is not None and device_map is not None:
             raise ValueError("give device or device_map, not both")
         place = device_map if device is None else "cpu" if device == -1 else device
         tokenizer = model if tokenizer is None else tokenizer
         options = {**options, **(model_kwargs or {})}
-        model = AutoModelForCausalLM.from_pretrained(model, device_map=place, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(model, device_map=place, **options)
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    return TextGenerationPipeline(model, tokenizer)
+    return TextGenerationPipeline(loaded, tokenizer)
 
 
 class TextGenerationPipeline:

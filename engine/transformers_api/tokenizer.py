@@ -22,7 +22,7 @@ from gemcut.engine.transformers_api.vocabularies import (
     SentencePieceVocabulary,
     inside_special_literals,
 )
-from gemcut.tokenizer import render_chat
+from gemcut.tokenizer import Tokenizer, render_chat
 
 MASK = "<mask>"
 # the arguments of from_pretrained that choose another file or another process, and their defaults
@@ -122,6 +122,11 @@ class GemmaTokenizer(TextCoder):
             f"vocab_size={self.vocab_size}, padding_side={self.padding_side!r}, "
             f"special_tokens={self.special_tokens_map})"
         )
+
+    @property
+    def codec(self) -> Tokenizer | None:
+        """Gemcut's own tokenizer, as `Engine` has one; None where this is of a tokenizer.json."""
+        return getattr(self._vocabulary, "codec", None)
 
     @classmethod
     def from_pretrained(
@@ -350,19 +355,6 @@ _SETTINGS = {
     if name not in ("self", "vocab_file", "tokenizer_file", "name_or_path")
 }
 _SAVED = sorted(_SETTINGS - {*NAMES, "chat_template", "additional_special_tokens"})
-
-
-class AutoTokenizer:
-    """`AutoTokenizer.from_pretrained` yields a GemmaTokenizer; there is no other kind here."""
-
-    def __init__(self) -> None:
-        raise TypeError("AutoTokenizer is made by AutoTokenizer.from_pretrained(...)")
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **overrides: Any
-    ) -> GemmaTokenizer:
-        return GemmaTokenizer.from_pretrained(pretrained_model_name_or_path, **overrides)
 
 
 def _dropout(options: Mapping[str, Any] | None) -> float:

@@ -47,19 +47,19 @@ class SentencePieceVocabulary:
     file_name = "tokenizer.model"
 
     def __init__(self, path: str | os.PathLike[str], dropout: float = 0.0):
-        self._codec = Tokenizer.from_file(path, dropout=dropout)
-        self.base_size = len(self._codec)
-        self.pieces = [self._codec.piece(i) for i in range(self.base_size)]
-        self.special_ids = self._codec.special_ids
-        self.bos_id = self._codec.bos_id
-        self.start_of_turn_id = self._codec.start_of_turn_id
-        self.end_of_turn_id = self._codec.end_of_turn_id
+        self.codec = Tokenizer.from_file(path, dropout=dropout)
+        self.base_size = len(self.codec)
+        self.pieces = [self.codec.piece(i) for i in range(self.base_size)]
+        self.special_ids = self.codec.special_ids
+        self.bos_id = self.codec.bos_id
+        self.start_of_turn_id = self.codec.start_of_turn_id
+        self.end_of_turn_id = self.codec.end_of_turn_id
 
     def id_of(self, piece: str) -> int | None:
-        return self._codec.id_of(piece)
+        return self.codec.id_of(piece)
 
     def encode(self, text: str, *, add_bos: bool, parse_special: bool = False) -> list[int]:
-        return self._codec.encode(text, add_bos=add_bos, parse_special=parse_special)
+        return self.codec.encode(text, add_bos=add_bos, parse_special=parse_special)
 
     def encode_with_offsets(self, text: str, *, parse_special: bool) -> Part:
         ids = self.encode(text, add_bos=False, parse_special=parse_special)
@@ -67,7 +67,7 @@ class SentencePieceVocabulary:
 
     def save(self, path: Path, before: Sequence[str], behind: Sequence[str]) -> None:
         # what stands around a text is said by tokenizer_config.json
-        path.write_bytes(self._codec.serialized())
+        path.write_bytes(self.codec.serialized())
 
 
 class JsonVocabulary:
