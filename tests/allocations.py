@@ -83,18 +83,24 @@ def _run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> No
 
 
 def peak_on_cpu(work: Callable[[], Any], mapped: Path) -> int:
-    """The most bytes that torch held at a time during `work`, the checkpoint's file left aside.
+    """The most bytes that torch held at a time during `work`, which loads an engine.
 
-    The profiler counts the file as it is mapped: pages that the page cache gives back.
+    The checkpoint's file is left aside: the profiler counts it as it is mapped, but those are pages
+    that the page cache gives back.
     """
-    here = mock.patch("gemcut.engine.engine.in_passing_thread", lambda load: load())
-    with here, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with mock.patch("gemcut.engine.engine.in_passing_thread", lambda load: load()):
+        return peak_bytes(work, aside=mapped.stat().st_size)
+
+
+def peak_bytes(work: Callable[[], Any], aside: int | None = None) -> int:
+    """The most bytes that torch held at a time during `work`, but for tensors of `aside` bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     assert profiled.profiler is not None
     assert profiled.profiler.kineto_results is not None
     held = peak = 0
     for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]" and abs(event.nbytes()) != mapped.stat().st_size:
+        if event.name() == "[memory]" and abs(event.nbytes()) != aside:
             held += event.nbytes()
             peak = max(peak, held)
     return peak

@@ -121,8 +121,6 @@ class PreTrainedConfig:
         values = self.model_config().to_dict()
         if self.architectures is None:
             del values["architectures"]
-        if self.id2label == _numbered(DEFAULT_LABELS):
-            values.pop("id2label", None)
         for name in ("problem_type", "output_hidden_states", "output_attentions"):
             if getattr(self, name) != self.parameters[name]:
                 values[name] = getattr(self, name)
@@ -152,6 +150,8 @@ class PreTrainedConfig:
             config_dict = {key: x for key, x in config_dict.items() if key != "id2label"}
         written = ModelConfig.from_dict(config_dict).to_dict()
         del written["model_type"]
+        if not config_dict.get("architectures"):
+            del written["architectures"]
         named = {key: value for key, value in written.items() if key in cls.parameters}
         config = cls.__new__(cls)
         config._fill(named | overrides, {k: x for k, x in written.items() if k not in named})
@@ -184,6 +184,10 @@ class PreTrainedConfig:
         """What is set, as keys of config.json."""
         skipped = ("output_hidden_states", "output_attentions", "return_dict", "problem_type")
         own = {name: getattr(self, name) for name in self.parameters if name not in skipped}
+        if own["id2label"] == _numbered(DEFAULT_LABELS):
+            del own["id2label"]
+        if not own.get("use_bidirectional_attention"):
+            own.pop("use_bidirectional_attention", None)
         own["architectures"] = self.architectures or []
         return {**self.extra, **own, "model_type": self.model_type}
 
