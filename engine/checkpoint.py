@@ -265,20 +265,18 @@ def read_headers(folder: Path) -> list[StoredTensor]:
                     file, key, tuple(header.get_shape()), str(header.get_dtype())
                 )
     if not (folder / SINGLE).exists():
-        check_index(folder / INDEX, read_weight_map(folder / INDEX), found)
+        held = {key: tensor.file.name for key, tensor in found.items()}
+        check_index(folder / INDEX, read_weight_map(folder / INDEX), held)
     return list(found.values())
 
 
-def check_index(
-    index: Path, weight_map: Mapping[str, str], found: Mapping[str, StoredTensor]
-) -> None:
-    """Nothing, or ValueError where the index and the files it names disagree."""
-    for key in weight_map.keys() | found.keys():
-        listed = weight_map.get(key)
-        held = found[key].file.name if key in found else None
-        if listed != held:
+def check_index(index: Path, listed: Mapping[str, str], held: Mapping[str, str]) -> None:
+    """Nothing, or ValueError where an index and the files that it names disagree."""
+    for key in listed.keys() | held.keys():
+        if listed.get(key) != held.get(key):
             raise ValueError(
-                f"{index}: {key} is listed in {listed or 'no file'}, but held by {held or 'none'}"
+                f"{index}: {key} is listed in {listed.get(key, 'no file')}, "
+                f"but held by {held.get(key, 'none')}"
             )
 
 
