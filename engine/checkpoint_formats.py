@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,7 +36,8 @@ def _find_huggingface(path: Path) -> list[Path]:
 
 def _match_huggingface(path: Path, opened: Any, config: ModelConfig) -> dict[str, Entry]:
     stored = checkpoint.match_tensors(path, opened, config)
-    dtypes = dict(zip(("BF16", "F32", "F16", "F64"), FLOATS, strict=True))
+    names = ("BF16", "F32", "F16", "F64")
+    dtypes: dict[str, torch.dtype] = dict(zip(names, FLOATS, strict=True))
     return {
         name: Entry(str(tensor), tensor.shape, dtypes[tensor.dtype], tensor.load)
         for name, tensor in stored.items()

@@ -116,7 +116,7 @@ def convert(args: argparse.Namespace) -> int:
     if done.left_aside:
         _note(f"{done.left_aside} tensors left aside, which the language model does not need")
     for name in done.nonfinite:
-        _note(f"{name} holds a NaN or an infinity, in the source already")
+        _note(f"{name} holds a NaN or an infinity")
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(
         f"{done.target}: {done.source_format} to {done.target_format}, {done.config.dtype}, "

@@ -11,6 +11,7 @@ builds tensors and plain containers and refuses everything else.
 
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -131,12 +132,19 @@ def _read_shards(index: Path) -> dict[str, Entry]:
 
 
 def _read_tensors(file: Path) -> dict[str, Entry]:
-    state = _unpickle(file)
+    state, record_sizes = _unpickle(file)
     if isinstance(state, dict) and STATE in state:
         state = state[STATE]
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{file}: holds {type(state).__name__}, not named tensors")
-    return {name: _entry(file, name, value) for name, value in state.items()}
+    entries = {name: _entry(file, name, value) for name, value in state.items()}
+    # A memory-mapped tensor reaches as far as the pickle says: past a record that is too short,
+    # into its neighbour.
+    storages = [entry.load().untyped_storage() for entry in entries.values()]
+    sizes = Counter({each.data_ptr(): each.nbytes() for each in storages if each.nbytes()}.values())
+    if sizes - record_sizes:
+        raise ValueError(f"{file}: damaged (tensors and the bytes stored for them differ)")
+    return entries
 
 
 def _entry(file: Path, name: Any, value: Any) -> Entry:
@@ -148,19 +156,22 @@ def _entry(file: Path, name: Any, value: Any) -> Entry:
     return Entry(f"{file.name}: {name}", tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def _unpickle(file: Path) -> Any:
+def _unpickle(file: Path) -> tuple[Any, Counter[int]]:
+    """What the pickle holds, and how many records of tensors there are of each size."""
     check_file(file)
     try:
         with zipfile.ZipFile(file) as archive:
-            packed = [info.filename for info in archive.infolist() if info.compress_type]
+            records = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         raise ValueError(
             f"{file}: damaged or cut short, or no file that torch.save wrote"
         ) from None
-    if packed:  # a memory-mapped tensor would be its compressed bytes
+    if packed := [record.filename for record in records if record.compress_type]:
+        # a memory-mapped tensor would be its compressed bytes
         raise ValueError(f"{file}: {packed[0]} is compressed, which torch.save never does")
+    sizes = Counter(record.file_size for record in records if "/data/" in record.filename)
     try:
-        return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+        return torch.load(file, weights_only=True, mmap=True, map_location="cpu"), sizes
     except UnpicklingError as error:
         wanted = _GLOBAL.search(str(error))
         asks = f" ({wanted[1]})" if wanted else ""
