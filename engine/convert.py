@@ -312,7 +312,10 @@ def _verify(
     config: ModelConfig,
 ) -> None:
     """Nothing, or ValueError where the files do not hold what was to be written."""
-    written, _ = _open(stage, form, None)
+    try:
+        written, _ = _open(stage, form, None)
+    except ValueError as error:
+        raise ValueError(f"{target}: cannot be read back; nothing was kept ({error})") from None
     if written.config != config:
         raise ValueError(f"{target}: {CONFIG} reads back as another config; nothing was kept")
     with _bar("verifying", sum(map(_nbytes(dtypes), parts(config)))) as bar:

@@ -13,7 +13,6 @@ as above); any other type is refused, as is a size that passes the end of the fi
 
 import math
 import mmap
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ _SIZED = {
     0xDC: ("array", 2), 0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
 _FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
-_INTS = {0xCC: "B", 0xCD: "H", 0xCE: "I", 0xCF: "Q", 0xD0: "b", 0xD1: "h", 0xD2: "i", 0xD3: "q"}
+_INTS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}  # of sizes, which have no sign
 
 
 def slots(config: ModelConfig) -> Iterator[Slot]:
@@ -206,7 +205,7 @@ def _join(tree: dict[str, Any], name: str) -> _Array:
 
 
 def _is_size(value: Any) -> TypeGuard[int]:
-    return type(value) is int and value >= 0
+    return type(value) is int  # and no bool
 
 
 @dataclass
@@ -261,7 +260,7 @@ class _Reader:
             raise ValueError(f"an array of dtype {name!r}")
         nbytes = inner.expect("bin")
         first = inner.take(nbytes)
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != nbytes:
+        if math.prod(shape) * dtype.itemsize != nbytes:
             raise ValueError(f"an array {list(shape)} of {name} with {nbytes} bytes")
         if inner.at != inner.end:
             raise ValueError(f"an array with bytes behind its end at byte {inner.at}")
@@ -291,12 +290,12 @@ class _Reader:
         if byte in _SIZED:
             kind, width = _SIZED[byte]
             start = self.take(width)
-            return kind, int.from_bytes(self.data[start : start + width], "big")
+            return kind, int.from_bytes(self.data[start : self.at], "big")
         if byte in _FIXED_EXT:
             return "ext", _FIXED_EXT[byte]
         if byte in _INTS:
-            form = ">" + _INTS[byte]
-            return "int", struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0]
+            start = self.take(_INTS[byte])
+            return "int", int.from_bytes(self.data[start : self.at], "big")
         if byte in (0xC2, 0xC3):
             return "bool", byte == 0xC3
         raise ValueError(f"byte 0x{byte:02x} at {self.at - 1}")
@@ -361,11 +360,7 @@ def _head(kind: str, size: int) -> bytes:
 def _int(value: int) -> bytes:
     if value < 0x80:
         return bytes([value])
-    byte, width = next(
-        (byte, width)
-        for byte, width in ((0xCC, 1), (0xCD, 2), (0xCE, 4), (0xCF, 8))
-        if value < 1 << 8 * width
-    )
+    byte, width = next((b, width) for b, width in _INTS.items() if value < 1 << 8 * width)
     return bytes([byte]) + value.to_bytes(width, "big")
 
 
