@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,16 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
     return copy
 
 
+class Harmful:
+    """What a hostile pickle holds: reading it makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def save_ckpt(file: Path, state: dict[str, Any]) -> Path:
     torch.save({"model_state_dict": state, "step": 7}, file)
     return file
@@ -117,16 +128,22 @@ def nested(state: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def pack(value: Any) -> bytes:
+    data = msgpack.packb(value)
+    assert data is not None
+    return data
+
+
 def packed(tensor: Tensor) -> msgpack.ExtType:
     """An array as flax packs it: a tuple of shape, dtype and bytes."""
     name = str(tensor.dtype).removeprefix("torch.")
     raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return msgpack.ExtType(1, msgpack.packb((tuple(tensor.shape), name, raw)))
+    return msgpack.ExtType(1, pack((tuple(tensor.shape), name, raw)))
 
 
 def save_msgpack(state: dict[str, Tensor], file: Path) -> None:
     tree = nested({path: packed(tensor) for path, tensor in state.items()})
-    file.write_bytes(msgpack.packb(tree))
+    file.write_bytes(pack(tree))
 
 
 @torch.no_grad()

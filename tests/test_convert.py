@@ -1,11 +1,13 @@
 """`gemcut convert`: what it reads and writes, what it verifies, and what it refuses."""
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import shutil
+import struct
 import subprocess
 import termios
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_files import (
+    Harmful,
     assert_same_model,
     flax_state,
     original_state,
@@ -25,7 +28,6 @@ from foreign_files import (
 from random_models import MODEL_TYPES
 from safetensors.torch import load_file, save_file
 from test_cli import COMMAND, ENVIRONMENT
-from test_original_checkpoint import Harmful
 
 from gemcut.engine import checkpoint_formats, cli, commands, hub
 from gemcut.engine import convert as driver
@@ -426,7 +428,7 @@ def test_the_command_says_what_it_verified(source, target):
 
 def test_a_progress_bar_on_a_terminal_alone(source, target):
     master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 80))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     arguments = [*COMMAND, "convert", str(source), str(target), "--max-shard-size", "40KB"]
     done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=slave, env=ENVIRONMENT)
     shown = b""

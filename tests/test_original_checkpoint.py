@@ -10,6 +10,7 @@ import pytest
 import torch
 from foreign_files import (
     ORIGINAL_TYPES,
+    Harmful,
     assert_same_model,
     dequantised,
     original_state,
@@ -307,16 +308,6 @@ def test_float16_can_be_widened(source, target):
     convert(source, target, dtype=torch.float32)
     embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(embedding, model.model.embed_tokens.weight.half().float())
-
-
-class Harmful:
-    """What a hostile pickle holds: reading it makes a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_does_not_run_code(source, target, tmp_path):
