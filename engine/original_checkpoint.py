@@ -95,6 +95,10 @@ def match(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[st
     Left aside are tables that are computed anyway and, of Gemma 3, the vision part.
     """
     expected = list(slots(config))
+    if "model.embed_tokens.weight" in entries:
+        raise ValueError(
+            f"{path}: a pickle of transformers, not the original's: its names are Hugging Face's"
+        )
     multimodal = config.model_type == "gemma3_text"
     entries = {
         name: entry

@@ -301,6 +301,13 @@ def test_bad_tensors(source, target, change, message):
     refused(source, target, message)
 
 
+def test_a_pickle_of_transformers_is_told_apart(source, target):
+    model = small_model("gemma")
+    torch.save(model.state_dict(), source / "pytorch_model.bin")
+    write_config(source, model)
+    refused(source, target, "a pickle of transformers, not the original's")
+
+
 def test_float16_can_be_widened(source, target):
     model = small_model("gemma")
     save_ckpt(source / "m.ckpt", {n: t.half() for n, t in original_state(model).items()})
