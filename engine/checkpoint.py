@@ -29,6 +29,7 @@ from gemcut.engine.config_file import LFS_POINTER, as_token_ids, read_json_objec
 from gemcut.engine.weights import Part, Weights, empty_weights, parts
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
 FLOATS = {"BF16": 2, "F32": 4, "F16": 2, "F64": 8}  # safetensors' names, and bytes an element
 PIECE = 2**25  # elements copied or examined at a time
 
@@ -52,6 +53,11 @@ class StoredTensor:
     def __str__(self) -> str:
         return f"{self.file.name}: {self.key}"
 
+    def load(self) -> Tensor:
+        """The tensor itself, from the memory-mapped file."""
+        with _open(self.file) as shard:
+            return shard.get_tensor(self.key)
+
 
 def load_checkpoint(
     path: str | Path,
@@ -73,17 +79,10 @@ def load_checkpoint(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype {dtype} is refused: weights are bfloat16 or float32")
     folder = Path(path)
-    stored = _by_model_name(_read_headers(folder), config)
+    may_lack = new_head is not None
+    stored = match_tensors(folder, read_headers(folder), config, any_head or may_lack, may_lack)
     expected = {part.name: part for part in parts(config)}
-    if any_head or new_head is not None:
-        stored = {name: x for name, x in stored.items() if name in expected or not is_head(name)}
-    elif config.tie_word_embeddings:
-        _check_tied_head(stored)
-    new: list[Part] = []
-    if new_head is not None:
-        names = [name for name in expected if is_head(name) and name not in stored]
-        new = [expected.pop(name) for name in names]
-    _check(folder, stored, expected)
+    new = [part for name, part in expected.items() if name not in stored]
 
     try:
         weights = empty_weights(config, device=device, dtype=dtype)
@@ -93,11 +92,9 @@ def load_checkpoint(
             f"the weights take {size / 1e9:.2f} GB in {dtype}, which {device} does not have"
         ) from error
     by_file: dict[Path, list[tuple[str, Part]]] = {}
-    for name, part in expected.items():
-        by_file.setdefault(stored[name].file, []).append((stored[name].key, part))
-    size = sum(
-        torch.Size(tensor.shape).numel() * FLOATS[tensor.dtype] for tensor in stored.values()
-    )
+    for name, tensor in stored.items():
+        by_file.setdefault(tensor.file, []).append((tensor.key, expected[name]))
+    size = sum(torch.Size(x.shape).numel() * FLOATS[x.dtype] for x in stored.values())
     with tqdm(
         total=size,
         desc="loading",
@@ -110,9 +107,7 @@ def load_checkpoint(
             with _open(file) as shard:
                 for key, part in entries:
                     source = shard.get_tensor(key)
-                    for piece, target in zip(
-                        _pieces(source), _pieces(part.of(weights)), strict=True
-                    ):
+                    for piece, target in zip(pieces(source), pieces(part.of(weights)), strict=True):
                         target.copy_(piece)
                         bar.update(piece.nbytes)
     for part in new:
@@ -134,7 +129,7 @@ def find_nonfinite(path: str | Path) -> list[str]:
             for key in sorted(shard.keys()):
                 tensor = shard.get_tensor(key)
                 if tensor.is_floating_point() and not all(
-                    piece.float().isfinite().all() for piece in _pieces(tensor)
+                    piece.float().isfinite().all() for piece in pieces(tensor)
                 ):
                     found.append(key)
     return found
@@ -171,35 +166,25 @@ def save_checkpoint(
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Part]] = [{}]
-    size = total = 0
+    views: dict[str, Tensor] = {}
     for part in parts(config):
         view = part.of(weights)
         if view.shape != part.shape:
             raise ValueError(f"{part.name} is {tuple(view.shape)}, the config says {part.shape}")
-        if size and size + view.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][part.name] = part
-        size += view.nbytes
-        total += view.nbytes
+        views[part.name] = view
 
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [
-            f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-        ]
-    weight_map: dict[str, str] = {}
-    for name, shard in zip(names, shards, strict=True):
-        tensors = {key: part.of(weights).detach().cpu().contiguous() for key, part in shard.items()}
-        weight_map |= dict.fromkeys(tensors, name)
-        with _renamed(folder / name) as temporary:
+    sizes = {name: view.nbytes for name, view in views.items()}
+    shards = plan_shards(sizes, max_shard_bytes, SINGLE, SHARD)
+    for file, names in shards.items():
+        tensors = {name: views[name].detach().cpu().contiguous() for name in names}
+        with _renamed(folder / file) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-    if len(names) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
+    if len(shards) > 1:
+        write_json(folder / INDEX, index_of(shards, sizes))
     stale = {folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")}
-    for file in stale - {folder / name for name in (*names, *([INDEX] if len(names) > 1 else []))}:
+    for file in stale - {
+        folder / name for name in (*shards, *([INDEX] if len(shards) > 1 else []))
+    }:
         file.unlink(missing_ok=True)
 
     if tokenizer_file is not None:
@@ -207,7 +192,33 @@ def save_checkpoint(
             shutil.copyfile(tokenizer_file, temporary)
     dtype = str(weights.embedding.dtype).removeprefix("torch.")
     values = replace(config, dtype=dtype).to_dict()
-    _write_json(folder / "config.json", {**values, **(more_config or {})})
+    write_json(folder / "config.json", {**values, **(more_config or {})})
+
+
+def plan_shards(
+    sizes: Mapping[str, int], max_shard_bytes: int, single: str, shard: str
+) -> dict[str, list[str]]:
+    """File name -> the tensors it shall hold, in order; `sizes` are their bytes.
+
+    One file is called `single`; of several each is `shard`, with its number and their count in it.
+    """
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, nbytes in sizes.items():
+        if size and size + nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    if len(groups) == 1:
+        return {single: groups[0]}
+    return {shard.format(i, len(groups)): group for i, group in enumerate(groups, start=1)}
+
+
+def index_of(shards: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What an index file says of several shards."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -221,38 +232,43 @@ def _shards(folder: Path) -> list[Path]:
         if any(any(folder.glob(f"*.{kind}")) for kind in ("bin", "ckpt", "pth", "msgpack")):
             hint = "; pickles and Flax's msgpack are read by `gemcut convert` alone"
         raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint}")
-    return sorted({folder / name for name in _weight_map(folder).values()})
+    return sorted({folder / name for name in read_weight_map(folder / INDEX).values()})
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = folder / INDEX
+def read_weight_map(index: Path, suffix: str = "safetensors") -> dict[str, str]:
+    """Tensor -> file of an index; ValueError for a file that is not in the index's own folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map {shorten(weight_map)} is not an object with entries")
     for name, file in weight_map.items():
         # A bare name only.  (The Hub's cache links files elsewhere, so links are not followed up.)
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not isinstance(file, str) or not re.fullmatch(rf"[\w.-]+\.{suffix}", file):
             raise ValueError(
-                f"{index}: {name} is in {shorten(file)}, which is no safetensors file of its folder"
+                f"{index}: {name} is in {shorten(file)}, which is no {suffix} file of its folder"
             )
     return weight_map
 
 
-def _open(file: Path) -> Any:
+def check_file(file: Path) -> None:
+    """Nothing, or ValueError where `file` cannot be read or is a git-lfs pointer."""
     try:
         with file.open("rb") as raw:
             start = raw.read(len(LFS_POINTER))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
     if start == LFS_POINTER:
-        raise ValueError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull`")
+        raise ValueError(f"{file}: a git-lfs pointer, not the file itself; run `git lfs pull`")
+
+
+def _open(file: Path) -> Any:
+    check_file(file)
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file}: damaged or cut short ({error})") from None
 
 
-def _read_headers(folder: Path) -> list[StoredTensor]:
+def read_headers(folder: Path) -> list[StoredTensor]:
     """Every tensor in the folder's weight files; an index must agree with the files it names."""
     found: dict[str, StoredTensor] = {}
     for file in _shards(folder):
@@ -267,16 +283,42 @@ def _read_headers(folder: Path) -> list[StoredTensor]:
                     file, key, tuple(header.get_shape()), str(header.get_dtype())
                 )
     if not (folder / SINGLE).exists():
-        weight_map = _weight_map(folder)
-        for key in weight_map.keys() | found.keys():
-            listed = weight_map.get(key)
-            held = found[key].file.name if key in found else None
-            if listed != held:
-                raise ValueError(
-                    f"{folder / INDEX}: {key} is listed in {listed or 'no file'}, "
-                    f"but held by {held or 'none'}"
-                )
+        held = {key: tensor.file.name for key, tensor in found.items()}
+        check_index(folder / INDEX, read_weight_map(folder / INDEX), held)
     return list(found.values())
+
+
+def check_index(index: Path, listed: Mapping[str, str], held: Mapping[str, str]) -> None:
+    """Nothing, or ValueError where an index and the files that it names disagree."""
+    for key in listed.keys() | held.keys():
+        if listed.get(key) != held.get(key):
+            raise ValueError(
+                f"{index}: {key} is listed in {listed.get(key, 'no file')}, "
+                f"but held by {held.get(key, 'none')}"
+            )
+
+
+def match_tensors(
+    folder: Path,
+    tensors: list[StoredTensor],
+    config: ModelConfig,
+    any_head: bool = False,
+    may_lack_head: bool = False,
+) -> dict[str, StoredTensor]:
+    """The tensors of the language model by the names of `parts`: exactly those, or ValueError.
+
+    With `any_head` other heads may stand there too; with `may_lack_head` the own may be missing.
+    """
+    stored = _by_model_name(tensors, config)
+    expected = {part.name: part for part in parts(config)}
+    if any_head:
+        stored = {name: x for name, x in stored.items() if name in expected or not is_head(name)}
+    elif config.tie_word_embeddings:
+        _check_tied_head(stored)
+    if may_lack_head:
+        expected = {n: part for n, part in expected.items() if n in stored or not is_head(n)}
+    _check(folder, stored, expected)
+    return stored
 
 
 def _by_model_name(tensors: list[StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
@@ -303,23 +345,18 @@ def _check_tied_head(stored: dict[str, StoredTensor]) -> None:
     if head is None or embedding is None:
         return
     if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
-        with _open(head.file) as one, _open(embedding.file) as other:
-            both = zip(
-                _pieces(one.get_tensor(head.key)),
-                _pieces(other.get_tensor(embedding.key)),
-                strict=True,
-            )
-            if all(torch.equal(a, b) for a, b in both):
-                del stored["lm_head.weight"]
-                return
+        both = zip(pieces(head.load()), pieces(embedding.load()), strict=True)
+        if all(torch.equal(a, b) for a, b in both):
+            del stored["lm_head.weight"]
+            return
     raise ValueError(f"{head} differs from the embedding, but tie_word_embeddings is true")
 
 
 def _check(folder: Path, stored: dict[str, StoredTensor], expected: dict[str, Part]) -> None:
     if missing := [name for name in expected if name not in stored]:
-        raise ValueError(f"{folder}: {_first_of(missing)} missing")
+        raise ValueError(f"{folder}: {first_of(missing)} missing")
     if extra := [str(stored[name]) for name in stored if name not in expected]:
-        raise ValueError(f"{folder}: {_first_of(extra)} not part of the model")
+        raise ValueError(f"{folder}: {first_of(extra)} not part of the model")
     for name, tensor in stored.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
@@ -332,13 +369,14 @@ def _check(folder: Path, stored: dict[str, StoredTensor], expected: dict[str, Pa
             )
 
 
-def _first_of(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
+    """The first of some names, how many more there are, and the verb."""
     if len(names) == 1:
         return f"{names[0]} is"
     return f"{names[0]} and {len(names) - 1} more are"
 
 
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     """Views that bound the buffer of a copy that converts, or of a test of every element."""
     rows = torch.atleast_1d(tensor)  # a foreign file may hold a scalar, or no rows
     row_size = max(1, rows.numel() // max(1, rows.shape[0]))
@@ -356,6 +394,7 @@ def _renamed(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_json(file: Path, values: dict[str, Any]) -> None:
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file under a temporary name, and rename it."""
     with _renamed(file) as temporary:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")

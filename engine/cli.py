@@ -6,6 +6,7 @@ commands.py holds what each command does.
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -30,6 +31,13 @@ exit code is 1 if a turn was refused.
 INFO = """\
 Print a model's shape, its size in memory, what fits on this machine now, and what an engine of the
 given sizes would take.  The config is enough: no weights are read or fetched.
+"""
+
+CONVERT = """\
+Convert a model's weights between Hugging Face safetensors, the original checkpoints of
+google/gemma_pytorch (.ckpt pickles, whole or sharded, bfloat16, float32 or int8 with scalers) and
+Flax msgpack.  What was written is read back and compared with the source, bit for bit, before it
+takes its place.  A pickle's code is never run.
 """
 
 
@@ -59,7 +67,12 @@ def _run(args: argparse.Namespace) -> int:
     # Not at the top: this brings torch, two seconds for which --help and a typo should not wait.
     from gemcut.engine import commands
 
-    run = {"generate": commands.generate, "chat": commands.chat, "info": commands.info}
+    run = {
+        "generate": commands.generate,
+        "chat": commands.chat,
+        "info": commands.info,
+        "convert": commands.convert,
+    }
     return run[args.command](args)
 
 
@@ -156,6 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         help="slots; auto: the most of 16, 8, 4, 2, 1 that memory allows (default: %(default)s)",
     )
     _add_length(group)
+
+    _add_conversion(command("convert", "convert weights from and to other formats", CONVERT))
     return parser
 
 
@@ -232,6 +247,59 @@ def _add_length(group: argparse._ArgumentGroup) -> None:
         help="tokens of prompt and text together; auto, the default: the model's limit, as memory "
         "allows",
     )
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    formats = ("huggingface", "original", "flax")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a file or folder, demo, or a Hugging Face id"
+    )
+    parser.add_argument("target", metavar="TARGET", help="the folder to write")
+    parser.add_argument(
+        "--to", choices=formats, default=formats[0], help="what to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source_format",
+        choices=formats,
+        help="what to read (default: seen from the files)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME_OR_FILE",
+        help="a published size, such as gemma-2-2b, or a config.json (default: the one beside the "
+        "weights, else the published size that the shapes are those of)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "bfloat16", "float32"),
+        default="keep",
+        help="of the written weights; int8 is kept as bfloat16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="goes beside the weights as tokenizer.model (default: the source folder's)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="of a file, in bytes, KB, MB or GB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the model that is in TARGET"
+    )
+
+
+def _size(text: str) -> int:
+    """The bytes that "5GB" means, or "300"."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT]?)B?", text.strip().upper())
+    size = 0 if found is None else int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
+    return size
 
 
 def _number_or_auto(text: str) -> int | str:

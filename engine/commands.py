@@ -8,6 +8,9 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
+import torch
+
+from gemcut.engine.convert import convert as convert_checkpoint
 from gemcut.engine.engine import Engine
 from gemcut.engine.info import describe, find_config, find_problems, rows
 from gemcut.engine.loading import choose_device, choose_dtype
@@ -93,6 +96,33 @@ def info(args: argparse.Namespace) -> int:
         for problem in problems or ["names, shapes and values are right"]:
             print(f"{'check':<13} {problem}")
     return int(bool(problems))
+
+
+def convert(args: argparse.Namespace) -> int:
+    """0, once the converted model is in its place and a line says what was verified."""
+    done = convert_checkpoint(
+        args.source,
+        args.target,
+        to=args.to,
+        source_format=args.source_format,
+        config=args.config,
+        dtype=None if args.dtype == "keep" else getattr(torch, args.dtype),
+        tokenizer=args.tokenizer,
+        max_shard_bytes=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+    if done.inferred is not None:
+        _note(f"no config: by its shapes, this is {done.inferred}")
+    if done.left_aside:
+        _note(f"{done.left_aside} tensors left aside, which the language model does not need")
+    for name in done.nonfinite:
+        _note(f"{name} holds a NaN or an infinity")
+    files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
+    print(
+        f"{done.target}: {done.source_format} to {done.target_format}, {done.config.dtype}, "
+        f"{files}; verified: {done.tensors} tensors, {done.nbytes} bytes, read back and equal"
+    )
+    return 0
 
 
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:

@@ -1,6 +1,7 @@
 """The documented classes apart from their numbers: arrays, outputs, files, places, configs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -328,7 +329,9 @@ class TestConfigs:
                 continue
             assert getattr(again, name) == getattr(theirs, name), name
         assert type(ours).from_pretrained(tmp_path / "ours") == ours
-        assert ModelConfig.from_file(tmp_path) == ModelConfig.from_file(tmp_path / "ours")
+        both = (ModelConfig.from_file(folder) for folder in (tmp_path, tmp_path / "ours"))
+        one, other = (replace(config, extra={}) for config in both)
+        assert one == other
 
     def test_what_is_set_is_honoured(self):
         config = VaultGemmaConfig(

@@ -121,6 +121,8 @@ class PreTrainedConfig:
         values = self.model_config().to_dict()
         if self.architectures is None:
             del values["architectures"]
+        if "id2label" in values:
+            values["label2id"] = self.label2id
         for name in ("problem_type", "output_hidden_states", "output_attentions"):
             if getattr(self, name) != self.parameters[name]:
                 values[name] = getattr(self, name)
@@ -152,6 +154,7 @@ class PreTrainedConfig:
         del written["model_type"]
         if not config_dict.get("architectures"):
             del written["architectures"]
+        written.pop("label2id", None)  # follows from id2label
         named = {key: value for key, value in written.items() if key in cls.parameters}
         config = cls.__new__(cls)
         config._fill(named | overrides, {k: x for k, x in written.items() if k not in named})
