@@ -34,6 +34,6 @@ def test_its_links_lead_somewhere(link):
 def test_every_file_stands_in_its_tree():
     tree = README.read_text().split("## The files")[1].split("```")[1]
     for folder in ("kernels", "engine", "tokenizer", "bench", "tools"):
-        for file in (README.parent / folder).glob("*.py"):
+        for file in (README.parent / folder).rglob("*.py"):
             if file.name not in ("__init__.py", "conftest.py"):
                 assert re.search(rf"\b{file.name}", tree), f"{folder}/{file.name}"
