@@ -187,6 +187,11 @@ def test_a_mask_behind_a_cache(model):
         r"is \[3, 20\], must be \[3, 40\]: 20 columns of the cache and 20 new ones",
     )
     assert cache.get_seq_length() == LENGTH
+    refused(
+        lambda: model.generate(torch.cat([IDS, IDS], dim=1), past_key_values=cache),
+        ValueError,
+        "the cache was filled with padding: give attention_mask here too",
+    )
 
 
 GENERATE = {

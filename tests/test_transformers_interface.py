@@ -83,6 +83,8 @@ class TestArrays:
         ids, mask = jnp.asarray(IDS.numpy()), jnp.asarray(MASKS["left"].numpy())
         actual = model(ids, attention_mask=mask)
         assert isinstance(actual.logits, jax.Array)
+        by_bool = model(ids, attention_mask=mask.astype(bool), position_ids=jnp.arange(20)[None])
+        np.testing.assert_array_equal(by_bool.logits, actual.logits)
         np.testing.assert_array_equal(actual.logits, expected.logits)
         cache = model.init_cache(BATCH, 40)
         model(ids, past_key_values=cache)

@@ -54,6 +54,17 @@ def test_the_model_without_a_head(model_type, mask):
     check(actual, expected, mask, "last_hidden_state")
 
 
+@pytest.mark.parametrize("kind", ["CausalLM", "SequenceClassification", "TokenClassification"])
+@torch.no_grad()
+def test_the_decoder_of_a_model_with_a_head(kind):
+    theirs, ours = twins(f"AutoModelFor{kind}", "gemma2")
+    expected = theirs.model(random_ids()).last_hidden_state
+    assert type(ours.model).__name__ == type(theirs.model).__name__
+    assert_close(ours.model(random_ids()).last_hidden_state, expected)
+    assert set(ours.model.state_dict()) == set(theirs.model.state_dict())
+    assert ours.model.num_parameters() == theirs.model.num_parameters()
+
+
 @by_family
 @by_mask
 @torch.no_grad()

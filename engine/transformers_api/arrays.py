@@ -13,6 +13,7 @@ from torch import Tensor
 from gemcut.engine.checks import shorten
 
 Convert = Callable[[Tensor], Any]
+DL_CPU = 1  # DLPack's number of the host's memory
 
 
 def as_tensor(name: str, x: Any, device: torch.device) -> Tensor:
@@ -50,7 +51,12 @@ def converter_to_kind_of(x: Any) -> Convert:
     namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
     if namespace is None or not hasattr(namespace, "from_dlpack"):
         return lambda tensor: tensor  # DLPack alone says how to give, not how to take
-    return lambda tensor: namespace.from_dlpack(tensor.contiguous())
+    on_host = x.__dlpack_device__()[0] == DL_CPU
+
+    def to_foreign(tensor: Tensor) -> Any:
+        return namespace.from_dlpack((tensor.cpu() if on_host else tensor).contiguous())
+
+    return to_foreign
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

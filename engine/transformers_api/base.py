@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoint import load_checkpoint, save_checkpoint
+from gemcut.engine.checkpoint import is_head, load_checkpoint, save_checkpoint
 from gemcut.engine.checks import shorten
 from gemcut.engine.config import ModelConfig
 from gemcut.engine.hub import FILES, resolve_checkpoint
@@ -193,7 +193,8 @@ class PreTrainedModel:
         """The names of a checkpoint, and the weights that they stand for."""
         prefix = "model." if self.is_bare else ""
         for part in parts(self._core.config):
-            yield part.name.removeprefix(prefix), part.of(self._core.weights)
+            if not (self.is_bare and is_head(part.name)):
+                yield part.name.removeprefix(prefix), part.of(self._core.weights)
 
     def parameters(self) -> Iterator[Tensor]:
         """The weights."""
@@ -220,7 +221,7 @@ class PreTrainedModel:
 
     def num_parameters(self) -> int:
         """Elements of all weights; tied ones count once."""
-        return self._core.config.num_parameters()
+        return sum(tensor.numel() for tensor in self.parameters())
 
     def get_input_embeddings(self) -> "Embedding":
         """What makes `inputs_embeds` of ids: it scales the table's rows, as the model does."""

@@ -91,6 +91,8 @@ class StaticCache:
         length = self.max_cache_len or -(-columns // GROWTH) * GROWTH
         if self._columns and self.max_cache_len is None:
             length = max(length, 2 * self._columns)  # so that growing does not copy every time
+        if not self._columns:
+            self.kv = self.runner = None  # before it is replaced: not twice in memory
         grown = KVCache(
             config,
             num_slots=rows,

@@ -97,9 +97,9 @@ def forward(
         return torch.zeros(shape, device=model.device, dtype=model.dtype)
 
     last = zeros(B * T, config.hidden_size)
-    hidden = [zeros(B * T, config.hidden_size) for _ in range(config.num_layers)]
-    hidden = hidden if output_hidden_states else []
-    attentions = None
+    hidden = attentions = None
+    if output_hidden_states:
+        hidden = [torch.zeros_like(last) for _ in range(config.num_layers)]
     if output_attentions:
         shape = (B, config.num_q_heads, T, past + T)
         attentions = [zeros(*shape) for _ in range(config.num_layers)]
@@ -115,7 +115,7 @@ def forward(
             attend = _attend_by_mask(model, kv, pieces, batch, columns, past, attentions)
 
         def observe(layer: int, residual: Tensor, where: Tensor = where) -> None:
-            if hidden:
+            if hidden is not None:
                 hidden[layer].index_copy_(0, where, residual)
 
         normed = model.run_layers(
@@ -135,7 +135,7 @@ def forward(
 
     return States(
         last=by_row(last),
-        hidden=tuple(by_row(x) for x in (*hidden, last)) if output_hidden_states else None,
+        hidden=None if hidden is None else tuple(by_row(x) for x in (*hidden, last)),
         attentions=None if attentions is None else tuple(attentions),
     )
 

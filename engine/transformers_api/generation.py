@@ -66,7 +66,8 @@ class GenerativeModel(PreTrainedModel):
         (ids [1, n], logits [1, V]), without padding; stopping_criteria: of (ids [B, n], None),
         true where a row, or all, should end.  streamer: an object with put(ids) and end().
         tokenizer: needed for stop_strings alone.  Sampling draws its seeds from torch's generator.
-        With return_dict_in_generate an object: sequences, logits, past_key_values.
+        With return_dict_in_generate an object: sequences, logits, past_key_values.  Memory that a
+        call takes is kept for the next, until the model moves.
         """
         if inputs is not None:
             if input_ids is not None:
@@ -145,6 +146,8 @@ class GenerativeModel(PreTrainedModel):
         )
         if past and whole.mask is not None:
             check_is_stored(whole.mask, cache)
+        elif any(length != past for length in cache.lengths):
+            raise ValueError("the cache was filled with padding: give attention_mask here too")
         return Prompt(whole, new)
 
 

@@ -5,7 +5,7 @@ config it takes; what it computes is the same for all.
 """
 
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,20 @@ class TextModel(PreTrainedModel):
         return run.answer(BaseModelOutputWithPast, last_hidden_state=run.states.last)
 
 
-class CausalLM(GenerativeModel):
+class WithHead(PreTrainedModel):
+    """A decoder with something behind it."""
+
+    base_class: ClassVar[type[TextModel]]
+
+    @property
+    def model(self) -> TextModel:
+        """The decoder alone, on the same weights."""
+        base = self.base_class.__new__(self.base_class)
+        vars(base).update(config=self.config, _core=self._core, _ops_name=self._ops_name)
+        return base
+
+
+class CausalLM(WithHead, GenerativeModel):
     """The decoder with its head."""
 
     @torch.no_grad()
@@ -131,7 +144,7 @@ class CausalLM(GenerativeModel):
         )
 
 
-class SequenceClassifier(PreTrainedModel):
+class SequenceClassifier(WithHead):
     """The decoder with one answer a row."""
 
     @torch.no_grad()
@@ -221,7 +234,7 @@ class SequenceClassifier(PreTrainedModel):
         return tensor.view(rows, count), problem_type
 
 
-class TokenClassifier(PreTrainedModel):
+class TokenClassifier(WithHead):
     """The decoder with one answer a token."""
 
     @torch.no_grad()
@@ -296,18 +309,21 @@ class GemmaForCausalLM(CausalLM):
     """Gemma 1 with a head: logits, losses, text."""
 
     config_class = GemmaConfig
+    base_class = GemmaModel
 
 
 class GemmaForSequenceClassification(SequenceClassifier):
     """Gemma 1 that classifies texts."""
 
     config_class = GemmaConfig
+    base_class = GemmaModel
 
 
 class GemmaForTokenClassification(TokenClassifier):
     """Gemma 1 that classifies tokens."""
 
     config_class = GemmaConfig
+    base_class = GemmaModel
 
 
 class Gemma2Model(TextModel):
@@ -320,18 +336,21 @@ class Gemma2ForCausalLM(CausalLM):
     """Gemma 2 with a head: logits, losses, text."""
 
     config_class = Gemma2Config
+    base_class = Gemma2Model
 
 
 class Gemma2ForSequenceClassification(SequenceClassifier):
     """Gemma 2 that classifies texts."""
 
     config_class = Gemma2Config
+    base_class = Gemma2Model
 
 
 class Gemma2ForTokenClassification(TokenClassifier):
     """Gemma 2 that classifies tokens."""
 
     config_class = Gemma2Config
+    base_class = Gemma2Model
 
 
 class VaultGemmaModel(TextModel):
@@ -344,6 +363,7 @@ class VaultGemmaForCausalLM(CausalLM):
     """VaultGemma with a head: logits, losses, text."""
 
     config_class = VaultGemmaConfig
+    base_class = VaultGemmaModel
 
 
 class Gemma3TextModel(TextModel):
@@ -356,9 +376,11 @@ class Gemma3ForCausalLM(CausalLM):
     """Gemma 3's text part with a head: logits, losses, text."""
 
     config_class = Gemma3TextConfig
+    base_class = Gemma3TextModel
 
 
 class Gemma3TextForSequenceClassification(SequenceClassifier):
     """Gemma 3's text part that classifies texts."""
 
     config_class = Gemma3TextConfig
+    base_class = Gemma3TextModel
