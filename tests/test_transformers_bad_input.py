@@ -102,6 +102,15 @@ FORWARD = {
         "labels: the next one is predicted from column 0 of row 0, which attention_mask hides; "
         "set that label to -100",
     ),
+    "kept-labels-behind-padding": (
+        {
+            "input_ids": IDS,
+            "labels": IDS[:, :3],
+            "logits_to_keep": torch.tensor([7, 2, 9]),
+            "attention_mask": (torch.arange(20) > 3).expand(3, -1),
+        },
+        "labels: the next one is predicted from column 1 of row 0, which attention_mask hides",
+    ),
     "keep-negative": ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep -1 is negative"),
     "keep-outside": (
         {"input_ids": IDS, "logits_to_keep": torch.tensor([20])},
@@ -122,8 +131,11 @@ FORWARD = {
 @pytest.mark.parametrize("case", FORWARD)
 def test_forward(model, case):
     given, message = FORWARD[case]
-    refused(lambda: model(**given), ValueError, message)
-    assert model(IDS).logits.isfinite().all()
+    cache = model.init_cache(BATCH, 40)
+    with_cache = {"past_key_values": cache} | given
+    refused(lambda: model(**with_cache), ValueError, message)
+    assert cache.get_seq_length() == 0  # nothing was computed
+    assert model(IDS, past_key_values=cache).logits.isfinite().all()
 
 
 def test_a_mask_of_four_axes(model):

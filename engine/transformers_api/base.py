@@ -19,7 +19,7 @@ from gemcut.engine.model import Gemma
 from gemcut.engine.transformers_api.arrays import converter_to_kind_of
 from gemcut.engine.transformers_api.caches import StaticCache
 from gemcut.engine.transformers_api.configs import PreTrainedConfig
-from gemcut.engine.transformers_api.forward import Run, forward
+from gemcut.engine.transformers_api.forward import Run
 from gemcut.engine.transformers_api.inputs import check_cache_position, read_batch, read_ids
 from gemcut.engine.transformers_api.keywords import refuse_unknown
 from gemcut.engine.weights import Weights, empty_weights, parts
@@ -307,7 +307,7 @@ class PreTrainedModel:
         return_dict: bool | None = None,
         **unknown: Any,
     ) -> Run:
-        """Hidden states of a batch, and whatever else was asked for."""
+        """A call, once all that it was given has been checked."""
         core, config = self._core, self.config
         refuse_unknown(f"{type(self).__name__}.forward", unknown, self._keywords())
 
@@ -331,19 +331,15 @@ class PreTrainedModel:
             may_be_packed=not has_cache,
         )
         check_cache_position(cache_position, cache.get_seq_length(), batch.shape[1], self.device)
-        states = forward(
+        return Run(
             core,
             batch,
             cache,
+            returns_cache=has_cache,
             output_hidden_states=wanted(output_hidden_states, config.output_hidden_states),
             output_attentions=wanted(output_attentions, config.output_attentions),
-        )
-        return Run(
-            batch,
-            states,
-            cache if has_cache else None,
-            converter_to_kind_of(inputs_embeds if input_ids is None else input_ids),
-            wanted(return_dict, config.return_dict),
+            kind=converter_to_kind_of(inputs_embeds if input_ids is None else input_ids),
+            as_mapping=wanted(return_dict, config.return_dict),
         )
 
     def _keywords(self) -> set[str]:

@@ -11,6 +11,7 @@ row; a mask that hides tokens which are in the cache; and attention weights as a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,18 +48,37 @@ class States:
 
 @dataclass
 class Run:
-    """A call that has been computed: its batch, its states, and how its answer is given."""
+    """A call whose arguments are checked; its states are computed when they are first asked for."""
 
+    model: Gemma
     batch: Batch
-    states: States
-    cache: StaticCache | None
+    cache: StaticCache
+    returns_cache: bool
+    output_hidden_states: bool
+    output_attentions: bool
     kind: Convert  # to what the caller's arrays are
     as_mapping: bool
+
+    @cached_property
+    def states(self) -> States:
+        return forward(
+            self.model,
+            self.batch,
+            self.cache,
+            output_hidden_states=self.output_hidden_states,
+            output_attentions=self.output_attentions,
+        )
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Which new columns hold tokens: [B, T] bool on the host, None where all do."""
+        mask = self.batch.mask
+        return None if mask is None else mask[:, -self.batch.shape[1] :]
 
     def answer(self, output_class: type[ModelOutput], **values: Any) -> Any:
         """The output that holds these values, and what the call yields beside them."""
         values |= {
-            "past_key_values": self.cache,
+            "past_key_values": self.cache if self.returns_cache else None,
             "hidden_states": self.states.hidden,
             "attentions": self.states.attentions,
         }

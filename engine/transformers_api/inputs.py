@@ -84,12 +84,14 @@ def read_labels(value: Any, shape: tuple[int, ...], classes: int, device: torch.
     return labels
 
 
-def check_targets_are_seen(labels: Tensor, mask: Tensor | None, what: str) -> None:
-    """Nothing, or ValueError where a label [B, T] belongs to a masked column: no state is there."""
-    if mask is None:
+def check_targets_are_seen(labels: Tensor, seen: Tensor | None, what: str) -> None:
+    """Nothing, or ValueError where a label belongs to a masked column: no state is there.
+
+    labels [B, n]; seen [B, n] bool on the host, None where every column is.
+    """
+    if seen is None:
         return
-    columns = mask[:, mask.shape[1] - labels.shape[1] :]
-    wrong = ((labels != IGNORED).cpu() & ~columns).nonzero()
+    wrong = ((labels != IGNORED).cpu() & ~seen).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
         raise ValueError(

@@ -22,6 +22,7 @@ from gemcut.engine.transformers_api.configs import (
 from gemcut.engine.transformers_api.forward import Run
 from gemcut.engine.transformers_api.generation import GenerativeModel
 from gemcut.engine.transformers_api.inputs import (
+    IGNORED,
     INTEGERS,
     check_targets_are_seen,
     read_labels,
@@ -121,27 +122,31 @@ class CausalLM(WithHead, GenerativeModel):
             use_cache,
             **options,
         )
-        kept = _keep(run.states.last, logits_to_keep, self.device)
-        core = self._core
+        chosen = _read_columns(logits_to_keep, run.batch.shape, self.device)
+        targets = None if labels is None else self._read_targets(labels, chosen, run)
+        core, kept = self._core, _keep(run.states.last, chosen)
 
         def logits() -> Any:
             flat = core.logits(kept.reshape(-1, kept.shape[-1]))
             return run.kind(flat.view(*kept.shape[:-1], -1))
 
-        loss = None
-        if labels is not None:
-            if kept.dim() != 3:
-                raise ValueError("labels need rows: give logits_to_keep as a number or as columns")
-            targets = read_labels(
-                labels, tuple(kept.shape[:2]), core.config.vocab_size, self.device
-            )
-            if kept.shape == run.states.last.shape:
-                following = F.pad(targets[:, 1:], (0, 1), value=-100)
-                check_targets_are_seen(following, run.batch.mask, "the next one is predicted from")
-            loss = causal_lm_loss(core, kept, targets)
-        return run.answer(
-            CausalLMOutputWithPast, loss=loss, logits=logits() if labels is None else logits
-        )
+        if targets is None:
+            return run.answer(CausalLMOutputWithPast, logits=logits())
+        loss = causal_lm_loss(core, kept, targets)
+        return run.answer(CausalLMOutputWithPast, loss=loss, logits=logits)
+
+    def _read_targets(self, labels: Any, chosen: Tensor, run: Run) -> Tensor:
+        """Labels [B, kept] of the columns that are kept; none is predicted from padding."""
+        if chosen.dtype == torch.bool:
+            raise ValueError("labels need rows: give logits_to_keep as a number or as columns")
+        shape = (run.batch.shape[0], chosen.shape[-1])
+        targets = read_labels(labels, shape, self.config.vocab_size, self.device)
+        following = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
+        seen = run.seen
+        if seen is not None:
+            seen = _keep(seen.unsqueeze(-1), chosen.cpu()).squeeze(-1)
+        check_targets_are_seen(following, seen, "the next one is predicted from")
+        return targets
 
 
 class SequenceClassifier(WithHead):
@@ -176,12 +181,10 @@ class SequenceClassifier(WithHead):
             **options,
         )
         rows = torch.arange(run.batch.shape[0], device=self.device)
-        pooled = run.states.last[rows, self._pooled_columns(run)]
-        logits = F.linear(pooled, self._score())
-        loss = None
-        if labels is not None:
-            targets, problem_type = self._read_targets(labels, len(rows))
-            loss = classification_loss(logits, targets, problem_type)
+        columns = self._pooled_columns(run)
+        target = None if labels is None else self._read_targets(labels, len(rows))
+        logits = F.linear(run.states.last[rows, columns], self._score())
+        loss = None if target is None else classification_loss(logits, *target)
         return run.answer(SequenceClassifierOutputWithPast, loss=loss, logits=logits)
 
     def _score(self) -> Tensor:
@@ -191,19 +194,19 @@ class SequenceClassifier(WithHead):
 
     def _pooled_columns(self, run: Run) -> Tensor:
         """The column that each row's answer is read at: int64 [B]."""
-        (B, T), ids, mask = run.batch.shape, run.batch.token_ids, run.batch.mask
+        (B, T), ids, seen = run.batch.shape, run.batch.token_ids, run.seen
         pad = self.config.pad_token_id
         if ids is None or pad is None:
             if ids is not None and B != 1:
                 raise ValueError(
                     f"a batch of {B} rows needs config.pad_token_id to find their ends"
                 )
-            seen = torch.ones(B, T, dtype=torch.bool) if mask is None else mask[:, -T:]
+            candidates = torch.ones(B, T, dtype=torch.bool) if seen is None else seen
         else:
-            seen = (ids != pad).cpu()
-        columns = (torch.arange(T) * seen).argmax(-1)
+            candidates = (ids != pad).cpu()
+        columns = (torch.arange(T) * candidates).argmax(-1)
         for row in range(B):
-            if mask is not None and not mask[row, -T:][columns[row]]:
+            if seen is not None and not seen[row, columns[row]]:
                 raise ValueError(
                     f"row {row} is read at column {int(columns[row])}, its last that is not "
                     f"pad_token_id {pad}, but attention_mask hides it"
@@ -265,38 +268,45 @@ class TokenClassifier(WithHead):
         )
         weights = self._core.weights
         assert weights.score is not None
-        logits = F.linear(run.states.last, weights.score, weights.score_bias)
-        loss = None
+        targets = None
         if labels is not None:
             targets = read_labels(labels, run.batch.shape, self.config.num_labels, self.device)
-            check_targets_are_seen(targets, run.batch.mask, "there is one at")
-            loss = token_classification_loss(logits, targets)
+            check_targets_are_seen(targets, run.seen, "there is one at")
+        logits = F.linear(run.states.last, weights.score, weights.score_bias)
+        loss = None if targets is None else token_classification_loss(logits, targets)
         return run.answer(TokenClassifierOutput, loss=loss, logits=logits)
 
 
-def _keep(states: Tensor, which: Any, device: torch.device) -> Tensor:
-    """The states [B, T, D] of the columns that logits are wanted of, as logits_to_keep says."""
-    T = states.shape[1]
+def _read_columns(which: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """The columns of which logits are wanted: int64 [kept] or [B, kept], or bool [B, T]."""
+    T = shape[1]
     if isinstance(which, Integral) and not isinstance(which, bool):
         if which < 0:
             raise ValueError(f"logits_to_keep {which} is negative; 0 keeps all columns")
-        return states[:, -int(which) :]
+        return torch.arange(T, device=device)[-int(which) :]
     columns = as_tensor("logits_to_keep", which, device)
-    if columns.dtype == torch.bool and columns.shape == states.shape[:2]:
-        return states[columns]
+    if columns.dtype == torch.bool and tuple(columns.shape) == shape:
+        return columns
     if columns.dtype not in INTEGERS or columns.dim() not in (1, 2):
         raise ValueError(
             f"logits_to_keep is {columns.dtype} {list(columns.shape)}, must be a number, columns "
-            f"[kept] or [{states.shape[0]}, kept], or a bool for each of {list(states.shape[:2])}"
+            f"[kept] or [{shape[0]}, kept], or a bool for each of {list(shape)}"
         )
+    if columns.dim() == 2 and columns.shape[0] != shape[0]:
+        raise ValueError(f"logits_to_keep has {columns.shape[0]} rows, the batch {shape[0]}")
     columns = columns.to(torch.int64)
     if columns.numel() and not (int(columns.min()) >= -T and int(columns.max()) < T):
         raise ValueError(f"logits_to_keep names a column outside {-T}..{T - 1}")
+    return columns % T
+
+
+def _keep(x: Tensor, columns: Tensor) -> Tensor:
+    """The columns of x [B, T, D] that `_read_columns` has chosen: [B, kept, D] or [kept, D]."""
+    if columns.dtype == torch.bool:
+        return x[columns]
     if columns.dim() == 1:
-        return states[:, columns]
-    if columns.shape[0] != states.shape[0]:
-        raise ValueError(f"logits_to_keep has {columns.shape[0]} rows, the batch {states.shape[0]}")
-    return states.take_along_dim((columns % T).unsqueeze(-1), dim=1)
+        return x.index_select(1, columns)
+    return x.take_along_dim(columns.unsqueeze(-1), dim=1)
 
 
 class GemmaModel(TextModel):
