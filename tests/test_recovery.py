@@ -4,6 +4,7 @@ On a CPU the main thread may drive the engine for others.  Here a trace function
 KeyboardInterrupt at the n-th line that it executes inside the engine, for one n after another.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -32,11 +33,13 @@ class InterruptAt:
         self.placing: list[int] = []  # the lines at which a slot is given out
 
     def __enter__(self) -> "InterruptAt":
+        gc.disable()  # it would close engines of other tests, where an exception is lost
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         sys.settrace(None)
+        gc.enable()
 
     def _call(self, frame, event, arg):
         if frame.f_code.co_filename not in FILES:
