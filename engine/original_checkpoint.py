@@ -43,6 +43,8 @@ def slots(config: ModelConfig) -> Iterator[Slot]:
     """Every tensor of the original format; ValueError for a model that it cannot hold."""
     if config.model_type == "vaultgemma":
         raise ValueError("vaultgemma has no original (gemma_pytorch) format")
+    if config.classifier is not None:
+        raise ValueError(f"{config.architectures[0]} has no original (gemma_pytorch) format")
     if config.attention_bias:
         raise ValueError("attention_bias is true, but the original format holds no biases")
     if not config.tie_word_embeddings:

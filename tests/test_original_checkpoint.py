@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from foreign_files import (
     ORIGINAL_TYPES,
     Harmful,
@@ -205,6 +206,13 @@ def test_config_must_fit(source, target, config, message):
 )
 def test_models_that_the_format_cannot_hold(source, target, model_type, overrides, message):
     small_model(model_type, **overrides).save_pretrained(source)
+    refused(source, target, message, to="original")
+
+
+def test_a_classifier_has_no_original(source, target):
+    auto_class = transformers.AutoModelForSequenceClassification
+    small_model("gemma", auto_class=auto_class, num_labels=3).save_pretrained(source)
+    message = "GemmaForSequenceClassification has no original"
     refused(source, target, message, to="original")
 
 
