@@ -2,8 +2,9 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.checkpoint import is_head, load_checkpoint, save_checkpoint
-from gemcut.engine.checks import shorten
 from gemcut.engine.config import ModelConfig
 from gemcut.engine.hub import FILES, resolve_checkpoint
 from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, in_passing_thread
@@ -22,14 +22,27 @@ from gemcut.engine.transformers_api.configs import PreTrainedConfig
 from gemcut.engine.transformers_api.forward import Run
 from gemcut.engine.transformers_api.inputs import check_cache_position, read_batch, read_ids
 from gemcut.engine.transformers_api.keywords import refuse_unknown
+from gemcut.engine.transformers_api.places import device_of, dtype_of
 from gemcut.engine.weights import Weights, empty_weights, parts
 
 M = TypeVar("M", bound="PreTrainedModel")
+F = TypeVar("F", bound=Callable[..., Any])
 
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # what a caller of transformers may ask for, and has here anyway
 GRANTED = {"low_cpu_mem_usage": (True, False), "trust_remote_code": (True, False)}
 GRANTED |= {"use_safetensors": (True, None), "local_files_only": (False,)}
+
+
+def on_its_device(compute: F) -> F:
+    """A method of a model, without gradients and on the model's device: Triton launches there."""
+
+    @wraps(compute)
+    def computed(self: "PreTrainedModel", *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), torch.accelerator.device_index(self.device.index):
+            return compute(self, *args, **kwargs)
+
+    return computed  # pyright: ignore[reportReturnType]  # it is called as `compute` is
 
 
 class PreTrainedModel:
@@ -56,7 +69,7 @@ class PreTrainedModel:
                 f"not {type(config).__name__}"
             )
         model_config, target = self._model_config(config), choose_device(device)
-        chosen = _dtype_of(dtype or torch.float32, config, target)
+        chosen = dtype_of(dtype or torch.float32, config, target)
         weights = empty_weights(model_config, device=target, dtype=chosen)
         for part in parts(model_config):
             _initialise(part.name, part.of(weights), config.initializer_range)
@@ -115,8 +128,8 @@ class PreTrainedModel:
             raise ValueError(
                 f"config is a {type(config).__name__}, not {cls.config_class.__name__}"
             )
-        target = _device_of(device_map)
-        chosen = _dtype_of(dtype or torch_dtype or "auto", config, target)
+        target = device_of(device_map)
+        chosen = dtype_of(dtype or torch_dtype or "auto", config, target)
         choose_ops(ops, target)  # a refusal comes before the weights
         model_config = cls._model_config(config)
         made: list[str] = []
@@ -370,22 +383,3 @@ def _initialise(name: str, tensor: Tensor, std: float) -> None:
         tensor.zero_()
     else:
         tensor.normal_(0.0, std)
-
-
-def _device_of(device_map: Any) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise NotImplementedError(
-                f"device_map {shorten(device_map)}: a model lies on one device; give its name"
-            )
-        device_map = device_map[""]
-    if isinstance(device_map, int) and not isinstance(device_map, bool):
-        device_map = f"cuda:{device_map}"
-    place: Any = "cpu" if device_map is None else device_map
-    return choose_device(place)
-
-
-def _dtype_of(dtype: Any, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
-    return choose_dtype(dtype, device)

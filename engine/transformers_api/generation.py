@@ -11,7 +11,7 @@ from gemcut.engine.checks import shorten
 from gemcut.engine.config_file import as_token_ids
 from gemcut.engine.sampling_params import LogitsProcessor
 from gemcut.engine.transformers_api.arrays import convert, converter_to_kind_of
-from gemcut.engine.transformers_api.base import PreTrainedModel
+from gemcut.engine.transformers_api.base import PreTrainedModel, on_its_device
 from gemcut.engine.transformers_api.caches import StaticCache
 from gemcut.engine.transformers_api.continuation import Continuation, Prompt
 from gemcut.engine.transformers_api.forward import Batch
@@ -40,7 +40,7 @@ class GenerativeModel(PreTrainedModel):
         super().save_pretrained(save_directory, max_shard_size=max_shard_size)
         self.generation_config.save_pretrained(save_directory)
 
-    @torch.no_grad()
+    @on_its_device
     def generate(
         self,
         inputs: Any = None,

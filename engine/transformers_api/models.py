@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.engine.transformers_api.arrays import as_tensor
-from gemcut.engine.transformers_api.base import PreTrainedModel
+from gemcut.engine.transformers_api.base import PreTrainedModel, on_its_device
 from gemcut.engine.transformers_api.configs import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -45,7 +45,7 @@ class TextModel(PreTrainedModel):
 
     is_bare = True
 
-    @torch.no_grad()
+    @on_its_device
     def forward(
         self,
         input_ids: Any = None,
@@ -92,7 +92,7 @@ class WithHead(PreTrainedModel):
 class CausalLM(WithHead, GenerativeModel):
     """The decoder with its head."""
 
-    @torch.no_grad()
+    @on_its_device
     def forward(
         self,
         input_ids: Any = None,
@@ -124,16 +124,18 @@ class CausalLM(WithHead, GenerativeModel):
         )
         chosen = _read_columns(logits_to_keep, run.batch.shape, self.device)
         targets = None if labels is None else self._read_targets(labels, chosen, run)
-        core, kept = self._core, _keep(run.states.last, chosen)
-
-        def logits() -> Any:
-            flat = core.logits(kept.reshape(-1, kept.shape[-1]))
-            return run.kind(flat.view(*kept.shape[:-1], -1))
-
+        kept = _keep(run.states.last, chosen)
         if targets is None:
-            return run.answer(CausalLMOutputWithPast, logits=logits())
-        loss = causal_lm_loss(core, kept, targets)
-        return run.answer(CausalLMOutputWithPast, loss=loss, logits=logits)
+            return run.answer(CausalLMOutputWithPast, logits=self._logits(kept))
+        loss = causal_lm_loss(self._core, kept, targets)
+        return run.answer(
+            CausalLMOutputWithPast, loss=loss, logits=lambda: run.kind(self._logits(kept))
+        )
+
+    @on_its_device
+    def _logits(self, states: Tensor) -> Tensor:
+        flat = self._core.logits(states.reshape(-1, states.shape[-1]))
+        return flat.view(*states.shape[:-1], -1)
 
     def _read_targets(self, labels: Any, chosen: Tensor, run: Run) -> Tensor:
         """Labels [B, kept] of the columns that are kept; none is predicted from padding."""
@@ -152,7 +154,7 @@ class CausalLM(WithHead, GenerativeModel):
 class SequenceClassifier(WithHead):
     """The decoder with one answer a row."""
 
-    @torch.no_grad()
+    @on_its_device
     def forward(
         self,
         input_ids: Any = None,
@@ -240,7 +242,7 @@ class SequenceClassifier(WithHead):
 class TokenClassifier(WithHead):
     """The decoder with one answer a token."""
 
-    @torch.no_grad()
+    @on_its_device
     def forward(
         self,
         input_ids: Any = None,
