@@ -22,9 +22,14 @@ LENGTH = 12
 GREEDY = {"max_new_tokens": 30, "do_sample": False}
 
 
+def untied(model_type: str = "gemma2"):
+    """With heads of their own, and no end: tied random models repeat one token for ever."""
+    return twins("AutoModelForCausalLM", model_type, tie_word_embeddings=False, eos_token_id=None)
+
+
 @pytest.fixture
 def pair():
-    return twins("AutoModelForCausalLM", "gemma2")
+    return untied()
 
 
 def mask_of(name: str) -> dict:
@@ -40,10 +45,11 @@ def with_eos(model, ids, **settings) -> int:
 @by_family
 @pytest.mark.parametrize("mask", ["none", "left", "holes"])
 def test_greedy_tokens(model_type, mask):
-    theirs, ours = twins("AutoModelForCausalLM", model_type)
+    theirs, ours = untied(model_type)
     ids = random_ids(length=LENGTH)
     expected, actual = (m.generate(ids, **mask_of(mask), **GREEDY) for m in (theirs, ours))
     assert torch.equal(actual, expected)
+    assert all(len(row.unique()) > 10 for row in actual[:, LENGTH:])
     eos = with_eos(ours, ids, **mask_of(mask))
     given = {**mask_of(mask), **GREEDY, "eos_token_id": eos, "pad_token_id": 0}
     expected, actual = (m.generate(ids, **given) for m in (theirs, ours))
@@ -54,7 +60,7 @@ def test_greedy_tokens(model_type, mask):
 @by_family
 def test_padding_on_the_right_changes_nothing(model_type):
     """Transformers warns of it, and reads the first token off a pad."""
-    _, ours = twins("AutoModelForCausalLM", model_type)
+    _, ours = untied(model_type)
     ids = random_ids(length=LENGTH)
     mask = torch.ones_like(ids)
     mask[0, -5:], mask[1, -8:] = 0, 0
@@ -104,14 +110,16 @@ def test_repetition_penalty_and_processors(pair):
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(LENGTH + 5)])},
         {"stopping_criteria": [lambda ids, scores: ids[:, -1] % 7 == 0]},
     ):
-        settings = {**GREEDY, **given, "pad_token_id": 0}
+        # without any end transformers fills up rows that a criterion has ended with more tokens
+        settings = {**GREEDY, **given, "pad_token_id": 0, "eos_token_id": VOCAB - 1}
         expected, actual = (m.generate(ids, **settings) for m in pair)
         assert torch.equal(actual, expected)
 
 
-def test_raw_logits_of_every_step(pair):
+@pytest.mark.parametrize("mask", ["none", "left", "holes"])
+def test_raw_logits_of_every_step(pair, mask):
     ids = random_ids(length=LENGTH)
-    settings = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    settings = {**GREEDY, **mask_of(mask), "output_logits": True, "return_dict_in_generate": True}
     expected, actual = (m.generate(ids, **settings) for m in pair)
     assert torch.equal(actual.sequences, expected.sequences)
     assert len(actual.logits) == len(expected.logits) == 30
@@ -151,14 +159,15 @@ def test_several_sequences_of_each_prompt(pair):
 @by_family
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache, lambda: StaticCache(None, 90)])
 def test_a_cache_of_the_callers_holds_all_but_the_newest(model_type, make):
-    theirs, ours = twins("AutoModelForCausalLM", model_type)
+    theirs, ours = untied(model_type)
     ids, cache = random_ids(1, LENGTH), make()
     first = ours.generate(ids, past_key_values=cache, **GREEDY)
     assert cache.get_seq_length() == first.shape[1] - 1
     assert torch.equal(first, theirs.generate(ids, **GREEDY))
     longer = torch.cat([first, random_ids(1, 3, seed=5)], dim=1)
-    again = ours.generate(longer, past_key_values=cache, **GREEDY)
-    assert torch.equal(again, theirs.generate(longer, **GREEDY))
+    settings = {**GREEDY, "attention_mask": torch.ones_like(longer)}  # 0 is a token here
+    again = ours.generate(longer, past_key_values=cache, **settings)
+    assert torch.equal(again, theirs.generate(longer, **settings))
 
 
 def test_a_cache_that_forward_has_filled(pair):
@@ -261,6 +270,14 @@ def test_settings_come_from_the_call_the_object_the_file_and_the_default(pair, t
     again = GenerationConfig.from_pretrained(tmp_path / "again")
     assert (again.max_new_tokens, again.eos_token_id) == (8, [1, 9])
     assert again.extra == {"_from": "x"}
+
+
+def test_what_has_no_effect_is_said(pair):
+    _, ours = pair
+    ids = random_ids(1, LENGTH)
+    with pytest.warns(UserWarning, match=r"^top_p=0.9 has no effect without do_sample=True$"):
+        actual = ours.generate(ids, top_p=0.9, early_stopping=True, temperature=1.0)
+    assert torch.equal(actual, ours.generate(ids))
 
 
 def test_stop_strings(pair, tokenizer, tmp_path):

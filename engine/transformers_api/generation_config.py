@@ -1,6 +1,7 @@
 """GenerationConfig: how `generate` chooses tokens and when it ends, by the documented names."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beam_groups": (1,),
     "use_cache": (True,),
     "cache_implementation": ("static", "dynamic", "hybrid"),  # it is static whatever one calls it
-    "early_stopping": (False,),
+    "early_stopping": (False, True, "never"),  # of beams, which there are none of
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
@@ -134,6 +135,12 @@ class GenerationConfig:
             own["max_new_tokens"] = None
         result = replace(self, **own)
         result.check()
+        if not result.do_sample:
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                if own.get(name) not in (None, getattr(GenerationConfig, name)):
+                    warnings.warn(
+                        f"{name}={own[name]} has no effect without do_sample=True", stacklevel=4
+                    )
         return result
 
     def check(self) -> None:
