@@ -249,6 +249,21 @@ class TestFiles:
         assert "embed_tokens.weight" in bare.state_dict()
 
 
+    @pytest.mark.parametrize("model_type", MODEL_TYPES)
+    def test_random_weights_are_spread_as_transformers_spreads_them(self, model_type):
+        config = random_config(model_type, attention_bias=True, hidden_size=256, vocab_size=1000)
+        theirs = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+        ours = AutoModelForCausalLM.from_config(
+            getattr(transformers_api, type(config).__name__).from_dict(config.to_dict())
+        ).state_dict()
+        for name, weight in ours.items():
+            expected = theirs[name]
+            assert (weight.count_nonzero() == 0) == (expected.count_nonzero() == 0), name
+            torch.testing.assert_close(weight.std(), expected.std(), rtol=0.2, atol=0)
+        table = "model.embed_tokens.weight"
+        assert ours[table][0].count_nonzero() == theirs[table][0].count_nonzero() == 0
+
+
 class TestPlaces:
     def test_dtype(self, model, tmp_path):
         model.save_pretrained(tmp_path)
