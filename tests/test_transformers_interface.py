@@ -196,6 +196,11 @@ class TestFiles:
         settings = {"num_labels": 3, "problem_type": "multi_label_classification"}
         theirs, ours = twins(auto_class, "gemma2", **settings)
         ours.save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7
+        with pytest.raises(
+            ValueError, match=r"score.weight is \[3, 48\], the config says \[7, 48\]"
+        ):
+            type(ours).from_pretrained(tmp_path, num_labels=7)
         again = getattr(transformers, auto_class).from_pretrained(
             tmp_path, attn_implementation="eager"
         )
@@ -247,7 +252,6 @@ class TestFiles:
         assert sum(x.numel() for x in ours.parameters()) == ours.num_parameters()
         _, bare = twins("AutoModel", "gemma2")
         assert "embed_tokens.weight" in bare.state_dict()
-
 
     @pytest.mark.parametrize("model_type", MODEL_TYPES)
     def test_random_weights_are_spread_as_transformers_spreads_them(self, model_type):
