@@ -197,9 +197,7 @@ class TestFiles:
         theirs, ours = twins(auto_class, "gemma2", **settings)
         ours.save_pretrained(tmp_path)
         assert AutoConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7
-        with pytest.raises(
-            ValueError, match=r"score.weight is \[3, 48\], the config says \[7, 48\]"
-        ):
+        with pytest.raises(ValueError, match=r"score.* is \[3.*the config says \[7"):
             type(ours).from_pretrained(tmp_path, num_labels=7)
         again = getattr(transformers, auto_class).from_pretrained(
             tmp_path, attn_implementation="eager"
