@@ -418,6 +418,16 @@ class TestPipeline:
         assert "The children" + rest["generated_text"] == one["generated_text"]
         (ids,) = pipe("The children", return_tensors=True, **settings)
         assert pipe.tokenizer.decode(ids["generated_token_ids"], True) == one["generated_text"]
+        # a row that has ended is filled up beside one that goes on
+        prompts = ["The children", "In 1984 there were"]
+        settings |= {"return_tensors": True, "eos_token_id": ids["generated_token_ids"][-3]}
+        alone = [pipe(prompt, **settings) for prompt in prompts]
+        assert pipe(prompts, batch_size=2, **settings) == alone
+        lengths = {
+            len(pipe(p, return_full_text=False, **settings)[0]["generated_token_ids"])
+            for p in prompts
+        }
+        assert len(lengths) == 2
         drawn = pipe("It", num_return_sequences=3, max_new_tokens=6)
         assert len({x["generated_text"] for x in drawn}) == 3
 
