@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoint import check_file, check_index, read_weight_map
+from gemcut.engine.checkpoint import check_file
 from gemcut.engine.config import ModelConfig
-from gemcut.engine.layouts import Entry, Slot, check_entries, same_bits
+from gemcut.engine.layouts import Entry, Slot, check_entries, read_shards, same_bits
 from gemcut.engine.weights import parts
 
 SINGLE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
@@ -74,7 +74,8 @@ def open_tensors(path: Path) -> dict[str, Entry]:
     files = find_files(path)
     if not files:
         raise ValueError(f"{path}: holds neither {SINGLE} nor {INDEX}")
-    found = _read_shards(files[0]) if files[0].name == INDEX else _read_arrays(files[0])
+    is_index = files[0].name == INDEX
+    found = read_shards(files[0], "msgpack", _read_arrays) if is_index else _read_arrays(files[0])
     # FlaxGemmaModel, without a head, saves what stands under `model` alone.
     bare = not any(name.startswith("model/") for name in found)
     return {f"model/{name}" if bare else name: entry for name, entry in found.items()}
@@ -107,19 +108,6 @@ def write(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
         node[leaf] = make
     with file.open("wb") as out:
         _write_tree(out, tree)
-
-
-def _read_shards(index: Path) -> dict[str, Entry]:
-    weight_map = read_weight_map(index, "msgpack")
-    found: dict[str, Entry] = {}
-    for name in sorted(set(weight_map.values())):
-        for key, entry in _read_arrays(index.parent / name).items():
-            if key in found:
-                raise ValueError(f"{index.parent}: {found[key].place} and {entry.place} repeat")
-            found[key] = entry
-    held = {key: entry.place.partition(":")[0] for key, entry in found.items()}
-    check_index(index, weight_map, held)
-    return found
 
 
 @dataclass(frozen=True)

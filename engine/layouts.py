@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoint import first_of, pieces
+from gemcut.engine.checkpoint import check_index, first_of, pieces, read_weight_map
 from gemcut.engine.weights import Part
 
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -57,6 +57,22 @@ def check_entries(path: Path, entries: Mapping[str, Entry], slots: Iterable[Slot
                 f"{path}: {entry.place} is {name_of(entry.dtype)}; "
                 f"supported are {', '.join(map(name_of, FLOATS))}"
             )
+
+
+def read_shards(
+    index: Path, suffix: str, read: Callable[[Path], dict[str, Entry]]
+) -> dict[str, Entry]:
+    """Every tensor of the files that an index names, which must agree with it."""
+    weight_map = read_weight_map(index, suffix)
+    found: dict[str, Entry] = {}
+    for name in sorted(set(weight_map.values())):
+        for key, entry in read(index.parent / name).items():
+            if key in found:
+                raise ValueError(f"{index.parent}: {found[key].place} and {entry.place} repeat")
+            found[key] = entry
+    held = {key: entry.place.partition(":")[0] for key, entry in found.items()}
+    check_index(index, weight_map, held)
+    return found
 
 
 def read_rows(

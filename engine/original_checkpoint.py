@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoint import check_file, check_index, read_weight_map
+from gemcut.engine.checkpoint import check_file
 from gemcut.engine.config import ModelConfig
-from gemcut.engine.layouts import FLOATS, Entry, Slot, check_entries, name_of
+from gemcut.engine.layouts import FLOATS, Entry, Slot, check_entries, name_of, read_shards
 from gemcut.engine.weights import Part, parts
 
 SINGLE, INDEX = "model.ckpt", "pytorch_model.bin.index.json"
@@ -81,7 +81,8 @@ def open_tensors(path: Path) -> dict[str, Entry]:
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"{path}: holds several original checkpoints ({names}); give one file")
-    found = _read_shards(files[0]) if files[0].name == INDEX else _read_tensors(files[0])
+    is_index = files[0].name == INDEX
+    found = read_shards(files[0], "bin", _read_tensors) if is_index else _read_tensors(files[0])
     entries: dict[str, Entry] = {}
     for key, entry in found.items():
         name = _BARE.sub("model.", _MULTIMODAL.sub("embedder.", key))
@@ -122,19 +123,6 @@ def _name(part: Part) -> str:
     if part.field == "embedding":
         return "embedder.weight"
     return part.name.replace(".q_norm.", ".query_norm.").replace(".k_norm.", ".key_norm.")
-
-
-def _read_shards(index: Path) -> dict[str, Entry]:
-    weight_map = read_weight_map(index, "bin")
-    found: dict[str, Entry] = {}
-    for name in sorted(set(weight_map.values())):
-        for key, entry in _read_tensors(index.parent / name).items():
-            if key in found:
-                raise ValueError(f"{index.parent}: {found[key].place} and {entry.place} repeat")
-            found[key] = entry
-    held = {key: entry.place.partition(":")[0] for key, entry in found.items()}
-    check_index(index, weight_map, held)
-    return found
 
 
 def _read_tensors(file: Path) -> dict[str, Entry]:

@@ -179,6 +179,8 @@ def test_a_cache_of_another_batch(model):
     refused(lambda: model(IDS, past_key_values=cache), ValueError, "3 rows, but the cache is for 2")
     cache = model(IDS).past_key_values
     refused(lambda: model(IDS[:1], past_key_values=cache), ValueError, "1 rows, .* is for 3")
+    _, other = twins("AutoModelForCausalLM", "vaultgemma")
+    refused(lambda: other(IDS, past_key_values=cache), ValueError, "holds keys of another model")
     refused(lambda: model.init_cache(2, 0), ValueError, "max_cache_len 0 is outside")
     refused(lambda: StaticCache(None, max_cache_len="9"), ValueError, "is not an integer")
 

@@ -152,6 +152,11 @@ def test_several_sequences_of_each_prompt(pair):
     given = {"do_sample": True, "top_k": 1, "max_new_tokens": 20, **mask_of("left")}
     repeated = ours.generate(ids, num_return_sequences=3, **given)  # one token to choose among
     assert torch.equal(repeated, ours.generate(ids, **given).repeat_interleave(3, dim=0))
+    cache = ours.init_cache(3 * BATCH, LENGTH + 20)
+    assert torch.equal(
+        ours.generate(ids, num_return_sequences=3, past_key_values=cache, **given), repeated
+    )
+    assert cache.get_seq_length() == LENGTH + 19
     spread = ours.generate(ids, num_return_sequences=4, **given | {"top_k": 0, "temperature": 5.0})
     assert len({tuple(row) for row in spread.tolist()}) == 4 * BATCH
 

@@ -37,6 +37,7 @@ class StaticCache:
         self.config = config  # asked for by the documents; what counts is the model's
         self.kv: KVCache | None = None
         self.runner: Any = None  # what generation has captured over these very tensors
+        self._owner: Any = None  # whose keys they are
         self.reset()
 
     def reset(self) -> None:
@@ -82,17 +83,22 @@ class StaticCache:
         expected = kv.num_slots if kv is not None and self._columns else self.max_batch_size
         if expected is not None and rows != expected:
             raise ValueError(f"the batch has {rows} rows, but the cache is for {expected}")
+        owner = config, device, dtype
         if self._columns == 0:
             self._column_of = [torch.empty(0, dtype=torch.int64)] * rows
-        if kv is not None and kv.num_slots == rows and kv.max_seq_len >= columns:
-            fits = (kv.layers[0].k.device, kv.layers[0].k.dtype) == (device, dtype)
-            if fits and len(kv.layers) == config.num_layers:
-                return kv
+        elif owner != self._owner:
+            raise ValueError(
+                "the cache holds keys of another model, or of this one in another place or dtype; "
+                "make a new one"
+            )
+        fits = kv is not None and kv.num_slots == rows and kv.max_seq_len >= columns
+        if kv is not None and fits and owner == self._owner:
+            return kv
         length = self.max_cache_len or -(-columns // GROWTH) * GROWTH
         if self._columns and self.max_cache_len is None:
             length = max(length, 2 * self._columns)  # so that growing does not copy every time
         if not self._columns:
-            self.kv = self.runner = None  # before it is replaced: not twice in memory
+            self.kv = self.runner = kv = None  # before it is replaced: not twice in memory
         grown = KVCache(
             config,
             num_slots=rows,
@@ -101,9 +107,9 @@ class StaticCache:
             device=device,
             dtype=dtype,
         )
-        if kv is not None and self._columns:
+        if kv is not None:
             grown.copy_from(kv)
-        self.kv, self.runner = grown, None
+        self.kv, self.runner, self._owner = grown, None, owner
         return grown
 
     def take(self, other: "StaticCache", times: int) -> None:
@@ -112,7 +118,8 @@ class StaticCache:
         assert other.kv is not None
         for to, source in zip(self.kv.layers, other.kv.layers, strict=True):
             for x, y in ((to.k, source.k), (to.v, source.v)):
-                x[:, :, : y.shape[2]].copy_(y.repeat_interleave(times, dim=0))
+                count = min(x.shape[2], y.shape[2])
+                x[:, :, :count].copy_(y[:, :, :count].repeat_interleave(times, dim=0))
         self._columns = other._columns
         self._column_of = [of_row for of_row in other._column_of for _ in range(times)]
 
