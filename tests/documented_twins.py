@@ -1,7 +1,6 @@
 """The documented classes of gemcut beside those of transformers, with the same weights."""
 
 import tempfile
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,21 +23,20 @@ MASKS["holes"][0, 3:5], MASKS["holes"][1, 8], MASKS["holes"][1, :2] = 0, 0, 0
 MASKS["holes"][2, 1], MASKS["holes"][2, 12:15] = 0, 0
 
 
-@lru_cache(maxsize=32)
-def _twins(auto_class: str, model_type: str, overrides: tuple) -> tuple[PreTrainedModel, Any]:
-    theirs = random_model(
-        model_type, auto_class=getattr(transformers, auto_class), **dict(overrides)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = getattr(transformers_api, auto_class).from_pretrained(folder)
-    assert type(ours).__name__ == type(theirs).__name__
-    return theirs, ours
+_MADE: dict[str, tuple[PreTrainedModel, Any]] = {}
 
 
 def twins(auto_class: str, model_type: str, **overrides: Any) -> tuple[PreTrainedModel, Any]:
-    """Transformers' model and gemcut's; `auto_class` is such as "AutoModelForCausalLM"."""
-    return _twins(auto_class, model_type, tuple(overrides.items()))
+    """Transformers' model and gemcut's, made once; `auto_class` is "AutoModel" and the like."""
+    key = repr((auto_class, model_type, overrides))
+    if key not in _MADE:
+        theirs = random_model(model_type, auto_class=getattr(transformers, auto_class), **overrides)
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            ours = getattr(transformers_api, auto_class).from_pretrained(folder)
+        assert type(ours).__name__ == type(theirs).__name__
+        _MADE[key] = theirs, ours
+    return _MADE[key]
 
 
 def random_ids(rows: int = BATCH, length: int = LENGTH, seed: int = 0) -> Tensor:
