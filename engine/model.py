@@ -157,14 +157,20 @@ class Gemma:
         return self.logits(self.decode_hidden(token_ids, cache, slots, positions))
 
     def decode_hidden(
-        self, token_ids: Tensor, cache: KVCache, slots: Tensor, positions: Tensor
+        self,
+        token_ids: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        positions: Tensor,
+        tables: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Normed hidden states of a few new tokens of each row.
 
         token_ids [B] or [B, T], slots [B], positions [B] of the first of them -> [B * T, D].  Rows
         may be of any lengths; one with a negative position is inactive, and of T tokens those with
-        a negative id.  Five kernels a layer: what joins two of them is always a branch that is not
-        yet part of the residual stream, or None where its product has added it.
+        a negative id.  `tables` rotate otherwise than by position.  Five kernels a layer: what
+        joins two of them is always a branch that is not yet part of the residual stream, or None
+        where its product has added it.
         """
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         T = token_ids.shape[1] if token_ids.dim() == 2 else 1
@@ -172,7 +178,8 @@ class Gemma:
         if T > 1:
             token_slots, token_positions = _spread(token_ids, slots, positions)
             token_ids = token_ids.clamp(min=0)
-        tables = self.rope_tables(token_positions, token_positions + 1)
+        if tables is None:
+            tables = self.rope_tables(token_positions, token_positions + 1)
         residual = self.embed(token_ids.flatten())
         branch = post_norm = None
         for i, layer in enumerate(self.weights.layers):

@@ -3,7 +3,8 @@
 Padding costs nothing here: only the real tokens of a row are computed, one behind the other, at
 their ranks in the cache (caches.py).  What stands in a masked column is zero in every output.
 
-A row whose tokens stand side by side is just a sequence, and the kernels attend to it.  What they
+A row whose tokens stand side by side is just a sequence, and the kernels attend to it; one new
+column is a step of decoding, in its fewer and larger kernels.  What they
 cannot express goes through attention_masked, in plain torch: holes in a mask that make the distance
 in columns, by which windows are measured, another than in tokens; several sequences packed in a
 row; a mask that hides tokens which are in the cache; and attention weights as an output.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.cache import KVCache
+from gemcut.engine.graph import ROWS
 from gemcut.engine.model import Gemma
 from gemcut.engine.transformers_api.arrays import Convert, convert
 from gemcut.engine.transformers_api.caches import StaticCache
@@ -126,7 +128,7 @@ def forward(
     is_plain = attentions is None and batch.segments is None
     is_plain = is_plain and rows_are_plain(batch.mask, columns, past + T, config.sliding_window)
 
-    for pieces in _chunks(real, held, kv.prefill_chunk):
+    def compute(pieces: list[Piece]) -> None:
         flat = torch.cat([piece.row * T + piece.columns for piece in pieces])
         where = _upload(flat, model)
         if is_plain:
@@ -134,7 +136,7 @@ def forward(
         else:
             attend = _attend_by_mask(model, kv, pieces, batch, columns, past, attentions)
 
-        def observe(layer: int, residual: Tensor, where: Tensor = where) -> None:
+        def observe(layer: int, residual: Tensor) -> None:
             if hidden is not None:
                 hidden[layer].index_copy_(0, where, residual)
 
@@ -148,6 +150,12 @@ def forward(
             observe,
         )
         last.index_copy_(0, where, normed)
+
+    if T == 1 and B <= ROWS and is_plain and hidden is None and batch.token_ids is not None:
+        _step(model, kv, batch, real, held, last)
+    else:
+        for pieces in _chunks(real, held, kv.prefill_chunk):
+            compute(pieces)
     cache.extend(T, real)
 
     def by_row(x: Tensor) -> Tensor:
@@ -158,6 +166,20 @@ def forward(
         hidden=None if hidden is None else tuple(by_row(x) for x in (*hidden, last)),
         attentions=None if attentions is None else tuple(attentions),
     )
+
+
+def _step(
+    model: Gemma, kv: KVCache, batch: Batch, real: list[Tensor], held: list[int], last: Tensor
+) -> None:
+    """Compute one more token of each row that has one, as decoding does: it goes to last [B, D]."""
+    rows = torch.tensor([row for row, columns in enumerate(real) if len(columns)])
+    if len(rows):
+        assert batch.token_ids is not None
+        where = _upload(rows, model)
+        ranks = _upload(torch.tensor(held)[rows], model)
+        ids = batch.token_ids.flatten().index_select(0, where)
+        tables = _rope_tables(model, batch, rows)
+        last.index_copy_(0, where, model.decode_hidden(ids, kv, where, ranks, tables))
 
 
 def _real_columns(batch: Batch, row: int, past: int) -> Tensor:
