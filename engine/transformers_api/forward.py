@@ -4,10 +4,10 @@ Padding costs nothing here: only the real tokens of a row are computed, one behi
 their ranks in the cache (caches.py).  What stands in a masked column is zero in every output.
 
 A row whose tokens stand side by side is just a sequence, and the kernels attend to it; one new
-column is a step of decoding, in its fewer and larger kernels.  What they
-cannot express goes through attention_masked, in plain torch: holes in a mask that make the distance
-in columns, by which windows are measured, another than in tokens; several sequences packed in a
-row; a mask that hides tokens which are in the cache; and attention weights as an output.
+column is a step of decoding, in its fewer and larger kernels.  What they cannot express goes
+through attention_masked, in plain torch: holes in a mask that make the distance in columns, by
+which windows are measured, another than in tokens; several sequences packed in a row; a mask that
+hides tokens which are in the cache; and attention weights as an output.
 """
 
 from collections.abc import Callable
