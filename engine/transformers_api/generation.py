@@ -73,7 +73,9 @@ class GenerativeModel(PreTrainedModel):
             if input_ids is not None:
                 raise ValueError("give the prompt's ids once: by position, or as input_ids")
             input_ids = inputs
-        own = self.generation_config if generation_config is None else generation_config
+        own = self.generation_config
+        if generation_config is not None:
+            own = generation_config.with_ids_of(own)
         config = own.updated(settings)
         config.check_token_ids(self.config.vocab_size)
         cache = StaticCache(self.config) if past_key_values is None else past_key_values

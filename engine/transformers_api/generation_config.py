@@ -95,10 +95,13 @@ class GenerationConfig:
         result = cls.from_dict(values)
         ids = as_token_ids(config.eos_token_id) + as_token_ids(result.eos_token_id)
         result.eos_token_id = list(dict.fromkeys(ids)) or None
-        for name in ("pad_token_id", "bos_token_id"):
-            if getattr(result, name) is None:
-                setattr(result, name, getattr(config, name))
-        return result
+        return result.with_ids_of(config)
+
+    def with_ids_of(self, other: "GenerationConfig | PreTrainedConfig") -> "GenerationConfig":
+        """These settings, with another's special tokens where they name none."""
+        names = ("eos_token_id", "pad_token_id", "bos_token_id")
+        lacking = [name for name in names if getattr(self, name) is None]
+        return replace(self, **{name: getattr(other, name) for name in lacking})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationConfig":
