@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from documented_twins import assert_close
 from random_models import random_model
 from vocabulary import hugging_face_twin
 
@@ -298,7 +299,7 @@ def test_flax_gemma_model(published, reference_tokenizer):
     assert isinstance(last_hidden_states, jax.Array)
     with torch.no_grad():
         expected = theirs.model(**reference_tokenizer("Hello, my dog is cute", return_tensors="pt"))
-    np.testing.assert_allclose(last_hidden_states, expected.last_hidden_state, atol=1e-4)
+    assert_close(torch.tensor(np.asarray(last_hidden_states)), expected.last_hidden_state)
 
 
 def test_flax_gemma_for_causal_lm(published, reference_tokenizer):
@@ -318,7 +319,7 @@ def test_flax_gemma_for_causal_lm(published, reference_tokenizer):
         expected = theirs(
             **reference_tokenizer("Hello, my dog is cute", return_tensors="pt")
         ).logits
-    np.testing.assert_allclose(next_token_logits, expected[:, -1], atol=1e-4)
+    assert_close(torch.tensor(next_token_logits), expected[:, -1])
 
 
 def test_vault_gemma_pipeline(published):

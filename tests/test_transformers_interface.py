@@ -261,7 +261,9 @@ class TestFiles:
         for name, weight in ours.items():
             expected = theirs[name]
             assert (weight.count_nonzero() == 0) == (expected.count_nonzero() == 0), name
-            torch.testing.assert_close(weight.std(), expected.std(), rtol=0.2, atol=0)
+            # of two samples of n: five standard deviations of their ratio, which has 1 / sqrt(n)
+            bound = 5 * weight.numel() ** -0.5
+            torch.testing.assert_close(weight.std(), expected.std(), rtol=bound, atol=0)
         table = "model.embed_tokens.weight"
         assert ours[table][0].count_nonzero() == theirs[table][0].count_nonzero() == 0
 
