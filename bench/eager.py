@@ -120,11 +120,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def skinny_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    y = F.linear(x, weight, bias)
-    return y if residual is None else residual + y
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias).unsqueeze(0)  # one partial sum
 
 
 def geglu(gate_up: Tensor) -> Tensor:
@@ -144,24 +141,12 @@ def lm_head_argmax(
     return best.values, best.indices
 
 
-def norm_linear_geglu(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    gate_up_weight: Tensor,
-) -> tuple[Tensor, Tensor]:
-    h, summed = _add_norm(residual, branch, post_weight, norm_weight, eps)
-    return geglu(F.linear(h, gate_up_weight)), summed
+def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+    return geglu(F.linear(x, gate_up_weight))
 
 
-def norm_qkv_rope_and_store_(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
+def linear_rope_and_store_(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     k_cache: Tensor,
@@ -172,24 +157,11 @@ def norm_qkv_rope_and_store_(
     sin: Tensor,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    h, summed = _add_norm(residual, branch, post_weight, norm_weight, eps)
-    qkv = F.linear(h, weight, bias)
+    eps: float = 1e-6,
+) -> Tensor:
+    qkv = F.linear(x, weight, bias)
     store = (k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps)
-    return rope_and_store_(qkv, *store), summed
-
-
-def _add_norm(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    if branch is None:
-        return rmsnorm(residual, norm_weight, eps), residual
-    summed = residual + (branch if post_weight is None else rmsnorm(branch, post_weight, eps))
-    return rmsnorm(summed, norm_weight, eps), summed
+    return rope_and_store_(qkv, *store)
 
 
 def penalize(

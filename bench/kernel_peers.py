@@ -45,7 +45,7 @@ def torch_peers(case: Case, device: torch.device) -> dict[str, Peer]:
         ),
     }
     if case.op in ("linear", "skinny_linear"):
-        peers["blas"] = Peer("torch", f"{_blas(device)}, F.linear or addmm", _blas_linear)
+        peers["blas"] = Peer("torch", f"{_blas(device)}, F.linear", _blas_linear)
         del peers["torch"]
     if case.op == "linear":  # gemcut's own product is the library's
         del peers["torch.compile"]
@@ -82,10 +82,7 @@ def _blas(device: torch.device) -> str:
 
 
 def _blas_linear(a: Arguments) -> Call:
-    x, weight, residual = a["x"], a["weight"], a.get("residual")
-    if residual is None:
-        return partial(F.linear, x, weight)
-    return partial(torch.addmm, residual, x, weight.t())
+    return partial(F.linear, a["x"], a["weight"])
 
 
 def _bare_head(a: Arguments) -> Call:

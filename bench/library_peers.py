@@ -169,30 +169,20 @@ def _torchao(a: Arguments, name: str, **settings: Any) -> Call:
     layer = nn.Linear(D, N, bias=False, device="meta")
     layer.weight = nn.Parameter(a["weight"].clone(), requires_grad=False)
     torchao.quantize_(layer, getattr(torchao, name)(**settings))
-    product, residual = compile_(layer, a["x"].device), a["residual"]
-    if residual is None:
-        return partial(product, a["x"])
-    return lambda: residual + product(a["x"])
+    return partial(compile_(layer, a["x"].device), a["x"])
 
 
 def _gemlite_int8(a: Arguments) -> Call:
     gemlite: Any = import_module("gemlite.helper")
     layer = gemlite.A16W8_INT8(device=a["x"].device, dtype=a["x"].dtype).from_weights(a["weight"])
-    return _with_residual(layer, a)
+    return partial(layer, a["x"])
 
 
 def _gemlite_int4(a: Arguments) -> Call:
     gemlite: Any = import_module("gemlite.helper")
     quantized, scales, zeros = quantize_int4(a["weight"])
     helper = gemlite.A16W4_HQQ_INT(device=a["x"].device, dtype=a["x"].dtype)
-    return _with_residual(helper.from_weights(quantized, scales, zeros), a)
-
-
-def _with_residual(layer: nn.Module, a: Arguments) -> Call:
-    residual = a["residual"]
-    if residual is None:
-        return partial(layer, a["x"])
-    return lambda: residual + layer(a["x"])
+    return partial(helper.from_weights(quantized, scales, zeros), a["x"])
 
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,9 +27,9 @@ from gemcut.bench.timing import Spread
 Cells = Sequence[str]
 # of the README: what a decode step and a prefill spend their time in, and the row kernels
 FEW_KERNELS = (
-    "norm_qkv_rope_and_store_",
+    "linear_rope_and_store_",
     "attention_decode",
-    "norm_linear_geglu",
+    "linear_geglu",
     "skinny_linear",
     "lm_head_argmax",
     "attention_prefill",

@@ -7,10 +7,11 @@
         h  = add_norm(residual, geglu(h @ gate_up) @ down)
     logits = softcap(h @ lm_head)
 
-Prefill runs just that.  Decode runs the same in fewer, larger ops, which begin with the norm and
-end with the add.  Each is one loop for all four families: where a family lacks a norm, its weight
-is None.  `ops` is a module: `gemcut.kernels`, or `gemcut.kernels.reference` of the same names and
-signatures, which runs on any machine.
+Prefill runs just that.  Decode runs the same in ops for few rows: rotation and GeGLU stand inside
+their products, and a product leaves partial sums to the norm that reads it.  Each is one loop for
+all four families: where a family lacks a norm, its weight is None.  `ops` is a module:
+`gemcut.kernels`, or `gemcut.kernels.reference` of the same names and signatures, which runs on any
+machine.
 """
 
 from collections.abc import Callable
@@ -168,9 +169,8 @@ class Gemma:
 
         token_ids [B] or [B, T], slots [B], positions [B] of the first of them -> [B * T, D].  Rows
         may be of any lengths; one with a negative position is inactive, and of T tokens those with
-        a negative id.  `tables` rotate otherwise than by position.  Five kernels a layer: what
-        joins two of them is always a branch that is not yet part of the residual stream, or None
-        where its product has added it.
+        a negative id.  `tables` rotate otherwise than by position.  Seven kernels a layer, eight
+        where q and k are normalised.
         """
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         T = token_ids.shape[1] if token_ids.dim() == 2 else 1
@@ -180,16 +180,12 @@ class Gemma:
             token_ids = token_ids.clamp(min=0)
         if tables is None:
             tables = self.rope_tables(token_positions, token_positions + 1)
-        residual = self.embed(token_ids.flatten())
-        branch = post_norm = None
+        residual = self.embed(token_ids.flatten())  # [B * T, D]
+        h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
         for i, layer in enumerate(self.weights.layers):
             kv = cache.layers[i]
-            q, residual = ops.norm_qkv_rope_and_store_(
-                residual,
-                branch,
-                post_norm,
-                layer.input_norm,
-                eps,
+            q = ops.linear_rope_and_store_(
+                h,
                 layer.qkv,
                 layer.qkv_bias,
                 kv.k,
@@ -199,6 +195,7 @@ class Gemma:
                 *tables[config.is_local(i)],
                 layer.q_norm,
                 layer.k_norm,
+                eps,
             )  # [B * T, HQ, K]
             attended = ops.attention_decode(
                 q.unflatten(0, (-1, T)),
@@ -209,32 +206,13 @@ class Gemma:
                 counters=cache.counters,
                 **self.attention(i),
             )
-            post_norm = layer.post_attention_norm
-            residual, branch = self._project(
-                residual, attended.reshape(q.shape[0], -1), layer.o, layer.o_bias, post_norm
+            branch = ops.skinny_linear(attended.reshape(q.shape[0], -1), layer.o, layer.o_bias)
+            h = ops.add_rmsnorm_(
+                residual, branch, layer.post_attention_norm, layer.pre_mlp_norm, eps
             )
-            activated, residual = ops.norm_linear_geglu(
-                residual, branch, post_norm, layer.pre_mlp_norm, eps, layer.gate_up
-            )
-            post_norm = layer.post_mlp_norm
-            residual, branch = self._project(residual, activated, layer.down, None, post_norm)
-
-        if branch is None:
-            return ops.rmsnorm(residual, self.weights.norm, eps)
-        return ops.add_rmsnorm_(residual, branch, post_norm, self.weights.norm, eps)
-
-    def _project(
-        self,
-        residual: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        post_norm: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream, and a branch that must still be normalised and added to it."""
-        if post_norm is None:
-            return self.ops.skinny_linear(x, weight, bias, residual), None
-        return residual, self.ops.skinny_linear(x, weight, bias)
+            branch = ops.skinny_linear(ops.linear_geglu(h, layer.gate_up), layer.down)
+            h = ops.add_rmsnorm_(residual, branch, layer.post_mlp_norm, self.next_norms[i], eps)
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: normed hidden states [M, D] -> logits [M, V] in float32."""

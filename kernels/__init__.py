@@ -13,11 +13,11 @@ if sys.platform == "linux":  # Triton is built for Linux; elsewhere the oracles 
     from gemcut.kernels.advance import advance_
     from gemcut.kernels.decode_attention import attention_decode
     from gemcut.kernels.head import embed, lm_head, lm_head_argmax
-    from gemcut.kernels.matmul import linear, norm_linear, skinny_linear
-    from gemcut.kernels.mlp import geglu, norm_linear_geglu
+    from gemcut.kernels.matmul import linear, skinny_linear
+    from gemcut.kernels.mlp import geglu, linear_geglu
     from gemcut.kernels.norm import add_rmsnorm_, rmsnorm
     from gemcut.kernels.prefill_attention import attention_prefill
-    from gemcut.kernels.qkv import norm_qkv_rope_and_store_
+    from gemcut.kernels.qkv import linear_rope_and_store_
     from gemcut.kernels.registration import register
     from gemcut.kernels.rotary import rope_and_store_, rope_tables
     from gemcut.kernels.sampling import penalize, sample
@@ -30,11 +30,10 @@ __all__ = [
     "embed",
     "geglu",
     "linear",
+    "linear_geglu",
+    "linear_rope_and_store_",
     "lm_head",
     "lm_head_argmax",
-    "norm_linear",
-    "norm_linear_geglu",
-    "norm_qkv_rope_and_store_",
     "penalize",
     "rmsnorm",
     "rope_and_store_",

@@ -17,7 +17,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_tensors(x: Tensor, **others: Tensor | None) -> None:
+def check_tensors(x: Tensor, /, **others: Tensor | None) -> None:
     """Everything lies on x's device, which a kernel can run on, and floats have x's dtype."""
     require(
         x.is_cuda or (INTERPRETED and x.is_cpu),
@@ -56,6 +56,22 @@ def check_rows(name: str, x: Tensor, width: int) -> None:
         x.stride(1) == 1 or width == 1,
         f"{name} has strides {list(x.stride())}, the last must be 1",
     )
+
+
+def check_parts(name: str, x: Tensor, like: Tensor) -> tuple[int, Tensor]:
+    """Rows [M, N] of the dtype of `like`, or partial sums of them [S, M, N] in float32.
+
+    -> S, and the rows of the first part.
+    """
+    if x.dim() != 3:
+        check_tensors(like, **{name: x})
+        check_rows(name, x, x.shape[-1])
+        return 1, x
+    require(x.dtype == torch.float32, f"{name} is {x.dtype}, partial sums must be float32")
+    require(x.device == like.device, f"{name} is on {x.device}, the others on {like.device}")
+    require(x.shape[0] > 0, f"{name} is {list(x.shape)}: not one partial sum")
+    check_shape(name, x, *x.shape)
+    return x.shape[0], x[0]
 
 
 def check_index(name: str, x: Tensor, *shape: int) -> None:

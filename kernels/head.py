@@ -5,9 +5,9 @@
     lm_head_argmax    the greatest of them and its token id, without the logits
 
 Logits are float32 whatever x's dtype: bf16 logits tie, about one row in twenty would have two equal
-maxima.  A program owns BLOCK_V tokens for 16 rows; for the argmax it keeps the best of them, and
-the last program to finish compares what all have kept.  Both take the same sums in the same order,
-so they agree bit for bit.
+maxima.  A program owns BLOCK_V tokens for 16 rows.  For the argmax, all programs meet in an atomic
+maximum of (logit, lowest id) packed into 63 bits, exact in any order, and the last to finish
+unpacks it.  Both take the same sums in the same order, so they agree bit for bit.
 
 Cost of embed: 2 M D elements moved.  Of the head: V D weights read once for 16 rows (1.2 GB in a
 step of gemma-2-2b, a fifth of all its bytes), 2 operations each a row, 4 M V bytes of logits
@@ -29,10 +29,9 @@ from gemcut.kernels.checks import (
     require,
 )
 from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, product, rows_of_weight
+from gemcut.kernels.thresholds import packed, packed_id, packed_value
 from gemcut.kernels.tiles import tuned
 
-BLOCK_V = 64  # tokens of a program of the head
-BLOCK_T = 256  # programs whose best the last one compares at a time
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 
 
@@ -57,12 +56,14 @@ def embed_kernel(
 @triton.jit
 def head_tile(
     x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, IS_EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Logits of tokens offs_v: [BLOCK_M, BLOCK_V] float32."""
+    """Logits of tokens offs_v: [BLOCK_V, BLOCK_M] float32."""
     acc = product(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D, BLOCK_M, BLOCK_V, BLOCK_D
-    )
+        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D, 0, D,
+        IS_EVEN, True, BLOCK_M, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
     if SOFTCAP is not None:
         acc = SOFTCAP * tanh(acc / SOFTCAP, APPROXIMATE=False)
     return acc
@@ -74,6 +75,7 @@ def lm_head_kernel(
     stride_x_m,
     M, V, D,
     SOFTCAP: tl.constexpr,
+    IS_EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -84,81 +86,54 @@ def lm_head_kernel(
     mask_m, mask_v = offs_m < M, offs_v < V
     logits = head_tile(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D,
-        SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_D,
+        SOFTCAP, IS_EVEN, BLOCK_M, BLOCK_V, BLOCK_D,
     )  # fmt: skip
-    logits_ptrs = logits_ptr + offs_m[:, None] * V + offs_v[None, :]
-    tl.store(logits_ptrs, logits, mask=mask_m[:, None] & mask_v[None, :])
-
-
-@triton.jit
-def greater(a, a_id, b, b_id):
-    """The greater of two logits with its id; NaN is the greatest, the lower id wins a tie."""
-    a_wins = (a > b) | (a != a) & (b == b) | ((a == b) | (a != a) & (b != b)) & (a_id < b_id)
-    return tl.where(a_wins, a, b), tl.where(a_wins, a_id, b_id)
-
-
-@triton.jit
-def greatest(logits, ids):
-    """The greatest of each row and its id, by the same rule: logits, ids [M, V] -> [M], [M]."""
-    is_nan = logits != logits
-    best = tl.max(tl.where(is_nan, -float("inf"), logits), axis=1)
-    has_nan = tl.max(is_nan.to(tl.int32), axis=1) > 0
-    wins = tl.where(has_nan[:, None], is_nan, logits == best[:, None])
-    best_id = tl.min(tl.where(wins, ids, 1 << 62), axis=1)
-    return tl.where(has_nan, float("nan"), best), best_id
+    logits_ptrs = logits_ptr + offs_m[None, :] * V + offs_v[:, None]
+    tl.store(logits_ptrs, logits, mask=mask_m[None, :] & mask_v[:, None])
 
 
 @triton.jit(do_not_specialize=["M"])
 def lm_head_argmax_kernel(
     x_ptr, w_ptr,  # [M, D], [V, D]
-    tile_best_ptr, tile_ids_ptr,  # [tiles, M] float32 and int64: what each program keeps
+    state_ptr,  # [M] int64: the greatest logit so far and its id, packed; zero before and after
     counters_ptr,  # [ceil(M / BLOCK_M)] int32, zeros before and after
     best_ptr, ids_ptr,  # [M] float32, [M] int64
     stride_x_m,
     M, V, D,
     SOFTCAP: tl.constexpr,
+    IS_EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    tile, tiles = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_m, mask_v = offs_m < M, offs_v < V
     logits = head_tile(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D,
-        SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_D,
+        SOFTCAP, IS_EVEN, BLOCK_M, BLOCK_V, BLOCK_D,
     )  # fmt: skip
-    logits = tl.where(mask_v[None, :], logits, -float("inf"))
-    best, ids = greatest(logits, offs_v[None, :])
-    tl.store(tile_best_ptr + tile * M + offs_m, best, mask=mask_m)
-    tl.store(tile_ids_ptr + tile * M + offs_m, ids, mask=mask_m)
+    best = tl.max(tl.where(mask_v[:, None], packed(logits, offs_v[:, None]), 0), axis=0)
+    tl.atomic_max(state_ptr + offs_m, best, mask=mask_m, sem="relaxed")
 
-    tl.debug_barrier()  # every thread has stored before one of them counts
+    tl.debug_barrier()  # every thread's maximum comes before the count
     counter_ptr = counters_ptr + tl.program_id(0)
     finished = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-    if finished == tiles - 1:
-        best = tl.full([BLOCK_M, BLOCK_T], -float("inf"), dtype=tl.float32)
-        ids = tl.full([BLOCK_M, BLOCK_T], V, dtype=tl.int64)
-        for start in range(0, tiles, BLOCK_T):
-            offs_t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-            mask = mask_m[:, None] & (offs_t < tiles)[None, :]
-            offs = offs_t[None, :] * M + offs_m[:, None]
-            # .cg: L2, where the other programs' stores are
-            kept = tl.load(tile_best_ptr + offs, mask, other=-float("inf"), cache_modifier=".cg")
-            kept_ids = tl.load(tile_ids_ptr + offs, mask, other=V, cache_modifier=".cg")
-            best, ids = greater(best, ids, kept, kept_ids)
-        best, ids = greatest(best, ids)
-        tl.store(best_ptr + offs_m, best, mask=mask_m)
-        tl.store(ids_ptr + offs_m, ids, mask=mask_m)
+    if finished == tl.num_programs(1) - 1:
+        # .cg: L2, where the other programs' maxima are
+        best = tl.load(state_ptr + offs_m, mask=mask_m, other=0, cache_modifier=".cg")
+        tl.store(best_ptr + offs_m, packed_value(best), mask=mask_m)
+        tl.store(ids_ptr + offs_m, packed_id(best), mask=mask_m)
+        tl.store(state_ptr + offs_m, tl.zeros_like(best), mask=mask_m)
         tl.store(counter_ptr, 0)
 
 
 def _tile(V: int, x: Tensor) -> dict[str, int]:
-    """With four warps ptxas would rather spill the last addresses than give a thread more room."""
-    rule = {**pipeline(x), "BLOCK_V": rows_of_weight(x, BLOCK_V), "num_warps": 8}
-    return rule | tuned("lm_head", x, V, x.shape[1])
+    D, block_v = x.shape[1], rows_of_weight(x)
+    rule = {"BLOCK_V": block_v, **pipeline(x, triton.cdiv(V, block_v))}
+    tile = rule | tuned("lm_head", x, V, D)
+    is_even = D % tile["BLOCK_D"] == 0 and V % tile["BLOCK_V"] == 0
+    return {"BLOCK_M": BLOCK_M, "IS_EVEN": is_even, **tile}
 
 
 def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -206,26 +181,27 @@ def lm_head_argmax(
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit and its token id: x [M, D], weight [V, D] -> [M] float32, [M] int64.
 
-    The lowest id wins a tie; NaN counts as the greatest.  `counters` is scratch: at least M / 16
-    zeros in int32, zeros again afterwards; None allocates it, which costs a launch.
+    The lowest id wins a tie; NaN counts as the greatest.  `counters` is scratch: two zeros for each
+    row and one for 16 in int32, zeros again afterwards; None allocates it, which costs a launch.
     """
     check_linear(x, weight, None)
     check_softcap(softcap)
     M, (V, D) = x.shape[0], weight.shape
-    tile = _tile(V, x)
-    groups, tiles = triton.cdiv(M, BLOCK_M), triton.cdiv(V, tile["BLOCK_V"])
+    require(V < 2**31, f"vocabulary of {V} is not below 2**31")
+    groups = triton.cdiv(M, BLOCK_M)
     if counters is None:
-        counters = torch.zeros(groups, dtype=torch.int32, device=x.device)
-    check_counters(counters, groups, x)
+        counters = torch.zeros(2 * M + groups, dtype=torch.int32, device=x.device)
+    check_counters(counters, 2 * M + groups, x)
+    require(counters.data_ptr() % 8 == 0, "counters must begin at a multiple of 8 bytes")
 
     best = torch.empty(M, dtype=torch.float32, device=x.device)
     ids = torch.empty(M, dtype=torch.int64, device=x.device)
     if M:
-        tile_best = torch.empty((tiles, M), dtype=torch.float32, device=x.device)
-        tile_ids = torch.empty((tiles, M), dtype=torch.int64, device=x.device)
-        lm_head_argmax_kernel[(groups, tiles)](
-            x_ptr=x, w_ptr=weight, tile_best_ptr=tile_best, tile_ids_ptr=tile_ids,
-            counters_ptr=counters, best_ptr=best, ids_ptr=ids, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, BLOCK_T=BLOCK_T, **tile,
+        tile = _tile(V, x)
+        state, counters = counters[: 2 * M].view(torch.int64), counters[2 * M :]
+        lm_head_argmax_kernel[(groups, triton.cdiv(V, tile["BLOCK_V"]))](
+            x_ptr=x, w_ptr=weight, state_ptr=state, counters_ptr=counters,
+            best_ptr=best, ids_ptr=ids, stride_x_m=x.stride(0),
+            M=M, V=V, D=D, SOFTCAP=softcap, **tile,
         )  # fmt: skip
     return best, ids

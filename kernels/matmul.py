@@ -1,20 +1,23 @@
 """Matrix products: of many rows by cuBLAS, of a decode step's few rows by kernels of our own.
 
-    linear          y = x @ weight.T + bias                              many rows: prefill
-    skinny_linear   y = x @ weight.T + bias + residual                   few rows: decode
-    norm_linear     y = rmsnorm(residual + ..., norm_weight) @ weight.T  see prologue.py
+    linear          y = x @ weight.T + bias                 many rows: prefill
+    skinny_linear   sum over s of y[s] = the same           few rows: decode
 
-A program owns BLOCK_N columns of y for 16 rows of x and streams its rows of the weight once, 16
-bytes a load, through a pipeline of asynchronous copies.  Sums are float32 and rounded once.
+The weight is the wide operand: a program owns BLOCK_N rows of it, 64 as a warpgroup of Hopper's
+tensor cores takes them, and multiplies them with 16 rows of x.  It streams them once, 16 bytes a
+load, through a pipeline of asynchronous copies.  Sums are float32.
 
-Batch invariance: the tile depends on the weight's shape and the part, never on M, for which Triton
+A narrow weight has fewer blocks of rows than a GPU has processors.  So its columns are cut as well,
+into S parts of whole steps, and each part's sum is left to the kernel that reads the product: it
+adds them up in their order (norm.py, rotary.py).
+
+Batch invariance: tile and S depend on the weight's shape and the part, never on M, for which Triton
 must not specialise; missing rows are masked, further rows are further programs.  So all batch sizes
 run the same code, and a row's bits do not depend on its company.
 
-Cost: N D weights read once for 16 rows, plus 2 M (N + D) elements of activations; 2 M N D
-operations.  At 16 rows that is 16 operations a byte in bf16, where an H200 could do about 200:
-bound by memory bandwidth.  4.8 TB/s at a latency of 0.7 us want 25 KB in flight on each of 132
-processors.
+Cost: N D weights read once for 16 rows, M D elements of x for each block of rows, from L2, and
+4 S M N bytes of partial sums written; 2 M N D operations.  At 16 rows that is 16 operations a byte
+in bf16, where an H200 could do about 200: bound by memory bandwidth.
 """
 
 import torch
@@ -24,58 +27,78 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_rows, check_shape, check_tensors, require
-from gemcut.kernels.parts import SHARED_MEMORY, part
-from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
+from gemcut.kernels.parts import PROCESSORS, part
 from gemcut.kernels.tiles import tuned
 
-BLOCK_M = 16  # rows of a program: the least that tensor cores take
-FEW_PROGRAMS = 264  # two for each processor of an H100
+BLOCK_M = 16  # rows of x in a program: the least that tensor cores take
+BLOCK_N = 64  # rows of the weight in a program
+MOST_PROGRAMS = 3  # that share a processor
+# Steps of the weight on their way in each of so many programs of a processor.  With the steps of
+# `pipeline`, 20 KB each, they fill 180, 160 and 120 of the 227 KB of an H200, where deeper ones
+# were slower (measured on one, on every product of gemma-2-2b, gemma-2-9b and vaultgemma-1b).
+STAGES = {3: 3, 2: 4, 1: 6}
+SMALL_PARTS = ("sm_80", "sm_89", "sm_120")  # half as much shared memory, or less
 
 
 @triton.jit
-def weight_tile(w_ptr, offs_n, mask_n, offs_d, D):
-    """Rows offs_n, columns offs_d of a matrix [N, D] -> [BLOCK_N, BLOCK_D]."""
-    mask = mask_n[:, None] & (offs_d < D)[None, :]
-    return tl.load(w_ptr + offs_n[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns 0 to BLOCK_N - 1 and the rest: [BLOCK_M, 2 BLOCK_N] -> 2 x [BLOCK_M, BLOCK_N].
-
-    A program that combines two rows of a weight takes both in one product, and parts them here.
-    """
-    return tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
+def weight_tile(w_ptr, rows, mask_rows, offs_d, D, IS_EVEN: tl.constexpr):
+    """Some rows of a matrix [N, D], columns offs_d -> [BLOCK_ROWS, BLOCK_D]."""
+    w_ptrs = w_ptr + rows[:, None] * D + offs_d[None, :]
+    if IS_EVEN:
+        return tl.load(w_ptrs)
+    return tl.load(w_ptrs, mask=mask_rows[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def product(
     x_ptr, w_ptr, stride_x_m,  # [M, D], [N, D]
     offs_m, mask_m, rows, mask_rows,  # [BLOCK_M] x 2, [BLOCK_ROWS] x 2: tokens, rows of the weight
-    D,
+    D, begin, end,  # columns begin to end - 1; begin is a multiple of BLOCK_D
+    IS_EVEN: tl.constexpr,  # D is a multiple of BLOCK_D, and every row exists
+    IN_STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Tokens times some rows of a weight: [BLOCK_M, BLOCK_ROWS] float32."""
-    acc = tl.zeros([BLOCK_M, BLOCK_ROWS], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
+    """Some rows of a weight times tokens: [BLOCK_ROWS, BLOCK_M] float32.
+
+    IN_STEPS adds each step's sum to the others' as a whole, rounded to nearest: one long chain of
+    sums would err twice as much in float32, and tensor cores cut off what they add up.
+    """
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_M], dtype=tl.float32)
+    for start_d in range(begin, end, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
-        mask_x = mask_m[:, None] & (offs_d < D)[None, :]
+        mask_x = mask_m[:, None]
+        if not IS_EVEN:
+            mask_x = mask_x & (offs_d < D)[None, :]
         x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :]
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D, IS_EVEN)
+        if IN_STEPS:
+            # with 0 for max_num_imprecise_acc the compiler makes one chain of it again
+            acc += tl.dot(w, x.T, input_precision="ieee", max_num_imprecise_acc=1)
+        else:
+            acc = tl.dot(w, x.T, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def halves(acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows 0 to BLOCK_N - 1 and the rest: [2 BLOCK_N, BLOCK_M] -> 2 x [BLOCK_N, BLOCK_M].
+
+    A program that combines two rows of a weight takes both in one product, and parts them here.
+    """
+    return tl.split(acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
 
 
 @triton.jit(do_not_specialize=["M"])
 def skinny_linear_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr,  # [M, D], [N, D], [N], [M, N], [M, N]
-    stride_x_m, stride_residual_m,
-    M, N, D,
+    x_ptr, w_ptr, bias_ptr, y_ptr,  # [M, D], [N, D], [N], [S, M, N] float32
+    stride_x_m,
+    M, N, D, split_d,  # split_d: columns of a part
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    IN_STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -83,121 +106,62 @@ def skinny_linear_kernel(
     # int64: row * stride passes 2**31 in a vocabulary's matrix
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    s = tl.program_id(2)
     mask_m, mask_n = offs_m < M, offs_n < N
 
+    begin = s * split_d
     acc = product(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_n, mask_n, D, BLOCK_M, BLOCK_N, BLOCK_D
-    )
-    mask = mask_m[:, None] & mask_n[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + offs_m[:, None] * stride_residual_m + offs_n[None, :]
-        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def normed_product(
-    residual_ptr, branch_ptr, summed_ptr, post_w_ptr, norm_w_ptr, w_ptr,  # see prologue.py; [N, D]
-    offs_m, mask_m, mask_stored,  # [BLOCK_M] x 3: the tokens, and those whose sum is stored
-    rows, mask_rows,  # [BLOCK_ROWS] x 2: of the weight
-    D,
-    EPS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
-    HAS_POST_NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Normed tokens times some rows of a weight: [BLOCK_M, BLOCK_ROWS] float32."""
-    branch_rstd = offs_m
-    if HAS_POST_NORM:
-        branch_rstd = row_rstd(branch_ptr, offs_m, mask_m, D, EPS, BLOCK_M, BLOCK_D)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_ROWS], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        summed = summed_tile(
-            residual_ptr, branch_ptr, post_w_ptr, summed_ptr,
-            branch_rstd, offs_m, mask_m, offs_d, D, mask_stored, HAS_BRANCH, HAS_POST_NORM,
-        )  # fmt: skip
-        squares += summed * summed
-        x = (summed * offset_weight(norm_w_ptr, offs_d, D)[None, :]).to(w_ptr.dtype.element_ty)
-        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
-    return acc * tl.rsqrt(tl.sum(squares, axis=1) / D + EPS)[:, None]
-
-
-@triton.jit(do_not_specialize=["M"])
-def norm_linear_kernel(
-    residual_ptr, branch_ptr, summed_ptr,  # [M, D] x 3
-    post_w_ptr, norm_w_ptr,  # [D] x 2
-    w_ptr, bias_ptr, y_ptr,  # [N, D], [N], [M, N]
-    M, N, D,
-    EPS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
-    HAS_POST_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    # one program of all stores the sum
-    mask_stored = offs_m < tl.where(tl.program_id(1) == 0, M, 0)
-
-    acc = normed_product(
-        residual_ptr, branch_ptr, summed_ptr, post_w_ptr, norm_w_ptr, w_ptr,
-        offs_m, mask_m, mask_stored, offs_n, mask_n, D,
-        EPS, HAS_BRANCH, HAS_POST_NORM, BLOCK_M, BLOCK_N, BLOCK_D,
+        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_n, mask_n,
+        D, begin, tl.minimum(begin + split_d, D), IS_EVEN, IN_STEPS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        mask_bias = offs_n < tl.where(s == 0, N, 0)  # the first part adds it
+        acc += tl.load(bias_ptr + offs_n, mask=mask_bias, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + (s.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
+    tl.store(y_ptrs, acc, mask=mask_m[None, :] & mask_n[:, None])
 
 
-def pipeline(x: Tensor) -> dict[str, int]:
-    """Columns of the weight that a step reads, and steps on their way; not yet tuned on a GPU.
+def pipeline(x: Tensor, blocks: int) -> dict[str, int]:
+    """How `blocks` programs stream a weight: columns of a step, steps on their way, warps.
 
-    16 rows of 256 columns in bf16 are 8 KB, and three steps in flight 24 KB.
+    As many programs share a processor as leave the fewest of them idle while the last ones run.  Of
+    many waves the last one counts for little, and programs hide each other's beginnings.
     """
     name = part(x.device)
-    deep = name == "interpreter" or SHARED_MEMORY[name] > 110_000
-    return {
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_D": 256 if x.itemsize == 2 or name == "interpreter" else 64,
-        "num_warps": 4,
-        "num_stages": 4 if deep else 3,
-    }
+    if name == "interpreter":
+        return {"BLOCK_D": 256, "num_warps": 4, "num_stages": 1}
+    block_d = (64 if name in SMALL_PARTS else 128) * 2 // x.itemsize
+
+    def idle(programs: int) -> float:
+        slots = programs * PROCESSORS[name]
+        waves = -(-blocks // slots)
+        return 0.0 if waves > 4 else 1 - blocks / (waves * slots)
+
+    together = min(range(MOST_PROGRAMS, 0, -1), key=lambda n: round(idle(n), 3))
+    return {"BLOCK_D": block_d, "num_warps": 4, "num_stages": STAGES[together]}
 
 
-def rows_of_weight(x: Tensor, rows: int) -> int:
+def rows_of_weight(x: Tensor, rows: int = BLOCK_N) -> int:
     """How many rows of a weight a program streams: `rows` on a GPU."""
     return 512 if part(x.device) == "interpreter" else rows
 
 
-def _rule(N: int, x: Tensor) -> dict[str, int]:
-    """A narrow matrix is cut finer, so that every processor has a program."""
-    return {"BLOCK_N": rows_of_weight(x, 16 if N < 32 * FEW_PROGRAMS else 32), **pipeline(x)}
+def _tile(weight: Tensor, x: Tensor) -> dict[str, int]:
+    """With the most parts that leave two programs to each processor."""
+    N, D = weight.shape
+    block_n = rows_of_weight(x)
+    blocks = triton.cdiv(N, block_n)
+    steps = triton.cdiv(D, pipeline(x, blocks)["BLOCK_D"])
+    processors = PROCESSORS.get(part(x.device), 0)  # 0: the interpreter's programs take turns
+    splits = max(1, min(steps, 2 * processors // blocks))
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # as many as equal ones need
+    rule = {"BLOCK_N": block_n, "SPLITS": splits, **pipeline(x, blocks * splits)}
+    return rule | tuned("skinny_linear", x, N, D)
 
 
-def _tile(N: int, x: Tensor) -> dict[str, int]:
-    return _rule(N, x) | tuned("norm_linear", x, N, x.shape[1])
-
-
-def _skinny_tile(N: int, x: Tensor) -> dict[str, int]:
-    """One program on a processor needs as much in flight as two: a pipeline twice as deep."""
-    rule = _rule(N, x)
-    few = triton.cdiv(N, rule["BLOCK_N"]) < FEW_PROGRAMS
-    stages = 2 * rule["num_stages"] if few else rule["num_stages"]
-    return rule | {"num_stages": stages} | tuned("skinny_linear", x, N, x.shape[1])
+def count_parts(weight: Tensor, x: Tensor) -> int:
+    """S, the partial sums that `skinny_linear` leaves of a product with this weight."""
+    return _tile(weight, x)["SPLITS"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -221,60 +185,24 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_shape("bias", bias, N)
 
 
-def skinny_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """Project few rows: x [M, D], weight [N, D], bias [N], residual [M, N] -> new tensor [M, N].
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Project few rows: x [M, D], weight [N, D], bias [N] -> partial sums [S, M, N] in float32.
 
-    A row's bits do not depend on the others.  Any M works; the weight is read once for 16 rows.
+    Their sum over S is the product.  S follows from the weight's shape and the GPU alone, and a
+    row's bits do not depend on the others.  Any M works; the weight is read once for 16 rows.
     """
     check_linear(x, weight, bias)
     M, (N, D) = x.shape[0], weight.shape
-    if residual is not None:
-        check_tensors(x, residual=residual)
-        check_rows("residual", residual, N)
-        require(residual.shape[0] == M, f"residual has {residual.shape[0]} rows, x {M}")
-
-    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
+    tile = _tile(weight, x)
+    splits, block_d = tile.pop("SPLITS"), tile["BLOCK_D"]
+    y = torch.empty((splits, M, N), device=x.device, dtype=torch.float32)
     if M:
-        tile = _skinny_tile(N, x)
-        grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(N, tile["BLOCK_N"]))
+        grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(N, tile["BLOCK_N"]), splits)
         skinny_linear_kernel[grid](
-            x_ptr=x, w_ptr=weight, bias_ptr=bias, residual_ptr=residual, y_ptr=y,
-            stride_x_m=x.stride(0),
-            stride_residual_m=0 if residual is None else residual.stride(0),
-            M=M, N=N, D=D,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, **tile,
+            x_ptr=x, w_ptr=weight, bias_ptr=bias, y_ptr=y, stride_x_m=x.stride(0),
+            M=M, N=N, D=D, split_d=triton.cdiv(triton.cdiv(D, block_d), splits) * block_d,
+            HAS_BIAS=bias is not None,
+            IS_EVEN=D % block_d == 0 and N % tile["BLOCK_N"] == 0,
+            IN_STEPS=x.dtype == torch.float32, BLOCK_M=BLOCK_M, **tile,
         )  # fmt: skip
     return y
-
-
-def norm_linear(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Add a branch to the residual stream, normalise and project it: y [M, N], summed [M, D].
-
-    residual, branch [M, D]; post_weight, norm_weight [D]; weight [N, D]; bias [N].  The residual is
-    left as it is: other programs still read it.  Without a branch `summed` is `residual` itself.
-    """
-    summed = check_prologue(residual, branch, post_weight, norm_weight)
-    check_linear(residual, weight, bias)
-    M, (N, D) = residual.shape[0], weight.shape
-    y = torch.empty((M, N), device=residual.device, dtype=residual.dtype)
-    if M:
-        tile = _tile(N, residual)
-        grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(N, tile["BLOCK_N"]))
-        norm_linear_kernel[grid](
-            residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,
-            norm_w_ptr=norm_weight, summed_ptr=summed, w_ptr=weight, bias_ptr=bias, y_ptr=y,
-            M=M, N=N, D=D, EPS=eps,
-            HAS_BRANCH=branch is not None, HAS_POST_NORM=post_weight is not None,
-            HAS_BIAS=bias is not None, **tile,
-        )  # fmt: skip
-    return y, summed

@@ -1,15 +1,14 @@
 """The gated MLP's first half: GeGLU after a product of many rows, or inside one of few rows.
 
-    geglu               gelu(gate) * up                       gate_up [M, 2 F], gate first: prefill
-    norm_linear_geglu   the same of rmsnorm(residual + ..., norm_weight) @ gate_up.T: decode
+    geglu           gelu(gate) * up             gate_up [M, 2 F], gate first: prefill
+    linear_geglu    the same of x @ gate_up.T   few rows: decode
 
 GELU is its tanh approximation, which is what every published Gemma was trained with.  Arithmetic is
-float32, rounded once.  In decode a program owns the same BLOCK_N rows of gate and of up, so that
+float32, rounded once.  In decode a program owns the same BLOCK_F rows of gate and of up, so that
 nothing between the two products leaves its registers.
 
 Cost of geglu: 3 M F elements moved, about 15 operations each: bound by memory bandwidth.  Of
-norm_linear_geglu: 2 F D weights read once for 16 rows, 2 operations each a row: likewise, see
-matmul.py.
+linear_geglu: 2 F D weights read once for 16 rows, 2 operations each a row: likewise, see matmul.py.
 """
 
 import torch
@@ -21,18 +20,16 @@ from gemcut.kernels.activations import gelu
 from gemcut.kernels.checks import check_rows, check_tensors, require
 from gemcut.kernels.matmul import (
     BLOCK_M,
-    FEW_PROGRAMS,
+    BLOCK_N,
     check_linear,
     halves,
-    normed_product,
     pipeline,
+    product,
     rows_of_weight,
 )
-from gemcut.kernels.parts import part
-from gemcut.kernels.prologue import check_prologue
 from gemcut.kernels.tiles import tuned
 
-BLOCK_F = 1024  # columns of a program of geglu
+COLUMNS = 1024  # of a program of geglu
 
 
 @triton.jit
@@ -54,49 +51,38 @@ def geglu_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def norm_linear_geglu_kernel(
-    residual_ptr, branch_ptr, summed_ptr,  # [M, D] x 3
-    post_w_ptr, norm_w_ptr,  # [D] x 2
-    w_ptr, y_ptr,  # [2 F, D], [M, F]
+def linear_geglu_kernel(
+    x_ptr, w_ptr, y_ptr,  # [M, D], [2 F, D], [M, F]
+    stride_x_m,
     M, F, D,
-    EPS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
-    HAS_POST_NORM: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    IN_STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    start_n = tl.program_id(1).to(tl.int64) * BLOCK_N
-    offs_2n = tl.arange(0, 2 * BLOCK_N)  # BLOCK_N rows of gate, then the same of up
-    rows = start_n + offs_2n % BLOCK_N + (offs_2n // BLOCK_N).to(tl.int64) * F
-    mask_m, mask_rows = offs_m < M, start_n + offs_2n % BLOCK_N < F
-    # one program of all stores the sum
-    mask_stored = offs_m < tl.where(tl.program_id(1) == 0, M, 0)
+    start_f = tl.program_id(1).to(tl.int64) * BLOCK_F
+    offs_2f = tl.arange(0, 2 * BLOCK_F)  # BLOCK_F rows of gate, then the same of up
+    rows = start_f + offs_2f % BLOCK_F + (offs_2f // BLOCK_F).to(tl.int64) * F
+    mask_m, mask_rows = offs_m < M, start_f + offs_2f % BLOCK_F < F
 
-    acc = normed_product(
-        residual_ptr, branch_ptr, summed_ptr, post_w_ptr, norm_w_ptr, w_ptr,
-        offs_m, mask_m, mask_stored, rows, mask_rows, D,
-        EPS, HAS_BRANCH, HAS_POST_NORM, BLOCK_M, 2 * BLOCK_N, BLOCK_D,
+    acc = product(
+        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows, D, 0, D,
+        IS_EVEN, IN_STEPS, BLOCK_M, 2 * BLOCK_F, BLOCK_D,
     )  # fmt: skip
-    gate, up = halves(acc, BLOCK_M, BLOCK_N)
+    gate, up = halves(acc, BLOCK_F, BLOCK_M)
     y = gelu(gate) * up
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    y_ptrs = y_ptr + offs_m[:, None] * F + offs_n[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < F)[None, :])
+    offs_f = start_f + tl.arange(0, BLOCK_F)
+    y_ptrs = y_ptr + offs_m[None, :] * F + offs_f[:, None]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[None, :] & (offs_f < F)[:, None])
 
 
 def _tile(F: int, x: Tensor) -> dict[str, int]:
-    """BLOCK_N rows of gate and as many of up; not yet tuned on a GPU.
-
-    With 16 rows of activations, a program of 2 x 16 rows reads more of them than of weights, from
-    L2.  Twice as many halve that, where they fit the part and leave enough programs.
-    """
-    name = part(x.device)
-    is_wide = F >= 32 * FEW_PROGRAMS and name in ("sm_80", "sm_90", "sm_100")
-    rule = {**pipeline(x), "BLOCK_N": rows_of_weight(x, 32 if is_wide else 16)}
-    wide = {"num_warps": 8} if is_wide else {}
-    return rule | wide | tuned("norm_linear_geglu", x, F, x.shape[1])
+    """BLOCK_F rows of gate and as many of up."""
+    block_f = rows_of_weight(x, BLOCK_N // 2)
+    rule = {"BLOCK_F": block_f, **pipeline(x, triton.cdiv(F, block_f))}
+    return rule | tuned("linear_geglu", x, F, x.shape[1])
 
 
 def geglu(gate_up: Tensor) -> Tensor:
@@ -111,41 +97,29 @@ def geglu(gate_up: Tensor) -> Tensor:
 
     y = torch.empty((M, F), device=gate_up.device, dtype=gate_up.dtype)
     if M:
-        geglu_kernel[(M, triton.cdiv(F, BLOCK_F))](
+        geglu_kernel[(M, triton.cdiv(F, COLUMNS))](
             gate_up_ptr=gate_up, y_ptr=y, stride_gate_up_m=gate_up.stride(0),
-            F=F, BLOCK_F=BLOCK_F, num_warps=4,
+            F=F, BLOCK_F=COLUMNS, num_warps=4,
         )  # fmt: skip
     return y
 
 
-def norm_linear_geglu(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    gate_up_weight: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Add a branch, normalise, project to gate and up, combine: y [M, F], summed [M, D].
+def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+    """Project few rows to gate and up, and combine: x [M, D], gate_up_weight [2 F, D] -> [M, F].
 
-    residual, branch [M, D]; post_weight, norm_weight [D]; gate_up_weight [2 F, D], gate first.
-    Without a branch `summed` is `residual` itself.  A row's bits do not depend on the others.
+    Gate comes first.  A row's bits do not depend on the others.
     """
-    check_linear(residual, gate_up_weight, None)
+    check_linear(x, gate_up_weight, None)
     rows = gate_up_weight.shape[0]
     require(rows % 2 == 0, f"gate_up_weight has {rows} rows, must have as many of gate as of up")
-    summed = check_prologue(residual, branch, post_weight, norm_weight)
 
-    M, D, F = *residual.shape, rows // 2
-    y = torch.empty((M, F), device=residual.device, dtype=residual.dtype)
+    M, D, F = *x.shape, rows // 2
+    y = torch.empty((M, F), device=x.device, dtype=x.dtype)
     if M:
-        tile = _tile(F, residual)
-        grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(F, tile["BLOCK_N"]))
-        norm_linear_geglu_kernel[grid](
-            residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,
-            norm_w_ptr=norm_weight, summed_ptr=summed, w_ptr=gate_up_weight, y_ptr=y,
-            M=M, F=F, D=D, EPS=eps,
-            HAS_BRANCH=branch is not None, HAS_POST_NORM=post_weight is not None,
-            **tile,
+        tile = _tile(F, x)
+        linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(F, tile["BLOCK_F"]))](
+            x_ptr=x, w_ptr=gate_up_weight, y_ptr=y, stride_x_m=x.stride(0), M=M, F=F, D=D,
+            IS_EVEN=D % tile["BLOCK_D"] == 0 and F % tile["BLOCK_F"] == 0,
+            IN_STEPS=x.dtype == torch.float32, BLOCK_M=BLOCK_M, **tile,
         )  # fmt: skip
-    return y, summed
+    return y

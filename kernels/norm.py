@@ -3,12 +3,14 @@
     rmsnorm         y = x * rsqrt(mean(x ** 2) + eps) * (1 + w)
     add_rmsnorm_    residual += x, or residual += rmsnorm(x, post_weight)
                     y = rmsnorm(residual, next_weight)
+                    x may come as partial sums, which are added up first, in their order
 
 Gemma stores the weight as an offset from one.  Arithmetic is float32; what is stored is rounded
 once, and so is the sum before the second norm reads it.
 
 Cost: 2 M D elements moved for rmsnorm, 4 M D for add_rmsnorm_ (read both, write both; weights stay
-in L2), about 5 and 12 operations for each: bound by memory bandwidth.
+in L2), about 5 and 12 operations for each: bound by memory bandwidth.  The one program of a decode
+step's row is bound by latency; S partial sums are S loads that it makes at once.
 """
 
 import torch
@@ -16,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.checks import check_rows, check_shape, check_tensors, require
+from gemcut.kernels.checks import check_parts, check_rows, check_shape, check_tensors, require
 
 MAX_HIDDEN_SIZE = 16384  # a row lives in registers; wider rows would spill
 
@@ -48,11 +50,12 @@ def rmsnorm_kernel(
 
 @triton.jit
 def add_rmsnorm_kernel(
-    residual_ptr, x_ptr, post_w_ptr, next_w_ptr, y_ptr,  # [M, D], [M, D], [D], [D], [M, D]
-    stride_residual_m, stride_x_m, stride_y_m,
+    residual_ptr, x_ptr, post_w_ptr, next_w_ptr, y_ptr,  # [M, D], [S, M, D], [D], [D], [M, D]
+    stride_residual_m, stride_x_s, stride_x_m, stride_y_m,
     D,
     EPS: tl.constexpr,
     HAS_POST_NORM: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -61,7 +64,10 @@ def add_rmsnorm_kernel(
     dtype = y_ptr.dtype.element_ty
 
     residual_ptrs = residual_ptr + row * stride_residual_m + offs_d
-    x = tl.load(x_ptr + row * stride_x_m + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    x_ptrs = x_ptr + row * stride_x_m + offs_d
+    x = tl.load(x_ptrs, mask=mask_d, other=0.0).to(tl.float32)
+    for s in tl.static_range(1, SPLITS):
+        x += tl.load(x_ptrs + s * stride_x_s, mask=mask_d, other=0.0)
     residual = tl.load(residual_ptrs, mask=mask_d, other=0.0).to(tl.float32)
     if HAS_POST_NORM:
         post_w = tl.load(post_w_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -115,23 +121,25 @@ def add_rmsnorm_(
 ) -> Tensor:
     """Add a branch to the residual stream, in place, and normalise the sum for the next branch.
 
-    residual, x [M, D]; weights [D] -> [M, D].  With `post_weight` the branch is normalised first.
+    residual [M, D], x [M, D] or partial sums [S, M, D] in float32; weights [D] -> [M, D].  With
+    `post_weight` the branch is normalised first.
     """
+    check_tensors(residual, post_weight=post_weight, next_weight=next_weight)
+    parts, x = check_parts("x", x, residual)
     M, D = x.shape
-    check_tensors(x, residual=residual, post_weight=post_weight, next_weight=next_weight)
     require(0 < D <= MAX_HIDDEN_SIZE, f"hidden size {D} is not in 1 to {MAX_HIDDEN_SIZE}")
-    check_rows("x", x, D)
     check_rows("residual", residual, D)
     require(residual.shape[0] == M, f"residual has {residual.shape[0]} rows, x {M}")
     check_shape("next_weight", next_weight, D)
     if post_weight is not None:
         check_shape("post_weight", post_weight, D)
 
-    y = torch.empty((M, D), device=x.device, dtype=x.dtype)
+    y = torch.empty((M, D), device=x.device, dtype=residual.dtype)
     if M:
         add_rmsnorm_kernel[(M,)](
             residual_ptr=residual, x_ptr=x, post_w_ptr=post_weight, next_w_ptr=next_weight, y_ptr=y,
-            stride_residual_m=residual.stride(0), stride_x_m=x.stride(0), stride_y_m=D,
-            D=D, EPS=eps, HAS_POST_NORM=post_weight is not None, **_tile(D),
+            stride_residual_m=residual.stride(0), stride_x_s=M * D, stride_x_m=x.stride(0),
+            stride_y_m=D, D=D, EPS=eps, HAS_POST_NORM=post_weight is not None, SPLITS=parts,
+            **_tile(D),
         )  # fmt: skip
     return y

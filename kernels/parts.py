@@ -16,6 +16,9 @@ SHARED_MEMORY = {
     "sm_100": 232_448,
     "sm_120": 101_376,
 }
+# multiprocessors of the generation's largest: A100, RTX 4090, H100 and H200, B200, RTX 5090.  What
+# is cut by them is cut alike on every GPU of the part.
+PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 
 
 def part(device: torch.device) -> str:

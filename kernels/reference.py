@@ -32,11 +32,10 @@ __all__ = [
     "geglu",
     "gumbel_noise",
     "linear",
+    "linear_geglu",
+    "linear_rope_and_store_",
     "lm_head",
     "lm_head_argmax",
-    "norm_linear",
-    "norm_linear_geglu",
-    "norm_qkv_rope_and_store_",
     "penalize",
     "rmsnorm",
     "rope_and_store_",
@@ -79,14 +78,22 @@ def add_rmsnorm_(
 ) -> Tensor:
     """Add a branch to the residual stream, in place, and normalise the sum for the next branch.
 
-    residual, x [M, D]; weights [D] -> [M, D].  With `post_weight` (the sandwich norm of Gemma 2 and
-    3) the branch is normalised before it is added.  The sum is rounded to the residual's dtype
-    before the norm reads it.
+    residual [M, D], x [M, D] or partial sums of it [S, M, D]; weights [D] -> [M, D].  With
+    `post_weight` (the sandwich norm of Gemma 2 and 3) the branch is normalised before it is added.
+    The sum is rounded to the residual's dtype before the norm reads it.
     """
+    x = summed(x)
     if post_weight is not None:
         x = rmsnorm(x, post_weight, eps)
     residual.add_(x)
     return rmsnorm(residual, next_weight, eps)
+
+
+def summed(x: Tensor) -> Tensor:
+    """Rows [M, N] of themselves, or of their partial sums [S, M, N]."""
+    if x.dim() == 2:
+        return x
+    return x[0] if x.shape[0] == 1 else x.sum(0)
 
 
 # Rotary embedding and cache
@@ -128,11 +135,13 @@ def rope_and_store_(
 ) -> Tensor:
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
-    qkv [M, (HQ + 2 HK) * K]; k_cache, v_cache [slots, HK, C, K], written at each token's slot and
-    position; slots, positions [M]; cos, sin [M, 1, K] -> [M, HQ, K].  Gemma 3 normalises q and k
-    over each head first.
+    qkv [M, (HQ + 2 HK) * K], or partial sums of it [S, M, (HQ + 2 HK) * K], which are added up and
+    rounded first; k_cache, v_cache [slots, HK, C, K], written at each token's slot and position;
+    slots, positions [M]; cos, sin [M, 1, K] -> [M, HQ, K].  Gemma 3 normalises q and k over each
+    head first.
     """
     _, HK, C, K = k_cache.shape
+    qkv = rounded(summed(qkv), k_cache.dtype)
     HQ = qkv.shape[1] // K - 2 * HK
     heads = qkv.view(-1, HQ + 2 * HK, K)
     qk, v = heads.split_with_sizes([HQ + HK, HK], dim=1)  # `split` is Python, and costs 2 us more
@@ -173,12 +182,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def skinny_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """A product of few rows, with an add behind it: x [M, D], residual [M, N] -> [M, N]."""
-    y = linear(x, weight, bias)
-    return y if residual is None else residual + y
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product of few rows, as partial sums: x [M, D], weight [N, D], bias [N] -> [S, M, N].
+
+    Their sum over S is x @ weight.T + bias, in float32 at least.  S is 1 here; a kernel cuts the
+    sum over D where that keeps more of a GPU busy.
+    """
+    return widened(linear(x, weight, bias)).unsqueeze(0)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
@@ -214,46 +224,16 @@ def lm_head_argmax(
     return best.values, best.indices
 
 
-# What a decode step does in one kernel: each begins with the residual stream, to which the branch
-# of the layer before is still to be added
+# What a decode step does in one kernel
 
 
-def _add_norm(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Normed sum and sum; the residual is left as it is, and is itself the sum of no branch."""
-    if branch is None:
-        return rmsnorm(residual, norm_weight, eps), residual
-    if post_weight is not None:
-        branch = rmsnorm(branch, post_weight, eps)
-    summed = residual + branch
-    return rmsnorm(summed, norm_weight, eps), summed
+def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+    """The first half of the MLP: x [M, D], gate_up_weight [2 F, D], gate first -> [M, F]."""
+    return geglu(linear(x, gate_up_weight))
 
 
-def norm_linear(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Add a branch, normalise and project: residual, branch [M, D] -> y [M, N], summed [M, D]."""
-    h, summed = _add_norm(residual, branch, post_weight, norm_weight, eps)
-    return linear(h, weight, bias), summed
-
-
-def norm_qkv_rope_and_store_(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
+def linear_rope_and_store_(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     k_cache: Tensor,
@@ -264,23 +244,8 @@ def norm_qkv_rope_and_store_(
     sin: Tensor,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The first part of a layer, up to the cache write -> q [M, HQ, K], summed [M, D]."""
-    qkv, summed = norm_linear(residual, branch, post_weight, norm_weight, eps, weight, bias)
-    q = rope_and_store_(
-        qkv, k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps
-    )
-    return q, summed
-
-
-def norm_linear_geglu(
-    residual: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    gate_up_weight: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The first half of the MLP: gate_up_weight [2 F, D], gate first -> y [M, F], summed [M, D]."""
-    gate_up, summed = norm_linear(residual, branch, post_weight, norm_weight, eps, gate_up_weight)
-    return geglu(gate_up), summed
+    eps: float = 1e-6,
+) -> Tensor:
+    """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
+    rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps)
+    return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation)

@@ -3,9 +3,7 @@
 Tensors on cuda go to the kernel; tensors on a CPU to the oracle, or to the kernel where Triton's
 interpreter is on.  Each op has a fake implementation (shapes and dtypes without data), so a module
 that uses them is traced whole.  Dispatch costs microseconds: the engine calls the launchers.
-
-The oracle's signature is the op's schema.  One thing differs, as torch forbids an op to return one
-of its arguments: where no branch is given, `summed` is a copy of the residual.
+The oracle's signature is the op's schema.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +14,14 @@ from torch import Tensor
 
 from gemcut.kernels import reference
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.matmul import count_parts
 
 MUTATED = {
     "attention_decode": ("counters",),
     "lm_head_argmax": ("counters",),
     "add_rmsnorm_": ("residual",),
     "advance_": ("tokens", "positions"),
-    "norm_qkv_rope_and_store_": ("k_cache", "v_cache"),
+    "linear_rope_and_store_": ("k_cache", "v_cache"),
     "rope_and_store_": ("k_cache", "v_cache"),
 }
 
@@ -31,23 +30,16 @@ def _matrix(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.new_empty(rows, columns)
 
 
-def _fake_norm_linear(residual: Tensor, branch, post_weight, norm_weight, eps, weight, bias=None):
-    return _matrix(residual, residual.shape[0], weight.shape[0]), residual.new_empty(residual.shape)
-
-
-def _fake_norm_linear_geglu(residual: Tensor, branch, post_weight, norm_weight, eps, weight):
-    rows = residual.shape[0]
-    return _matrix(residual, rows, weight.shape[0] // 2), residual.new_empty(residual.shape)
-
-
 def _fake_queries(x: Tensor, width: int, k_cache: Tensor) -> Tensor:
     _, HK, _, K = k_cache.shape
-    return x.new_empty(x.shape[0], width // K - 2 * HK, K)
+    return k_cache.new_empty(x.shape[-2], width // K - 2 * HK, K)
 
 
-def _fake_norm_qkv(residual: Tensor, branch, post, norm, eps, weight, bias, k_cache, *_):
-    q = _fake_queries(residual, weight.shape[0], k_cache)
-    return q, residual.new_empty(residual.shape)
+def _fake_skinny_linear(x: Tensor, weight: Tensor, bias=None) -> Tensor:
+    by_oracle = x.device.type == "cpu" and not INTERPRETED
+    splits = 1 if by_oracle else count_parts(weight, x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((splits, x.shape[0], weight.shape[0]), dtype=dtype)
 
 
 def _fake_rope_tables(positions: Tensor, inv_freq: Tensor, attention_scaling, dtype):
@@ -57,27 +49,28 @@ def _fake_rope_tables(positions: Tensor, inv_freq: Tensor, attention_scaling, dt
 
 # What each op yields, without data
 FAKES: dict[str, Callable[..., Any]] = {
-    "add_rmsnorm_": lambda residual, x, *_: x.new_empty(x.shape),
+    "add_rmsnorm_": lambda residual, *_: residual.new_empty(residual.shape),
     "advance_": lambda chosen, *_: chosen.new_empty(chosen.shape, dtype=torch.int64),
     "attention_decode": lambda q, *_: q.new_empty(q.shape),
     "attention_prefill": lambda q, *_: q.new_empty(q.shape),
     "embed": lambda token_ids, table, _: _matrix(table, token_ids.shape[0], table.shape[1]),
     "geglu": lambda gate_up: _matrix(gate_up, gate_up.shape[0], gate_up.shape[1] // 2),
     "linear": lambda x, weight, *_: _matrix(x, x.shape[0], weight.shape[0]),
+    "linear_geglu": lambda x, weight: _matrix(x, x.shape[0], weight.shape[0] // 2),
+    "linear_rope_and_store_": lambda x, weight, bias, k_cache, *_: _fake_queries(
+        x, weight.shape[0], k_cache
+    ),
     "lm_head": lambda x, weight, _: _matrix(x, x.shape[0], weight.shape[0]).float(),
     "lm_head_argmax": lambda x, *_: (
         x.new_empty(x.shape[0], dtype=torch.float32),
         x.new_empty(x.shape[0], dtype=torch.int64),
     ),
-    "norm_linear": _fake_norm_linear,
-    "norm_linear_geglu": _fake_norm_linear_geglu,
-    "norm_qkv_rope_and_store_": _fake_norm_qkv,
     "penalize": lambda logits, *_: logits.new_empty(logits.shape),
     "rmsnorm": lambda x, *_: x.new_empty(x.shape),
-    "rope_and_store_": lambda qkv, k_cache, *_: _fake_queries(qkv, qkv.shape[1], k_cache),
+    "rope_and_store_": lambda qkv, k_cache, *_: _fake_queries(qkv, qkv.shape[-1], k_cache),
     "rope_tables": _fake_rope_tables,
     "sample": lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
-    "skinny_linear": lambda x, weight, *_: _matrix(x, x.shape[0], weight.shape[0]),
+    "skinny_linear": _fake_skinny_linear,
 }
 
 

@@ -30,8 +30,8 @@ from gemcut.kernels.checks import (
     MAX_HEAD_DIM,
     check_cache,
     check_index,
+    check_parts,
     check_rotation,
-    check_rows,
     check_shape,
     check_tensors,
     count_q_heads,
@@ -74,16 +74,18 @@ def _widened_half(ptr, offs, mask):
 
 @triton.jit
 def rope_and_store_kernel(
-    qkv_ptr, q_ptr, k_cache_ptr, v_cache_ptr,  # [M, (HQ+2HK) K], [M, HQ, K], [slots, HK, C, K] each
+    qkv_ptr, q_ptr,  # [S, M, (HQ + 2 HK) K], [M, HQ, K]
+    k_cache_ptr, v_cache_ptr,  # [slots, HK, C, K] each
     slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, K], [M, K]
     q_norm_ptr, k_norm_ptr,  # [K]
-    stride_qkv_m,
+    stride_qkv_s, stride_qkv_m,
     num_slots, C,
     EPS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,  # of half a head
 ):  # fmt: skip
@@ -103,6 +105,11 @@ def rope_and_store_kernel(
     x_ptrs = qkv_ptr + m * stride_qkv_m + heads * HEAD_DIM
     v_1 = _widened_half(x_ptrs, offs_d, mask)
     v_2 = _widened_half(x_ptrs, offs_d + HALF_DIM, mask)
+    for s in tl.static_range(1, SPLITS):
+        v_1 += _widened_half(x_ptrs + s * stride_qkv_s, offs_d, mask)
+        v_2 += _widened_half(x_ptrs + s * stride_qkv_s, offs_d + HALF_DIM, mask)
+    if SPLITS > 1:
+        v_1, v_2 = v_1.to(dtype).to(tl.float32), v_2.to(dtype).to(tl.float32)
     cos_ptrs, sin_ptrs = cos_ptr + m * HEAD_DIM, sin_ptr + m * HEAD_DIM
     cos_1 = _widened_half(cos_ptrs, offs_d, mask_d)
     cos_2 = _widened_half(cos_ptrs, offs_d + HALF_DIM, mask_d)
@@ -206,31 +213,33 @@ def rope_and_store_(
 ) -> Tensor:
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
-    qkv [M, (HQ + 2 HK) * K], rows may lie apart; k_cache, v_cache [slots, HK, C, K], written at
+    qkv [M, (HQ + 2 HK) * K], rows may lie apart, or partial sums of them [S, M, (HQ + 2 HK) * K] in
+    float32, which are added up and rounded first; k_cache, v_cache [slots, HK, C, K], written at
     each token's slot and position % C; slots, positions [M] int; cos, sin [M, 1, K] -> [M, HQ, K].
     A negative position stores nothing.  A slot outside the cache stores nothing and yields NaN:
     the host cannot check it without stopping the device.
     """
+    require(qkv.dim() in (2, 3), f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
     check_tensors(
-        qkv, k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
+        qkv if qkv.dim() == 2 else k_cache,
+        k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
     )  # fmt: skip
+    parts, qkv = check_parts("qkv", qkv, k_cache)
     num_slots, HK, C, K = check_cache(k_cache, v_cache)
-    require(qkv.dim() == 2, f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
     M, width = qkv.shape
     HQ = count_q_heads("qkv", width, HK, K)
-    check_rows("qkv", qkv, width)
     check_rotation(M, K, slots, positions, cos, sin)
-    check_head_norms(qkv, q_norm_weight, k_norm_weight, K)
+    check_head_norms(k_cache, q_norm_weight, k_norm_weight, K)
 
-    q = torch.empty((M, HQ, K), device=qkv.device, dtype=qkv.dtype)
+    q = torch.empty((M, HQ, K), device=qkv.device, dtype=k_cache.dtype)
     if M:
         rope_and_store_kernel[(M, triton.cdiv(HQ + 2 * HK, BLOCK_H))](
             qkv_ptr=qkv, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
             slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
             q_norm_ptr=q_norm_weight, k_norm_ptr=k_norm_weight,
-            stride_qkv_m=qkv.stride(0),
+            stride_qkv_s=M * width, stride_qkv_m=qkv.stride(0),
             num_slots=num_slots, C=C, EPS=eps, HAS_NORM=q_norm_weight is not None,
-            NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
+            NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, SPLITS=parts,
             BLOCK_H=BLOCK_H, **_tile(K),
         )  # fmt: skip
     return q

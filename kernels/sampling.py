@@ -252,7 +252,7 @@ def sample(
             check_index(name, x, B)
     require(
         temperature is None or (seeds is not None and positions is not None),
-        f"temperature needs seeds and positions, not {seeds} and {positions}",
+        "temperature needs seeds and positions, of which one is None",
     )
     ids = torch.empty(B, device=logits.device, dtype=torch.int64)
     if B:

@@ -25,16 +25,14 @@ def small_calls() -> dict[str, dict[str, Any]]:
     store = cache | {"slots": slots, "positions": positions, "cos": cos, "sin": sin}
     attention = {"scale": 0.2, "softcap": 5.0, "sliding_window": 3}
     ragged = {"slots": slots, "starts": index(2, 4), "cu_seqlens": index(0, 2, 3)}
-    stream = {"residual": random(M, D), "branch": random(M, D), "post_weight": random(D)}
-    stream |= {"norm_weight": random(D), "eps": 1e-6}
     logits, x = random(M, V), random(M, D)
     counts = torch.zeros(M, V, dtype=torch.int32, device=DEVICE)
     per_row = torch.ones(M, device=DEVICE)
     return {
         "add_rmsnorm_": {
             "residual": random(M, D),
-            "x": x,
-            "post_weight": None,
+            "x": random(2, M, D),
+            "post_weight": random(D),
             "next_weight": random(D),
             "eps": 1e-6,
         },
@@ -56,9 +54,8 @@ def small_calls() -> dict[str, dict[str, Any]]:
         "linear": {"x": x, "weight": random(F, D), "bias": random(F)},
         "lm_head": {"x": x, "weight": random(V, D), "softcap": 5.0},
         "lm_head_argmax": {"x": x, "weight": random(V, D), "softcap": None},
-        "norm_linear": stream | {"weight": random(F, D)},
-        "norm_linear_geglu": stream | {"gate_up_weight": random(2 * F, D)},
-        "norm_qkv_rope_and_store_": stream | store | {"weight": random(width, D), "bias": None},
+        "linear_geglu": {"x": x, "gate_up_weight": random(2 * F, D)},
+        "linear_rope_and_store_": store | {"x": x, "weight": random(width, D), "bias": None},
         "penalize": {
             "logits": logits,
             "output_counts": counts + 1,
@@ -84,7 +81,7 @@ def small_calls() -> dict[str, dict[str, Any]]:
             "seeds": index(1, 2),
             "positions": positions,
         },
-        "skinny_linear": {"x": x, "weight": random(F, D), "residual": random(M, F)},
+        "skinny_linear": {"x": x, "weight": random(F, D), "bias": random(F)},
     }
 
 

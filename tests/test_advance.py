@@ -101,7 +101,7 @@ def test_no_rows():
         ("slots", torch.ones(4).long(), r"slots is \[4\], must be \[3\]"),
         ("tokens", torch.ones(6).int(), "tokens is torch.int32"),
         ("positions", torch.ones(5).long(), r"positions is \[5\], must be \[6\]"),
-        ("limits", torch.ones(12).long()[::2], "must be contiguous"),
+        ("limits", torch.ones(12, device=DEVICE).long()[::2], "must be contiguous"),
         ("is_end", torch.ones(6, 50), "is_end is torch.float32"),
     ],
 )

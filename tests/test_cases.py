@@ -177,7 +177,10 @@ def test_names_of_cases_are_distinct(model):
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_weights_of_a_decode_step_are_in_its_cases(model):
-    """Five cases hold each weight of a layer once: 26 of them and the head are the model."""
+    """Six launches hold each weight of a layer once; all layers and the head are the model.
+
+    Each add holds the next layer's first norm; that of the first layer stands alone.
+    """
     config = PUBLISHED[model]
     shapes = Shapes(model, config, torch.device("cpu"), torch.bfloat16)
     grid = replace(GRID, batches=(0,), contexts=(1,))  # no rows: weights are all that is left
@@ -185,12 +188,12 @@ def test_weights_of_a_decode_step_are_in_its_cases(model):
     layer = sum(
         read[f"{name}/{model}/batch=0{rest}"]
         for name, rest in {
-            "norm_qkv_rope_and_store_": "",
+            "linear_rope_and_store_": "",
             "skinny_linear": "/o",
-            "norm_linear_geglu": "",
+            "linear_geglu": "",
         }.items()
     )
-    layer += read[f"skinny_linear/{model}/batch=0/down"]
+    layer += read[f"skinny_linear/{model}/batch=0/down"] + 2 * read[f"add_rmsnorm_/{model}/batch=0"]
     head = read[f"lm_head/{model}/batch=0"] + 2 * config.hidden_size
     assert config.num_layers * layer + head == 2 * config.num_parameters()
 

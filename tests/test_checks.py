@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from op_cases import small_calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gemcut import kernels
 from gemcut.kernels import parts
 from gemcut.kernels.checks import check_tensors
 from gemcut.kernels.parts import part
@@ -54,3 +56,16 @@ def test_what_is_older_than_ampere_is_refused(monkeypatch):
     parts._generation.cache_clear()
     with pytest.raises(ValueError, match="Tesla T4 is sm_75; the kernels need sm_80 or later"):
         part(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_no_op_reads_a_tensor_for_a_message_that_nobody_sees(name, monkeypatch):
+    """On a GPU that stops the device, and breaks the capture of a graph."""
+
+    def read(self, *_):
+        raise AssertionError("a tensor was formatted")
+
+    arguments = small_calls()[name]
+    for method in ("__repr__", "__format__", "item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, method, read)
+    getattr(kernels, name)(**arguments)

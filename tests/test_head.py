@@ -83,9 +83,9 @@ def test_a_row_does_not_depend_on_its_company(dtype):
 
 def test_counters_are_zero_again():
     x, weight = random(18, 24), random(150, 24)
-    counters = torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(40, dtype=torch.int32, device=DEVICE)
     first = lm_head_argmax(x, weight, None, counters)
-    assert counters.tolist() == [0] * 5
+    assert not counters.any()
     second = lm_head_argmax(x, weight, None, counters)
     assert torch.equal(first[1], second[1])
 
@@ -110,5 +110,8 @@ def test_bad_input():
         lm_head(x, weight, 0.0)
     with pytest.raises(ValueError, match=r"counters are torch.int64, must be int32"):
         lm_head_argmax(x, weight, None, torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    with pytest.raises(ValueError, match=r"counters is \[1\], must be dense and at least \[2\]"):
+    with pytest.raises(ValueError, match=r"counters is \[1\], must be dense and at least \[36\]"):
         lm_head_argmax(random(17, 8), weight, None, ids_tensor(0, dtype=torch.int32))
+    crooked = torch.zeros(40, dtype=torch.int32, device=DEVICE)[1:]
+    with pytest.raises(ValueError, match="counters must begin at a multiple of 8 bytes"):
+        lm_head_argmax(x, weight, None, crooked)

@@ -24,13 +24,11 @@ WINDOW = ("attention_tiles", "offs_n[None, :] < W")
 # mistake: (the op's module, the op), then (module, right, wrong) of what is changed
 MISTAKES = {
     "norm by w": (NORM, ("norm", "rstd * (1.0 + w)", "rstd * w")),
-    "norm by w in a product": (
-        ("matmul", "norm_linear"),
-        ("prologue", "return 1.0 + tl.load(w_ptr", "return tl.load(w_ptr"),
+    "branch added before its norm": (
+        ("norm", "add_rmsnorm_"), ("norm", "x = normalised(x, post_w, D, EPS)", "x = x"),
     ),
-    "branch normed by w": (
-        ("matmul", "norm_linear"),
-        ("prologue", "(1.0 + post_w)[None, :]", "post_w[None, :]"),
+    "bias left out": (
+        ("matmul", "skinny_linear"), ("matmul", "HAS_BIAS=bias is not None", "HAS_BIAS=False"),
     ),
     "mean of squares without eps": (NORM, ("norm", "/ D + EPS)", "/ D + 1000 * EPS)")),
     "exact GELU": (
@@ -42,7 +40,7 @@ MISTAKES = {
         ("mlp", "geglu"), ("mlp", "gelu(gate) * up\n    tl", "gate * gelu(up)\n    tl"),
     ),
     "gate and up exchanged": (
-        ("mlp", "norm_linear_geglu"), ("mlp", "gate, up = halves", "up, gate = halves"),
+        ("mlp", "linear_geglu"), ("mlp", "gate, up = halves", "up, gate = halves"),
     ),
     "bf16 angles": (
         ("rotary", "rope_tables"),
@@ -53,10 +51,10 @@ MISTAKES = {
         ("rotary", "rope_and_store_"), ("rotary", "x_1 * cos_1 + x_2", "x_1 * cos_1 - x_2"),
     ),
     "rotated the other way in decode": (
-        ("qkv", "norm_qkv_rope_and_store_"), ("qkv", "low * cos - high", "low * cos + high"),
+        ("qkv", "linear_rope_and_store_"), ("qkv", "low * cos - high", "low * cos + high"),
     ),
     "stored at the position": (
-        ("qkv", "norm_qkv_rope_and_store_"), ("qkv", "+ position % C", "+ (position + 1) % C"),
+        ("qkv", "linear_rope_and_store_"), ("qkv", "+ position % C", "+ (position + 1) % C"),
     ),
     "window one too long": (PREFILL, (*WINDOW, "offs_n[None, :] <= W")),
     "window one too short": (PREFILL, (*WINDOW, "offs_n[None, :] < W - 1")),
@@ -129,17 +127,14 @@ def test_a_mistake_breaks_the_rule(mistake, mutated):
 
 
 def test_a_tile_that_follows_the_batch_is_seen(monkeypatch):
-    """What test_matmul.py asserts fails where sums are cut by the number of rows.
-
-    Of a norm's squares, that is: a product adds up in the same order for any cut.
-    """
-    x, norm_weight, weight = random(17, 300), random(300), random(48, 300)
-    tile = matmul.pipeline(x)
+    """What test_matmul.py asserts fails where the sum is cut by the number of rows."""
+    x, weight = random(17, 300), random(48, 300)
+    rule = matmul._tile(weight, x)
 
     def projected(rows):
-        by_batch = {"BLOCK_D": 64 if rows.stop - rows.start < 4 else 32}
-        monkeypatch.setattr(matmul, "pipeline", lambda _: tile | by_batch)
-        return matmul.norm_linear(x[rows], None, None, norm_weight, 1e-6, weight)[0]
+        by_batch = {"SPLITS": 1 if rows.stop - rows.start < 4 else 2, "BLOCK_D": 64}
+        monkeypatch.setattr(matmul, "_tile", lambda *_: rule | by_batch)
+        return matmul.skinny_linear(x[rows], weight).sum(0)
 
     with pytest.raises(AssertionError, match="rows 0 to 0 differ"):
         assert_row_invariant(projected, 17)

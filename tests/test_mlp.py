@@ -1,11 +1,9 @@
 import pytest
 import torch
-from accuracy import DTYPES, assert_accurate, assert_row_invariant, random
-from test_matmul import by_dtype, by_kind, stream
-from torch import Tensor
+from accuracy import assert_accurate, assert_row_invariant, random
+from test_matmul import by_dtype
 
-from gemcut.kernels import mlp
-from gemcut.kernels.mlp import geglu, norm_linear_geglu
+from gemcut.kernels.mlp import geglu, linear_geglu
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -40,7 +38,6 @@ def test_geglu_of_rows_that_lie_apart():
 
 
 @by_dtype
-@by_kind
 @pytest.mark.parametrize(
     ("M", "F", "D"),
     [
@@ -49,37 +46,26 @@ def test_geglu_of_rows_that_lie_apart():
         pytest.param(18, 8, 24, id="more-rows-than-a-tile"),
     ],
 )
-def test_norm_linear_geglu(M, F, D, kind, dtype):
+def test_linear_geglu(M, F, D, dtype):
     torch.manual_seed(0)
     weight = random(2 * F, D, dtype=dtype, scale=D**-0.5)
-    assert_accurate(norm_linear_geglu, **stream(M, D, dtype, kind), gate_up_weight=weight)
+    assert_accurate(linear_geglu, random(M, D, dtype=dtype), weight)
 
 
-def test_a_wide_mlp_takes_larger_tiles():
-    """As in gemma-2-2b and up; D is short here, to save time."""
-    torch.manual_seed(0)
-    weight = random(2 * 9216, 24, dtype=torch.bfloat16)
-    before = stream(2, 24, torch.bfloat16, "sandwich")
-    assert mlp._tile(9216, weight)["BLOCK_N"] == 32
-    assert_accurate(norm_linear_geglu, **before, gate_up_weight=weight)
+@by_dtype
+def test_rows_of_x_that_lie_apart(dtype):
+    assert_accurate(linear_geglu, random(3, 40, dtype=dtype)[:, 8:32], random(20, 24, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@by_dtype
 def test_a_row_does_not_depend_on_its_company(dtype):
-    weight, before = random(2 * 40, 300, dtype=dtype), stream(18, 300, dtype, "sandwich")
-
-    def combined(rows: slice) -> tuple[Tensor, Tensor]:
-        taken = {"residual": before["residual"][rows], "branch": before["branch"][rows]}
-        return norm_linear_geglu(**before | taken, gate_up_weight=weight)
-
-    assert_row_invariant(combined, 18)
+    x, weight = random(18, 300, dtype=dtype), random(2 * 40, 300, dtype=dtype)
+    assert_row_invariant(lambda rows: linear_geglu(x[rows], weight), 18)
 
 
 def test_no_rows():
     assert geglu(random(0, 8)).shape == (0, 4)
-    before = stream(0, 8, torch.float32, "sandwich")
-    y, summed = norm_linear_geglu(**before, gate_up_weight=random(10, 8))
-    assert (y.shape, summed.shape) == ((0, 5), (0, 8))
+    assert linear_geglu(random(0, 8), random(10, 8)).shape == (0, 5)
 
 
 def test_bad_input():
@@ -89,8 +75,7 @@ def test_bad_input():
         geglu(random(8))
     with pytest.raises(ValueError, match=r"strides \[16, 2\], the last must be 1"):
         geglu(random(3, 16)[:, ::2])
-    before = stream(3, 8, torch.float32, "sandwich")
     with pytest.raises(ValueError, match="gate_up_weight has 9 rows"):
-        norm_linear_geglu(**before, gate_up_weight=random(9, 8))
-    with pytest.raises(ValueError, match=r"branch is \[2, 8\], must be \[3, 8\]"):
-        norm_linear_geglu(**before | {"branch": random(2, 8)}, gate_up_weight=random(10, 8))
+        linear_geglu(random(3, 8), random(9, 8))
+    with pytest.raises(ValueError, match=r"x is \[3, 9\], must be \[M, 8\]"):
+        linear_geglu(random(3, 9), random(10, 8))

@@ -35,6 +35,17 @@ def test_add_rmsnorm(shape, post_norm, dtype):
     assert_accurate(add_rmsnorm_, residual, x, post if post_norm else None, following, EPS)
 
 
+@by_dtype
+@pytest.mark.parametrize("post_norm", [True, False], ids=["sandwich", "plain"])
+@pytest.mark.parametrize("parts", [1, 5])
+def test_partial_sums_are_added_up(parts, post_norm, dtype):
+    """As skinny_linear leaves them: in float32, whatever the stream's dtype."""
+    torch.manual_seed(0)
+    residual, x = random(3, 300, dtype=dtype, scale=20), random(parts, 3, 300)
+    post, following = random(300, dtype=dtype), random(300, dtype=dtype)
+    assert_accurate(add_rmsnorm_, residual, x, post if post_norm else None, following, EPS)
+
+
 def test_leading_axes_flatten():
     assert_accurate(rmsnorm, random(3, 5, 40), random(40), EPS)
 
@@ -99,6 +110,9 @@ def test_bad_input(change, message):
         ({"residual": random(3, 9)}, r"residual is \[3, 9\], must be \[M, 8\]"),
         ({"post_weight": random(9)}, r"post_weight is \[9\], must be \[8\]"),
         ({"next_weight": random(9)}, r"next_weight is \[9\], must be \[8\]"),
+        ({"x": random(2, 3, 8).half()}, "x is torch.float16, partial sums must be float32"),
+        ({"x": random(2, 3, 16)[..., ::2]}, r"x has strides \[48, 16, 2\], must be contiguous"),
+        ({"x": random(0, 3, 8)}, r"x is \[0, 3, 8\]: not one partial sum"),
     ],
 )
 def test_bad_input_to_the_add(change, message):

@@ -59,8 +59,8 @@ def test_command_finds_every_op_of_a_step(capsys, tmp_path):
     report = json.loads((folder / "breakdown.json").read_text())
     launches = {line["kernel"]: line["launches"] for line in report["lines"]}
     layers = ModelConfig.from_file(DEMO).num_layers
-    assert launches["attention_decode"] == launches["norm_linear_geglu"] == layers
-    assert launches["norm_qkv_rope_and_store_"] == layers
+    assert launches["attention_decode"] == launches["linear_geglu"] == layers
+    assert launches["linear_rope_and_store_"] == layers
     assert launches["skinny_linear"] == 2 * layers
     assert launches["lm_head"] == launches["sample"] == launches["embed"] == 1
     events = json.loads((folder / "step.json").read_text())["traceEvents"]

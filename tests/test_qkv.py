@@ -1,11 +1,11 @@
 import pytest
 import torch
 from accuracy import DEVICE, assert_accurate, assert_row_invariant, random
-from test_matmul import by_dtype, by_kind, stream
+from test_matmul import by_dtype
 from torch import Tensor
 
 from gemcut.kernels import qkv, reference
-from gemcut.kernels.qkv import norm_qkv_rope_and_store_
+from gemcut.kernels.qkv import linear_rope_and_store_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CAPACITY = 7
@@ -18,7 +18,6 @@ def layer(
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 64,
     D: int = 96,
-    kind: str = "sandwich",
     bias: bool = False,
     qk_norm: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -31,7 +30,8 @@ def layer(
     inv_freq = 10000 ** -torch.arange(0, 1, 2 / head_dim, device=DEVICE)
     cos, sin = reference.rope_tables(positions, inv_freq, 1.0, dtype)
     cache = torch.full((rows + 1, HK, CAPACITY, head_dim), torch.nan, dtype=dtype, device=DEVICE)
-    return stream(rows, D, dtype, kind) | {
+    return {
+        "x": random(rows, D, dtype=dtype),
         "weight": random(width, D, dtype=dtype, scale=D**-0.5),
         "bias": random(width, dtype=dtype) if bias else None,
         "k_cache": cache,
@@ -46,15 +46,10 @@ def layer(
 
 
 @by_dtype
-@by_kind
-def test_each_place_in_the_model(kind, dtype):
-    assert_accurate(norm_qkv_rope_and_store_, **layer(3, kind=kind, dtype=dtype))
-
-
-@by_dtype
 @pytest.mark.parametrize(
     "sizes",
     [
+        pytest.param({"rows": 3}, id="three-rows"),
         pytest.param({"rows": 1, "heads": (4, 1), "head_dim": 256, "D": 300}, id="gemma-3-1b"),
         pytest.param({"rows": 19, "heads": (2, 2)}, id="more-rows-than-a-tile"),
         pytest.param({"rows": 8, "heads": (8, 1), "head_dim": 18, "D": 40}, id="nothing-divides"),
@@ -63,19 +58,19 @@ def test_each_place_in_the_model(kind, dtype):
     ],
 )
 def test_sizes(sizes, dtype):
-    assert_accurate(norm_qkv_rope_and_store_, **layer(**sizes, dtype=dtype))
+    assert_accurate(linear_rope_and_store_, **layer(**sizes, dtype=dtype))
 
 
 def test_indices_of_32_bits():
     arguments = layer(3)
     narrow = {name: arguments[name].int() for name in ("slots", "positions")}
-    assert_accurate(norm_qkv_rope_and_store_, **arguments | narrow)
+    assert_accurate(linear_rope_and_store_, **arguments | narrow)
 
 
 def test_a_slot_outside_the_cache_is_nan_and_stores_nothing():
     arguments = layer(3) | {"slots": torch.tensor([4, 0, -1], device=DEVICE)}
     arguments["positions"] = arguments["positions"].abs()
-    q, _ = norm_qkv_rope_and_store_(**arguments)
+    q = linear_rope_and_store_(**arguments)
     assert q.isnan().all(-1).all(-1).tolist() == [True, False, True]
     written = ~arguments["k_cache"].isnan().all(-1)  # [slots, HK, C]
     assert written.nonzero()[:, 0].unique().tolist() == [0]
@@ -84,29 +79,28 @@ def test_a_slot_outside_the_cache_is_nan_and_stores_nothing():
 @by_dtype
 def test_a_row_does_not_depend_on_its_company(dtype):
     arguments = layer(17, heads=(2, 1), head_dim=32, D=300, dtype=dtype)
-    per_row = ("residual", "branch", "slots", "positions", "cos", "sin")
+    per_row = ("x", "slots", "positions", "cos", "sin")
 
     def queries_and_keys(rows: slice) -> tuple[Tensor, ...]:
         taken = {name: arguments[name][rows] for name in per_row}
         taken |= {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
-        q, summed = norm_qkv_rope_and_store_(**arguments | taken)
+        q = linear_rope_and_store_(**arguments | taken)
         slots = arguments["slots"][rows]
         stored = (taken["k_cache"][slots].nan_to_num(), taken["v_cache"][slots].nan_to_num())
-        return q, summed, *stored
+        return q, *stored
 
     assert_row_invariant(queries_and_keys, 17)
 
 
 def test_no_rows():
-    q, summed = norm_qkv_rope_and_store_(**layer(0))
-    assert (q.shape, summed.shape) == ((0, 4, 64), (0, 96))
+    assert linear_rope_and_store_(**layer(0)).shape == (0, 4, 64)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("weight", random(500, 96), "weight is 500 wide, must be"),
-        ("weight", random(512, 95), r"residual|x is \[3, 96\], must be \[M, 95\]"),
+        ("weight", random(512, 95), r"x is \[3, 96\], must be \[M, 95\]"),
         ("bias", random(511), r"bias is \[511\], must be \[512\]"),
         ("k_cache", random(4, 2, 7), r"must be \[slots, HK, C, K\]"),
         ("v_cache", random(4, 2, 8, 64), r"v_cache is \[4, 2, 8, 64\], must be \[4, 2, 7, 64\]"),
@@ -115,17 +109,17 @@ def test_no_rows():
         ("positions", random(3), "positions is torch.float32, must be int64 or int32"),
         ("cos", random(3, 64), r"cos is \[3, 64\], must be \[3, 1, 64\]"),
         ("q_norm_weight", random(64), "both or neither"),
-        ("branch", random(3, 95), r"branch is \[3, 95\]"),
+        ("x", random(3, 95), r"x is \[3, 95\]"),
     ],
 )
 def test_bad_input(name, value, message):
     with pytest.raises(ValueError, match=message):
-        norm_qkv_rope_and_store_(**layer(3) | {name: value})
+        linear_rope_and_store_(**layer(3) | {name: value})
 
 
 @pytest.mark.parametrize(("name", "shape"), [("k_norm_weight", (63,)), ("v_cache", (4, 2, 8, 64))])
 def test_bad_input_to_the_second_launch_stops_the_first(name, shape, monkeypatch):
     """Gemma 3 takes two launches; whatever is wrong with the second is known before."""
-    monkeypatch.setattr(qkv, "norm_linear", None)
+    monkeypatch.setattr(qkv, "skinny_linear", None)
     with pytest.raises(ValueError, match=f"{name} is"):
-        norm_qkv_rope_and_store_(**layer(3, qk_norm=True) | {name: random(*shape)})
+        linear_rope_and_store_(**layer(3, qk_norm=True) | {name: random(*shape)})

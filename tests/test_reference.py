@@ -204,19 +204,24 @@ def test_geglu_is_the_tanh_approximation(dtype):
     torch.testing.assert_close(actual, expected.to(dtype))
 
 
-@pytest.mark.parametrize("post_norm", [True, False], ids=["sandwich", "plain"])
-def test_what_decode_fuses_is_what_prefill_does_apart(post_norm):
+def test_what_decode_fuses_is_what_prefill_does_apart():
     torch.manual_seed(0)
-    residual, branch, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(12, 8)
-    norm, post = torch.randn(8), torch.randn(8) if post_norm else None
-    y, summed = reference.norm_linear_geglu(residual, branch, post, norm, 1e-6, weight)
+    x, weight = torch.randn(3, 8), torch.randn(12, 8)
+    expected = F.gelu(x @ weight[:6].T, approximate="tanh") * (x @ weight[6:].T)
+    torch.testing.assert_close(reference.linear_geglu(x, weight), expected)
 
+
+def test_partial_sums_are_summed_in_float32():
+    """Rounded apart, or added to the stream one by one, they would lose what they add up to."""
+    torch.manual_seed(0)
+    residual, parts, w = (
+        torch.randn(3, 8).bfloat16(),
+        torch.randn(4, 3, 8),
+        torch.zeros(8).bfloat16(),
+    )
     kept = residual.clone()
-    h = reference.add_rmsnorm_(kept, branch, post, norm, 1e-6)
-    expected = F.gelu(h @ weight[:6].T, approximate="tanh") * (h @ weight[6:].T)
-    torch.testing.assert_close(y, expected)
-    assert torch.equal(summed, kept)
-    assert not torch.equal(residual, kept)  # other programs still read it
+    reference.add_rmsnorm_(kept, parts, None, w, 1e-6)
+    assert torch.equal(kept, (residual.float() + parts.sum(0)).bfloat16())
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17], ids=lambda M: f"{M}-rows")

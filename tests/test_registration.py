@@ -60,11 +60,13 @@ class Layer(torch.nn.Module):
 
     def forward(self, calls: dict[str, dict]) -> Tensor:
         ops = torch.ops.gemcut
-        q, residual = ops.norm_qkv_rope_and_store_(**calls["norm_qkv_rope_and_store_"])
+        q = ops.linear_rope_and_store_(**calls["linear_rope_and_store_"])
         attended = ops.attention_decode(**calls["attention_decode"] | {"q": q.unsqueeze(1)})
-        y = ops.skinny_linear(attended.flatten(1)[:, :24].contiguous(), calls["w"], None, residual)
-        hidden, summed = ops.norm_linear_geglu(**calls["norm_linear_geglu"] | {"branch": y})
-        return ops.lm_head(ops.rmsnorm(summed, calls["norm"], 1e-6), calls["head"], 30.0), hidden
+        y = ops.skinny_linear(attended.flatten(1)[:, :24].contiguous(), calls["w"])
+        residual = calls["add_rmsnorm_"]["residual"].clone()
+        h = ops.add_rmsnorm_(**calls["add_rmsnorm_"] | {"residual": residual, "x": y})
+        hidden = ops.linear_geglu(**calls["linear_geglu"] | {"x": h})
+        return ops.lm_head(ops.rmsnorm(h, calls["norm"], 1e-6), calls["head"], 30.0), hidden
 
 
 def test_a_module_is_compiled_whole():

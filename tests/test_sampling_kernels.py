@@ -344,7 +344,7 @@ def test_no_rows():
         ({"temperature": torch.ones(2)}, r"temperature is \[2\], must be \[3\]"),
         ({"temperature": torch.ones(3).half()}, "temperature is torch.float16"),
         ({"temperature": torch.ones(3).int()}, "temperature is torch.int32, must be float32"),
-        ({"temperature": torch.ones(6)[::2]}, "must be contiguous"),
+        ({"temperature": torch.ones(6, device=DEVICE)[::2]}, "must be contiguous"),
         ({"top_k": torch.ones(3)}, "top_k is torch.float32, "),
         ({"top_p": torch.ones(3, 1)}, r"top_p is \[3, 1\], must be \[3\]"),
         ({"min_p": torch.ones(4)}, r"min_p is \[4\], must be \[3\]"),
