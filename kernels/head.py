@@ -192,7 +192,7 @@ def lm_head_argmax(
     if counters is None:
         counters = torch.zeros(2 * M + groups, dtype=torch.int32, device=x.device)
     check_counters(counters, 2 * M + groups, x)
-    require(counters.data_ptr() % 8 == 0, "counters must begin at a multiple of 8 bytes")
+    require(counters.storage_offset() % 2 == 0, "counters must begin at a multiple of 8 bytes")
 
     best = torch.empty(M, dtype=torch.float32, device=x.device)
     ids = torch.empty(M, dtype=torch.int64, device=x.device)
