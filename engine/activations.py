@@ -17,6 +17,7 @@ from gemcut.engine.config import ModelConfig
 from gemcut.engine.graph import ROWS
 from gemcut.engine.sampling_params import MAX_DRAFT
 from gemcut.kernels.reference import HEAD_ROWS
+from gemcut.kernels.splits import MAX_GROUPS, MAX_SPLITS, most_partials
 
 FLOAT = 4  # bytes of a float32
 # Bytes for each row and vocabulary entry, float32 logits and all, where every setting is in use.
@@ -26,8 +27,7 @@ REFERENCE_CHOICE = 4 * FLOAT + 3 * 8
 KERNELS_CHOICE = 4 * FLOAT + 1
 # cuBLAS's own, from torch's allocator: 32 MiB on Hopper and later, 8 on what is older
 CUBLAS_BYTES = 2**25
-# Of decode attention, at most; keys of its shortest split
-MAX_SPLITS, SPLIT = 256, 128
+SPLIT = 64  # keys of decode attention's shortest split
 
 
 def prefill_bytes(
@@ -52,9 +52,10 @@ def decode_bytes(
         layer = B * _layer_bytes(config, dtype, 1, max_seq_len, is_reference)
         return max(layer, _choice_bytes(config, dtype, B, is_reference))
     tokens = max(B, min(ROWS, B * (1 + MAX_DRAFT)))
-    splits = min(MAX_SPLITS, -(-max_seq_len // SPLIT))
+    # a window's ends may cut off a split and a group more
+    partials = min(MAX_SPLITS + MAX_GROUPS, 2 + sum(most_partials(max_seq_len, SPLIT, False)))
     layer = _moments(config, dtype, tokens, is_reference)
-    layer += tokens * config.num_q_heads * splits * (config.head_dim + 2) * FLOAT
+    layer += tokens * config.num_q_heads * partials * (config.head_dim + 2) * FLOAT
     return max(layer, _choice_bytes(config, dtype, tokens, is_reference))
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config import ModelConfig
+from gemcut.engine.graph import ROWS
 from gemcut.engine.prefixes import Ring
 from gemcut.engine.sampling_params import MAX_DRAFT
+from gemcut.kernels.splits import COUNTERS_PER_HEAD
 
 PREFILL_CHUNK = 512  # tokens; the default
 
@@ -66,7 +68,7 @@ class KVCache:
             self.ring = Ring(config.sliding_window, capacity)
         # scratch by which the programs of one launch count themselves; zero between launches
         self.counters = torch.zeros(
-            num_slots * config.num_kv_heads, device=device, dtype=torch.int32
+            count_counters(config, num_slots), device=device, dtype=torch.int32
         )
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
@@ -111,6 +113,11 @@ def slot_bytes(
     return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
+def count_counters(config: ModelConfig, num_slots: int) -> int:
+    """Counters that all layers share: for each token of a step, of one slot or of its drafts too."""
+    return max(num_slots, ROWS) * config.num_kv_heads * COUNTERS_PER_HEAD
+
+
 def counter_bytes(config: ModelConfig, num_slots: int) -> int:
-    """Bytes of the counters that all layers share."""
-    return num_slots * config.num_kv_heads * torch.int32.itemsize
+    """Bytes of those counters."""
+    return count_counters(config, num_slots) * torch.int32.itemsize

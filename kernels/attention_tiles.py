@@ -35,12 +35,14 @@ def ring_tile(
 ):  # fmt: skip
     """Keys or values number `begin` and on of the num_keys that start at index `first`.
 
-    [BLOCK_N, BLOCK_K], zero past num_keys and past HEAD_DIM.  As num_keys <= C, the ring wraps at
-    most once, and without a window, where `first` is 0, never.
+    [BLOCK_N, BLOCK_K], zero before number 0, past num_keys and past HEAD_DIM.  As num_keys <= C,
+    the ring wraps at most once, and without a window, where `first` is 0, never.
     """
     offs_k = tl.arange(0, BLOCK_K)
     index = begin + tl.arange(0, BLOCK_N)
-    mask = (index < num_keys)[:, None] & (offs_k < HEAD_DIM)[None, :]
+    # unsigned: a number below 0 is a great one
+    seen = index.to(tl.uint32, bitcast=True) < num_keys.to(tl.uint32, bitcast=True)
+    mask = seen[:, None] & (offs_k < HEAD_DIM)[None, :]
     if IS_LOCAL:
         index += first
         index = tl.where(index >= C, index - C, index)

@@ -3,23 +3,31 @@
     s[t, j] = softcap(q[t] . k[j] * scale)     token t sees key j iff
     y[t]    = sum_j softmax_j(s[t, j]) * v[j]  position + t - W < j <= position + t
 
-q, y [B, T, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C.  The keys that a
-row sees are cut into splits of SPLIT keys, counted from its first.  A program takes every n-th
-split of one KV head of one row; the T * GROUP_SIZE queries that share the head are one tile of
-tl.dot.  It leaves each split's unnormalised acc, m and l in a workspace and counts itself; the last
-to do so adds the splits up in their order.  A row of one split is written at once.
+q, y [B, T, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C.
 
-So the cut and every sum depend on the row's own length, the model's shape and the part, never on
-the batch or on which program came last: a row's result is the same bits in any company.
+The queries that share a KV head are one tile of tl.dot: those of one token, or of several while
+they are at most 16.  The keys are cut into splits at absolute positions (splits.py).  A program
+takes a run of a tile's splits, in one pipelined loop over their keys; at the end of each it leaves
+the split's unnormalised acc, m and l in a workspace.  Then it counts its splits, in each group of
+16.  The one that completes a group adds the group's splits up, and the one that completes the last
+group adds the groups up:
+
+    m = max_i m_i    l = sum_i l_i * 2 ** (m_i - m)    acc = sum_i acc_i * 2 ** (m_i - m)
+
+with each i at its own place in the sum, that of its number's last four bits.  What a query does not
+see adds exact zeros: keys masked, splits and groups without a visible key.  So a token's bits are
+the same in any company: whatever the rows beside it, the tokens decoded with it, and the programs
+that share the work.  One compiled kernel serves all of these: constants follow from the model's
+shape and the part.
 
 Scores, softmax and partial sums are float32; p is rounded to v's dtype for the second product, and
-y once.  A row yields zeros where positions[b] < 0, and NaN where its slot does not exist or where
-it sees more than C keys: wrong input shows, and never reads foreign memory.
+y once.  A row yields zeros where positions[b] < 0, and NaN where its slot does not exist, where it
+sees more than C keys or stands beyond 2 ** 30: wrong input shows, and never reads foreign memory.
 
-Cost: for a row that sees S keys 2 S HK K elements of cache are read.  The workspace adds 8 T HQ K
-bytes for each split, written and read back through L2: in bf16 2 T GROUP_SIZE / SPLIT of the
-cache's bytes, 2 to 6 % for one token.  4 T HQ K S operations, T * GROUP_SIZE for each byte in bf16:
-bound by memory bandwidth.
+Cost: for a row that sees S keys 2 S HK K elements of cache are read, for T tokens T * GROUP_SIZE /
+16 times, mostly from L2.  The workspace adds 8 T HQ K bytes for each split, written and read back
+through L2: in bf16 2 T GROUP_SIZE / SPLIT of the cache's bytes, 3 to 25 % for one token up to 8k
+keys and less beyond.  4 T HQ K S operations: bound by memory bandwidth.
 """
 
 import torch
@@ -27,45 +35,97 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.attention_tiles import (
-    MAX_POSITION,
-    NO_MAXIMUM,
-    check_attention,
-    ring_tile,
-    softmax_step,
-)
+from gemcut.kernels.attention_tiles import NO_MAXIMUM, check_attention, ring_tile, softmax_step
 from gemcut.kernels.checks import check_counters, check_index, check_tensors, require
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import part
+from gemcut.kernels.splits import COUNTERS_PER_HEAD, GROUP, MAX_SPLITS, count_splits, most_partials
 from gemcut.kernels.tiles import tuned
 
 MAX_Q_LEN = 8  # tokens of a row; more are a prefill
-MAX_PACKED_ROWS = 64  # T * GROUP_SIZE queries in one tile
-MAX_SPLITS = 256  # of a row: a longer cache is cut into longer splits
-# Programs of a launch: two waves of three on each of 132 processors.  The host knows no length, so
+MAX_GROUP_SIZE = 64  # queries of a token in one tile
+MIN_ROWS = 16  # of a tile of tl.dot
+MAX_POSITION = tl.constexpr(2**30)  # sums with it stay within 32 bits
+# Programs of a launch: one wave of three on each of 132 processors.  The host knows no length, so
 # the grid follows the capacity, and a program without keys still takes its turn.
-MANY_PROGRAMS = 792
-COMBINED_ELEMENTS = 8192  # partial sums that the last program holds at once, 32 KiB of registers
+MANY_PROGRAMS = 396
+WINDOW_SPLITS = 112  # of a window, at most: with those that it touches, 9 groups
+COMBINED_ELEMENTS = 8192  # partial sums that a program holds at once, 32 KiB of registers
+FAN = tl.constexpr(GROUP)
+
+
+@triton.jit
+def split_of(key, SPLIT: tl.constexpr, IS_LOCAL: tl.constexpr):
+    """The split that holds a key; see splits.py."""
+    x = key // SPLIT
+    if IS_LOCAL:
+        return x
+    # the exponent and six bits of mantissa, which count on from 64 where x is 64; x < 2 ** 24
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.where(x < 64, x, (bits >> 17) - 132 * 64)
+
+
+@triton.jit
+def split_begin(split, SPLIT: tl.constexpr, IS_LOCAL: tl.constexpr):
+    """The first key of a split."""
+    if IS_LOCAL:
+        return split * SPLIT
+    octave = tl.maximum((split >> 6) - 1, 0)
+    return tl.where(split < 128, split, (64 + (split & 63)) << octave) * SPLIT
+
+
+@triton.jit
+def run_begin(pid, first, end, first_split, end_split, SPLIT: tl.constexpr, IS_LOCAL: tl.constexpr):
+    """The first split of a program's run over keys first to end - 1; pid + 1 gives its end.
+
+    Where there are fewer programs than splits, each takes those that begin in its part of the keys.
+    """
+    programs = tl.num_programs(0)
+    # rounded either way: the last program takes what is left
+    share = ((end - first).to(tl.float32) * (1.0 / programs)).to(tl.int32) + 1
+    last_before = tl.minimum(first + pid.to(tl.int64) * share, end).to(tl.int32) - 1
+    split = split_of(tl.maximum(last_before, 0), SPLIT, IS_LOCAL) + 1
+    split = tl.where((pid == 0) | (end_split - first_split <= programs), first_split + pid, split)
+    return tl.where(pid == programs, end_split, tl.minimum(split, end_split))
+
+
+@triton.jit
+def store_partial(
+    acc_ptr, m_ptr, l_ptr,  # [partials, num_rows, K], [partials, num_rows] twice
+    acc, m_i, l_i, number, offs_r, mask_r, num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Leave rows offs_r of acc, m and l at place `number`."""
+    offs_k = tl.arange(0, BLOCK_K)
+    at = number.to(tl.int64) * num_rows + offs_r
+    acc_ptrs = acc_ptr + at[:, None] * HEAD_DIM + offs_k[None, :]
+    tl.store(acc_ptrs, acc, mask=mask_r[:, None] & (offs_k < HEAD_DIM)[None, :])
+    tl.store(m_ptr + at, m_i, mask=mask_r)
+    tl.store(l_ptr + at, l_i, mask=mask_r)
 
 
 @triton.jit
 def combine(
-    acc_ptr, m_ptr, l_ptr,  # [splits, NUM_ROWS, K], [splits, NUM_ROWS] twice
-    num_splits, offs_r, offs_k,
-    NUM_ROWS: tl.constexpr,
+    acc_ptr, m_ptr, l_ptr,  # as in store_partial
+    begin, end, base, offs_r, mask_r, num_rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows offs_r of the result, acc [BLOCK_R, BLOCK_K] and l [BLOCK_R], from all splits."""
+    """Rows offs_r of the sum of partials begin to end - 1, of which `base` is the first one stored.
+
+    acc [BLOCK_R, BLOCK_K], m and l [BLOCK_R].
+    """
+    offs_k = tl.arange(0, BLOCK_K)
     m_i = tl.full([BLOCK_R], NO_MAXIMUM, tl.float32)
     l_i = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for begin in tl.range(0, num_splits, BLOCK_S):
-        splits = begin + tl.arange(0, BLOCK_S)
-        at = splits[:, None] * NUM_ROWS + offs_r[None, :]
-        mask = (splits < num_splits)[:, None] & (offs_r < NUM_ROWS)[None, :]
+    for start in tl.range(begin, end, FAN, num_stages=1):
+        # each at the place of its last four bits, wherever `begin` is
+        numbers = start + ((tl.arange(0, FAN) - start) & (FAN - 1))
+        at = (numbers - base).to(tl.int64)[:, None] * num_rows + offs_r[None, :]
+        mask = (numbers < end)[:, None] & mask_r[None, :]
         mask_k = mask[:, :, None] & (offs_k < HEAD_DIM)[None, None, :]
         at_k = at[:, :, None] * HEAD_DIM + offs_k[None, None, :]
         # .cg: other programs wrote these, and L1 is not coherent
@@ -78,144 +138,226 @@ def combine(
         l_i = l_i * alpha + tl.sum(l * weight, axis=0)
         acc = acc * alpha[:, None] + tl.sum(partial * weight[:, :, None], axis=0)
         m_i = m_new
-    return acc, l_i
+    return acc, m_i, l_i
 
 
 @triton.jit
+def store_y(
+    y_ptr, acc, l_i, b, T, first_token, kv_head, offs_r, mask_r,
+    HEAD_DIM: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc / l as rows offs_r of a tile of queries: y [B, T, HQ, K]."""
+    offs_k = tl.arange(0, BLOCK_K)
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # 0 in rows that are not stored
+    if y_ptr.dtype.element_ty == tl.float32:
+        y = tl.div_rn(acc, tl.broadcast_to(l_i, acc.shape))
+    else:
+        y = acc / l_i
+    token = b.to(tl.int64) * T + first_token + offs_r // GROUP_SIZE
+    row = (token * NUM_KV_HEADS + kv_head) * GROUP_SIZE + offs_r % GROUP_SIZE
+    y_ptrs = y_ptr + row[:, None] * HEAD_DIM + offs_k[None, :]
+    mask = mask_r[:, None] & (offs_k < HEAD_DIM)[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+PLAIN = ["stride_q_b", "stride_q_t", "stride_q_h", "num_slots", "C", "W", "T"]
+PLAIN += ["num_rows", "most_splits", "most_partials"]
+
+
+@triton.jit(do_not_specialize=PLAIN)  # one compiled kernel serves every T, B and cache
 def attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr,  # [B, T, HQ, K], [slots, HK, C, K] twice, [B, T, HQ, K]
-    slots_ptr, positions_ptr, counters_ptr,  # [B], [B], [B, HK] int32, zero before and after
-    acc_ptr, m_ptr, l_ptr,  # [B, HK, splits, NUM_ROWS, K], [B, HK, splits, NUM_ROWS] twice
-    stride_q_b, stride_q_t, stride_q_h, stride_k_s, stride_k_h,  # v as k
-    num_slots, C, W, most_splits,
+    slots_ptr, positions_ptr,  # [B]
+    counters_ptr,  # [B, tiles, HK, COUNTERS] int32, zero before and after
+    acc_ptr, m_ptr, l_ptr,  # [B, tiles, HK, partials, num_rows, K], without K twice
+    stride_q_b, stride_q_t, stride_q_h,  # in units of Q_UNIT elements
+    num_slots, C, W, T, num_rows, most_splits, most_partials,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    Q_LEN: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    Q_UNIT: tl.constexpr,
     IS_LOCAL: tl.constexpr,
     FAST_TANH: tl.constexpr,
+    COUNTERS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    NUM_ROWS: tl.constexpr = Q_LEN * GROUP_SIZE
-    pid_s = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    slot = tl.load(slots_ptr + b).to(tl.int64)
-    position = tl.load(positions_ptr + b).to(tl.int64)
-    first = tl.zeros((), tl.int64)  # first key that the row sees
+    pid_s, pid_h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    slot = tl.load(slots_ptr + b)
+    position = tl.load(positions_ptr + b)
+
+    # q is asked for before slot and position have come
+    kv_head, first_token = pid_h % NUM_KV_HEADS, pid_h // NUM_KV_HEADS * TOKENS
+    offs_m = tl.arange(0, BLOCK_M)  # token offs_m // GROUP_SIZE, head offs_m % GROUP_SIZE
+    offs_k = tl.arange(0, BLOCK_K)
+    num_tokens = tl.minimum(T - first_token, TOKENS)
+    mask_m = offs_m < num_tokens * GROUP_SIZE
+    tokens, heads = first_token + offs_m // GROUP_SIZE, kv_head * GROUP_SIZE + offs_m % GROUP_SIZE
+    q_row = b * stride_q_b + tokens.to(tl.int64) * stride_q_t + heads.to(tl.int64) * stride_q_h
+    q_ptrs = q_ptr + q_row[:, None] * Q_UNIT + offs_k[None, :]
+    q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_k < HEAD_DIM)[None, :], other=0.0)
+
+    is_unknown = (slot < 0) | (slot >= num_slots) | (position > MAX_POSITION)
+    position = tl.maximum(tl.minimum(position, MAX_POSITION), -1).to(tl.int32)
+    oldest = tl.zeros((), tl.int32)  # key that the row's first token sees
+    first = oldest  # that the tile's first token sees
     if IS_LOCAL:
-        first = tl.maximum(position - W + 1, first)
-    num_needed = position + Q_LEN - first
-    is_unknown = (slot < 0) | (slot >= num_slots) | (num_needed > C) | (position > MAX_POSITION)
-    is_unknown &= position >= 0
-    is_empty = (position < 0) | is_unknown
-    num_keys = tl.where(is_empty, 0, num_needed).to(tl.int32)
-    num_splits = tl.maximum(tl.cdiv(num_keys, SPLIT), 1)
-    if pid_s >= num_splits:
+        oldest = position - W + 1
+        first = tl.maximum(oldest + first_token, 0)
+    is_unknown |= position + T - tl.maximum(oldest, 0) > C
+    if (position < 0) | is_unknown:
+        if pid_s == 0:
+            nothing = tl.where(position < 0, 0.0, float("nan")) + tl.zeros_like(q).to(tl.float32)
+            store_y(
+                y_ptr, nothing, tl.full([BLOCK_M], 1.0, tl.float32), b, T, first_token, kv_head,
+                offs_m, mask_m, HEAD_DIM, GROUP_SIZE, NUM_KV_HEADS, BLOCK_K,
+            )  # fmt: skip
         return
 
-    # from here on positions are counted from the row's first key, and fit 32 bits
-    slot = tl.where(is_empty, 0, slot)
-    first_query = tl.where(is_empty, 0, position - first).to(tl.int32)
-    first = tl.where(is_empty, 0, first % C).to(tl.int32)
+    first_query = position + first_token
+    end = first_query + num_tokens
+    first_split = split_of(first, SPLIT, IS_LOCAL)
+    end_split = split_of(end - 1, SPLIT, IS_LOCAL) + 1
+    split = run_begin(pid_s, first, end, first_split, end_split, SPLIT, IS_LOCAL)
+    run_end = run_begin(pid_s + 1, first, end, first_split, end_split, SPLIT, IS_LOCAL)
+    if split >= run_end:
+        return
 
-    offs_m = tl.arange(0, BLOCK_M)  # token offs_m // GROUP_SIZE, head offs_m % GROUP_SIZE
-    tokens, heads = (offs_m // GROUP_SIZE).to(tl.int64), (offs_m % GROUP_SIZE).to(tl.int64)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask = (offs_m < NUM_ROWS)[:, None] & (offs_k < HEAD_DIM)[None, :]
-    q_row = b * stride_q_b + tokens * stride_q_t + (kv_head * GROUP_SIZE + heads) * stride_q_h
-    q = tl.load(q_ptr + q_row[:, None] + offs_k[None, :], mask=mask, other=0.0)
-    kv_offset = slot * stride_k_s + kv_head * stride_k_h
+    first_group, first_of_run = first_split // FAN, split
+    kv_offset = (slot.to(tl.int64) * NUM_KV_HEADS + kv_head) * C * HEAD_DIM
     k_head_ptr, v_head_ptr = k_ptr + kv_offset, v_ptr + kv_offset
+    head = b * tl.num_programs(1) + pid_h
+    row = head * most_partials * num_rows  # where this head's workspace begins
+    acc_ptr += row * HEAD_DIM
+    m_ptr += row
+    l_ptr += row
+    counters_ptr += head * COUNTERS
 
-    head_stride = HEAD_DIM * GROUP_SIZE  # of a KV head's queries in y, which is contiguous
-    token_stride = tl.num_programs(1).to(tl.int64) * head_stride
-    y_head_ptr = y_ptr + b * Q_LEN * token_stride + kv_head * head_stride
-    head = b * tl.num_programs(1) + kv_head
-    row = head * most_splits * NUM_ROWS  # where this head's workspace begins
     offs_q = first_query + offs_m // GROUP_SIZE
+    index = first % C if IS_LOCAL else first  # of the first key in the ring
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    split_end = split_begin(split + 1, SPLIT, IS_LOCAL)
+    begin_key = tl.maximum(split_begin(split, SPLIT, IS_LOCAL), first // BLOCK_N * BLOCK_N)
+    end_key = tl.minimum(split_begin(run_end, SPLIT, IS_LOCAL), end)
     # without licm: addresses of the next loop, computed before it, would cost registers
-    for split in tl.range(pid_s, num_splits, tl.num_programs(0), disable_licm=True):
-        acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-        m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
-        l_i = tl.zeros([BLOCK_M], tl.float32)
-        split_end = tl.minimum(split * SPLIT + SPLIT, num_keys)
-        for begin in tl.range(split * SPLIT, split_end, BLOCK_N, disable_licm=True):
-            offs_n = begin + tl.arange(0, BLOCK_N)
-            k = ring_tile(
-                k_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
-            )
-            v = ring_tile(
-                v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
-            )
-            acc, m_i, l_i = softmax_step(
-                q, k, v, acc, m_i, l_i, True, offs_q, offs_n, W,
-                SCALE, SOFTCAP, IS_LOCAL, FAST_TANH,
+    for begin in tl.range(begin_key, end_key, BLOCK_N, disable_licm=True):
+        if begin == split_end:
+            store_partial(
+                acc_ptr, m_ptr, l_ptr, acc, m_i, l_i, split - first_split,
+                offs_m, mask_m, num_rows, HEAD_DIM, BLOCK_K,
+            )  # fmt: skip
+            acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+            m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
+            l_i = tl.zeros([BLOCK_M], tl.float32)
+            split += 1
+            split_end = split_begin(split + 1, SPLIT, IS_LOCAL)
+        offs_n = begin + tl.arange(0, BLOCK_N)
+        k = ring_tile(
+            k_head_ptr, index, begin - first, end - first, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
+        )
+        v = ring_tile(
+            v_head_ptr, index, begin - first, end - first, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
+        )
+        acc, m_i, l_i = softmax_step(
+            q, k, v, acc, m_i, l_i, True, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
+        )
+
+    if end_split - first_split == 1:
+        store_y(
+            y_ptr, acc, l_i, b, T, first_token, kv_head,
+            offs_m, mask_m, HEAD_DIM, GROUP_SIZE, NUM_KV_HEADS, BLOCK_K,
+        )  # fmt: skip
+        return
+    store_partial(
+        acc_ptr, m_ptr, l_ptr, acc, m_i, l_i, split - first_split,
+        offs_m, mask_m, num_rows, HEAD_DIM, BLOCK_K,
+    )  # fmt: skip
+
+    tl.debug_barrier()  # every thread's stores precede the release
+    num_groups = (end_split - 1) // FAN + 1 - first_group
+    is_last = num_groups < 1
+    for group in tl.range(first_of_run // FAN, (run_end - 1) // FAN + 1, num_stages=1):
+        group_begin = tl.maximum(group * FAN, first_split)
+        group_end = tl.minimum(group * FAN + FAN, end_split)
+        own = tl.minimum(group_end, run_end) - tl.maximum(group_begin, first_of_run)
+        counter_ptr = counters_ptr + 1 + group - first_group
+        num_done = tl.atomic_add(counter_ptr, own, sem="acq_rel", scope="gpu") + own
+        if num_done == group_end - group_begin:
+            tl.store(counter_ptr, 0)  # for the next launch
+            for begin in tl.range(0, num_tokens * GROUP_SIZE, BLOCK_R, num_stages=1):
+                offs_r = begin + tl.arange(0, BLOCK_R)
+                mask_r = offs_r < num_tokens * GROUP_SIZE
+                acc_r, m_r, l_r = combine(
+                    acc_ptr, m_ptr, l_ptr, group_begin, group_end, first_split,
+                    offs_r, mask_r, num_rows, HEAD_DIM, BLOCK_R, BLOCK_K,
+                )  # fmt: skip
+                if num_groups == 1:
+                    store_y(
+                        y_ptr, acc_r, l_r, b, T, first_token, kv_head,
+                        offs_r, mask_r, HEAD_DIM, GROUP_SIZE, NUM_KV_HEADS, BLOCK_K,
+                    )  # fmt: skip
+                else:
+                    store_partial(
+                        acc_ptr, m_ptr, l_ptr, acc_r, m_r, l_r, most_splits + group - first_group,
+                        offs_r, mask_r, num_rows, HEAD_DIM, BLOCK_K,
+                    )  # fmt: skip
+            if num_groups > 1:
+                tl.debug_barrier()
+                num_done = tl.atomic_add(counters_ptr, 1, sem="acq_rel", scope="gpu")
+                is_last |= num_done == num_groups - 1
+    if is_last:
+        tl.store(counters_ptr, 0)
+        for begin in tl.range(0, num_tokens * GROUP_SIZE, BLOCK_R, num_stages=1):
+            offs_r = begin + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < num_tokens * GROUP_SIZE
+            acc_r, _, l_r = combine(
+                acc_ptr, m_ptr, l_ptr, first_group, first_group + num_groups,
+                first_group - most_splits, offs_r, mask_r, num_rows, HEAD_DIM, BLOCK_R, BLOCK_K,
+            )  # fmt: skip
+            store_y(
+                y_ptr, acc_r, l_r, b, T, first_token, kv_head,
+                offs_r, mask_r, HEAD_DIM, GROUP_SIZE, NUM_KV_HEADS, BLOCK_K,
             )  # fmt: skip
 
-        if num_splits == 1:
-            l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
-            l_i = tl.where(is_unknown, float("nan"), l_i)
-            y = acc / l_i[:, None]
-            y_row = tokens * token_stride + heads * HEAD_DIM
-            y_ptrs = y_head_ptr + y_row[:, None] + offs_k[None, :]
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
-        else:
-            at = split * NUM_ROWS + offs_m
-            acc_ptrs = acc_ptr + row * HEAD_DIM + at[:, None] * HEAD_DIM + offs_k[None, :]
-            tl.store(acc_ptrs, acc, mask=mask)
-            tl.store(m_ptr + row + at, m_i, mask=offs_m < NUM_ROWS)
-            tl.store(l_ptr + row + at, l_i, mask=offs_m < NUM_ROWS)
 
-    if num_splits == 1:
-        return
-    tl.debug_barrier()  # every thread's stores precede the release
-    num_done = tl.atomic_add(counters_ptr + head, 1, sem="acq_rel", scope="gpu")
-    if num_done < tl.minimum(num_splits, tl.num_programs(0)) - 1:
-        return
-    tl.store(counters_ptr + head, 0)  # for the next launch
-    for begin in tl.range(0, NUM_ROWS, BLOCK_R):
-        offs_r = begin + tl.arange(0, BLOCK_R)
-        acc_r, l_r = combine(
-            acc_ptr + row * HEAD_DIM, m_ptr + row, l_ptr + row, num_splits, offs_r, offs_k,
-            NUM_ROWS, HEAD_DIM, BLOCK_R, BLOCK_S, BLOCK_K,
-        )  # fmt: skip
-        y = acc_r / tl.where(l_r == 0.0, 1.0, l_r)[:, None]  # 0 only past NUM_ROWS
-        y_row = (offs_r // GROUP_SIZE) * token_stride + (offs_r % GROUP_SIZE) * HEAD_DIM
-        y_ptrs = y_head_ptr + y_row[:, None] + offs_k[None, :]
-        mask_r = (offs_r < NUM_ROWS)[:, None] & (offs_k < HEAD_DIM)[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_r)
+def _tile(head_dim: int, group_size: int, itemsize: int, part: str) -> dict[str, int]:
+    """Keys of the shortest split and of a tile, warps and stages; compiled without spills, untimed.
 
-
-def _tile(head_dim: int, group_size: int, q_len: int, itemsize: int, part: str) -> dict[str, int]:
-    """Keys of a split and of a tile, warps and stages; compiled without spills, not yet timed.
-
-    A memory of 3.3 TB/s and 0.7 us latency is kept busy by 2.3 MB in flight, 18 KiB on each of 132
-    multiprocessors: two stages of K and V tiles of 16 KiB are 64 KiB in each program.  Parts with
-    100 KB of shared memory have less bandwidth for each multiprocessor, and get half of it.
-
-    The time of a split grows with its keys, that of adding the splits up with their number times
-    group_size; their sum is least at sqrt(group_size * S) keys, 32 to 180 for S from 1k to 4k.
+    A memory of 4.7 TB/s and 0.7 us latency is kept busy by 3.3 MB in flight, 25 KB on each of 132
+    multiprocessors: two stages of K and V tiles of 16 KiB are 64 KiB in each of three programs.
+    Parts with 100 KB of shared memory have less bandwidth for each multiprocessor, and get half.
     """
     is_small = part in ("sm_89", "sm_120")
-    rows = group_size * q_len
-    num_warps = 4 if itemsize == 2 and rows <= 8 else 8
+    is_narrow = itemsize == 2 and group_size <= MIN_ROWS
     tile_bytes = 8192 if is_small else 16384
     row_bytes = itemsize * triton.next_power_of_2(head_dim)
     return {
-        "SPLIT": 128 if group_size <= 4 else 256,
+        "SPLIT": 64,
         "BLOCK_N": max(16, min(64, tile_bytes // row_bytes)),
-        "num_warps": num_warps,
-        # three programs of four warps; ptxas by itself aims for four, and spills a few bytes
-        "maxnreg": 160 if num_warps == 4 else 255,
-        "num_stages": (3 if itemsize == 2 else 2) - (rows > 32),
+        "num_warps": 4 if is_narrow else 8,
+        "maxnreg": 168 if is_narrow else 255,  # of 65536: three programs of four warps
+        "num_stages": 3 if is_narrow else 2,
     }
+
+
+def _keys_of_a_split(shortest: int, C: int, sliding_window: int | None) -> int:
+    """So many that a row has at most MAX_SPLITS, or its window WINDOW_SPLITS."""
+    if sliding_window is not None:
+        return max(shortest, triton.next_power_of_2(triton.cdiv(sliding_window, WINDOW_SPLITS)))
+    while count_splits(C, shortest) > MAX_SPLITS:
+        shortest *= 2
+    return shortest
 
 
 def attention_decode(
@@ -234,9 +376,9 @@ def attention_decode(
     k_cache, v_cache [slots, HK, C, K]; slots, positions [B]; query t of row b stands at
     positions[b] + t, and its key is in the cache.  T is 1 to 8.
 
-    `counters` is scratch that every call finds and leaves zero, int32 [at least B * HK]: an engine
-    passes the same one each time and saves a memset.  Calls that share it must not overlap.
-    ValueError for shapes and numbers that no kernel takes.
+    `counters` is scratch that every call finds and leaves zero, int32 [at least B * T * HK *
+    COUNTERS_PER_HEAD]: an engine passes the same one each time and saves a memset.  Calls that
+    share it must not overlap.  ValueError for shapes and numbers that no kernel takes.
     """
     require(q.dim() == 4, f"q is {list(q.shape)}, must be [B, T, HQ, K]")
     check_attention(q, k_cache, v_cache, scale, softcap, sliding_window)
@@ -247,42 +389,43 @@ def attention_decode(
     check_index("positions", positions, B)
     require(0 < T <= MAX_Q_LEN, f"{T} new tokens are not in 1 to {MAX_Q_LEN}")
     require(T <= C, f"{T} new tokens do not fit a capacity of {C}")
-    require(
-        G * T <= MAX_PACKED_ROWS,
-        f"{G} query heads on a KV head x {T} tokens exceed {MAX_PACKED_ROWS} rows",
-    )
+    require(G <= MAX_GROUP_SIZE, f"{G} query heads on a KV head exceed {MAX_GROUP_SIZE}")
+    tokens = max(1, MIN_ROWS // G)  # of a tile of queries
+    heads = HK * triton.cdiv(T, tokens)
     if counters is None:
-        counters = torch.zeros(B * HK, device=q.device, dtype=torch.int32)
-    check_counters(counters, B * HK, q)
+        counters = torch.zeros(B * heads * COUNTERS_PER_HEAD, device=q.device, dtype=torch.int32)
+    check_counters(counters, B * heads * COUNTERS_PER_HEAD, q)
 
     y = torch.empty((B, T, HQ, K), device=q.device, dtype=q.dtype)
     if B:
-        rule = _tile(K, G, T, q.itemsize, part(q.device))
-        tile = rule | tuned("attention_decode", q, HQ, HK, K, T)
-        most_keys = C if sliding_window is None else min(C, sliding_window + T - 1)
-        longer = triton.next_power_of_2(triton.cdiv(most_keys, MAX_SPLITS))
-        tile["SPLIT"] = max(tile["SPLIT"], longer)
-        num_splits = triton.cdiv(most_keys, tile["SPLIT"])
-        num_programs = min(num_splits, triton.cdiv(MANY_PROGRAMS, B * HK))
-        block_k, rows = max(16, triton.next_power_of_2(K)), triton.next_power_of_2(G * T)
-        block_r = min(16, rows)
-        block_s = min(
-            triton.next_power_of_2(num_splits), max(1, COMBINED_ELEMENTS // (block_r * block_k))
-        )
-        workspace = (B, HK, num_splits, G * T)
+        is_local = sliding_window is not None
+        tile = _tile(K, G, q.itemsize, part(q.device)) | tuned("attention_decode", q, HQ, HK, K)
+        tile["SPLIT"] = _keys_of_a_split(tile["SPLIT"], C, sliding_window)
+        tokens_of_tile = min(T, tokens)
+        seen = C if sliding_window is None else min(C, sliding_window + tokens_of_tile - 1)
+        splits, groups = most_partials(seen, tile["SPLIT"], is_local)
+        num_programs = min(splits, max(1, MANY_PROGRAMS // (B * heads)))
+        workspace = (B, heads, splits + groups, tokens_of_tile * G)
         acc = torch.empty((*workspace, K), device=q.device, dtype=torch.float32)
         m = torch.empty(workspace, device=q.device, dtype=torch.float32)
         l = torch.empty(workspace, device=q.device, dtype=torch.float32)
-        attention_decode_kernel[(num_programs, HK, B)](
+        # of axes with one element no stride counts, so that it changes no kernel
+        strides = [n * (size > 1) for n, size in zip(q.stride()[:3], q.shape[:3], strict=True)]
+        unit = 1 if any(n % 8 for n in (K, *strides)) else 8
+        block_k, block_m = max(16, triton.next_power_of_2(K)), triton.next_power_of_2(tokens * G)
+        block_r = min(block_m, max(1, COMBINED_ELEMENTS // (GROUP * block_k)))
+        attention_decode_kernel[(num_programs, heads, B)](
             q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,
             slots_ptr=slots, positions_ptr=positions, counters_ptr=counters,
             acc_ptr=acc, m_ptr=m, l_ptr=l,
-            stride_q_b=q.stride(0), stride_q_t=q.stride(1), stride_q_h=q.stride(2),
-            stride_k_s=k_cache.stride(0), stride_k_h=C * K,
-            num_slots=num_slots, C=C, W=sliding_window or 0, most_splits=num_splits,
-            SCALE=scale, SOFTCAP=softcap, HEAD_DIM=K, GROUP_SIZE=G, Q_LEN=T,
-            IS_LOCAL=sliding_window is not None,
+            stride_q_b=strides[0] // unit, stride_q_t=strides[1] // unit,
+            stride_q_h=strides[2] // unit,
+            num_slots=num_slots, C=C, W=min(sliding_window or 0, MAX_POSITION.value), T=T,
+            num_rows=tokens_of_tile * G, most_splits=splits, most_partials=splits + groups,
+            SCALE=scale, SOFTCAP=softcap, HEAD_DIM=K, GROUP_SIZE=G, NUM_KV_HEADS=HK,
+            TOKENS=tokens, Q_UNIT=unit, IS_LOCAL=is_local,
             FAST_TANH=not INTERPRETED and q.dtype != torch.float32,
-            BLOCK_M=max(16, rows), BLOCK_K=block_k, BLOCK_R=block_r, BLOCK_S=block_s, **tile,
+            COUNTERS=COUNTERS_PER_HEAD,
+            BLOCK_M=max(MIN_ROWS, block_m), BLOCK_K=block_k, BLOCK_R=block_r, **tile,
         )  # fmt: skip
     return y

@@ -7,6 +7,7 @@ from accuracy import DEVICE, DTYPES, assert_accurate, random
 from gemcut.kernels import decode_attention
 from gemcut.kernels.decode_attention import _tile, attention_decode
 from gemcut.kernels.parts import SHARED_MEMORY
+from gemcut.kernels.splits import COUNTERS_PER_HEAD
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -98,14 +99,14 @@ def test_a_split_that_a_token_does_not_see(monkeypatch):
 
 
 @by_dtype
-def test_splits_that_are_added_up_in_steps(dtype, monkeypatch):
-    """Eight splits, two at a time, the later the greater the scores."""
+def test_groups_that_are_added_up(dtype, monkeypatch):
+    """25 groups of 16 splits, a row of queries at a time, the later the greater the scores."""
     torch.manual_seed(0)
     use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
-    monkeypatch.setattr(decode_attention, "COMBINED_ELEMENTS", 128)
-    arguments = rows([127, 90], dtype=dtype)
+    monkeypatch.setattr(decode_attention, "COMBINED_ELEMENTS", 16)
+    arguments = rows([6399, 90], dtype=dtype, C=6400)
     arguments["q"] = arguments["q"].abs()
-    arguments["k_cache"] += torch.linspace(0, 1, 128, device=DEVICE, dtype=dtype)[:, None]
+    arguments["k_cache"] += torch.linspace(0, 1, 6400, device=DEVICE, dtype=dtype)[:, None]
     assert_accurate(attention_decode, **arguments)
 
 
@@ -123,11 +124,18 @@ def test_the_number_of_programs_changes_no_bit(dtype, monkeypatch):
         assert torch.equal(attention_decode(**arguments), expected)
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_a_long_cache_is_cut_into_longer_splits(monkeypatch):
+    use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
     monkeypatch.setattr(decode_attention, "MAX_SPLITS", 2)
     torch.manual_seed(0)
     assert_accurate(attention_decode, **rows([127, 70, 3]))
+
+
+def test_a_long_window_is_cut_into_longer_splits(monkeypatch):
+    use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(decode_attention, "WINDOW_SPLITS", 2)
+    torch.manual_seed(0)
+    assert_accurate(attention_decode, **rows([299, 150, 3], sliding_window=100))
 
 
 @by_dtype
@@ -162,7 +170,7 @@ def test_queries_that_lie_apart(dtype):
 @pytest.mark.parametrize("part", SHARED_MEMORY)
 def test_the_tiles_of_each_part(part, dtype, monkeypatch):
     torch.manual_seed(0)
-    use_tile(monkeypatch, **_tile(64, 2, 1, dtype.itemsize, part))
+    use_tile(monkeypatch, **_tile(64, 2, dtype.itemsize, part))
     assert_accurate(attention_decode, **rows([299, 200], dtype=dtype, shape=(2, 1, 64), C=300))
 
 
@@ -189,7 +197,7 @@ def test_counters_are_left_zero():
     """So one buffer serves every step, whatever the lengths, and no memset is launched."""
     torch.manual_seed(0)
     arguments = rows([100, 31, -1, 64], shape=(4, 2, 32))
-    counters = torch.zeros(11, device=DEVICE, dtype=torch.int32)
+    counters = torch.zeros(8 * COUNTERS_PER_HEAD + 3, device=DEVICE, dtype=torch.int32)
     expected = attention_decode(**arguments)
     for _ in range(2):
         assert torch.equal(attention_decode(**arguments, counters=counters), expected)
@@ -276,7 +284,7 @@ def test_no_rows():
         ({"q": random(2, 1, 3, 32)}, "3 query heads cannot share 2 KV heads evenly"),
         ({"q": random(2, 9, 4, 32)}, "9 new tokens are not in 1 to 8"),
         ({"q": random(2, 0, 4, 32)}, "0 new tokens are not in 1 to 8"),
-        ({"q": random(2, 8, 18, 32)}, "9 query heads on a KV head x 8 tokens exceed 64 rows"),
+        ({"q": random(2, 1, 130, 32)}, "65 query heads on a KV head exceed 64"),
         ({"k_cache": random(2, 128, 32)}, "k_cache is .*, must be .slots, HK, C, K"),
         ({"v_cache": random(3, 2, 127, 32)}, r"\[3, 2, 127, 32\], must be \[3, 2, 128, 32\]"),
         ({"v_cache": random(3, 2, 128, 32).half()}, "v_cache is torch.float16, the input"),
@@ -289,8 +297,8 @@ def test_no_rows():
         ({"softcap": -1.0}, "softcap is -1.0, must be above 0"),
         ({"sliding_window": 0}, "sliding_window 0 is below 1"),
         ({"counters": torch.zeros(4, device=DEVICE)}, "counters are torch.float32"),
-        ({"counters": torch.zeros(3, device=DEVICE).int()}, r"counters is \[3\], .* least \[4\]"),
-        ({"counters": torch.zeros(8, device=DEVICE).int()[::2]}, "must be dense"),
+        ({"counters": torch.zeros(131, device=DEVICE).int()}, r"is \[131\], .* least \[132\]"),
+        ({"counters": torch.zeros(264, device=DEVICE).int()[::2]}, "must be dense"),
         ({"counters": torch.zeros(4, device="meta").int()}, "counters are on meta"),
     ],
 )

@@ -75,7 +75,7 @@ def test_the_file_is_rewritten_as_the_formatter_would(tmp_path):
     file = tmp_path / "tiles.py"
     shutil.copy(TILES_FILE, file)
     before = file.read_text()
-    shape = (16, 8, 256, 1)
+    shape = (16, 8, 256)
     new = Measured("sm_90", "A card", "2026-01-01", "3.6.0", "2.11.0", "abc", {
         "attention_decode": {shape: LONG},
         "skinny_linear": {(2304, 9216): {"BLOCK_N": 16, "num_stages": 4}, (2304, 2048): {}},

@@ -148,7 +148,7 @@ def test_candidates_are_tiles(name):
     """Powers of two, each once; a split of keys holds whole tiles, or keys would count twice."""
     config = PUBLISHED[name]
     heads = (config.num_q_heads, config.num_kv_heads, config.head_dim)
-    shapes = {"attention_decode": (*heads, 1), "attention_prefill": heads}
+    shapes = {"attention_decode": heads, "attention_prefill": heads}
     for kernel, candidates in search_space.CANDIDATES.items():
         found = list(candidates(shapes.get(kernel, (1024, 1152))))
         assert 20 < len(found) < 100, (kernel, len(found))

@@ -183,10 +183,10 @@ def _products(block: str, sizes: Sequence[int], rows: int, _: tuple[int, ...]) -
 
 
 def _decode_attention(shape: tuple[int, ...]) -> Iterator[Tile]:
-    """A split holds whole tiles of keys: the kernel masks the end of a row alone."""
+    """A split holds whole tiles of keys: the kernel masks the ends of a row alone."""
     head_dim = shape[2]
     for split, block_n, (num_warps, maxnreg), num_stages in product(
-        (64, 128, 256), (16, 32, 64, 128), ((2, 255), (4, 160), (4, 255), (8, 255)), (2, 3, 4)
+        (32, 64, 128), (16, 32, 64, 128), ((2, 255), (4, 168), (4, 255), (8, 255)), (2, 3, 4)
     ):
         step = 4 * block_n * head_dim  # of keys and values; at most 256 bytes a thread
         in_flight = step * (num_stages - 1)  # three programs share a processor
