@@ -109,7 +109,7 @@ def skinny_linear_kernel(
     s = tl.program_id(2)
     mask_m, mask_n = offs_m < M, offs_n < N
 
-    begin = s * split_d
+    begin = (s.to(tl.int64) * split_d).to(tl.int32)  # below D
     acc = product(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_n, mask_n,
         D, begin, tl.minimum(begin + split_d, D), IS_EVEN, IN_STEPS, BLOCK_M, BLOCK_N, BLOCK_D,
