@@ -58,20 +58,17 @@ def check_rows(name: str, x: Tensor, width: int) -> None:
     )
 
 
-def check_parts(name: str, x: Tensor, like: Tensor) -> tuple[int, Tensor]:
-    """Rows [M, N] of the dtype of `like`, or partial sums of them [S, M, N] in float32.
-
-    -> S, and the rows of the first part.
-    """
+def check_parts(name: str, x: Tensor, like: Tensor) -> tuple[int, int, int]:
+    """Rows [M, N] of the dtype of `like`, or partial sums of them [S, M, N] in float32: S, M, N."""
     if x.dim() != 3:
         check_tensors(like, **{name: x})
         check_rows(name, x, x.shape[-1])
-        return 1, x
+        return 1, *x.shape
     require(x.dtype == torch.float32, f"{name} is {x.dtype}, partial sums must be float32")
     require(x.device == like.device, f"{name} is on {x.device}, the others on {like.device}")
     require(x.shape[0] > 0, f"{name} is {list(x.shape)}: not one partial sum")
     check_shape(name, x, *x.shape)
-    return x.shape[0], x[0]
+    return x.shape[0], x.shape[1], x.shape[2]
 
 
 def check_index(name: str, x: Tensor, *shape: int) -> None:

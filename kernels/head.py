@@ -198,9 +198,9 @@ def lm_head_argmax(
     ids = torch.empty(M, dtype=torch.int64, device=x.device)
     if M:
         tile = _tile(V, x)
-        state, counters = counters[: 2 * M].view(torch.int64), counters[2 * M :]
+        state, counters = counters.narrow(0, 0, 2 * M), counters.narrow(0, 2 * M, groups)
         lm_head_argmax_kernel[(groups, triton.cdiv(V, tile["BLOCK_V"]))](
-            x_ptr=x, w_ptr=weight, state_ptr=state, counters_ptr=counters,
+            x_ptr=x, w_ptr=weight, state_ptr=state.view(torch.int64), counters_ptr=counters,
             best_ptr=best, ids_ptr=ids, stride_x_m=x.stride(0),
             M=M, V=V, D=D, SOFTCAP=softcap, **tile,
         )  # fmt: skip

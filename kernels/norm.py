@@ -125,8 +125,7 @@ def add_rmsnorm_(
     `post_weight` the branch is normalised first.
     """
     check_tensors(residual, post_weight=post_weight, next_weight=next_weight)
-    parts, x = check_parts("x", x, residual)
-    M, D = x.shape
+    parts, M, D = check_parts("x", x, residual)
     require(0 < D <= MAX_HIDDEN_SIZE, f"hidden size {D} is not in 1 to {MAX_HIDDEN_SIZE}")
     check_rows("residual", residual, D)
     require(residual.shape[0] == M, f"residual has {residual.shape[0]} rows, x {M}")
@@ -138,7 +137,7 @@ def add_rmsnorm_(
     if M:
         add_rmsnorm_kernel[(M,)](
             residual_ptr=residual, x_ptr=x, post_w_ptr=post_weight, next_w_ptr=next_weight, y_ptr=y,
-            stride_residual_m=residual.stride(0), stride_x_s=M * D, stride_x_m=x.stride(0),
+            stride_residual_m=residual.stride(0), stride_x_s=M * D, stride_x_m=x.stride(-2),
             stride_y_m=D, D=D, EPS=eps, HAS_POST_NORM=post_weight is not None, SPLITS=parts,
             **_tile(D),
         )  # fmt: skip

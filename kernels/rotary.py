@@ -224,9 +224,8 @@ def rope_and_store_(
         qkv if qkv.dim() == 2 else k_cache,
         k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
     )  # fmt: skip
-    parts, qkv = check_parts("qkv", qkv, k_cache)
+    parts, M, width = check_parts("qkv", qkv, k_cache)
     num_slots, HK, C, K = check_cache(k_cache, v_cache)
-    M, width = qkv.shape
     HQ = count_q_heads("qkv", width, HK, K)
     check_rotation(M, K, slots, positions, cos, sin)
     check_head_norms(k_cache, q_norm_weight, k_norm_weight, K)
@@ -237,7 +236,7 @@ def rope_and_store_(
             qkv_ptr=qkv, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
             slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
             q_norm_ptr=q_norm_weight, k_norm_ptr=k_norm_weight,
-            stride_qkv_s=M * width, stride_qkv_m=qkv.stride(0),
+            stride_qkv_s=M * width, stride_qkv_m=qkv.stride(-2),
             num_slots=num_slots, C=C, EPS=eps, HAS_NORM=q_norm_weight is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, SPLITS=parts,
             BLOCK_H=BLOCK_H, **_tile(K),

@@ -72,7 +72,7 @@ TYPE_NAMES = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 COUNTED = {
     "tensor_core": r"\bHMMA|HGMMA|UTC\w*MMA",
