@@ -1,0 +1,126 @@
+"""Everything that the visit's models launch, compiled into Triton's cache before it is needed.
+
+What is launched is written down on fake tensors (compile_report.py), by the models and by the cases
+of the next blocks, and compiled in as many processes as there are cores.  Then a few steps run on
+the GPU in this process, which has compiled nothing: each kernel that it must compile after all was
+not where Triton's launcher looked for it.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from triton import knobs
+
+from gemcut import kernels
+from gemcut.bench.random_model import published_config, random_weights
+from gemcut.engine.config import PUBLISHED, ModelConfig
+from gemcut.engine.model import Gemma
+from gemcut.engine.sampler import GREEDY
+from gemcut.kernels.parts import part
+from gemcut.tools.compile_report import BATCHES, MAX_SEQ_LEN, Cell, Launch, compile_launch, launches
+from gemcut.tools.profile_step import DecodeStep
+from gemcut.tools.visit import Visit
+from gemcut.tools.visit_bits import record_text
+from gemcut.tools.visit_ops import MODELS, record_cases
+
+LAYERS = 2  # of the models whose steps are run: one of each kind
+FEW = 2  # variants that are compiled on a CPU, to try this block itself
+
+
+def run(visit: Visit) -> None:
+    """Rows of what failed to compile, how long all of it took, and what was not found again."""
+    name = part(visit.device) if visit.on_gpu else "sm_90"
+    started = time.monotonic()
+    wanted: dict[Launch, None] = {}
+    for model in MODELS if visit.on_gpu else ():
+        with visit.attempt(f"launches of {model}"):
+            wanted |= dict.fromkeys(launches(PUBLISHED[model], name))
+    with visit.attempt("launches of the checks"):
+        wanted |= dict.fromkeys(record_cases(visit, name))
+    with visit.attempt("launches of the text"):
+        wanted |= dict.fromkeys(record_text(name))
+    chosen = list(wanted) if visit.on_gpu else list(wanted)[:FEW]
+    print(f"{len(chosen)} variants, noted in {time.monotonic() - started:.1f} s", flush=True)
+    compile_all(visit, chosen)
+    if not visit.on_gpu:
+        visit.skip("found by the launcher", "a CPU launches nothing")
+        return
+    for model in MODELS:
+        with visit.attempt(f"found by the launcher: {model}"):
+            find_again(visit, model)
+
+
+def compile_all(visit: Visit, wanted: Sequence[Launch]) -> None:
+    """A row for each launch that does not compile, and one for all of them."""
+    started, seconds, compiled = time.monotonic(), 0.0, 0
+    # spawned: a fork would inherit torch's threads
+    with ProcessPoolExecutor(_cores(), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(compile_launch, each, [], fresh=False): each for each in wanted}
+        for future in as_completed(futures):
+            cell = _cell(visit, futures[future], future)
+            if cell is not None:
+                seconds, compiled = seconds + cell.seconds, compiled + 1
+    wall = time.monotonic() - started
+    visit.add(
+        "compiled",
+        seconds=wall,
+        line=f"{compiled} of {len(wanted)} variants compiled in {wall:.0f} s, "
+        f"{seconds:.0f} s of {_cores()} processes",
+    )
+
+
+def _cell(visit: Visit, launch: Launch, future: Future[Cell]) -> Cell | None:
+    case = f"{launch.kernel} {dict(launch.options)} {hash(launch) & 0xFFFF:04x}"
+    with visit.attempt(case):
+        cell = future.result()
+        if cell.error is None:
+            return cell
+        visit.add(case, "failed", detail=cell.error)
+    return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+@torch.inference_mode()
+def find_again(visit: Visit, model: str) -> None:
+    """A row of the kernels that steps of a model, cut to a few layers, must still compile."""
+    missed: list[str] = []
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            missed.append(src.name)
+
+    config = published_config(model, LAYERS)
+    weights = random_weights(config, device=visit.device, dtype=torch.bfloat16)
+    knobs.compilation.listener = listen
+    try:
+        launched = launch_steps(config, Gemma(config, weights, kernels))
+    finally:
+        knobs.compilation.listener = None
+    case = f"found by the launcher: {model}"
+    told = f"compiled again: {', '.join(_counted(missed))}"
+    line = f"{case}: steps of {launched} rows compiled nothing"
+    visit.judge(case, not missed, told, line=line)
+
+
+def launch_steps(config: ModelConfig, model: Gemma) -> str:
+    """Decode eagerly at the sizes that `launches` notes; the numbers of rows."""
+    length = min(MAX_SEQ_LEN, config.context_length)
+    step = DecodeStep(model, max(BATCHES), length - 1, room=1)
+    for batch in BATCHES:
+        step.reset()
+        step.steps.decode(torch.arange(batch, device=model.device), GREEDY)
+    torch.cuda.synchronize()
+    return ", ".join(map(str, BATCHES))
+
+
+def _counted(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [f"{name} x {names.count(name)}" for name in dict.fromkeys(names)]

@@ -1,0 +1,74 @@
+"""What a decode step takes, by events around replays of one graph, and what it consists of.
+
+The step is the engine's own, with its choice of a token (profile_step.py), over random weights.
+Its share is how much of its time the bytes that it must move would take at the bandwidth of reading
+that the visit measured.
+"""
+
+import gc
+import json
+
+import torch
+
+from gemcut.bench.models import Setup
+from gemcut.bench.random_model import published_config
+from gemcut.bench.timing import Spread
+from gemcut.tools.profile_step import Profile, breakdown, measure
+from gemcut.tools.visit import Visit
+
+CONTEXT, STEPS = 1000, 20  # vaultgemma-1b holds 1024 tokens
+CASES = (("vaultgemma-1b", (1,)), ("gemma-2-2b", (1,)), ("gemma-2-9b", (1, 16)))
+CASES += (("gemma-3-1b", (1,)),)
+CPU_CASES = (("gemma-3-270m", (1, 2)),)
+CPU_LAYERS, CPU_CONTEXT, CPU_STEPS = 1, 24, 2
+DESCRIBED = 3  # kernels that the table names
+ROOM = 10.0  # seconds that a model takes at most; with less left it is not begun
+
+
+def run(visit: Visit) -> None:
+    """A row for each model and number of rows; breakdown-MODEL-bB.json beside."""
+    for model, batches in CASES if visit.on_gpu else CPU_CASES:
+        if visit.left < ROOM:
+            visit.skip(model, "no time was left")
+            continue
+        with visit.attempt(model):
+            measure_model(visit, model, batches)
+        gc.collect()
+        if visit.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def measure_model(visit: Visit, model: str, batches: tuple[int, ...]) -> None:
+    """Steps of one model, whose weights are drawn once."""
+    on_gpu = visit.on_gpu
+    config = published_config(model, None if on_gpu else CPU_LAYERS)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    setup = Setup(model, config, visit.device, dtype)
+    context, steps = (CONTEXT, STEPS) if on_gpu else (CPU_CONTEXT, CPU_STEPS)
+    for batch in batches:
+        case = f"{model}/batch={batch}/context={context}"
+        with visit.attempt(case):
+            profile = measure(setup, batch, context, steps)
+            content = breakdown(setup, batch, context, profile)
+            file = visit.out / f"breakdown-{model}-b{batch}.json"
+            file.write_text(json.dumps(content, indent=1) + "\n")
+            facts = {"model": model, "batch": batch, "context": context}
+            facts |= {"step_us": content["step_us"], "step_bytes": profile.step_bytes}
+            visit.add(case, **facts, line=f"{case}: {describe(profile, visit.read_gbps)}")
+
+
+def describe(profile: Profile, read_gbps: float | None) -> str:
+    """A step in one line: its time, its share of the bandwidth, and its longest kernels."""
+    us = Spread.of(profile.step_us)
+    gbps = profile.step_bytes / us.median / 1e3
+    share = "" if read_gbps is None else f" ({gbps / read_gbps:.3f} of reading)"
+    launches = sum(line.launches for line in profile.lines)
+    gaps = sum(line.gap_us for line in profile.lines)
+    longest = ", ".join(
+        f"{line.kernel.removesuffix('_kernel')[:20]} {line.us:.0f}"
+        for line in profile.lines[:DESCRIBED]
+    )
+    return (
+        f"{us.median:.0f} us ({us.low:.0f} - {us.high:.0f}), {gbps:.0f} GB/s{share}; "
+        f"{launches:.0f} launches, gaps {gaps:.0f}; {longest}"
+    )
