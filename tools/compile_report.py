@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -60,7 +60,7 @@ MODELS += ("vaultgemma-1b", "gemma-3-1b")
 QUICK = {"models": ["gemma-2-2b"], "parts": ["sm_90"]}
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 BATCHES = (1, 2, 4, 8, 16)  # those of 8 and less verify drafts too
 MAX_SEQ_LEN = 8192
 # kernels that move too little for the width of a load to matter
@@ -131,10 +131,18 @@ class Cell:
             yield f"a 32-bit product: {line}"
 
 
-def launches(config: ModelConfig, name: str) -> set[Launch]:
-    """What a model launches on a part: a prefill chunk, decode steps, every choice of tokens."""
+def launches(
+    config: ModelConfig,
+    name: str,
+    batches: Sequence[int] = BATCHES,
+    max_seq_len: int = MAX_SEQ_LEN,
+) -> set[Launch]:
+    """What a model launches on a part: a prefill chunk, decode steps, every choice of tokens.
+
+    The last of `batches` is the greatest, and so many slots there are.
+    """
     with recorded(name) as found:
-        _run(config)
+        _run(config, batches, max_seq_len)
     return found
 
 
@@ -158,22 +166,22 @@ def recorded(name: str) -> Iterator[set[Launch]]:
     parts._generation.cache_clear()
 
 
-def _run(config: ModelConfig) -> None:
+def _run(config: ModelConfig, batches: Sequence[int], max_seq_len: int) -> None:
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     # six layers show every kind: Gemma 3 has a global one in six
     config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
     model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
     cache = KVCache(
         config,
-        num_slots=max(BATCHES),
-        max_seq_len=min(MAX_SEQ_LEN, config.context_length),
+        num_slots=batches[-1],
+        max_seq_len=min(max_seq_len, config.context_length),
         prefill_chunk=PREFILL_CHUNK,
         device=device,
         dtype=dtype,
     )
     model.prefill(torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device), cache, slot=0)
-    steps = Steps(model, cache, SlotState(max(BATCHES), config.vocab_size, device))
-    for batch in BATCHES:
+    steps = Steps(model, cache, SlotState(batches[-1], config.vocab_size, device))
+    for batch in batches:
         slots = torch.empty(batch, dtype=torch.int64, device=device)
         steps.logits(slots)
         for features in (GREEDY, FULL):

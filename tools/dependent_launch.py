@@ -144,7 +144,7 @@ def swapped_kernel(
 ):  # fmt: skip
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     split = tl.program_id(1)
-    begin = split * SPLIT_D
+    begin = split * SPLIT_D  # of D, which fits 32 bits
     end = tl.minimum(begin + SPLIT_D, D)
     if DEPENDENT:
         begin_dependent(w_ptr, first_row, N, begin, D, BLOCK_N, PREFETCH)
@@ -160,7 +160,7 @@ def swapped_kernel(
         w_ptrs = w_ptr + offs_n[:, None] * D + offs_d[None, :]
         w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_d, other=0.0)
         acc = tl.dot(w, x.T, acc)
-    partial_ptrs = partial_ptr + (split * M + offs_m)[None, :] * N + offs_n[:, None]
+    partial_ptrs = partial_ptr + (split.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
     tl.store(partial_ptrs, acc, mask=mask_m[None, :] & mask_n[:, None])
 
 
@@ -188,7 +188,7 @@ def add_splits_kernel(
 # 16 rows of 256 columns, or 512 by half as many warps: at most 75 KB of shared memory, so that the
 # next kernel fits beside
 SKINNY = {
-    "16x256": {"BLOCK_N": 16, "BLOCK_D": 256, "num_warps": 4, "num_stages": 4},
+    "16x256": {"BLOCK_N": 16, "BLOCK_D": 256, "num_warps": 4, "num_stages": 4, "maxnreg": 255},
     "16x512": {"BLOCK_N": 16, "BLOCK_D": 512, "num_warps": 2, "num_stages": 3},
 }
 SWAPPED = {"BLOCK_N": 64, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3}

@@ -44,10 +44,12 @@ from types import FrameType
 from typing import NoReturn
 
 from gemcut.tools import visit_table
+from gemcut.tools.visit import Impossible, Visit
 
 PACKAGE = "gemcut.tools"
 LIMIT = 570.0  # seconds of a whole visit
 RESERVE = 5.0  # of them for the table and the archive
+LEAST = 3.0  # seconds; with less left a block is not begun
 GRACE = 3.0  # seconds between asking a block to stop and killing it
 IMPOSSIBLE = 3  # exit code of a block: what was asked for cannot run here at all
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -59,7 +61,7 @@ class Block:
     """A part of a visit; `lines` is how many of the table it may fill."""
 
     name: str
-    module: str  # of this folder; its run(visit) does the work
+    module: str  # its run(visit) does the work
     seconds: float  # limit
     expected: float  # seconds on an H200
     lines: int
@@ -72,16 +74,22 @@ class Block:
 # at 1 TB/s (18.5 GB), a capture takes 1 s, 200 replays of 3 to 7 ms, and as long for the profile.
 # Tiles are given their minutes; peers compile for about a minute, and load and judge as long.
 BLOCKS = (
-    Block("machine", "visit_machine", seconds=40, expected=15, lines=9, interpreted=False),
-    Block("compile", "visit_compile", seconds=80, expected=50, lines=4, interpreted=False),
-    Block("ops", "visit_ops", seconds=75, expected=45, lines=4),
-    Block("bits", "visit_bits", seconds=60, expected=40, lines=10),
-    Block("steps", "visit_steps", seconds=90, expected=60, lines=8),
-    Block("tiles", "visit_tiles", seconds=110, expected=100, lines=12, interpreted=False),
-    Block("pdl", "visit_pdl", seconds=45, expected=20, lines=12),
-    Block("attention", "visit_attention", seconds=60, expected=35, lines=14),
-    Block("memcheck", "visit_memcheck", seconds=60, expected=30, lines=3),
-    Block("peers", "visit_peers", seconds=170, expected=105, lines=5),
+    Block(
+        "machine", f"{PACKAGE}.visit_machine", seconds=40, expected=15, lines=9, interpreted=False
+    ),
+    Block(
+        "compile", f"{PACKAGE}.visit_compile", seconds=80, expected=50, lines=4, interpreted=False
+    ),
+    Block("ops", f"{PACKAGE}.visit_ops", seconds=75, expected=45, lines=4),
+    Block("bits", f"{PACKAGE}.visit_bits", seconds=60, expected=40, lines=10),
+    Block("steps", f"{PACKAGE}.visit_steps", seconds=90, expected=60, lines=8),
+    Block(
+        "tiles", f"{PACKAGE}.visit_tiles", seconds=110, expected=100, lines=12, interpreted=False
+    ),
+    Block("pdl", f"{PACKAGE}.visit_pdl", seconds=45, expected=20, lines=12),
+    Block("attention", f"{PACKAGE}.visit_attention", seconds=60, expected=35, lines=14),
+    Block("memcheck", f"{PACKAGE}.visit_memcheck", seconds=60, expected=30, lines=3),
+    Block("peers", f"{PACKAGE}.visit_peers", seconds=170, expected=105, lines=5),
 )
 
 
@@ -156,7 +164,7 @@ def visit(arguments: argparse.Namespace, blocks: Sequence[Block]) -> int:
             if arguments.resume and block.name in done:
                 continue
             left = ends - time.monotonic()
-            if left < RESERVE:
+            if left < LEAST:
                 end = {"block": block.name, "status": NO_TIME, "seconds": 0.0}
             else:
                 print(f"== {block.name}", flush=True)
@@ -194,15 +202,13 @@ def find_blocks(name: str | None) -> Sequence[Block]:
 
 def run_inside(arguments: argparse.Namespace, block: Block) -> int:
     """A block's own process: its exit code."""
-    from gemcut.tools.visit import Impossible, Visit  # torch, which the visit itself never needs
-
+    given = Visit(arguments.out, block.name, arguments.device, arguments.limit)
     try:
-        given = Visit(arguments.out, block.name, arguments.device, arguments.limit)
+        given.check_device()
     except Impossible as error:
         print(error, file=sys.stderr)
         return IMPOSSIBLE
-    name = block.module if "." in block.module else f"{PACKAGE}.{block.module}"
-    importlib.import_module(name).run(given)
+    importlib.import_module(block.module).run(given)
     return 0
 
 

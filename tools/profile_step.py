@@ -87,10 +87,12 @@ class DecodeStep:
     def __init__(self, model: Gemma, batch: int, context: int, room: int) -> None:
         """Rows at the end of `context` tokens of random keys; `room` steps fit behind these."""
         config, device = model.config, model.device
+        # capacities that 16 divides get other variants of the kernels than those it does not
+        capacity = -(-(context + room) // 16) * 16
         self.cache = KVCache(
             config,
             num_slots=batch,
-            max_seq_len=context + room,
+            max_seq_len=capacity,
             prefill_chunk=PREFILL_CHUNK,
             device=device,
             dtype=model.dtype,
@@ -99,16 +101,16 @@ class DecodeStep:
             layer.k.normal_()
             layer.v.normal_()
         self.state = SlotState(batch, config.vocab_size, device)
-        self.state.limits.fill_(context + room + 1)
+        self.state.limits.fill_(capacity + 1)
         self.steps = Steps(model, self.cache, self.state)
         self.slots = torch.arange(batch, device=device)
         self._begin = torch.full((2, batch), context - 1, device=device)  # tokens, positions
-        self._begin[0] = torch.randint(4, config.vocab_size, (batch,), device=device)
+        self._begin.select(0, 0).random_(4, config.vocab_size)
         self.reset()
 
     def reset(self) -> None:
         """Back to where the first step began; without a launch of its own in a step."""
-        self.state.newest[:, : self._begin.shape[1]].copy_(self._begin)
+        self.state.newest.narrow(1, 0, self._begin.shape[1]).copy_(self._begin)
 
     def run(self) -> Tensor:
         """One step: the ids [batch] that were chosen."""

@@ -1,20 +1,24 @@
-"""What a block of a GPU visit is given: where it runs, how long, and where its rows go."""
+"""What a block of a GPU visit is given: where it runs, how long, and where its rows go.
+
+torch is imported where a block first asks for its device: the visit itself, which outlives whatever
+happens to its blocks, never loads it.
+"""
 
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from gemcut.bench.results import FAILED, NO_MEMORY, OK, WRONG
-from gemcut.engine.loading import choose_device
 from gemcut.tools import visit_table
-from gemcut.tools.visit_table import SKIPPED
+from gemcut.tools.visit_table import FAILED, NO_MEMORY, OK, SKIPPED, WRONG
 
-MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
+if TYPE_CHECKING:
+    import torch
+
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # the latter is torch's
 
 
 class Impossible(ValueError):
@@ -25,14 +29,24 @@ class Visit:
     """A block's view of its visit; on a CPU everything is small."""
 
     def __init__(self, out: Path, block: str, device: str, seconds: float) -> None:
-        """Impossible, where there is no such device."""
-        try:
-            self.device = choose_device(device)
-        except ValueError as error:
-            raise Impossible(f"--device {device}: {error}") from None
         self.out, self.block = out, block
-        self.on_gpu = self.device.type == "cuda"
+        self.on_gpu = device == "cuda"
         self._ends = time.monotonic() + seconds
+
+    @cached_property
+    def device(self) -> "torch.device":
+        """Where the block runs; ValueError where there is no such device."""
+        from gemcut.engine.loading import choose_device
+
+        return choose_device("cuda" if self.on_gpu else "cpu")
+
+    def check_device(self) -> None:
+        """Impossible, where a GPU is asked for and none is here."""
+        if self.on_gpu:
+            try:
+                _ = self.device
+            except ValueError as error:
+                raise Impossible(str(error)) from None
 
     @property
     def left(self) -> float:
@@ -62,7 +76,7 @@ class Visit:
         except Exception as error:
             traceback.print_exc()
             reason = next(iter(str(error).splitlines()), "")
-            if isinstance(error, MEMORY_ERRORS):
+            if type(error).__name__ in OUT_OF_MEMORY:
                 self.add(case, NO_MEMORY, detail=reason)
             else:
                 self.add(case, FAILED, detail=f"{type(error).__name__}: {reason}")

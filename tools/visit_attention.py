@@ -20,6 +20,7 @@ from gemcut.bench.timing import Call
 from gemcut.kernels import decode_attention
 from gemcut.kernels.parts import part
 from gemcut.kernels.tiles import Tile
+from gemcut.tools.compile_report import Launch, recorded
 from gemcut.tools.search_space import applied, looked_up
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import shapes_of
@@ -45,6 +46,19 @@ def run(visit: Visit) -> None:
         for case in find_cases(visit, model):
             with visit.attempt(case.name):
                 measure(visit, case, bench)
+
+
+def record(visit: Visit, name: str) -> set[Launch]:
+    """What the cases launch with each tile: noted, not made."""
+    found: set[Launch] = set()
+    for model in MODELS:
+        for case in find_cases(visit, model):
+            keys = looked_up(case, name)
+            for tile in ({}, *tiles_of(case)):
+                with recorded(name) as launches, applied(name, keys[0], tile):
+                    getattr(kernels, case.op)(**case.make())
+                    found |= launches
+    return found
 
 
 def find_cases(visit: Visit, model: str) -> Iterator[Case]:

@@ -8,8 +8,9 @@ not where Triton's launcher looked for it.
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -22,11 +23,19 @@ from gemcut.engine.config import PUBLISHED, ModelConfig
 from gemcut.engine.model import Gemma
 from gemcut.engine.sampler import GREEDY
 from gemcut.kernels.parts import part
+from gemcut.tools import (
+    visit_attention,
+    visit_bits,
+    visit_memcheck,
+    visit_ops,
+    visit_pdl,
+    visit_peers,
+    visit_steps,
+)
 from gemcut.tools.compile_report import BATCHES, MAX_SEQ_LEN, Cell, Launch, compile_launch, launches
 from gemcut.tools.profile_step import DecodeStep
 from gemcut.tools.visit import Visit
-from gemcut.tools.visit_bits import record_text
-from gemcut.tools.visit_ops import MODELS, record_cases
+from gemcut.tools.visit_ops import MODELS
 
 LAYERS = 2  # of the models whose steps are run: one of each kind
 FEW = 2  # variants that are compiled on a CPU, to try this block itself
@@ -37,13 +46,9 @@ def run(visit: Visit) -> None:
     name = part(visit.device) if visit.on_gpu else "sm_90"
     started = time.monotonic()
     wanted: dict[Launch, None] = {}
-    for model in MODELS if visit.on_gpu else ():
-        with visit.attempt(f"launches of {model}"):
-            wanted |= dict.fromkeys(launches(PUBLISHED[model], name))
-    with visit.attempt("launches of the checks"):
-        wanted |= dict.fromkeys(record_cases(visit, name))
-    with visit.attempt("launches of the text"):
-        wanted |= dict.fromkeys(record_text(name))
+    for what, record in recorders(visit, name).items():
+        with visit.attempt(f"launches of {what}"):
+            wanted |= dict.fromkeys(record())
     chosen = list(wanted) if visit.on_gpu else list(wanted)[:FEW]
     print(f"{len(chosen)} variants, noted in {time.monotonic() - started:.1f} s", flush=True)
     compile_all(visit, chosen)
@@ -53,6 +58,23 @@ def run(visit: Visit) -> None:
     for model in MODELS:
         with visit.attempt(f"found by the launcher: {model}"):
             find_again(visit, model)
+
+
+def recorders(visit: Visit, name: str) -> dict[str, Callable[[], set[Launch]]]:
+    """What notes the launches of each block; on a CPU those of its own sizes alone."""
+    found: dict[str, Callable[[], set[Launch]]] = {
+        "the checks": partial(visit_ops.record_cases, visit, name),
+        "the texts": partial(visit_bits.record_text, name),
+    }
+    if visit.on_gpu:
+        found |= {model: partial(launches, PUBLISHED[model], name) for model in MODELS}
+        found["the steps"] = partial(visit_steps.record, name)
+        found["dependent launches"] = partial(visit_pdl.record, visit, name)
+        found["attention"] = partial(visit_attention.record, visit, name)
+        found["memcheck"] = partial(visit_memcheck.record, name)
+        beside = PUBLISHED[visit_peers.MODEL]
+        found["the peers"] = partial(launches, beside, name, (1,), visit_peers.LENGTH)
+    return found
 
 
 def compile_all(visit: Visit, wanted: Sequence[Launch]) -> None:

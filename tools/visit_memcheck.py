@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from gemcut import kernels
-from gemcut.bench.cases import Grid
+from gemcut.bench.cases import Case, Grid
 from gemcut.bench.decode_cases import decode_cases
 from gemcut.engine.cache import PREFILL_CHUNK
+from gemcut.tools.compile_report import Launch, recorded
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import shapes_of
 
@@ -49,14 +50,26 @@ def run(visit: Visit) -> None:
     visit.judge("memcheck", done.returncode == 0, told, line=line)
 
 
-def main() -> None:
-    """Make the calls that are watched."""
-    shapes = shapes_of(MODEL, torch.device("cuda", torch.cuda.current_device()))
-    for case in decode_cases(shapes, Grid((ROWS,), (CONTEXT,), (), 1, PREFILL_CHUNK)):
-        if case.op in OPS:
+def find_cases(device: torch.device) -> list[Case]:
+    """The calls that are watched."""
+    grid = Grid((ROWS,), (CONTEXT,), (), 1, PREFILL_CHUNK)
+    return [case for case in decode_cases(shapes_of(MODEL, device), grid) if case.op in OPS]
+
+
+def record(part: str) -> set[Launch]:
+    """What they launch: noted, not made."""
+    with recorded(part) as found:
+        for case in find_cases(torch.device("cuda", 0)):
             getattr(kernels, case.op)(**case.make())
-            torch.cuda.synchronize()
-            print(f"{case.name} ran", flush=True)
+    return found
+
+
+def main() -> None:
+    """Make the calls."""
+    for case in find_cases(torch.device("cuda", torch.cuda.current_device())):
+        getattr(kernels, case.op)(**case.make())
+        torch.cuda.synchronize()
+        print(f"{case.name} ran", flush=True)
 
 
 if __name__ == "__main__":

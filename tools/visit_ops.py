@@ -1,9 +1,9 @@
 """Every op at the shapes of three models, against its oracle; and rows alone and in company.
 
 The rule is that of the tests (bench/checking.py): against the oracle in float64, an op may err
-twice as much as the oracle does in bfloat16, plus two units in the last place.  Outputs begin as NaN.  A row must have the same bits
-alone, among 3 and among 16 rows; and the queries of a step with drafts the bits that each has in
-a step of its own.
+twice as much as the oracle does in bfloat16, plus two units in the last place.  Outputs begin as
+NaN.  A row must have the same bits alone, among 3 and among 16 rows; and a token among drafts the
+bits that it has in a step of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -89,6 +89,10 @@ def record_cases(visit: Visit, part: str) -> set[Launch]:
             for case in find_cases(model, device, grid_of(visit)):
                 getattr(kernels, case.op)(**case.make())
             s = shapes_of(model, device)
+            most = max(grid_of(visit).batches)
+            for case in company_cases(visit, s):
+                for rows in companies(most):
+                    getattr(kernels, case.op)(**take_rows(case.make(), *rows))
             for q_len in draft_lengths(s):
                 kernels.attention_decode(**draft_arguments(s, q_len, rows=2, context=256))
         found |= launches
@@ -160,12 +164,8 @@ def check_advance(visit: Visit, model: str) -> None:
 def compare_rows(visit: Visit, model: str) -> None:
     """A row for each op of decode: whether its rows have the same bits in any company."""
     most = max(grid_of(visit).batches)
-    grid = Grid((most,), grid_of(visit).contexts, (), 1, PREFILL_CHUNK)
-    shapes = shapes_of(model, visit.device)
     right, wrong = [], 0
-    for case in decode_cases(shapes, grid):
-        if case.facts.get("variant") == "no softcap":
-            continue
+    for case in company_cases(visit, shapes_of(model, visit.device)):
         name = f"rows of {case.name}"
         with visit.attempt(name):
             differing = [rows for rows in companies(most) if not same_bits(case, *rows)]
@@ -180,6 +180,15 @@ def compare_rows(visit: Visit, model: str) -> None:
     )
 
 
+def company_cases(visit: Visit, shapes: Shapes) -> Iterator[Case]:
+    """The ops of decode at the most rows that are checked."""
+    grid = grid_of(visit)
+    most = Grid(grid.batches[-1:], grid.contexts, (), 1, PREFILL_CHUNK)
+    for case in decode_cases(shapes, most):
+        if case.facts.get("variant") != "no softcap":
+            yield case
+
+
 def companies(most: int) -> list[tuple[int, int]]:
     """Rows alone and a few of them: begin and end of each slice."""
     return [(0, 1), (most - 1, most), (0, 3), (most - 3, most)][: 4 if most > 3 else 2]
@@ -189,15 +198,22 @@ def same_bits(case: Case, begin: int, end: int) -> bool:
     """Whether these rows of a call are what the call of these rows alone gives."""
     torch.manual_seed(0)
     arguments = case.make()
-    alone = {
-        name: x[begin:end].contiguous() if name in BY_ROW and isinstance(x, Tensor) else x
-        for name, x in arguments.items()
-    }
+    alone = take_rows(arguments, begin, end)
     whole = results(case, arguments, begin, end, slice(begin, end))
     return all(
         torch.equal(bits(a), bits(b))
         for a, b in zip(results(case, alone, begin, end, slice(None)), whole, strict=True)
     )
+
+
+def take_rows(arguments: Arguments, begin: int, end: int) -> Arguments:
+    """The same arguments of these rows alone."""
+    return {
+        name: x.narrow(0, begin, end - begin).contiguous()
+        if name in BY_ROW and isinstance(x, Tensor)
+        else x
+        for name, x in arguments.items()
+    }
 
 
 def results(case: Case, arguments: Arguments, begin: int, end: int, rows: slice) -> list[Tensor]:

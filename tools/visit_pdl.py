@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemcut import kernels
 from gemcut.bench.timing import Spread, capture, time_replays
+from gemcut.tools.compile_report import Launch, recorded
 from gemcut.tools.dependent_launch import SKINNY, chained, partials, swapped
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import bits
@@ -65,6 +66,17 @@ def forms(visit: Visit, weight: Tensor, split_d: int) -> dict[str, Product]:
     for prefetch in (0, 2) if visit.on_gpu else ():
         name = f"swapped dependent, prefetch {prefetch}"
         found[name] = partial(by_splits, dependent=True, prefetch=prefetch)
+    return found
+
+
+def record(visit: Visit, part: str) -> set[Launch]:
+    """What the forms launch: noted, not made."""
+    with recorded(part) as found:
+        for N, D, split_d in SHAPES.values():
+            weight = torch.empty(N, D, device=visit.device, dtype=torch.bfloat16)
+            x, y = weight.narrow(0, 0, 1), torch.empty(1, N, device=visit.device).bfloat16()
+            for product in forms(visit, weight, split_d).values():
+                product(x, weight, y)
     return found
 
 

@@ -14,8 +14,10 @@ from gemcut.tools.visit import Visit
 
 RUNS = {"decode-gemma-2-2b": ("gpt-fast", "transformers")}
 RUNS |= {"decode-gemma-2-2b-compiled": ("transformers-compiled",)}
-OPTIONS = ("--random", "gemma-2-2b", "--batch", "1", "--prompt-tokens", "960")
-OPTIONS += ("--new-tokens", "128", "--repeats", "3")
+MODEL, PROMPT_TOKENS, NEW_TOKENS = "gemma-2-2b", 960, 128
+LENGTH = PROMPT_TOKENS + NEW_TOKENS  # of a slot of gemcut's engine
+OPTIONS = ("--random", MODEL, "--batch", "1", "--prompt-tokens", str(PROMPT_TOKENS))
+OPTIONS += ("--new-tokens", str(NEW_TOKENS), "--repeats", "3")
 CPU_OPTIONS = ("--model", "demo", "--batch", "1", "--prompt-tokens", "8", "--new-tokens", "4")
 CPU_OPTIONS += ("--repeats", "1")
 CPU_RUNS = {"decode-demo": ("transformers",)}

@@ -10,17 +10,25 @@ import json
 
 import torch
 
+from gemcut import kernels
 from gemcut.bench.models import Setup
 from gemcut.bench.random_model import published_config
 from gemcut.bench.timing import Spread
-from gemcut.tools.profile_step import Profile, breakdown, measure
+from gemcut.engine.config import ModelConfig
+from gemcut.engine.hub import DEMO
+from gemcut.engine.model import Gemma
+from gemcut.engine.weights import empty_weights
+from gemcut.tools import visit_bits
+from gemcut.tools.compile_report import Launch, recorded
+from gemcut.tools.profile_step import WARM_UP, DecodeStep, Profile, breakdown, measure
 from gemcut.tools.visit import Visit
 
 CONTEXT, STEPS = 1000, 20  # vaultgemma-1b holds 1024 tokens
 CASES = (("vaultgemma-1b", (1,)), ("gemma-2-2b", (1,)), ("gemma-2-9b", (1, 16)))
 CASES += (("gemma-3-1b", (1,)),)
-CPU_CASES = (("gemma-3-270m", (1, 2)),)
-CPU_LAYERS, CPU_CONTEXT, CPU_STEPS = 1, 24, 2
+CPU_CASES = (("demo", (1, 2)),)
+CPU_CONTEXT, CPU_STEPS = 24, 2
+RECORDED_LAYERS = 6  # Gemma 3 has a global one in six
 DESCRIBED = 3  # kernels that the table names
 ROOM = 10.0  # seconds that a model takes at most; with less left it is not begun
 
@@ -38,13 +46,32 @@ def run(visit: Visit) -> None:
             torch.cuda.empty_cache()
 
 
+def record(part: str) -> set[Launch]:
+    """What these steps launch, and those that are replayed elsewhere: noted, not made."""
+    found: set[Launch] = set()
+    cases = [(model, batch, CONTEXT, STEPS + WARM_UP) for model, each in CASES for batch in each]
+    cases.append((visit_bits.MODEL, visit_bits.BATCH, visit_bits.CONTEXT - 1, 1))
+    for model, batch, context, room in cases:
+        config = published_config(model, RECORDED_LAYERS)
+        with recorded(part) as launches:
+            device = torch.device("cuda", 0)
+            weights = empty_weights(config, device=device, dtype=torch.bfloat16)
+            step = DecodeStep(Gemma(config, weights, kernels), batch, context, room)
+            step.run()
+            step.steps.logits(step.slots)
+            found |= launches
+    return found
+
+
 def measure_model(visit: Visit, model: str, batches: tuple[int, ...]) -> None:
     """Steps of one model, whose weights are drawn once."""
-    on_gpu = visit.on_gpu
-    config = published_config(model, None if on_gpu else CPU_LAYERS)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    setup = Setup(model, config, visit.device, dtype)
-    context, steps = (CONTEXT, STEPS) if on_gpu else (CPU_CONTEXT, CPU_STEPS)
+    if visit.on_gpu:
+        setup = Setup(model, published_config(model), visit.device, torch.bfloat16)
+        context, steps = CONTEXT, STEPS
+    else:
+        config = ModelConfig.from_file(DEMO)
+        setup = Setup(model, config, visit.device, torch.float32, DEMO)
+        context, steps = CPU_CONTEXT, CPU_STEPS
     for batch in batches:
         case = f"{model}/batch={batch}/context={context}"
         with visit.attempt(case):

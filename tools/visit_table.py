@@ -16,9 +16,11 @@ from typing import Any
 TABLE, ARCHIVE = "table.txt", "all.tgz"
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 MOST_LINES = 100  # of the table
+LEAST_FAILURES = 20  # of its lines, where there are so many
 WIDTH = 170  # of its lines
 SCHEMA = 1  # of bench/results.py
-OK, SKIPPED = "ok", "skipped"
+# what became of a row: the words of bench/results.py, which loads torch, and one more
+OK, WRONG, FAILED, NO_MEMORY, SKIPPED = "ok", "wrong", "failed", "no memory", "skipped"
 FINISHED = "finished"  # how a block ends that nothing went wrong in
 CEILINGS = ("read_gbps", "copy_gbps", "matmul_tflops")
 # the order of the table, after failures and the blocks' own ends
@@ -86,11 +88,11 @@ def table(out: Path, quotas: Mapping[str, int]) -> list[str]:
         for row in found[name]
         if _is_wrong(row)
     ]
-    room = MOST_LINES - len(body) - len(summary) - 3
+    room = max(LEAST_FAILURES, MOST_LINES - len(body) - len(summary) - 3)
     head = [f"-- {_title(out)}"]
     if wrong:
         head += [f"-- {len(wrong)} rows are not right", *_clipped(wrong, room)]
-    lines = [*head, "-- blocks", *summary, *body]
+    lines = [*head, "-- blocks", *summary, *body][:MOST_LINES]
     return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines]
 
 
