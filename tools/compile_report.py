@@ -228,21 +228,10 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     names = [name for name, _ in launch.signature]
     tile = {names[i]: value for i, value in launch.constants if names[i].startswith("BLOCK")}
     cell = Cell(launch.kernel, launch.part, tile | dict(launch.options), models)
-    kernel = getattr(import_module(launch.module), launch.kernel)
-    major, minor = CAPABILITY[launch.part]
     knobs.compilation.always_compile = fresh  # a cached result would take no seconds
     started = time.perf_counter()
     try:
-        compiled = triton.compile(
-            ASTSource(
-                fn=kernel,
-                signature=dict(launch.signature),
-                constexprs={(index,): value for index, value in launch.constants},
-                attrs=_attributes(launch, kernel),
-            ),
-            target=GPUTarget("cuda", 10 * major + minor, 32),
-            options={**dict(launch.options), "enable_fp_fusion": True},
-        )
+        compiled = compiled_kernel(launch)
     except Exception as error:  # whatever a compiler of somebody else's may raise: it is reported
         cell.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return cell
@@ -256,6 +245,22 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     cell.multiplies = "tt.dot" in compiled.asm["ttir"]
     cell.narrow_products = narrow_products(compiled.asm["ttir"])
     return cell
+
+
+def compiled_kernel(launch: Launch) -> Any:
+    """Triton's compiled kernel, as its launcher would make it; from its cache where it is there."""
+    kernel = getattr(import_module(launch.module), launch.kernel)
+    major, minor = CAPABILITY[launch.part]
+    return triton.compile(
+        ASTSource(
+            fn=kernel,
+            signature=dict(launch.signature),
+            constexprs={(index,): value for index, value in launch.constants},
+            attrs=_attributes(launch, kernel),
+        ),
+        target=GPUTarget("cuda", 10 * major + minor, 32),
+        options={**dict(launch.options), "enable_fp_fusion": True},
+    )
 
 
 def _attributes(launch: Launch, kernel: JITFunction) -> dict[tuple[int], list]:

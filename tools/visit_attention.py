@@ -127,7 +127,8 @@ def measure(visit: Visit, case: Case, bench: Bench) -> None:
     """Rows of one case: the rule, its tiles, and torch where it computes the same."""
     everyone = {"gemcut": tiled(visit, case, {})}
     for tile in tiles_of(case) if visit.on_gpu else ():
-        everyone[" ".join(map(str, tile.values()))] = tiled(visit, case, tile)
+        name = " ".join(map(str, tile.values()))
+        everyone[f"SPLIT={name}" if "SPLIT" in tile else name] = tiled(visit, case, tile)
     everyone |= {n: p for n, p in torch_peers(case, visit.device).items() if n == "sdpa"}
     for row in measure_case(case, bench, everyone):
         name = f"{case.name} {'rule' if row['contestant'] == 'gemcut' else row['contestant']}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from triton import knobs
+from triton.runtime import driver
 
 from gemcut import kernels
 from gemcut.bench.random_model import published_config, random_weights
@@ -32,7 +33,15 @@ from gemcut.tools import (
     visit_peers,
     visit_steps,
 )
-from gemcut.tools.compile_report import BATCHES, MAX_SEQ_LEN, Cell, Launch, compile_launch, launches
+from gemcut.tools.compile_report import (
+    BATCHES,
+    MAX_SEQ_LEN,
+    Cell,
+    Launch,
+    compile_launch,
+    compiled_kernel,
+    launches,
+)
 from gemcut.tools.profile_step import DecodeStep
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import MODELS
@@ -82,7 +91,7 @@ def compile_all(visit: Visit, wanted: Sequence[Launch]) -> None:
     started, seconds, compiled = time.monotonic(), 0.0, 0
     # spawned: a fork would inherit torch's threads
     with ProcessPoolExecutor(_cores(), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(compile_launch, each, [], fresh=False): each for each in wanted}
+        futures = {pool.submit(prepare, each, visit.on_gpu): each for each in wanted}
         for future in as_completed(futures):
             cell = _cell(visit, futures[future], future)
             if cell is not None:
@@ -94,6 +103,16 @@ def compile_all(visit: Visit, wanted: Sequence[Launch]) -> None:
         line=f"{compiled} of {len(wanted)} variants compiled in {wall:.0f} s, "
         f"{seconds:.0f} s of {_cores()} processes",
     )
+
+
+def prepare(launch: Launch, with_launcher: bool) -> Cell:
+    """Compile one launch, and the C stub by which Triton launches it, a second of gcc each."""
+    cell = compile_launch(launch, [], fresh=False)
+    if with_launcher and cell.error is None:
+        kernel = compiled_kernel(launch)
+        active: Any = driver.active
+        active.launcher_cls(kernel.src, kernel.metadata)
+    return cell
 
 
 def _cell(visit: Visit, launch: Launch, future: Future[Cell]) -> Cell | None:

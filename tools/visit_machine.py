@@ -15,11 +15,14 @@ from gemcut.bench.machine import describe_machine
 from gemcut.bench.timing import Spread, capture, synchronize, time_replays
 from gemcut.tools.dependent_launch import chase, empty
 from gemcut.tools.visit import Visit
+from gemcut.tools.visit_table import OK
 
+CLOCKS = ("driver", "sm_mhz", "max_sm_mhz")
 NODES = 1000  # of the graph of empty kernels
 ROUNDS = 10
 LINKS = 1000  # loads of the chain
 CHAINS = {"L2": 16 << 20, "memory": 1 << 30}  # bytes of the tensor that a chain leads through
+FLUSHED = 256 << 20  # bytes that are written between two chains, several times L2
 STRIDE = 1_000_003  # elements between two links: another page nearly every time
 
 
@@ -27,15 +30,14 @@ def run(visit: Visit) -> None:
     """Rows of the machine, its ceilings, and on a GPU of what launches and loads take."""
     machine = describe_machine(visit.device)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    clocks = ", ".join(
-        f"{k} {machine[k]}" for k in ("driver", "sm_mhz", "max_sm_mhz") if k in machine
-    )
-    visit.add("machine", machine=machine, line=f"{machine['device']}, {versions}; {clocks}")
+    clocks = [f"{name} {machine[name]}" for name in CLOCKS if name in machine]
+    visit.add("machine", machine=machine, line=", ".join([*clocks, versions]))
     with visit.attempt("ceilings"):
         dtype = torch.bfloat16 if visit.on_gpu else torch.float32
         found = measure_ceilings(visit.device, dtype)
         told = "read {read_gbps:.0f} GB/s, copy {copy_gbps:.0f} GB/s, product {matmul_tflops:.3g}"
-        visit.add("ceilings", **found, line=f"{told.format(**found)} TFLOP/s")
+        line = f"{told.format(**found)} TFLOP/s"
+        visit.add("ceilings", OK, line=line, **found)
     if not visit.on_gpu:
         visit.skip("launches", "a CPU launches nothing")
         return
@@ -73,10 +75,12 @@ def measure_load(visit: Visit, name: str, nbytes: int) -> None:
     count = nbytes // 4
     following = torch.arange(STRIDE, count + STRIDE, device=visit.device).remainder_(count).int()
     y = torch.empty(1, device=visit.device, dtype=torch.int32)
-    if name == "L2":  # touched, so that it lies there
-        following.max()
+    other = torch.empty(FLUSHED, device=visit.device, dtype=torch.int8)
+    # what was just read lies in L2, what lies elsewhere was written over by other bytes
+    reset = following.max if name == "L2" else other.zero_
     replay = capture([partial(chase, following, LINKS, y)]).replay
-    ns = Spread.of([1e3 * each / LINKS for each in time_replays(replay, 1, ROUNDS, visit.device)])
+    times = time_replays(replay, 1, ROUNDS, visit.device, reset)
+    ns = Spread.of([1e3 * each / LINKS for each in times])
     case = f"a load from {name}"
     visit.add(
         case, ns=ns.low, line=f"{case}: {ns.low:.0f} ns at least, {ns.median:.0f} in the median"

@@ -12,8 +12,8 @@ from gemcut.bench.results import Row, load_results
 from gemcut.bench.timing import clock
 from gemcut.tools.visit import Visit
 
-RUNS = {"decode-gemma-2-2b": ("gpt-fast", "transformers")}
-RUNS |= {"decode-gemma-2-2b-compiled": ("transformers-compiled",)}
+RUNS = {"decode-gemma-2-2b": ("transformers",)}
+RUNS |= {"decode-gemma-2-2b-compiled": ("transformers-compiled", "gpt-fast")}
 MODEL, PROMPT_TOKENS, NEW_TOKENS = "gemma-2-2b", 960, 128
 LENGTH = PROMPT_TOKENS + NEW_TOKENS  # of a slot of gemcut's engine
 OPTIONS = ("--random", MODEL, "--batch", "1", "--prompt-tokens", str(PROMPT_TOKENS))

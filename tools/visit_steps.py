@@ -82,20 +82,23 @@ def measure_model(visit: Visit, model: str, batches: tuple[int, ...]) -> None:
             facts = {"model": model, "batch": batch, "context": context}
             facts |= {"step_us": content["step_us"], "step_bytes": profile.step_bytes}
             visit.add(case, **facts, line=f"{case}: {describe(profile, visit.read_gbps)}")
+            visit.add(f"{case}, its kernels", line=f"    {longest(profile)}")
 
 
 def describe(profile: Profile, read_gbps: float | None) -> str:
-    """A step in one line: its time, its share of the bandwidth, and its longest kernels."""
+    """A step in one line: its time, and its share of the bandwidth."""
     us = Spread.of(profile.step_us)
     gbps = profile.step_bytes / us.median / 1e3
     share = "" if read_gbps is None else f" ({gbps / read_gbps:.3f} of reading)"
+    return f"{us.median:.0f} us ({us.low:.0f} - {us.high:.0f}), {gbps:.0f} GB/s{share}"
+
+
+def longest(profile: Profile) -> str:
+    """What the profiler saw of a step in one line: launches, gaps, and the longest kernels."""
     launches = sum(line.launches for line in profile.lines)
     gaps = sum(line.gap_us for line in profile.lines)
-    longest = ", ".join(
+    kernels = ", ".join(
         f"{line.kernel.removesuffix('_kernel')[:20]} {line.us:.0f}"
         for line in profile.lines[:DESCRIBED]
     )
-    return (
-        f"{us.median:.0f} us ({us.low:.0f} - {us.high:.0f}), {gbps:.0f} GB/s{share}; "
-        f"{launches:.0f} launches, gaps {gaps:.0f}; {longest}"
-    )
+    return f"{launches:.0f} launches, gaps {gaps:.0f} us; {kernels}"

@@ -17,7 +17,7 @@ TABLE, ARCHIVE = "table.txt", "all.tgz"
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 MOST_LINES = 100  # of the table
 LEAST_FAILURES = 20  # of its lines, where there are so many
-WIDTH = 170  # of its lines
+WIDTH = 115  # of its lines
 SCHEMA = 1  # of bench/results.py
 # what became of a row: the words of bench/results.py, which loads torch, and one more
 OK, WRONG, FAILED, NO_MEMORY, SKIPPED = "ok", "wrong", "failed", "no memory", "skipped"
