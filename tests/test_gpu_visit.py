@@ -154,6 +154,8 @@ def test_resuming_runs_what_has_not_finished(tmp_path):
     running.communicate()
     assert ends(out) == {"right": "finished"}
     assert visit_table.rows(out, "hangs")[0]["case"] == "first"
+    with tarfile.open(out / "all.tgz") as tar:  # written after each block
+        assert "rows/right.jsonl" in tar.getnames()
 
     done = visit(out, *STUBS, "--only", "right", "hangs", "last", "--resume")
     assert done.returncode == 1

@@ -72,7 +72,7 @@ TYPE_NAMES = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
-    torch.bool: "*i1",
+    torch.bool: "*u1",  # as Triton's launcher has it
 }
 COUNTED = {
     "tensor_core": r"\bHMMA|HGMMA|UTC\w*MMA",
@@ -202,7 +202,9 @@ def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch
             constants.append((index, value))
         elif isinstance(value, torch.Tensor):
             kind = TYPE_NAMES[value.dtype]
-            divisible.append(index)  # torch allocates at multiples of 512 bytes
+            # torch allocates at multiples of 512 bytes; a view may begin elsewhere
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                divisible.append(index)
         else:
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not plain:

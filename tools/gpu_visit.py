@@ -71,7 +71,7 @@ class Block:
 # Where the expected seconds come from; the start of the machine is not in them, and four of each
 # block are its imports.
 #   machine    five rounds of 2 GB read and written, and of a product of 1.4 ms: most is imports
-#   compile    155 variants of 1 to 6 s (288 s on two busy cores of another machine), 16 at a time,
+#   compile    207 variants of 1 to 6 s (155 took 288 s on two busy cores), 16 at a time,
 #              and as many stubs of gcc; then five steps of two layers a model, kernel by kernel
 #   ops        230 cases and 42 ops in four companies, 0.1 s each: float64 at 4 TB/s
 #   bits       2000 replays of 0.1 ms three times, of 4 ms twice; 300 eager steps of 3 ms of text
@@ -143,7 +143,7 @@ def _stop(process: subprocess.Popen) -> int:
     """End a block and all that it started: benchmarks keep what they have at an interrupt."""
     for name, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
         try:
-            os.killpg(process.pid, name)
+            os.kill(process.pid, name)
         except ProcessLookupError:
             break
         try:
