@@ -18,12 +18,14 @@ from gemcut.bench.rows import CEILINGS
 from gemcut.tools import gpu_visit, visit_bits, visit_ops, visit_table
 from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
 
+# where the children find visit_blocks.py, and what this process was told
+SEARCHED = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
 STUBS = ("--device", "cpu", "--blocks", "visit_blocks")
 
 
 @pytest.fixture(autouse=True)
 def _stubs(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", SEARCHED)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -44,7 +46,7 @@ def whole(tmp_path_factory):
     """A visit whose blocks end in all ways."""
     out = tmp_path_factory.mktemp("visit") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", SEARCHED)
         return out, visit(out, *STUBS)
 
 

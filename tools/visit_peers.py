@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+from gemcut.bench.peers import CONTESTANTS
 from gemcut.bench.results import Row, load_results
 from gemcut.bench.timing import clock
 from gemcut.tools.visit import Visit
@@ -37,8 +38,6 @@ def run(visit: Visit) -> None:
 
 def compare(visit: Visit, name: str, peers: tuple[str, ...]) -> None:
     """One run, ended by an interrupt where the block's own end is near."""
-    from gemcut.bench.peers import CONTESTANTS
-
     there = [peer for peer in peers if not CONTESTANTS[peer].missing]
     for peer in set(peers) - set(there):
         visit.skip(f"{name}/{peer}", f"{', '.join(CONTESTANTS[peer].missing)} is not installed")
