@@ -599,7 +599,8 @@ from triton.runtime.jit import JITFunction
 from gemcut import kernels
 from gemcut.kernels import tiles
 from gemcut.tools import search_space
-from gemcut.tools.compile_report import compile_launch, recorded
+from gemcut.tools.compile_report import compile_launch
+from gemcut.tools.launches import recorded
 
 TILES = {"norm_linear_geglu": {"BLOCK_D": 128}, "attention_decode": {"SPLIT": 64, "maxnreg": 255}}
 launch, arguments = JITFunction.run, []

@@ -27,7 +27,7 @@ from gemcut.engine.info import find_config
 from gemcut.kernels import tiles
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import Key, Tile
-from gemcut.tools.compile_report import Launch, recorded
+from gemcut.tools.launches import Launch, recorded
 
 # rows of a decode step and tokens in the cache; tokens of a prompt, alone and as its last chunk
 DECODE = Grid((1, 16), (1024, 8192), (), 1, PREFILL_CHUNK)

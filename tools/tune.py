@@ -40,8 +40,9 @@ from gemcut.engine.config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import SHARED_MEMORY, part
 from gemcut.kernels.tiles import Key, Measured, Tile
-from gemcut.tools.compile_report import Cell, Launch, compile_launch
+from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.heats import NO_TIME, tune
+from gemcut.tools.launches import Launch
 from gemcut.tools.search_space import (
     CANDIDATES,
     COMPILED,
