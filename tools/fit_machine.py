@@ -1,9 +1,9 @@
 """Fits the constants of machine.py to measured profiles, as tools/profile_step.py leaves them.
 
 Constants that a profile holds as such are taken from it: the gap between launches, the time of
-launches without a product, that of torch's own.  Four factors are then found one after the other,
-again and again, by golden section: of the bandwidth, of the clock, of latencies, of what a launch
-costs at its ends.  What is least is
+launches without a product, that of torch's own.  Four factors are then found by golden section, one
+after the other and all at once, again and again: of the bandwidth, of the clock, of latencies, of
+what a launch costs at its ends.  What is least is
 
     sum over kernels of  share of the measured time * log(predicted / measured) ** 2
 
@@ -29,9 +29,10 @@ FACTORS = {
     "ends": ("start_us", "end_us"),
 }
 RANGES = {"bandwidth": (0.6, 1.12), "clock": (0.5, 1.2), "latency": (0.4, 3.0), "ends": (0.2, 6.0)}
-HOLD = 1e-4  # weight of log(factor) ** 2
-ROUNDS = 6
-SECTIONS = 24  # of a search: to 1e-5 of the range
+HOLD = 1e-5  # weight of log(factor) ** 2
+ROUNDS = 20
+STRIDE = 20.0  # at most so many rounds at once
+SECTIONS = 16  # of a search: to 1e-3 of the range
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,20 @@ def read_profile(file: Path) -> Profile:
     try:
         report = json.loads(file.read_text())
         lines = report["lines"]
-        return Profile(
+        profile = Profile(
             str(report["model"]),
             int(report["batch"]),
             int(report["context"]),
             {line["kernel"]: (float(line["launches"]), float(line["us"])) for line in lines},
             sum(float(line["gap_us"]) for line in lines),
         )
+        # where launches overlap, one may take no time of its own: it says nothing
+        timed = {name: of for name, of in profile.kernels.items() if of[1] > 0}
+        if not timed:
+            raise ValueError("it is empty")
+        if not all(launches > 0 for launches, _ in timed.values()):
+            raise ValueError("launches must be above 0")
+        return replace(profile, kernels=timed)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -103,17 +111,35 @@ def fit(pairs: Sequence[Pair], machine: Machine = H200) -> tuple[Machine, list[R
                 found += measured / whole * math.log(us * launches / measured) ** 2
         return found
 
-    factors = dict.fromkeys(FACTORS, 1.0)
-    for _ in range(ROUNDS):
-        for name, (low, high) in RANGES.items():
-            factors[name] = math.exp(
-                least(
-                    lambda x, name=name: cost({**factors, name: math.exp(x)}),
-                    math.log(low),
-                    math.log(high),
+    logs = dict.fromkeys(FACTORS, 0.0)
+
+    def along(direction: dict[str, float], most: float, lowest: float = 0.0) -> None:
+        """Go where the cost is least on a line from here, within the ranges."""
+
+        def at(x: float) -> dict[str, float]:
+            return {
+                name: min(
+                    max(log + x * direction[name], math.log(RANGES[name][0])),
+                    math.log(RANGES[name][1]),
                 )
-            )
-    best = scaled(fitted, factors)
+                for name, log in logs.items()
+            }
+
+        def of(x: float) -> float:
+            return cost({name: math.exp(log) for name, log in at(x).items()})
+
+        x = least(of, lowest, most)
+        if of(x) < of(0.0):
+            logs.update(at(x))
+
+    for _ in range(ROUNDS):
+        before = dict(logs)
+        for name, (low, high) in RANGES.items():
+            axis = {other: float(other == name) for other in FACTORS}
+            along(axis, math.log(high) - logs[name], math.log(low) - logs[name])
+        # factors that trade against each other lie in a slanted valley: go on as this round went
+        along({name: logs[name] - before[name] for name in FACTORS}, most=STRIDE)
+    best = scaled(fitted, {name: math.exp(log) for name, log in logs.items()})
     return best, [*_residuals(pairs, machine, best)]
 
 
