@@ -15,7 +15,7 @@ from gemcut.kernels import tiles
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.compile_report import compile_launch
 from gemcut.tools.launch_time import launch_us, main_loop
-from gemcut.tools.launches import Made, recorded
+from gemcut.tools.launches import Launch, Made, recorded
 from gemcut.tools.machine import H200, Machine
 from gemcut.tools.predicted_step import Cells
 from gemcut.tools.search_space import Subject, applied
@@ -30,11 +30,9 @@ def rank(
     """
     left = subject.left()
     made = find_made(subject, [{}, *(candidate.tile for candidate in left)], part)
-    missing = {one.launch for cases in made for case in cases for one in case} - cells.keys()
     futures = {
         launch: pool.submit(compile_launch, launch, [], fresh=False)
-        for launch in missing
-        if launch is not None
+        for launch in launches_of(made) - cells.keys()
     }
     cells |= {launch: future.result() for launch, future in futures.items()}
     times = [predicted_us(cases, subject, cells, machine) for cases in made]
@@ -45,6 +43,12 @@ def rank(
     gone = [candidate for candidate in subject.candidates if candidate not in left]
     left.sort(key=lambda c: (c.tile != in_use, c.predicted_ratio))
     subject.candidates = left + gone
+
+
+def launches_of(made: Sequence[Sequence[Sequence[Made]]]) -> set[Launch]:
+    """What must have been compiled."""
+    found = {one.launch for cases in made for case in cases for one in case}
+    return {launch for launch in found if launch is not None}
 
 
 def find_made(subject: Subject, tried: Sequence[Tile], part: str) -> list[list[list[Made]]]:
