@@ -161,6 +161,7 @@ def _tile(V: int, x: Tensor) -> dict[str, int]:
     Many tokens in a program are few programs whose best the last one compares.
     """
     rule = {**pipeline(x, columns=64), "BLOCK_V": rows_of_weight(x, BLOCK_V)}
+    rule["maxnreg"] = 255  # ptxas by itself aims for more programs, and spills 8 bytes
     return rule | tuned("lm_head", x, V, x.shape[1])
 
 

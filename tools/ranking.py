@@ -26,6 +26,7 @@ def rank(
 ) -> None:
     """Sort what is left of a subject's candidates, the tile in use before all others.
 
+    Of those that differ in stages alone, the best comes before and the others behind all the rest.
     `cells` are what was compiled; the rule's own launches are added to it.
     """
     left = subject.left()
@@ -41,8 +42,15 @@ def rank(
         candidate.predicted_ratio = _mean_ratio(us, times[0])
     in_use = tiles.TUNED.get(part, {}).get(subject.key)
     gone = [candidate for candidate in subject.candidates if candidate not in left]
-    left.sort(key=lambda c: (c.tile != in_use, c.predicted_ratio))
+    left.sort(key=lambda c: c.predicted_ratio)
+    best = {_kind(candidate.tile): candidate for candidate in reversed(left)}.values()
+    left.sort(key=lambda c: (c.tile != in_use, c not in best))
     subject.candidates = left + gone
+
+
+def _kind(tile: Tile) -> tuple[tuple[str, int], ...]:
+    """What tells tiles apart in a first heat: stages and registers are for later ones."""
+    return tuple((k, v) for k, v in tile.items() if k not in ("num_stages", "maxnreg"))
 
 
 def launches_of(made: Sequence[Sequence[Sequence[Made]]]) -> set[Launch]:
