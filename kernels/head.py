@@ -31,7 +31,7 @@ from gemcut.kernels.checks import (
 from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, product, rows_of_weight
 from gemcut.kernels.tiles import tuned
 
-BLOCK_V = 64  # tokens of a program of the head
+BLOCK_V = 256  # tokens of a program of the head
 BLOCK_T = 256  # programs whose best the last one compares at a time
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 
@@ -156,8 +156,12 @@ def lm_head_argmax_kernel(
 
 
 def _tile(V: int, x: Tensor) -> dict[str, int]:
-    """With four warps ptxas would rather spill the last addresses than give a thread more room."""
-    rule = {**pipeline(x), "BLOCK_V": rows_of_weight(x, BLOCK_V), "num_warps": 8}
+    """Two programs on a processor: the end of one, a reduction, is hidden by the other's loads.
+
+    Many tokens in a program are few programs whose best the last one compares.
+    """
+    rule = {**pipeline(x, columns=64), "BLOCK_V": rows_of_weight(x, BLOCK_V)}
+    rule["maxnreg"] = 255  # ptxas by itself aims for more programs, and spills 8 bytes
     return rule | tuned("lm_head", x, V, x.shape[1])
 
 

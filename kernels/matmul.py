@@ -24,12 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_rows, check_shape, check_tensors, require
-from gemcut.kernels.parts import SHARED_MEMORY, part
+from gemcut.kernels.parts import part
 from gemcut.kernels.prologue import check_prologue, offset_weight, row_rstd, summed_tile
 from gemcut.kernels.tiles import tuned
 
 BLOCK_M = 16  # rows of a program: the least that tensor cores take
-FEW_PROGRAMS = 264  # two for each processor of an H100
+PROCESSORS = 132  # of an H100
+SMALL_PARTS = ("sm_89", "sm_120")  # 99 KB of shared memory
 
 
 @triton.jit
@@ -163,18 +164,18 @@ def norm_linear_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def pipeline(x: Tensor) -> dict[str, int]:
-    """Columns of the weight that a step reads, and steps on their way; not yet tuned on a GPU.
+def pipeline(x: Tensor, columns: int = 256) -> dict[str, int]:
+    """Columns of the weight that a step reads, and steps on their way; predicted, not yet timed.
 
-    16 rows of 256 columns in bf16 are 8 KB, and three steps in flight 24 KB.
+    Three stages are two steps in flight; more of them cost programs on a processor, whose steps are
+    in flight as well.  bench/NOTES.md has the predictions.
     """
-    name = part(x.device)
-    deep = name == "interpreter" or SHARED_MEMORY[name] > 110_000
+    is_short = x.itemsize == 2 or part(x.device) == "interpreter"
     return {
         "BLOCK_M": BLOCK_M,
-        "BLOCK_D": 256 if x.itemsize == 2 or name == "interpreter" else 64,
+        "BLOCK_D": columns if is_short else 64,
         "num_warps": 4,
-        "num_stages": 4 if deep else 3,
+        "num_stages": 3,
     }
 
 
@@ -183,21 +184,32 @@ def rows_of_weight(x: Tensor, rows: int) -> int:
     return 512 if part(x.device) == "interpreter" else rows
 
 
-def _rule(N: int, x: Tensor) -> dict[str, int]:
+def _block_n(N: int, x: Tensor) -> int:
     """A narrow matrix is cut finer, so that every processor has a program."""
-    return {"BLOCK_N": rows_of_weight(x, 16 if N < 32 * FEW_PROGRAMS else 32), **pipeline(x)}
+    return rows_of_weight(x, 16 if N < 64 * PROCESSORS else 32)
 
 
 def _tile(N: int, x: Tensor) -> dict[str, int]:
-    return _rule(N, x) | tuned("norm_linear", x, N, x.shape[1])
+    rule = {"BLOCK_N": _block_n(N, x), **pipeline(x)}
+    return rule | tuned("norm_linear", x, N, x.shape[1])
 
 
 def _skinny_tile(N: int, x: Tensor) -> dict[str, int]:
-    """One program on a processor needs as much in flight as two: a pipeline twice as deep."""
-    rule = _rule(N, x)
-    few = triton.cdiv(N, rule["BLOCK_N"]) < FEW_PROGRAMS
-    stages = 2 * rule["num_stages"] if few else rule["num_stages"]
-    return rule | {"num_stages": stages} | tuned("skinny_linear", x, N, x.shape[1])
+    """The fewer programs, the more each has in flight: steps of 512 or 1024 columns, 32 to 64 KB.
+
+    A step of twice as many columns takes less than twice as long: what a pass of the loop waits for
+    is a chain of dependent instructions, and the next one's loads begin before its end.
+    """
+    block_n = _block_n(N, x)
+    programs, has_room = triton.cdiv(N, block_n), part(x.device) not in SMALL_PARTS
+    is_one_each = programs <= PROCESSORS and has_room
+    rule = {"BLOCK_N": block_n, **pipeline(x, columns=1024 if is_one_each else 512)}
+    if has_room and PROCESSORS < programs < 2 * PROCESSORS:
+        rule["num_stages"] = 4
+    else:
+        # three programs on a processor; ptxas by itself aims for six, and spills 8 bytes
+        rule["maxnreg"] = 168
+    return rule | tuned("skinny_linear", x, N, x.shape[1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

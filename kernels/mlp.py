@@ -21,14 +21,13 @@ from gemcut.kernels.activations import gelu
 from gemcut.kernels.checks import check_rows, check_tensors, require
 from gemcut.kernels.matmul import (
     BLOCK_M,
-    FEW_PROGRAMS,
+    PROCESSORS,
     check_linear,
     halves,
     normed_product,
     pipeline,
     rows_of_weight,
 )
-from gemcut.kernels.parts import part
 from gemcut.kernels.prologue import check_prologue
 from gemcut.kernels.tiles import tuned
 
@@ -86,17 +85,21 @@ def norm_linear_geglu_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < F)[None, :])
 
 
-def _tile(F: int, x: Tensor) -> dict[str, int]:
-    """BLOCK_N rows of gate and as many of up; not yet tuned on a GPU.
+def _tile(F: int, x: Tensor, has_branch: bool = False) -> dict[str, int]:
+    """BLOCK_N rows of gate and as many of up; predicted (bench/NOTES.md), not yet timed.
 
-    With 16 rows of activations, a program of 2 x 16 rows reads more of them than of weights, from
-    L2.  Twice as many halve that, where they fit the part and leave enough programs.
+    The most rows are best of which all programs run at once: a second wave walks along the branch
+    and fills its pipeline again, beside few others.  Of 2 x 64 rows a processor holds three
+    programs, two where they add a branch.
     """
-    name = part(x.device)
-    is_wide = F >= 32 * FEW_PROGRAMS and name in ("sm_80", "sm_90", "sm_100")
-    rule = {**pipeline(x), "BLOCK_N": rows_of_weight(x, 32 if is_wide else 16)}
-    wide = {"num_warps": 8} if is_wide else {}
-    return rule | wide | tuned("norm_linear_geglu", x, F, x.shape[1])
+    if F < 32 * PROCESSORS:
+        block_n, columns = 16, 256
+    elif 64 * PROCESSORS <= F <= 64 * PROCESSORS * (2 if has_branch else 3):
+        block_n, columns = 64, 128
+    else:
+        block_n, columns = 32, 128
+    rule = {"BLOCK_N": rows_of_weight(x, block_n), **pipeline(x, columns)}
+    return rule | tuned("norm_linear_geglu", x, F, x.shape[1])
 
 
 def geglu(gate_up: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def norm_linear_geglu(
     M, D, F = *residual.shape, rows // 2
     y = torch.empty((M, F), device=residual.device, dtype=residual.dtype)
     if M:
-        tile = _tile(F, residual)
+        tile = _tile(F, residual, has_branch=branch is not None)
         grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(F, tile["BLOCK_N"]))
         norm_linear_geglu_kernel[grid](
             residual_ptr=residual, branch_ptr=branch, post_w_ptr=post_weight,

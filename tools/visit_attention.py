@@ -20,7 +20,7 @@ from gemcut.bench.timing import Call
 from gemcut.kernels import decode_attention
 from gemcut.kernels.parts import part
 from gemcut.kernels.tiles import Tile
-from gemcut.tools.compile_report import Launch, recorded
+from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.search_space import applied, looked_up
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import shapes_of

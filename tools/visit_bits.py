@@ -28,8 +28,8 @@ from gemcut.engine.slot_state import SlotState
 from gemcut.engine.steps import Steps
 from gemcut.engine.weights import empty_weights
 from gemcut.tokenizer import Tokenizer
-from gemcut.tools.compile_report import Launch, recorded
 from gemcut.tools.dependent_launch import add_one, late_store
+from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.profile_step import DecodeStep
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import bits

@@ -33,15 +33,8 @@ from gemcut.tools import (
     visit_peers,
     visit_steps,
 )
-from gemcut.tools.compile_report import (
-    BATCHES,
-    MAX_SEQ_LEN,
-    Cell,
-    Launch,
-    compile_launch,
-    compiled_kernel,
-    launches,
-)
+from gemcut.tools.compile_report import Cell, compile_launch, compiled_kernel
+from gemcut.tools.launches import BATCHES, MAX_SEQ_LEN, Launch, launches
 from gemcut.tools.profile_step import DecodeStep
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import MODELS

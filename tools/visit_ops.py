@@ -24,7 +24,7 @@ from gemcut.bench.prefill_cases import prefill_cases
 from gemcut.engine.cache import PREFILL_CHUNK
 from gemcut.engine.info import find_config
 from gemcut.kernels import reference
-from gemcut.tools.compile_report import Launch, recorded
+from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.visit import Visit
 
 MODELS = ("vaultgemma-1b", "gemma-2-2b", "gemma-2-9b")

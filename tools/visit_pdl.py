@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gemcut import kernels
 from gemcut.bench.timing import Spread, capture, time_replays
-from gemcut.tools.compile_report import Launch, recorded
 from gemcut.tools.dependent_launch import SKINNY, chained, partials, swapped
+from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import bits
 

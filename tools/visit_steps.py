@@ -19,7 +19,7 @@ from gemcut.engine.hub import DEMO
 from gemcut.engine.model import Gemma
 from gemcut.engine.weights import empty_weights
 from gemcut.tools import visit_bits
-from gemcut.tools.compile_report import Launch, recorded
+from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.profile_step import WARM_UP, DecodeStep, Profile, breakdown, measure
 from gemcut.tools.visit import Visit
 
