@@ -13,12 +13,12 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Callable
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
 from gemcut.bench.contest import report_settings
+from gemcut.bench.machine import gemcut_version
 from gemcut.bench.models import Setup, add_model_arguments, choose_setup
 from gemcut.bench.peers import GEMCUT
 from gemcut.bench.results import INTERRUPTED, OK, Results, Row, metric, print_table
@@ -141,7 +141,7 @@ def _row(setup: Setup, batch: int, caller: str, times: list[float]) -> Row:
     return {
         "case": f"{setup.name}/batch={batch}/{caller}",
         "contestant": GEMCUT,
-        "version": version("gemcut"),
+        "version": gemcut_version(),
         "settings": f"Engine.{caller}, steps that take no time",
         "status": OK,
         "detail": "",

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -51,14 +52,28 @@ def device_name(device: torch.device) -> str:
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """The version of each package that is installed."""
+    """The version of each package that is installed; gemcut always has one."""
     found = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            found[package] = gemcut_version() if package == "gemcut" else version(package)
         except PackageNotFoundError:
             continue
     return found
+
+
+def gemcut_version() -> str:
+    """Of the installed package, or of a checkout that runs without being installed."""
+    try:
+        return version("gemcut")
+    except PackageNotFoundError:
+        pass
+    try:
+        project = (CHECKOUT / "pyproject.toml").read_text()
+    except OSError:
+        return "unknown"
+    found = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
+    return found[1] if found else "unknown"
 
 
 def cpu_model() -> str:

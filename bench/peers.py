@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gemcut.bench.machine import gemcut_version
 from gemcut.bench.models import Setup, require_memory
 from gemcut.bench.timing import clock
 from gemcut.engine import Engine, SamplingParams
@@ -109,7 +110,7 @@ class Gemcut:
         model = setup.model
         slot = slot_bytes(setup.config, workload.length, PREFILL_CHUNK, setup.dtype)
         require_memory(setup.device, {"cache": workload.batch * slot})
-        self.version = version("gemcut")
+        self.version = gemcut_version()
         self.settings = f"Engine.generate, {model.ops.__name__.rpartition('.')[2]} ops"
         self.engine = Engine(
             model,

@@ -22,13 +22,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from gemcut.bench.ceilings import measure_ceilings
 from gemcut.bench.contest import make_prompt, report_settings
+from gemcut.bench.machine import gemcut_version
 from gemcut.bench.models import Setup, add_model_arguments, choose_setup, require_memory
 from gemcut.bench.peers import GEMCUT
 from gemcut.bench.results import (
@@ -211,7 +211,7 @@ def _run_rate(results: Results, setup: Setup, arguments: argparse.Namespace, rat
     row = {
         "case": f"{setup.name}/rate={rate:g}",
         "contestant": GEMCUT,
-        "version": version("gemcut"),
+        "version": gemcut_version(),
         "settings": "Engine.stream, a thread for each request",
         "status": OK,
         "detail": "",

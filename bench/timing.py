@@ -3,11 +3,14 @@ ratios within the round alone.
 
     take_turns      whole runs of an engine, which return values on the host
     time_runs       single ops: microseconds a call, cold and warm
+    time_replays    one graph, replayed many times in a row
 
 An op is timed in runs of many calls.  Cold, the calls rotate over input sets that together exceed
 the last-level cache, as the layers of a model do; warm, all take the first set.  On a GPU a run is
-one CUDA graph between two events, so that no launch gap is in it; what cannot be captured is timed
-as a stream of launches, and says so.  On a CPU it is a loop under a wall clock.
+one CUDA graph between two events, so that the host is not in it.  The gaps between kernels are:
+each node of a graph costs about a microsecond on the device, which tools/visit_machine.py measures.
+What cannot be captured is timed as a stream of launches, and says so.  On a CPU a run is a loop
+under a wall clock.
 """
 
 import math
@@ -15,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,8 +81,12 @@ def prepare_runs(calls: Sequence[Call], device: torch.device) -> Runs:
     """Runs of one contestant, given as one call for each input set."""
     count = _calls_of_a_run(calls, device)
     cold, method = _prepare([calls[i % len(calls)] for i in range(count)], device)
-    warm, _ = _prepare([calls[0]] * count, device)
-    return Runs(cold, warm, method, count)
+
+    @cache  # captured when it is first asked for: tuning never does, and a capture takes a second
+    def warm() -> Run:
+        return _prepare([calls[0]] * count, device)[0]
+
+    return Runs(cold, lambda: warm()(), method, count)
 
 
 def time_runs(contestants: Mapping[str, Runs], rounds: int) -> dict[str, Timing]:
@@ -92,6 +100,25 @@ def time_runs(contestants: Mapping[str, Runs], rounds: int) -> dict[str, Timing]
         cold, warm = ([1e6 * round_[name][i] / runs.calls for round_ in measured] for i in range(2))
         timings[name] = Timing(cold, warm, runs.method, runs.calls)
     return timings
+
+
+def time_replays(
+    replay: Call, count: int, rounds: int, device: torch.device, reset: Call = lambda: None
+) -> list[float]:
+    """Microseconds of one of `count` replays in a row, round by round; a reset begins a round.
+
+    In a row, since the device waits for the host's first launch, and for no later one.
+    """
+    found = []
+    for _ in range(rounds):
+        reset()
+        synchronize(device)
+        run = [replay] * count
+        seconds = (
+            _between_events(lambda run=run: _make(run)) if device.type == "cuda" else _loop(run)
+        )
+        found.append(1e6 * seconds / count)
+    return found
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:

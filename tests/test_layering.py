@@ -23,6 +23,8 @@ LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/peers.py", "transfo
 LATE |= {("engine/loading.py", "gemcut.kernels.interpreter")}
 LATE |= {("bench/cli.py", "gemcut.bench.page"), ("bench/compiled_gemma.py", "torchao")}
 LATE |= {("bench/peers.py", "gemcut.bench.compiled_gemma")}
+# torch, in the processes of a visit alone
+LATE |= {("tools/visit.py", "torch"), ("tools/visit.py", "gemcut.engine.loading")}
 # a peer's arrays, files and templates, which not every user has
 LATE |= {("engine/transformers_api/batch_encoding.py", "jax.numpy")}
 LATE |= {("engine/transformers_api/vocabularies.py", "tokenizers")}

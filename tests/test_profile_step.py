@@ -54,7 +54,8 @@ def test_command_finds_every_op_of_a_step(capsys, tmp_path):
     command = ["--device", "cpu", "--batch", "2", "--context", "20", "--steps", "2"]
     assert profile_step.main([*command, "--out", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "a step takes" in out
+    assert "profiled, a step takes" in out
+    assert "without the profiler a step takes" in out
 
     report = json.loads((folder / "breakdown.json").read_text())
     launches = {line["kernel"]: line["launches"] for line in report["lines"]}
@@ -62,9 +63,11 @@ def test_command_finds_every_op_of_a_step(capsys, tmp_path):
     assert launches["attention_decode"] == launches["linear_geglu"] == layers
     assert launches["linear_rope_and_store_"] == layers
     assert launches["skinny_linear"] == 2 * layers
-    assert launches["lm_head"] == launches["sample"] == launches["embed"] == 1
+    assert launches["lm_head_argmax"] == launches["advance_"] == launches["embed"] == 1
+    assert report["step_us"]["low"] > 0
+    assert len(report["step_us"]["all"]) == profile_step.ROUNDS
     events = json.loads((folder / "step.json").read_text())["traceEvents"]
-    assert any(event.get("name") == "op lm_head" for event in events)
+    assert any(event.get("name") == "op lm_head_argmax" for event in events)
 
 
 @pytest.mark.parametrize(

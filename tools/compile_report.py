@@ -5,8 +5,8 @@
     python -P -m gemcut.tools.compile_report --models gemma-3-1b --parts sm_80 sm_120
 
 No GPU is needed.  The real model runs, on fake tensors, and each launch is written down instead of
-made; so what is compiled is what the engine launches, tile and argument for argument.  Exits with 1
-where a rule is broken:
+made (launches.py); so what is compiled is what the engine launches, tile and argument for argument.
+Exits with 1 where a rule is broken:
 
     no spills           no local memory: registers suffice
     shared memory       within what one block may have on that part
@@ -25,73 +25,36 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
 import triton
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from gemcut import kernels
-from gemcut.engine.cache import PREFILL_CHUNK, KVCache
-from gemcut.engine.config import PUBLISHED, ModelConfig
-from gemcut.engine.graph import ROWS
-from gemcut.engine.model import Gemma
-from gemcut.engine.sampler import FULL, GREEDY
-from gemcut.engine.sampling_params import MAX_DRAFT
-from gemcut.engine.slot_state import SlotState
-from gemcut.engine.steps import Steps
-from gemcut.engine.weights import empty_weights
-from gemcut.kernels import parts
+from gemcut.engine.config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import SHARED_MEMORY
+from gemcut.tools.launches import CAPABILITY, Launch, launches
+from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
 
 MODELS: tuple[str, ...] = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 MODELS += ("vaultgemma-1b", "gemma-3-1b")
 QUICK = {"models": ["gemma-2-2b"], "parts": ["sm_90"]}
-CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
-CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-BATCHES = (1, 2, 4, 8, 16)  # those of 8 and less verify drafts too
-MAX_SEQ_LEN = 8192
 # kernels that move too little for the width of a load to matter
 SMALL = {"rope_tables_kernel", "advance_kernel"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a cached result
-TYPE_NAMES = {
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*u1",
-}
 COUNTED = {
     "tensor_core": r"\bHMMA|HGMMA|UTC\w*MMA",
     "hgmma": r"HGMMA",
     "wide_loads": r"\bLDG\.E[\w.]*\.128|LDGSTS[\w.]*\.128|UTMALDG|UBLKCP",
 }
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel as the compiler sees it: types, constants, and what 16 divides."""
-
-    module: str
-    kernel: str
-    part: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[int, Any], ...]
-    divisible: tuple[int, ...]
-    options: tuple[tuple[str, int], ...]
 
 
 @dataclass
@@ -108,6 +71,8 @@ class Cell:
     instructions: dict[str, int] = field(default_factory=dict)
     multiplies: bool = False
     narrow_products: list[str] = field(default_factory=list)
+    loops: list[Loop] = field(default_factory=list)
+    tail_cycles: int = 0  # from the loop that multiplies to the end
     seconds: float = 0.0
     error: str | None = None
 
@@ -131,87 +96,6 @@ class Cell:
             yield f"a 32-bit product: {line}"
 
 
-def launches(config: ModelConfig, name: str) -> set[Launch]:
-    """What a model launches on a part: a prefill chunk, decode steps, every choice of tokens."""
-    with recorded(name) as found:
-        _run(config)
-    return found
-
-
-@contextmanager
-def recorded(name: str) -> Iterator[set[Launch]]:
-    """Fake tensors on a part, and what is launched on them: written down instead of made."""
-    found: set[Launch] = set()
-
-    def record(kernel: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
-        found.add(_launch(kernel, name, arguments))
-
-    parts._generation.cache_clear()
-    capability = mock.Mock(return_value=CAPABILITY[name])
-    with (
-        FakeTensorMode(),
-        mock.patch.object(torch.cuda, "get_device_capability", capability),
-        mock.patch.object(torch.cuda, "current_device", return_value=0),
-        mock.patch.object(JITFunction, "run", record),
-    ):
-        yield found
-    parts._generation.cache_clear()
-
-
-def _run(config: ModelConfig) -> None:
-    device, dtype = torch.device("cuda", 0), torch.bfloat16
-    # six layers show every kind: Gemma 3 has a global one in six
-    config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
-    model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
-    cache = KVCache(
-        config,
-        num_slots=max(BATCHES),
-        max_seq_len=min(MAX_SEQ_LEN, config.context_length),
-        prefill_chunk=PREFILL_CHUNK,
-        device=device,
-        dtype=dtype,
-    )
-    model.prefill(torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device), cache, slot=0)
-    steps = Steps(model, cache, SlotState(max(BATCHES), config.vocab_size, device))
-    for batch in BATCHES:
-        slots = torch.empty(batch, dtype=torch.int64, device=device)
-        steps.logits(slots)
-        for features in (GREEDY, FULL):
-            steps.decode(slots, features)
-            if (drafts := min(MAX_DRAFT, ROWS // batch - 1)) > 0:
-                steps.verify(slots, torch.empty_like(slots).expand(drafts, -1).mT, features)
-
-
-def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch:
-    """Specialised as Triton's own launcher does: None and 1 are constants, 16 is a divisor."""
-    signature, constants, divisible = [], [], []
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        plain = parameter.do_not_specialize
-        is_one = type(value) is int and value == 1 and not plain
-        if parameter.is_constexpr or value is None or is_one:
-            kind = "constexpr"
-            constants.append((index, value))
-        elif isinstance(value, torch.Tensor):
-            kind = TYPE_NAMES[value.dtype]
-            divisible.append(index)  # torch allocates at multiples of 512 bytes
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not plain:
-                divisible.append(index)
-        signature.append((parameter.name, kind))
-    options = {k: arguments[k] for k in OPTIONS if k in arguments}
-    return Launch(
-        kernel.fn.__module__,
-        kernel.fn.__name__,
-        name,
-        tuple(signature),
-        tuple(constants),
-        tuple(divisible),
-        tuple(options.items()),
-    )
-
-
 def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cell:
     """Compile one launch and read what the compiler made of it.
 
@@ -220,21 +104,10 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     names = [name for name, _ in launch.signature]
     tile = {names[i]: value for i, value in launch.constants if names[i].startswith("BLOCK")}
     cell = Cell(launch.kernel, launch.part, tile | dict(launch.options), models)
-    kernel = getattr(import_module(launch.module), launch.kernel)
-    major, minor = CAPABILITY[launch.part]
     knobs.compilation.always_compile = fresh  # a cached result would take no seconds
     started = time.perf_counter()
     try:
-        compiled = triton.compile(
-            ASTSource(
-                fn=kernel,
-                signature=dict(launch.signature),
-                constexprs={(index,): value for index, value in launch.constants},
-                attrs=_attributes(launch, kernel),
-            ),
-            target=GPUTarget("cuda", 10 * major + minor, 32),
-            options={**dict(launch.options), "enable_fp_fusion": True},
-        )
+        compiled = compiled_kernel(launch)
     except Exception as error:  # whatever a compiler of somebody else's may raise: it is reported
         cell.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return cell
@@ -245,9 +118,30 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     cell.spill_bytes = spilled(stack, compiled.asm["ptx"])
     cell.shared_bytes = compiled.metadata.shared
     cell.instructions = {name: len(re.findall(regex, code)) for name, regex in COUNTED.items()}
+    if launch.part == "sm_90":  # whose encoding machine_code.py reads
+        instructions = parse(code)
+        cell.loops = find_loops(instructions)
+        main = [loop.end for loop in cell.loops if loop.multiplies]
+        cell.tail_cycles = tail_cycles(instructions, main[0]) if main else 0
     cell.multiplies = "tt.dot" in compiled.asm["ttir"]
     cell.narrow_products = narrow_products(compiled.asm["ttir"])
     return cell
+
+
+def compiled_kernel(launch: Launch) -> Any:
+    """Triton's compiled kernel, as its launcher would make it; from its cache where it is there."""
+    kernel = getattr(import_module(launch.module), launch.kernel)
+    major, minor = CAPABILITY[launch.part]
+    return triton.compile(
+        ASTSource(
+            fn=kernel,
+            signature=dict(launch.signature),
+            constexprs={(index,): value for index, value in launch.constants},
+            attrs=_attributes(launch, kernel),
+        ),
+        target=GPUTarget("cuda", 10 * major + minor, 32),
+        options={**dict(launch.options), "enable_fp_fusion": True},
+    )
 
 
 def _attributes(launch: Launch, kernel: JITFunction) -> dict[tuple[int], list]:

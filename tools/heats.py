@@ -20,7 +20,7 @@ from gemcut.bench.timing import Call, Runs, clock, prepare_runs, take_turns
 from gemcut.kernels.parts import part
 from gemcut.tools.search_space import Candidate, Subject, Times, applied
 
-HEAT = 8  # candidates beside the rule
+HEAT = 6  # candidates beside the rule
 HEAT_ROUNDS = 5
 FINALISTS = 4
 FINAL_ROUNDS = 12

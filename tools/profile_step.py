@@ -3,10 +3,13 @@
     python -P -m gemcut.tools.profile_step --random gemma-2-2b --context 1024 --out FOLDER
     python -P -m gemcut.tools.profile_step --device cpu
 
-A step is the model's decode and the greedy choice of each row, at the end of `--context` tokens.
+A step is the engine's own: the newest token of each row goes through the model, the greatest logit
+is chosen, and the row's state is advanced.  The first one stands at the end of `--context` tokens.
 On a GPU it is replayed as one CUDA graph, or launched kernel by kernel with `--eager`; on a CPU it
-is broken into ops.  A gap is the time in which nothing runs before a kernel begins.  FOLDER gets
-step.json, to be opened in chrome://tracing or ui.perfetto.dev, and breakdown.json.
+is broken into ops.  A gap is the time in which nothing runs before a kernel begins.  The profiler
+slows what it watches: what a step takes is measured without it, by events around replays in a row
+(by a clock on a CPU).  FOLDER gets step.json, to be opened in chrome://tracing or
+ui.perfetto.dev, and breakdown.json.
 """
 
 import argparse
@@ -20,18 +23,23 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemcut.bench.account import decode_account
 from gemcut.bench.machine import describe_machine
 from gemcut.bench.models import Setup, add_model_arguments, choose_setup
-from gemcut.bench.results import print_table
-from gemcut.bench.timing import capture, synchronize
+from gemcut.bench.results import metric, print_table
+from gemcut.bench.timing import Spread, capture, synchronize, time_replays
 from gemcut.engine.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.checks import check_int
 from gemcut.engine.model import Gemma
+from gemcut.engine.sampler import GREEDY
+from gemcut.engine.slot_state import SlotState
+from gemcut.engine.steps import Steps
 
 WARM_UP = 3  # steps before the profile
+ROUNDS = 10  # of timed steps
 LONGEST_NAME = 48  # of a kernel, in the table
 OP = "op "  # how spans of ops begin
 
@@ -73,26 +81,48 @@ def break_down(spans: Iterable[Span], steps: int) -> list[Line]:
     return sorted(lines.values(), key=lambda line: -line.us)
 
 
-def make_step(setup: Setup, batch: int, context: int) -> Callable[[], object]:
-    """A decode step of `batch` rows, each at the end of `context` tokens of random keys."""
+class DecodeStep:
+    """A decode step as the engine makes it: the greedy choice of each row begins the next step."""
+
+    def __init__(self, model: Gemma, batch: int, context: int, room: int) -> None:
+        """Rows at the end of `context` tokens of random keys; `room` steps fit behind these."""
+        config, device = model.config, model.device
+        # capacities that 16 divides get other variants of the kernels than those it does not
+        capacity = -(-(context + room) // 16) * 16
+        self.cache = KVCache(
+            config,
+            num_slots=batch,
+            max_seq_len=capacity,
+            prefill_chunk=PREFILL_CHUNK,
+            device=device,
+            dtype=model.dtype,
+        )
+        for layer in self.cache.layers:
+            layer.k.normal_()
+            layer.v.normal_()
+        self.state = SlotState(batch, config.vocab_size, device)
+        self.state.limits.fill_(capacity + 1)
+        self.steps = Steps(model, self.cache, self.state)
+        self.slots = torch.arange(batch, device=device)
+        self._begin = torch.full((2, batch), context - 1, device=device)  # tokens, positions
+        self._begin.select(0, 0).random_(4, config.vocab_size)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to where the first step began; without a launch of its own in a step."""
+        self.state.newest.narrow(1, 0, self._begin.shape[1]).copy_(self._begin)
+
+    def run(self) -> Tensor:
+        """One step: the ids [batch] that were chosen."""
+        return self.steps.decode(self.slots, GREEDY)
+
+
+def make_step(setup: Setup, batch: int, context: int, room: int) -> DecodeStep:
+    """A step of the model asked for; on a CPU its ops are seen by the profiler."""
     model = setup.model
     if setup.device.type != "cuda":
         model = Gemma(setup.config, model.weights, _spanned(model.ops))
-    cache = KVCache(
-        setup.config,
-        num_slots=batch,
-        max_seq_len=context,
-        prefill_chunk=PREFILL_CHUNK,
-        device=setup.device,
-        dtype=setup.dtype,
-    )
-    for layer in cache.layers:
-        layer.k.normal_()
-        layer.v.normal_()
-    token_ids = torch.randint(4, setup.config.vocab_size, (batch,), device=setup.device)
-    slots = torch.arange(batch, device=setup.device)
-    positions = torch.full_like(slots, context - 1)
-    return lambda: model.ops.sample(model.decode(token_ids, cache, slots, positions))
+    return DecodeStep(model, batch, context, room)
 
 
 def _spanned(ops: ModuleType) -> Any:
@@ -110,11 +140,17 @@ def _spanned(ops: ModuleType) -> Any:
 
 
 def profile_steps(
-    step: Callable[[], object], steps: int, device: torch.device, trace: Path | None
+    step: Callable[[], object],
+    steps: int,
+    device: torch.device,
+    trace: Path | None,
+    reset: Callable[[], object],
 ) -> list[Span]:
-    """The spans of so many steps, one after the other."""
+    """The spans of so many steps, one after the other, from a reset on."""
+    reset()
     for _ in range(WARM_UP):
         step()
+    reset()
     synchronize(device)
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -148,45 +184,77 @@ def print_breakdown(lines: Sequence[Line], step_bytes: int) -> None:
     ]
     print_table(["", "launches", "us each", "us a step", "share", "gaps before"], rows)
     print(
-        f"a step takes {busy + gaps:.1f} us: {busy:.1f} of kernels and {gaps:.1f} of gaps "
-        f"({gaps / (busy + gaps):.1%}); its {step_bytes / 1e6:.1f} MB make "
+        f"profiled, a step takes {busy + gaps:.1f} us: {busy:.1f} of kernels and {gaps:.1f} of "
+        f"gaps ({gaps / (busy + gaps):.1%}); its {step_bytes / 1e6:.1f} MB make "
         f"{step_bytes / (busy + gaps) / 1e3:.0f} GB/s"
     )
 
 
+@dataclass
+class Profile:
+    """What a step takes by the clock or by events, round by round, and what it consists of."""
+
+    step_us: list[float]
+    lines: list[Line]
+    step_bytes: int
+
+
 @torch.inference_mode()
+def measure(
+    setup: Setup,
+    batch: int,
+    context: int,
+    steps: int,
+    eager: bool = False,
+    trace: Path | None = None,
+) -> Profile:
+    """Time and profile a step of the model asked for; MemoryError says what is missing."""
+    step = make_step(setup, batch, context, room=steps + WARM_UP)
+    replay: Callable[[], object] = step.run
+    if setup.device.type == "cuda" and not eager:
+        replay = capture([step.run]).replay
+    step.reset()
+    replay()
+    step_us = time_replays(replay, steps, ROUNDS, setup.device, step.reset)
+    spans = profile_steps(replay, steps, setup.device, trace, step.reset)
+    account = decode_account(setup.config, batch=batch, context=context, dtype=setup.dtype)
+    return Profile(step_us, break_down(spans, steps), account.total)
+
+
+def breakdown(setup: Setup, batch: int, context: int, profile: Profile) -> dict[str, Any]:
+    """A profile as it is kept in a file."""
+    return {
+        "machine": describe_machine(setup.device),
+        "model": setup.name,
+        "batch": batch,
+        "context": context,
+        "step_bytes": profile.step_bytes,
+        "step_us": metric(profile.step_us),
+        "lines": [asdict(line) for line in profile.lines],
+    }
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Profile the model asked for; ValueError and MemoryError say what is wrong in one line."""
     setup = choose_setup(arguments)
-    check_int("batch", arguments.batch, 1, 4096)
-    check_int("context", arguments.context, 2, setup.config.context_length)
+    batch, context, out = arguments.batch, arguments.context, arguments.out
+    check_int("batch", batch, 1, 4096)
+    check_int("context", context, 2, setup.config.context_length)
     check_int("steps", arguments.steps, 1, 10**4)
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-
-    step = make_step(setup, arguments.batch, arguments.context)
-    if setup.device.type == "cuda" and not arguments.eager:
-        step = capture([step]).replay
-    trace = None if arguments.out is None else arguments.out / "step.json"
-    lines = break_down(profile_steps(step, arguments.steps, setup.device, trace), arguments.steps)
-    account = decode_account(
-        setup.config, batch=arguments.batch, context=arguments.context, dtype=setup.dtype
-    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    trace = None if out is None else out / "step.json"
+    profile = measure(setup, batch, context, arguments.steps, arguments.eager, trace)
     print(
         f"{setup.name}, {setup.config.num_layers} layers, {setup.dtype_name} on {setup.device}, "
-        f"batch {arguments.batch}, context {arguments.context}, mean of {arguments.steps} steps"
+        f"batch {batch}, context {context}, mean of {arguments.steps} steps"
     )
-    print_breakdown(lines, account.total)
-    if arguments.out is not None:
-        report = {
-            "machine": describe_machine(setup.device),
-            "model": setup.name,
-            "batch": arguments.batch,
-            "context": arguments.context,
-            "step_bytes": account.total,
-            "lines": [asdict(line) for line in lines],
-        }
-        (arguments.out / "breakdown.json").write_text(json.dumps(report, indent=1) + "\n")
+    print_breakdown(profile.lines, profile.step_bytes)
+    us = Spread.of(profile.step_us)
+    print(f"without the profiler a step takes {us.median:.1f} us ({us.low:.1f} - {us.high:.1f})")
+    if out is not None:
+        content = json.dumps(breakdown(setup, batch, context, profile), indent=1)
+        (out / "breakdown.json").write_text(content + "\n")
     return 0
 
 

@@ -27,7 +27,7 @@ from gemcut.engine.info import find_config
 from gemcut.kernels import tiles
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import Key, Tile
-from gemcut.tools.compile_report import Launch, recorded
+from gemcut.tools.launches import Launch, recorded
 
 # rows of a decode step and tokens in the cache; tokens of a prompt, alone and as its last chunk
 DECODE = Grid((1, 16), (1024, 8192), (), 1, PREFILL_CHUNK)
@@ -48,6 +48,8 @@ class Candidate:
     registers: int = 0  # the most of its launches, and so on
     spill_bytes: int = 0
     shared_bytes: int = 0
+    predicted_us: list[float] = field(default_factory=list)  # of each decode case
+    predicted_ratio: float = 1.0  # to the rule's
     us: Times = field(default_factory=dict)
     ratios: list[float] = field(default_factory=list)  # of its time to the rule's, by round
 
@@ -74,6 +76,10 @@ class Subject:
     @property
     def models(self) -> list[str]:
         return list(dict.fromkeys(case.model for case in self.cases))
+
+    def decode_cases(self) -> list[Case]:
+        """The cases of which a time can be predicted."""
+        return [case for case in self.cases if case.phase == "decode"]
 
     def left(self) -> list[Candidate]:
         """The candidates that may still be tried."""
@@ -167,19 +173,35 @@ def candidate_tiles(key: Key, part: str) -> list[Tile]:
     return ([in_use] if in_use else []) + [tile for tile in found if tile != in_use]
 
 
-# A program keeps 24 to 96 KB of its weights in flight: 132 programs then cover 0.7 us of 4.8 TB/s
-# up to four times.  A thread loads 16 to 128 bytes of a step.
-IN_FLIGHT = range(24 << 10, (96 << 10) + 1)
+# Bytes of weights that a program keeps on their way, and least of all programs of a processor: at a
+# latency of 0.7 us that is 4.8 TB/s over 132 of them.
+IN_FLIGHT = range(16 << 10, (128 << 10) + 1)
+LEAST_IN_FLIGHT = 32 << 10
+# what bounds the programs of a processor before anything is compiled, on parts that have most
+PROCESSOR_SHARED, MOST_AT_ONCE = 228 << 10, 8
+BLOCK_M = 16
+THREAD_BYTES = range(32, 256 + 1)  # that a thread loads in a step
 
 
-def _products(block: str, sizes: Sequence[int], rows: int, _: tuple[int, ...]) -> Iterator[Tile]:
-    """Tiles of a skinny product, in which a program streams `rows` rows for each of its block."""
-    for size, block_d, num_warps, num_stages in product(
-        sizes, (128, 256, 512), (2, 4, 8), (3, 4, 6, 8)
+def _products(
+    block: str, rows: int, splits: Sequence[int], shape: tuple[int, ...]
+) -> Iterator[Tile]:
+    """Tiles of a product of few rows, in which a program streams `rows` rows for each of its block.
+
+    64 rows are a warpgroup's; a sum over columns may be cut into `splits` parts.
+    """
+    for size, block_d, num_warps, num_stages, parts in product(
+        (32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5, 6), splits
     ):
-        step = 2 * rows * size * block_d
-        if step * (num_stages - 1) in IN_FLIGHT and 16 <= step // (32 * num_warps) <= 128:
-            yield {block: size, "BLOCK_D": block_d, **_options(num_warps, num_stages)}
+        step = 2 * size * block_d
+        in_flight = step * (num_stages - 1)
+        shared = 2 * (size + BLOCK_M) * block_d * num_stages + 1024
+        at_once = min(PROCESSOR_SHARED // shared, MOST_AT_ONCE)
+        if step // (32 * num_warps) not in THREAD_BYTES or in_flight not in IN_FLIGHT:
+            continue
+        if at_once * in_flight >= LEAST_IN_FLIGHT and parts * block_d <= shape[1]:
+            cut = {"SPLITS": parts} if len(splits) > 1 else {}
+            yield {block: size // rows, "BLOCK_D": block_d, **cut, **_options(num_warps, num_stages)}
 
 
 def _decode_attention(shape: tuple[int, ...]) -> Iterator[Tile]:
@@ -208,11 +230,10 @@ def _options(num_warps: int, num_stages: int) -> Tile:
 
 # in the order of the bytes that a decode step reads for them
 CANDIDATES = {
-    "norm_linear_geglu": partial(_products, "BLOCK_N", (8, 16, 32), 2),
-    "skinny_linear": partial(_products, "BLOCK_N", (8, 16, 32), 1),
-    "lm_head": partial(_products, "BLOCK_V", (16, 32, 64, 128), 1),
-    "norm_qkv": partial(_products, "BLOCK_I", (8, 16, 32), 2),
-    "norm_linear": partial(_products, "BLOCK_N", (8, 16, 32), 1),
+    "linear_geglu": partial(_products, "BLOCK_F", 2, (1,)),
+    "skinny_linear": partial(_products, "BLOCK_N", 1, (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)),
+    "lm_head": partial(_products, "BLOCK_V", 1, (1,)),
+    "linear_rope_and_store": partial(_products, "BLOCK_I", 2, (1,)),
     "attention_decode": _decode_attention,
     "attention_prefill": _prefill_attention,
 }

@@ -6,6 +6,7 @@
 
 Candidates (search_space.py) are compiled first, for any part and on any machine; those that spill,
 take too much shared memory or break another rule of compile_report.py are dropped.  The rest are
+put in the order of their predicted times (ranking.py),
 held to the oracle and timed on the GPU at hand, in heats beside the kernel's own rule (heats.py).
 A kernel has one tile for every batch, so a candidate is judged by one number: the geometric mean,
 over the shape's cases, of its time over the rule's.
@@ -40,8 +41,10 @@ from gemcut.engine.config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import SHARED_MEMORY, part
 from gemcut.kernels.tiles import Key, Measured, Tile
-from gemcut.tools.compile_report import Cell, Launch, compile_launch
+from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.heats import NO_TIME, tune
+from gemcut.tools.launches import Launch
+from gemcut.tools.ranking import rank
 from gemcut.tools.search_space import (
     CANDIDATES,
     COMPILED,
@@ -60,22 +63,29 @@ MOST_REGISTERS = 255  # of a thread, on any part
 # What the compiler makes of candidates
 
 
-def compile_candidates(subjects: Sequence[Subject], name: str, jobs: int, ends: float) -> None:
-    """Drop the candidates that break a rule of the compile report, or wait beyond `ends`."""
+def compile_candidates(
+    subjects: Sequence[Subject], name: str, jobs: int, ends: float, predicted: bool = False
+) -> None:
+    """Drop the candidates that break a rule of the compile report, or wait beyond `ends`.
+
+    With `predicted` the rest are put in the order of their predicted times.
+    """
     # spawned: a fork would inherit torch's threads
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        compile_untried(pool, subjects, name, ends)
+        cells = compile_untried(pool, subjects, name, ends)
         for candidate in (candidate for subject in subjects for candidate in subject.candidates):
             if candidate.spill_bytes and "maxnreg" not in candidate.tile:
                 # ptxas aims for many programs on a processor, and rather spills a few bytes
                 candidate.tile = {**candidate.tile, "maxnreg": MOST_REGISTERS}
                 candidate.status = UNTRIED
-        compile_untried(pool, subjects, name, ends)
+        cells |= compile_untried(pool, subjects, name, ends)
+        for subject in subjects if predicted else ():
+            rank(subject, name, cells, pool)
 
 
 def compile_untried(
     pool: ProcessPoolExecutor, subjects: Sequence[Subject], name: str, ends: float
-) -> None:
+) -> dict[Launch, Cell]:
     """Compile what untried candidates launch, and note what became of them."""
     wanted: list[tuple[Candidate, set[Launch]]] = []
     for subject in subjects:
@@ -96,6 +106,7 @@ def compile_untried(
     for candidate, launched in wanted:
         cells = [futures[launch].result() for launch in launched if futures[launch] in done]
         note(candidate, cells, in_time=len(cells) == len(launched))
+    return {launch: future.result() for launch, future in futures.items() if future in done}
 
 
 def note(candidate: Candidate, cells: Sequence[Cell], in_time: bool) -> None:
@@ -130,6 +141,7 @@ def _row(subject: Subject, candidate: Candidate) -> Row:
         "tile": candidate.tile,
         "registers": candidate.registers,
         "shared_bytes": candidate.shared_bytes,
+        "predicted_us": candidate.predicted_us,
         "won": candidate is subject.winner,
     }
     if candidate.ratios:
@@ -175,12 +187,14 @@ def print_left(subject: Subject) -> None:
 
 
 def print_candidates(subject: Subject) -> None:
-    """The candidates that are left, with what they take."""
-    for candidate in subject.left():
-        print(
-            f"    {candidate.name:<64}{candidate.registers:>5} registers"
-            f"{candidate.shared_bytes / 1024:>5.0f} KB"
-        )
+    """The rule and the candidates that are left, with what they take."""
+    for candidate in (subject.rule, *subject.left()):
+        taken = f"{candidate.registers:>5} registers{candidate.shared_bytes / 1024:>5.0f} KB"
+        if candidate is subject.rule:
+            taken = " " * 22
+        us = "".join(f"{us:>9.2f}" for us in candidate.predicted_us[:2])
+        ratio = f"{us} us predicted, {candidate.predicted_ratio:.2f} of the rule's" if us else ""
+        print(f"    {candidate.name:<64}{taken}{ratio}")
 
 
 def print_winner(subject: Subject) -> None:
@@ -281,7 +295,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if not INTERPRETED:  # in half of the time, where the other half is for timing
             share = 1 if arguments.compile_only else 2
-            compile_candidates(subjects, name, arguments.jobs, clock() + (ends - clock()) / share)
+            compile_ends = clock() + (ends - clock()) / share
+            compile_candidates(subjects, name, arguments.jobs, compile_ends, predicted=True)
         if arguments.compile_only:
             for subject in subjects:
                 results.add(*rows(subject))

@@ -1,0 +1,141 @@
+"""The time that a launch takes on a GPU, from its grid and the machine code of its loops.
+
+A launch is a fluid: each program waits (start, prologue, first load), then drains its bytes at the
+rate of its slowest limit, then ends.  A program's step takes the longest of
+
+    the cycles of one pass through its main loop            machine_code.py
+    the issue slots of all programs on its processor        four schedulers of ISSUE each
+    a memory latency over the steps that are in flight      stages - 1
+
+and all programs together get no more than the bandwidth of memory and of L2.  Programs beyond what
+fits start as others end.  Nothing else is modelled: no cache but L2, no clock that moves.
+
+The constants stand in machine.py.
+"""
+
+from dataclasses import dataclass
+
+from gemcut.tools.machine import H200, Machine
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A launch whose programs stream a matrix; all of one size."""
+
+    programs: int
+    steps: float  # of a program
+    step_bytes: float  # of memory
+    cycles: float  # of a step of one program alone
+    instructions: float  # of one warp in a step
+    num_warps: int
+    stages: int
+    at_once: int  # programs on a processor
+    l2_bytes: float = 0.0  # of a step, beside step_bytes
+    before_us: float = 0.0  # of a program, before its first load
+    end_us: float = 0.0  # of a program, after its last step
+
+
+@dataclass
+class _Group:
+    """Processors in the same state, each with some programs: [number, us to wait, bytes left]."""
+
+    processors: int
+    programs: list[list[float]]
+
+
+def stream_us(stream: Stream, machine: Machine = H200) -> float:
+    """Microseconds from the start of a launch to the end of its last program."""
+    total = stream.steps * stream.step_bytes
+    wait = machine.start_us + stream.before_us + machine.fill_us
+    groups = _place(stream, machine, wait, total)
+    queue = stream.programs - sum(
+        group.processors * int(sum(number for number, _, _ in group.programs)) for group in groups
+    )
+    now = 0.0
+    while groups:
+        rates = _rates(groups, stream, machine)
+        pace = min(
+            left / rate if wait <= 0 and left > 0 else abs(wait)
+            for group, rate in zip(groups, rates, strict=True)
+            for _, wait, left in group.programs
+        )
+        now += pace
+        for group, rate in zip(groups, rates, strict=True):
+            for program in group.programs:
+                _advance(program, pace, rate, stream.end_us + machine.end_us)
+        groups, queue = _refill(groups, queue, stream, machine, total)
+    return now
+
+
+def _place(stream: Stream, machine: Machine, wait: float, total: float) -> list[_Group]:
+    """The first programs, one on each processor before any has two."""
+    each, more = divmod(stream.programs, machine.processors)
+    if each >= stream.at_once:
+        each, more = stream.at_once, 0
+    sizes = [(machine.processors - more, each), (more, each + 1)]
+    return [_Group(n, [[size, wait, total]]) for n, size in sizes if n and size]
+
+
+def _rates(groups: list[_Group], stream: Stream, machine: Machine) -> list[float]:
+    """Bytes a microsecond of one streaming program, by group."""
+    wanted, demand = [], 0.0
+    for group in groups:
+        streaming = sum(n for n, wait, left in group.programs if wait <= 0 and left > 0)
+        issue = streaming * stream.num_warps * stream.instructions / 4 / machine.issue
+        step_us = machine.us(max(stream.cycles, issue))
+        step_us = max(step_us, machine.memory_us / max(1, stream.stages - 1))
+        rate = stream.step_bytes / step_us
+        if streaming:
+            own = machine.processor_bandwidth / 1e6 / (1 + stream.l2_bytes / stream.step_bytes)
+            rate = min(rate, own / streaming)
+        wanted.append(rate)
+        demand += group.processors * streaming * wanted[-1]
+    share = 1.0
+    if demand:
+        through_l2 = demand * (1 + stream.l2_bytes / stream.step_bytes)
+        share = min(1.0, machine.bandwidth / 1e6 / demand, machine.l2_bandwidth / 1e6 / through_l2)
+    return [share * rate for rate in wanted]
+
+
+def _advance(program: list[float], us: float, rate: float, end_us: float) -> None:
+    """Let time pass: first `wait` runs down to 0, then the bytes, then a negative `wait` to 0."""
+    _, wait, left = program
+    if wait > 0:
+        program[1] = _settled(wait - us)
+    elif left > 0:
+        program[2] = left - rate * us
+        if program[2] < 1:  # bytes
+            program[1:] = [-max(end_us, 1e-6), 0.0]
+    else:
+        program[1] = min(0.0, -_settled(-wait - us))
+
+
+def _settled(us: float) -> float:
+    return us if us > 1e-9 else 0.0
+
+
+def _refill(
+    groups: list[_Group], queue: int, stream: Stream, machine: Machine, total: float
+) -> tuple[list[_Group], int]:
+    """Put waiting programs in place of those that ended; processors without any are dropped."""
+    found = []
+    for group in groups:
+        kept = [p for p in group.programs if p[2] > 0 or p[1] < 0]
+        free = stream.at_once - int(sum(number for number, _, _ in kept))
+        # a successor on a processor is started at once; only a launch has a start of its own
+        wait = stream.before_us + machine.fill_us
+        if len(kept) < len(group.programs) and queue and free:
+            full = min(group.processors, queue // free)
+            queue -= full * free
+            sizes = [(full, free)]
+            if full < group.processors:
+                sizes += [(1, queue)] if queue else []
+                queue = 0
+            for processors, size in sizes:
+                if processors:
+                    copies = [list(program) for program in kept]
+                    found.append(_Group(processors, [*copies, [size, wait, total]]))
+            group.processors -= sum(processors for processors, _ in sizes)
+        if kept and group.processors:
+            found.append(_Group(group.processors, kept))
+    return found, queue

@@ -1,0 +1,220 @@
+"""Fits the constants of machine.py to measured profiles, as tools/profile_step.py leaves them.
+
+Constants that a profile holds as such are taken from it: the gap between launches, the time of
+launches without a product, that of torch's own.  Four factors are then found by golden section, one
+after the other and all at once, again and again: of the bandwidth, of the clock, of latencies, of
+what a launch costs at its ends.  What is least is
+
+    sum over kernels of  share of the measured time * log(predicted / measured) ** 2
+
+with a small weight on log(factor) ** 2, so that a factor of which the profile says nothing stays 1.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gemcut.tools.launch_time import main_loop
+from gemcut.tools.launches import Made
+from gemcut.tools.machine import H200, Machine
+from gemcut.tools.predicted_step import PredictedStep
+
+FACTORS = {
+    "bandwidth": ("bandwidth",),
+    "clock": ("ghz", "processor_bandwidth", "l2_bandwidth"),
+    "latency": ("fill_us", "memory_us", "lookup_us", "atomic_us", "prologue_us"),
+    "ends": ("start_us", "end_us"),
+}
+RANGES = {"bandwidth": (0.6, 1.12), "clock": (0.5, 1.2), "latency": (0.4, 3.0), "ends": (0.2, 6.0)}
+HOLD = 1e-5  # weight of log(factor) ** 2
+ROUNDS = 20
+STRIDE = 20.0  # at most so many rounds at once
+SECTIONS = 16  # of a search: to 1e-3 of the range
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A measured step: by kernel the launches, the microseconds and the gaps before them."""
+
+    model: str
+    batch: int
+    context: int
+    kernels: dict[str, tuple[float, float]]  # launches, us of all
+    gaps_us: float
+
+    @property
+    def has_logits(self) -> bool:
+        return "lm_head_kernel" in self.kernels
+
+
+def read_profile(file: Path) -> Profile:
+    """The breakdown.json of tools/profile_step.py; ValueError where it is none."""
+    try:
+        report = json.loads(file.read_text())
+        lines = report["lines"]
+        profile = Profile(
+            str(report["model"]),
+            int(report["batch"]),
+            int(report["context"]),
+            {line["kernel"]: (float(line["launches"]), float(line["us"])) for line in lines},
+            sum(float(line["gap_us"]) for line in lines),
+        )
+        # where launches overlap, one may take no time of its own: it says nothing
+        timed = {name: of for name, of in profile.kernels.items() if of[1] > 0}
+        if not timed:
+            raise ValueError("it is empty")
+        if not all(launches > 0 for launches, _ in timed.values()):
+            raise ValueError("launches must be above 0")
+        return replace(profile, kernels=timed)
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{file} is no breakdown of profile_step: {reason}") from None
+
+
+Pair = tuple[Profile, PredictedStep]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A kernel of a profile: microseconds each as measured, and as predicted before and after."""
+
+    model: str
+    kernel: str
+    launches: float
+    measured_us: float
+    before_us: float
+    after_us: float
+
+
+def fit(pairs: Sequence[Pair], machine: Machine = H200) -> tuple[Machine, list[Residual]]:
+    """The machine that fits these profiles best, and what is left.
+
+    ValueError where a profile shares no product with the step that is predicted for it.
+    """
+    for profile, step in pairs:
+        if not any(main_loop(step.cell(made)) for _, made in _matched(profile, step)):
+            raise ValueError(f"no kernel of the profile of {profile.model} is one of its step's")
+    fitted = _taken(pairs, machine)
+
+    def cost(factors: dict[str, float]) -> float:
+        tried = scaled(fitted, factors)
+        found = HOLD * sum(math.log(factor) ** 2 for factor in factors.values())
+        for profile, step in pairs:
+            whole = sum(us for _, us in profile.kernels.values())
+            for name, us in _each(profile, step, tried).items():
+                launches, measured = profile.kernels[name]
+                found += measured / whole * math.log(us * launches / measured) ** 2
+        return found
+
+    logs = dict.fromkeys(FACTORS, 0.0)
+
+    def along(direction: dict[str, float], most: float, lowest: float = 0.0) -> None:
+        """Go where the cost is least on a line from here, within the ranges."""
+
+        def at(x: float) -> dict[str, float]:
+            return {
+                name: min(
+                    max(log + x * direction[name], math.log(RANGES[name][0])),
+                    math.log(RANGES[name][1]),
+                )
+                for name, log in logs.items()
+            }
+
+        def of(x: float) -> float:
+            return cost({name: math.exp(log) for name, log in at(x).items()})
+
+        x = least(of, lowest, most)
+        if of(x) < of(0.0):
+            logs.update(at(x))
+
+    for _ in range(ROUNDS):
+        before = dict(logs)
+        for name, (low, high) in RANGES.items():
+            axis = {other: float(other == name) for other in FACTORS}
+            along(axis, math.log(high) - logs[name], math.log(low) - logs[name])
+        # factors that trade against each other lie in a slanted valley: go on as this round went
+        along({name: logs[name] - before[name] for name in FACTORS}, most=STRIDE)
+    best = scaled(fitted, {name: math.exp(log) for name, log in logs.items()})
+    return best, [*_residuals(pairs, machine, best)]
+
+
+def scaled(machine: Machine, factors: dict[str, float]) -> Machine:
+    """The machine with groups of constants multiplied."""
+    return replace(
+        machine,
+        **{
+            field: getattr(machine, field) * factor
+            for name, factor in factors.items()
+            for field in FACTORS[name]
+        },
+    )
+
+
+def least(cost: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function of one valley is least, by golden section."""
+    golden = (math.sqrt(5) - 1) / 2
+    a, b = high - golden * (high - low), low + golden * (high - low)
+    at_a, at_b = cost(a), cost(b)
+    for _ in range(SECTIONS):
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - golden * (high - low)
+            at_a = cost(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + golden * (high - low)
+            at_b = cost(b)
+    return (low + high) / 2
+
+
+def _taken(pairs: Sequence[Pair], machine: Machine) -> Machine:
+    """The constants that profiles hold as such."""
+    gaps = sum(profile.gaps_us for profile, _ in pairs)
+    launches = sum(n for profile, _ in pairs for n, _ in profile.kernels.values())
+    small, torch_own = [], []
+    for profile, step in pairs:
+        by_name = {made.name: made for _, made in step.made()}
+        for name, (count, us) in profile.kernels.items():
+            made = by_name.get(name)
+            if made is None:
+                torch_own.append((count, us))
+            elif main_loop(step.cell(made)) is None:
+                small.append((count, us))
+    return replace(
+        machine,
+        launch_gap_us=gaps / launches,
+        small_us=_mean(small, machine.small_us),
+        torch_us=_mean(torch_own, machine.torch_us),
+    )
+
+
+def _mean(found: Sequence[tuple[float, float]], otherwise: float) -> float:
+    launches = sum(count for count, _ in found)
+    return sum(us for _, us in found) / launches if launches else otherwise
+
+
+def _matched(profile: Profile, step: PredictedStep) -> Iterator[tuple[int, Made]]:
+    return ((n, made) for n, made in step.made() if made.name in profile.kernels)
+
+
+def _each(profile: Profile, step: PredictedStep, machine: Machine) -> dict[str, float]:
+    """Predicted microseconds of a launch by kernel, the mean of its shapes."""
+    us: dict[str, float] = defaultdict(float)
+    launches: dict[str, int] = defaultdict(int)
+    for count, made in _matched(profile, step):
+        us[made.name] += count * step.us(made, machine)
+        launches[made.name] += count
+    return {name: us[name] / launches[name] for name in us}
+
+
+def _residuals(pairs: Sequence[Pair], before: Machine, after: Machine) -> Iterator[Residual]:
+    for profile, step in pairs:
+        old, new = _each(profile, step, before), _each(profile, step, after)
+        for name in sorted(old, key=lambda name: -profile.kernels[name][1]):
+            launches, us = profile.kernels[name]
+            yield Residual(profile.model, name, launches, us / launches, old[name], new[name])

@@ -1,0 +1,225 @@
+"""What a model launches, written down instead of made: the real model runs, on fake tensors.
+
+A `Launch` is a kernel as the compiler sees it, so that equal ones are compiled once; a `Made` one
+has its grid and sizes as well.  No GPU is needed.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from gemcut import kernels
+from gemcut.engine.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.config import ModelConfig
+from gemcut.engine.graph import ROWS
+from gemcut.engine.model import Gemma
+from gemcut.engine.sampler import FULL, GREEDY
+from gemcut.engine.sampling_params import MAX_DRAFT
+from gemcut.engine.slot_state import SlotState
+from gemcut.engine.steps import Steps
+from gemcut.engine.weights import empty_weights
+from gemcut.kernels import parts
+
+CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
+CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+BATCHES = (1, 2, 4, 8, 16)  # those of 8 and less verify drafts too
+MAX_SEQ_LEN = 8192
+FREE = ("detach", "lift_fresh", "_unsafe_view")  # of torch's ops beside views: launch nothing
+TYPE_NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*u1",  # as Triton's launcher has it
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as the compiler sees it: types, constants, and what 16 divides."""
+
+    module: str
+    kernel: str
+    part: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A launch with what only its maker knows; of torch's own ops the name alone."""
+
+    name: str
+    launch: Launch | None = None
+    grid: tuple[int, ...] = ()
+    numbers: tuple[tuple[str, int], ...] = ()  # by argument, those of constants included
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()  # of tensors, by argument
+    item_bytes: tuple[tuple[str, int], ...] = ()  # of their elements
+
+
+def launches(
+    config: ModelConfig,
+    name: str,
+    batches: Sequence[int] = BATCHES,
+    max_seq_len: int = MAX_SEQ_LEN,
+) -> set[Launch]:
+    """What a model launches on a part: a prefill chunk, decode steps, every choice of tokens.
+
+    The last of `batches` is the greatest, and so many slots there are.
+    """
+    with recorded(name) as found:
+        _run(config, batches, max_seq_len)
+    return found
+
+
+@contextmanager
+def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]:
+    """Fake tensors on a part, and what is launched on them: written down instead of made.
+
+    `made` takes every launch in order, with its grid, and torch's own ops among them.
+    """
+    found: set[Launch] = set()
+
+    def record(kernel: JITFunction, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+        launch = _launch(kernel, name, arguments)
+        found.add(launch)
+        if made is not None:
+            made.append(_made(launch, grid, arguments))
+
+    parts._generation.cache_clear()
+    capability = mock.Mock(return_value=CAPABILITY[name])
+    with (
+        FakeTensorMode(),
+        mock.patch.object(torch.cuda, "get_device_capability", capability),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(JITFunction, "run", record),
+        _Ops([] if made is None else made),
+    ):
+        yield found
+    parts._generation.cache_clear()
+
+
+class _Ops(TorchDispatchMode):
+    """Notes what torch launches itself: all but views and allocations."""
+
+    def __init__(self, made: list[Made]) -> None:
+        super().__init__()
+        self.made = made
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        returns = [r.alias_info for r in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in returns)
+        if space == "aten" and not (is_view or "empty" in name or name in FREE):
+            self.made.append(Made(name))
+        return func(*args, **(kwargs or {}))
+
+
+def _made(launch: Launch, grid: tuple[int, ...], arguments: dict[str, Any]) -> Made:
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    return Made(
+        launch.kernel,
+        launch,
+        tuple(grid),
+        tuple((k, int(v)) for k, v in arguments.items() if isinstance(v, int)),
+        tuple((k, tuple(v.shape)) for k, v in tensors.items()),
+        tuple((k, v.itemsize) for k, v in tensors.items()),
+    )
+
+
+def step_launches(
+    config: ModelConfig, part: str, *, batch: int, context: int, logits: bool = False
+) -> list[Made]:
+    """What a decode step launches, in order: `batch` rows in a cache of `context` tokens.
+
+    Tokens are the greatest logits.  With `logits` these are written before the choice, as in a
+    step that tools/profile_step.py takes.
+    """
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    made: list[Made] = []
+    with recorded(part, made):
+        model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
+        cache = KVCache(
+            config,
+            num_slots=batch,
+            max_seq_len=context,
+            prefill_chunk=PREFILL_CHUNK,
+            device=device,
+            dtype=dtype,
+        )
+        slots = torch.empty(batch, dtype=torch.int64, device=device)
+        steps = Steps(model, cache, SlotState(batch, config.vocab_size, device))
+        made.clear()  # what filled the cache
+        if logits:
+            kernels.sample(model.decode(slots, cache, slots, slots))
+        else:
+            steps.decode(slots, GREEDY)
+    return made
+
+
+def _run(config: ModelConfig, batches: Sequence[int], max_seq_len: int) -> None:
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    # six layers show every kind: Gemma 3 has a global one in six
+    config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
+    model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
+    cache = KVCache(
+        config,
+        num_slots=batches[-1],
+        max_seq_len=min(max_seq_len, config.context_length),
+        prefill_chunk=PREFILL_CHUNK,
+        device=device,
+        dtype=dtype,
+    )
+    model.prefill(torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device), cache, slot=0)
+    steps = Steps(model, cache, SlotState(batches[-1], config.vocab_size, device))
+    for batch in batches:
+        slots = torch.empty(batch, dtype=torch.int64, device=device)
+        steps.logits(slots)
+        for features in (GREEDY, FULL):
+            steps.decode(slots, features)
+            if (drafts := min(MAX_DRAFT, ROWS // batch - 1)) > 0:
+                steps.verify(slots, torch.empty_like(slots).expand(drafts, -1).mT, features)
+
+
+def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch:
+    """Specialised as Triton's own launcher does: None and 1 are constants, 16 is a divisor."""
+    signature, constants, divisible = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        plain = parameter.do_not_specialize
+        is_one = type(value) is int and value == 1 and not plain
+        if parameter.is_constexpr or value is None or is_one:
+            kind = "constexpr"
+            constants.append((index, value))
+        elif isinstance(value, torch.Tensor):
+            kind = TYPE_NAMES[value.dtype]
+            # torch allocates at multiples of 512 bytes; a view may begin elsewhere
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                divisible.append(index)
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not plain:
+                divisible.append(index)
+        signature.append((parameter.name, kind))
+    options = {k: arguments[k] for k in OPTIONS if k in arguments}
+    return Launch(
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        name,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        tuple(options.items()),
+    )

@@ -1,0 +1,83 @@
+"""The constants of a GPU from which times are predicted: one place for all of them.
+
+They are estimates for an H200 until a measured profile is fitted (`predict_step --fit`);
+bench/NOTES.md says where each comes from, and what measuring made of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+# Cycles until the result of an instruction that signals its end by a scoreboard; others are timed
+# by the stall counts in the code.  LDGSTS is the issue alone: what it brings is waited for by
+# DEPBAR, which the model of the memory accounts for.
+LATENCIES = {
+    "ATOM": 700,
+    "ATOMG": 700,
+    "BAR": 25,
+    "DEPBAR": 0,
+    "F2F": 20,
+    "F2I": 20,
+    "HGMMA": 130,
+    "I2F": 20,
+    "LDC": 40,
+    "LDG": 280,  # from L2
+    "LDGSTS": 30,
+    "LDS": 29,
+    "LDSM": 33,
+    "MUFU": 22,
+    "POPC": 20,
+    "R2UR": 15,
+    "S2R": 25,
+    "S2UR": 25,
+    "SHFL": 25,
+    "STG": 20,
+    "STS": 25,
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What times are computed from: an H200 by default."""
+
+    processors: int = 132
+    ghz: float = 1.9
+    bandwidth: float = 4.3e12  # bytes a second: the best that reading reaches, of 4.8e12 on paper
+    l2_bandwidth: float = 7e12  # bytes a second, between L2 and all processors
+    processor_bandwidth: float = 9e10  # bytes a second into one processor: 47 a cycle
+    shared_bytes: int = 233_472  # of a processor; a program takes 1024 more than it asks for
+    registers: int = 65_536  # of a processor
+    warps: int = 64  # of a processor
+    issue: float = 0.85  # the slots of a scheduler that can be filled
+    launch_gap_us: float = 1.0  # between the end of a launch and the start of the next, in a graph
+    start_us: float = 0.25  # from a launch's start to a program's first instruction
+    fill_us: float = 0.75  # a latency of memory: until the first load has come
+    memory_us: float = 0.75  # the same under load, which the steps in flight must cover
+    end_us: float = 0.5  # from a program's last step to its last store
+    reload_us: float = 0.7  # more, where something is loaded after the main loop
+    atomic_us: float = 1.3  # counting oneself, and seeing what others stored
+    prologue_us: float = 0.3  # around a loop before the main loop: a sum over warps
+    lookup_us: float = 0.6  # slot, position and query, before a key can be addressed
+    small_us: float = 2.0  # a launch without a product
+    torch_us: float = 2.0  # a launch of torch's own
+    latencies: Mapping[str, int] = field(default_factory=lambda: MappingProxyType(LATENCIES))
+
+    def us(self, cycles: float) -> float:
+        """Microseconds of so many cycles."""
+        return cycles / self.ghz / 1e3
+
+    def programs_at_once(self, shared_bytes: int, registers: int, num_warps: int) -> int:
+        """How many programs of a launch a processor holds."""
+        per_warp = 32 * (-(-max(registers, 1) // 8) * 8)  # given out by eights
+        return max(
+            1,
+            min(
+                self.shared_bytes // (shared_bytes + 1024),
+                self.registers // (per_warp * num_warps),
+                self.warps // num_warps,
+                32,
+            ),
+        )
+
+
+H200 = Machine()

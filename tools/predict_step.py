@@ -1,0 +1,186 @@
+"""Predicts the time of a decode step kernel by kernel, without a GPU; fits constants to profiles.
+
+    python -P -m gemcut.tools.predict_step --models gemma-2-2b --batch 1 --context 1024
+    python -P -m gemcut.tools.predict_step --markdown               every published model
+    python -P -m gemcut.tools.predict_step --json                   its last line: share and step_us
+    python -P -m gemcut.tools.predict_step --fit FOLDER/breakdown.json
+    python -P -m gemcut.tools.predict_step --set bandwidth=4.1e12 ghz=1.7
+
+The step runs on fake tensors (launches.py) and each distinct launch is compiled for the part; the
+machine code of its loops (machine_code.py) and a fluid model of the memory (bandwidth_model.py)
+give its time (launch_time.py), with the constants of machine.py.  Estimates: within 10 to 15 %
+until they are fitted to a profile, see bench/NOTES.md.
+
+`--fit` takes what tools/profile_step.py leaves, finds the constants that fit it best
+(fit_machine.py) and predicts with these whatever `--models` asks for.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from gemcut.bench.results import print_table
+from gemcut.engine.checks import check_int
+from gemcut.engine.config import PUBLISHED
+from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.tools.fit_machine import Residual, fit, read_profile
+from gemcut.tools.machine import H200, Machine
+from gemcut.tools.predicted_step import PredictedStep, predict_steps
+
+PART = "sm_90"  # whose machine code can be read
+
+
+def print_step(step: PredictedStep, machine: Machine) -> None:
+    """A table of the step's kernels, and what they amount to."""
+    lines, step_us = step.lines(machine), step.step_us(machine)
+    rows = [
+        [
+            line.kernel,
+            str(line.launches),
+            f"{line.us:.2f}",
+            f"{line.launches * line.us:.1f}",
+            f"{line.launches * line.us / step_us:.1%}",
+            "" if line.share is None else f"{line.share:.2f}",
+        ]
+        for line in lines
+    ]
+    launches = sum(line.launches for line in lines)
+    gaps = launches * machine.launch_gap_us
+    rows.append(["gaps", str(launches), f"{machine.launch_gap_us:.2f}", f"{gaps:.1f}"])
+    rows[-1] += [f"{gaps / step_us:.1%}", ""]
+    print(f"\n{step.model}, batch {step.batch}, context {step.context}, predicted")
+    print_table(["", "launches", "us each", "us a step", "of the step", "of bandwidth"], rows)
+    print(
+        f"a step takes {step_us:.0f} us; its {step.step_bytes / 1e6:.0f} MB are "
+        f"{step.share(machine):.2f} of {machine.bandwidth / 1e12:.2f} TB/s"
+    )
+
+
+def markdown(steps: Sequence[PredictedStep], machine: Machine) -> str:
+    """The summary of bench/NOTES.md, whose last column is for a measurement."""
+    lines = ["| model | MB a step | launches | predicted us | predicted share | measured |"]
+    lines.append("|---|---|---|---|---|---|")
+    for step in steps:
+        launches = sum(count for count, _ in step.made())
+        lines.append(
+            f"| {step.model} | {step.step_bytes / 1e6:.0f} | {launches} | "
+            f"{step.step_us(machine):.0f} | {step.share(machine):.2f} | |"
+        )
+    return "\n".join(lines)
+
+
+def print_fit(machine: Machine, residuals: Sequence[Residual]) -> None:
+    """What a fit changed, and what is left of each kernel."""
+    changed = []
+    for field in fields(machine):
+        old, new = getattr(H200, field.name), getattr(machine, field.name)
+        if old != new:
+            changed.append([field.name, f"{old:.4g}", f"{new:.4g}", f"{new / old:.2f}"])
+    print_table(["constant", "estimate", "fitted", "ratio"], changed)
+    rows = [
+        [
+            r.model,
+            r.kernel,
+            f"{r.launches:g}",
+            f"{r.measured_us:.2f}",
+            f"{r.before_us:.2f}",
+            f"{r.after_us:.2f}",
+            f"{r.after_us / r.measured_us - 1:+.0%}",
+        ]
+        for r in residuals
+    ]
+    header = ["", "kernel", "launches", "measured us", "estimate", "fitted", "residual"]
+    print()
+    print_table(header, rows)
+
+
+def constants(settings: Sequence[str]) -> Machine:
+    """The machine with `name=value` in place of its estimates; ValueError for no such constant."""
+    machine, names = H200, {field.name for field in fields(H200)} - {"latencies"}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in names:
+            raise ValueError(f"--set {setting}: {name!r} is not {', '.join(sorted(names))}")
+        kind = type(getattr(H200, name))
+        try:
+            number = kind(float(value))
+        except (ValueError, OverflowError):
+            raise ValueError(f"--set {setting}: {value!r} is no number") from None
+        if not 0 < number < float("inf"):
+            raise ValueError(f"--set {setting}: must be above 0")
+        machine = replace(machine, **{name: number})
+    return machine
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Predict what was asked for; ValueError and RuntimeError say what is wrong in one line."""
+    if INTERPRETED:
+        raise ValueError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
+    if arguments.part != PART:
+        raise ValueError(f"part {arguments.part!r}: machine code is read of {PART} alone")
+    machine = constants(arguments.set)
+    profiles = [read_profile(file) for file in arguments.fit]
+    models = arguments.models or ([] if profiles else list(PUBLISHED))
+    for model in [*models, *(profile.model for profile in profiles)]:
+        if model not in PUBLISHED:
+            raise ValueError(f"{model!r} is not {', '.join(PUBLISHED)}")
+    check_int("jobs", arguments.jobs, 1, 1024)
+    check_int("batch", arguments.batch, 1, 4096)
+    for model in models:
+        longest = PUBLISHED[model].context_length
+        check_int(f"context of {model}", arguments.context, 2, longest)
+
+    wanted = [(p.model, p.batch, p.context, p.has_logits) for p in profiles]
+    wanted += [(model, arguments.batch, arguments.context, False) for model in models]
+    steps = predict_steps(wanted, PART, arguments.jobs)
+    fitting, steps = steps[: len(profiles)], steps[len(profiles) :]
+    if profiles:
+        machine, residuals = fit(list(zip(profiles, fitting, strict=True)), machine)
+        print_fit(machine, residuals)
+    if arguments.markdown:
+        print(markdown(steps, machine))
+    else:
+        for step in steps:
+            print_step(step, machine)
+    if arguments.json:
+        found = {
+            step.model: {
+                "share": round(step.share(machine), 4),
+                "step_us": round(step.step_us(machine), 1),
+            }
+            for step in steps
+        }
+        print(json.dumps(found))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0; 1 for bad input; 2 for wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -P -m gemcut.tools.predict_step",
+        description="Predict the time of a decode step kernel by kernel, without a GPU.",
+    )
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all published")
+    parser.add_argument("--part", default=PART, help=f"only {PART} can be predicted")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows of the step")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a row")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of machine.py")
+    parser.add_argument(
+        "--fit", nargs="+", type=Path, default=[], metavar="FILE", help="a breakdown.json"
+    )
+    parser.add_argument("--markdown", action="store_true", help="one table, for bench/NOTES.md")
+    parser.add_argument("--json", action="store_true", help="the last line: share and step_us")
+    try:
+        return run(parser.parse_args(argv))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"predict_step: {next(iter(str(error).splitlines()), '')}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

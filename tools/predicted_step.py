@@ -1,0 +1,127 @@
+"""A decode step as it is predicted: its distinct launches, their code, and the time of each."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+
+from gemcut.bench.account import decode_account
+from gemcut.engine.config import PUBLISHED
+from gemcut.tools.compile_report import Cell, compile_launch
+from gemcut.tools.launch_time import facts_of, launch_us, memory_bytes
+from gemcut.tools.launches import Launch, Made, step_launches
+from gemcut.tools.machine import Machine
+
+Cells = dict[Launch, Cell]
+NAMED_SIZES = ("N", "F", "V", "D")  # that tell launches of one kernel apart in a table
+
+
+@dataclass(frozen=True)
+class Line:
+    """One distinct launch of a step."""
+
+    kernel: str
+    launches: int
+    us: float  # each
+    share: float | None  # of the bandwidth; None where no bytes are counted
+
+
+@dataclass(frozen=True)
+class PredictedStep:
+    """What a model launches in a step of `batch` rows that see `context` keys, and its code."""
+
+    model: str
+    batch: int
+    context: int
+    counts: dict[Made, int]
+    cells: Cells
+
+    def made(self) -> Iterator[tuple[int, Made]]:
+        """The distinct launches with how many there are of each, in the order of the step."""
+        return ((count, made) for made, count in self.counts.items())
+
+    def us(self, made: Made, machine: Machine) -> float:
+        """Microseconds of one of them."""
+        return launch_us(made, self.cell(made), self.context, machine)
+
+    def cell(self, made: Made) -> Cell | None:
+        """What the compiler made of a launch; None for torch's own."""
+        return None if made.launch is None else self.cells[made.launch]
+
+    def lines(self, machine: Machine) -> list[Line]:
+        """Each distinct launch, in the order of the step."""
+        lines = []
+        for count, made in self.made():
+            us, nbytes = self.us(made, machine), memory_bytes(made, self.context)
+            share = 1e6 * nbytes / machine.bandwidth / us if nbytes else None
+            lines.append(Line(_label(made), count, us, share))
+        return lines
+
+    def step_us(self, machine: Machine) -> float:
+        """Microseconds of the step, a gap before each launch included."""
+        return sum(
+            count * (self.us(made, machine) + machine.launch_gap_us) for count, made in self.made()
+        )
+
+    @property
+    def step_bytes(self) -> int:
+        """What the step must move, whatever the kernels: bench/account.py."""
+        config = PUBLISHED[self.model]
+        account = decode_account(
+            config, batch=self.batch, context=self.context, dtype=torch.bfloat16
+        )
+        return account.total
+
+    def share(self, machine: Machine) -> float:
+        """The step's share of the bandwidth."""
+        return 1e6 * self.step_bytes / machine.bandwidth / self.step_us(machine)
+
+
+def _label(made: Made) -> str:
+    facts = facts_of(made)
+    name = made.name.removesuffix("_kernel")
+    sizes = [str(facts[size]) for size in NAMED_SIZES if size in facts]
+    if "w_ptr.1" in facts:
+        sizes = [str(facts["w_ptr.0"]), str(facts["w_ptr.1"])]
+    if "IS_LOCAL" in facts:
+        sizes = ["local" if facts["IS_LOCAL"] else "global"]
+    return " ".join([name, " x ".join(sizes)]).strip()
+
+
+def predict_steps(
+    wanted: Sequence[tuple[str, int, int, bool]], part: str, jobs: int
+) -> list[PredictedStep]:
+    """Steps of (model, batch, context, whether logits are written), each launch compiled once."""
+    steps = []
+    for model, batch, context, logits in wanted:
+        config = PUBLISHED[model]
+        made = step_launches(config, part, batch=batch, context=context, logits=logits)
+        steps.append((model, batch, context, dict(Counter(made))))
+    cells = compile_all((made for *_, counts in steps for made in counts), jobs)
+    return [
+        PredictedStep(model, batch, context, counts, cells)
+        for model, batch, context, counts in steps
+    ]
+
+
+def compile_all(made: Iterable[Made], jobs: int) -> Cells:
+    """What the compiler makes of every distinct launch; RuntimeError for one that it refuses."""
+    order = list(dict.fromkeys(one.launch for one in made if one.launch is not None))
+    jobs = max(1, min(jobs, len(order)))
+    compile_cached = partial(compile_launch, models=[], fresh=False)
+    if jobs == 1:
+        found = [compile_cached(launch) for launch in order]
+    else:  # spawned: a fork would inherit torch's threads
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            found = list(
+                pool.map(compile_cached, order, chunksize=math.ceil(len(order) / jobs / 4))
+            )
+    for cell in found:
+        if cell.error is not None:
+            raise RuntimeError(f"{cell.kernel} does not compile: {cell.error}")
+    return dict(zip(order, found, strict=True))

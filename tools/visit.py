@@ -1,0 +1,87 @@
+"""What a block of a GPU visit is given: where it runs, how long, and where its rows go.
+
+torch is imported where a block first asks for its device: the visit itself, which outlives whatever
+happens to its blocks, never loads it.
+"""
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemcut.tools import visit_table
+from gemcut.tools.visit_table import FAILED, NO_MEMORY, OK, SKIPPED, WRONG
+
+if TYPE_CHECKING:
+    import torch
+
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # the latter is torch's
+
+
+class Impossible(ValueError):
+    """Nothing of a visit can run here."""
+
+
+class Visit:
+    """A block's view of its visit; on a CPU everything is small."""
+
+    def __init__(self, out: Path, block: str, device: str, seconds: float) -> None:
+        self.out, self.block = out, block
+        self.on_gpu = device == "cuda"
+        self._ends = time.monotonic() + seconds
+
+    @cached_property
+    def device(self) -> "torch.device":
+        """Where the block runs; ValueError where there is no such device."""
+        from gemcut.engine.loading import choose_device
+
+        return choose_device("cuda" if self.on_gpu else "cpu")
+
+    def check_device(self) -> None:
+        """Impossible, where a GPU is asked for and none is here."""
+        if self.on_gpu:
+            try:
+                _ = self.device
+            except ValueError as error:
+                raise Impossible(str(error)) from None
+
+    @property
+    def left(self) -> float:
+        """Seconds until the block is killed."""
+        return self._ends - time.monotonic()
+
+    def add(self, case: str, status: str = OK, **facts: Any) -> None:
+        """Keep a row: `line` is what the table says of it, `detail` what is wrong."""
+        row = {"case": case, "status": status, **facts}
+        visit_table.append(self.out / "rows" / f"{self.block}.jsonl", row)
+        print(f"{case} {status} {facts.get('line', '')} {facts.get('detail', '')}", flush=True)
+
+    def judge(self, case: str, passed: bool, detail: str, **facts: Any) -> None:
+        """A row of a check: right, or wrong with what is."""
+        wrong = {} if passed else {"detail": detail}
+        self.add(case, OK if passed else WRONG, **facts, **wrong)
+
+    def skip(self, case: str, why: str) -> None:
+        """A row that says why there is none."""
+        self.add(case, SKIPPED, detail=why)
+
+    @contextmanager
+    def attempt(self, case: str) -> Iterator[None]:
+        """Whatever a case raises becomes its row, and the block goes on."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            reason = next(iter(str(error).splitlines()), "")
+            if type(error).__name__ in OUT_OF_MEMORY:
+                self.add(case, NO_MEMORY, detail=reason)
+            else:
+                self.add(case, FAILED, detail=f"{type(error).__name__}: {reason}")
+
+    @property
+    def read_gbps(self) -> float | None:
+        """The bandwidth of reading that the visit measured first."""
+        return visit_table.ceilings_of(self.out).get("read_gbps")

@@ -1,0 +1,172 @@
+"""Attention at the lengths that a step and a prefill have, with a few tiles each.
+
+Decode attention of one row at 1k, 8k and 32k tokens, through its launcher: by its rule, and with
+three lengths of a split where the kernel has that constant.  Prefill of 4k tokens with three tiles,
+with the model's softcap and without it, there beside scaled_dot_product_attention.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from gemcut import kernels
+from gemcut.bench.cases import Arguments, Case, Cost
+from gemcut.bench.ceilings import measure_ceilings
+from gemcut.bench.kernel_peers import Peer, torch_peers
+from gemcut.bench.kernels import Bench, measure_case
+from gemcut.bench.prefill_cases import visible_pairs
+from gemcut.bench.timing import Call
+from gemcut.kernels import decode_attention
+from gemcut.kernels.parts import part
+from gemcut.kernels.tiles import Tile
+from gemcut.tools.launches import Launch, recorded
+from gemcut.tools.search_space import applied, looked_up
+from gemcut.tools.visit import Visit
+from gemcut.tools.visit_ops import shapes_of
+from gemcut.tools.visit_table import CEILINGS, ceilings_of
+
+MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
+CONTEXTS, CPU_CONTEXTS = (1024, 8192, 32768), (24,)
+TOKENS, CPU_TOKENS = 4096, 16
+SPLITS = (64, 128, 256)
+TILES = ((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 4, 2))
+TILE_NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+ROUNDS, CPU_ROUNDS = 7, 1
+
+
+def run(visit: Visit) -> None:
+    """A row for each tile at each size, checked and then timed in turns."""
+    ceilings = ceilings_of(visit.out)
+    if not all(name in ceilings for name in CEILINGS):
+        ceilings = measure_ceilings(visit.device, torch.bfloat16)
+    rounds = ROUNDS if visit.on_gpu else CPU_ROUNDS
+    bench = Bench(visit.device, torch.bfloat16, kernels, (), rounds, ceilings)
+    for model in MODELS if visit.on_gpu else CPU_MODELS:
+        for case in find_cases(visit, model):
+            with visit.attempt(case.name):
+                measure(visit, case, bench)
+
+
+def record(visit: Visit, name: str) -> set[Launch]:
+    """What the cases launch with each tile: noted, not made."""
+    found: set[Launch] = set()
+    for model in MODELS:
+        for case in find_cases(visit, model):
+            keys = looked_up(case, name)
+            for tile in ({}, *tiles_of(case)):
+                with recorded(name) as launches, applied(name, keys[0], tile):
+                    getattr(kernels, case.op)(**case.make())
+                    found |= launches
+    return found
+
+
+def find_cases(visit: Visit, model: str) -> Iterator[Case]:
+    """Global layers of a model, which hold whatever length is asked for."""
+    for context in CONTEXTS if visit.on_gpu else CPU_CONTEXTS:
+        yield decode_case(visit, model, context)
+    softcap = shapes_of(model, visit.device).config.attn_softcap
+    for cap in dict.fromkeys((softcap, None)):
+        yield prefill_case(visit, model, TOKENS if visit.on_gpu else CPU_TOKENS, cap)
+
+
+def decode_case(visit: Visit, model: str, context: int) -> Case:
+    """One row at the end of `context` tokens."""
+    s = shapes_of(model, visit.device)
+    settings = {"scale": s.config.scale, "softcap": s.config.attn_softcap, "sliding_window": None}
+    rows, keys = s.HQ * s.K * s.itemsize, 2 * context * s.HK * s.K * s.itemsize
+
+    def make() -> Arguments:
+        return {
+            "q": s.values(1, 1, s.HQ, s.K),
+            "k_cache": s.values(1, s.HK, context, s.K),
+            "v_cache": s.values(1, s.HK, context, s.K),
+            "slots": s.index(0),
+            "positions": s.index(context - 1),
+            **settings,
+            "counters": s.counters(s.HK),
+        }
+
+    cost = Cost(rows + keys + 16, rows, 4 * s.HQ * s.K * context, True)
+    return Case(
+        "attention_decode",
+        model,
+        "decode",
+        {"context": context, "softcap": settings["softcap"]},
+        cost,
+        make,
+    )
+
+
+def prefill_case(visit: Visit, model: str, tokens: int, softcap: float | None) -> Case:
+    """A whole prompt in one call."""
+    s = shapes_of(model, visit.device)
+    settings = {"scale": s.config.scale, "softcap": softcap, "sliding_window": None}
+
+    def make() -> Arguments:
+        return {
+            "q": s.values(tokens, s.HQ, s.K),
+            "k_cache": s.values(1, s.HK, tokens, s.K),
+            "v_cache": s.values(1, s.HK, tokens, s.K),
+            "slots": s.index(0),
+            "starts": s.index(0),
+            "cu_seqlens": s.index(0, tokens),
+            **settings,
+        }
+
+    rows = tokens * s.HQ * s.K * s.itemsize
+    keys = 2 * tokens * s.HK * s.K * s.itemsize
+    pairs = visible_pairs(0, tokens, tokens)
+    cost = Cost(rows + keys + 32, rows, 4 * s.HQ * s.K * pairs, True)
+    cap = "no softcap" if softcap is None else "softcap"
+    facts = {"tokens": tokens, "variant": cap, "softcap": softcap}
+    return Case("attention_prefill", model, "prefill", facts, cost, make)
+
+
+def measure(visit: Visit, case: Case, bench: Bench) -> None:
+    """Rows of one case: the rule, its tiles, and torch where it computes the same."""
+    everyone = {"gemcut": tiled(visit, case, {})}
+    for tile in tiles_of(case) if visit.on_gpu else ():
+        name = " ".join(map(str, tile.values()))
+        everyone[f"SPLIT={name}" if "SPLIT" in tile else name] = tiled(visit, case, tile)
+    everyone |= {n: p for n, p in torch_peers(case, visit.device).items() if n == "sdpa"}
+    for row in measure_case(case, bench, everyone):
+        name = f"{case.name} {'rule' if row['contestant'] == 'gemcut' else row['contestant']}"
+        line = {}
+        if "cold_us" in row:
+            cold, rate = row["cold_us"], f"{row['gbps']:.0f} GB/s"
+            if row["bound"] == "compute":
+                rate = f"{row['tflops']:.0f} TFLOP/s"
+            share = f"{row['share']:.2f} of {row['bound']}"
+            line["line"] = f"{name}: {cold['median']:.1f} us, {rate}, {share}"
+        rest = {k: v for k, v in row.items() if k not in ("case", "contestant", "status")}
+        visit.add(name, row["status"], **rest, **line)
+
+
+def tiles_of(case: Case) -> Iterator[Tile]:
+    """What is laid over the rule; nothing where a kernel lacks the constant."""
+    if case.op == "attention_prefill":
+        for values in TILES:
+            yield dict(zip(TILE_NAMES, values, strict=True))
+    elif "SPLIT" in decode_attention.attention_decode_kernel.arg_names:
+        for split in SPLITS:
+            yield {"SPLIT": split}
+
+
+def tiled(visit: Visit, case: Case, tile: Tile) -> Peer:
+    """Gemcut's op with a tile laid over its rule."""
+    name = part(visit.device)
+    build = partial(_build, case, name, tile, looked_up(case, name) if tile else [])
+    return Peer("gemcut", "kernels", build)
+
+
+def _build(case: Case, name: str, tile: Tile, keys: list, arguments: Arguments) -> Call:
+    op: Callable[..., object] = getattr(kernels, case.op)
+    if not tile:
+        return partial(op, **arguments)
+
+    def call() -> object:
+        with applied(name, keys[0], tile):
+            return op(**arguments)
+
+    return call

@@ -1,0 +1,276 @@
+"""Every op at the shapes of three models, against its oracle; and rows alone and in company.
+
+The rule is that of the tests (bench/checking.py): against the oracle in float64, an op may err
+twice as much as the oracle does in bfloat16, plus two units in the last place.  Outputs begin as
+NaN.  A row must have the same bits alone, among 3 and among 16 rows; and a token among drafts the
+bits that it has in a step of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gemcut import kernels
+from gemcut.bench.cases import Arguments, Case, Grid, Shapes
+from gemcut.bench.checking import WRITTEN, Check
+from gemcut.bench.decode_cases import decode_cases
+from gemcut.bench.prefill_cases import prefill_cases
+from gemcut.engine.cache import PREFILL_CHUNK
+from gemcut.engine.info import find_config
+from gemcut.kernels import reference
+from gemcut.tools.launches import Launch, recorded
+from gemcut.tools.visit import Visit
+
+MODELS = ("vaultgemma-1b", "gemma-2-2b", "gemma-2-9b")
+CPU_MODELS = ("demo",)
+GRID = Grid((1, 3, 16), (1024,), (512,), 8 << 20, PREFILL_CHUNK)
+CPU_GRID = Grid((1, 3), (24,), (16,), 1 << 14, 16)
+MOST_DRAFTED = 8  # tokens of a row in one step
+# arguments of which row b belongs to row b of the result
+BY_ROW = {"token_ids", "positions", "residual", "x", "branch", "q", "slots", "cos", "sin", "logits"}
+BY_ROW |= {"output_counts", "in_prompt", "repetition", "presence", "frequency", "temperature"}
+BY_ROW |= {"top_k", "top_p", "min_p", "seeds", "chosen", "scores"}
+
+
+def run(visit: Visit) -> None:
+    """A row for each op at each size, and for each op at each model its rows in company."""
+    models = MODELS if visit.on_gpu else CPU_MODELS
+    worst = Worst()
+    for model in models:
+        for case in find_cases(model, visit.device, grid_of(visit)):
+            with visit.attempt(case.name):
+                check(visit, case, worst)
+        with visit.attempt(f"advance_/{model}"):
+            check_advance(visit, model)
+        compare_rows(visit, model)
+        with visit.attempt(f"drafts/{model}"):
+            compare_drafts(visit, model)
+    visit.add(
+        "worst",
+        line=f"{worst.checked} cases held to the oracle in float64; the worst took "
+        f"{worst.share:.0%} of its budget: {worst.case}",
+    )
+
+
+@dataclass
+class Worst:
+    """How many cases were checked, and which came nearest to its budget."""
+
+    checked: int = 0
+    share: float = 0.0
+    case: str = "none"
+
+
+def grid_of(visit: Visit) -> Grid:
+    """The sizes of a visit."""
+    return GRID if visit.on_gpu else CPU_GRID
+
+
+def find_cases(model: str, device: torch.device, grid: Grid) -> Iterator[Case]:
+    """What a model launches, at these sizes."""
+    shapes = Shapes(model, find_config(model), device, torch.bfloat16)
+    for case in (*decode_cases(shapes, grid), *prefill_cases(shapes, grid)):
+        if case.facts.get("variant") != "no softcap":  # which the model does not launch
+            yield case
+
+
+def record_cases(visit: Visit, part: str) -> set[Launch]:
+    """What the checks launch, at the sizes of this visit: noted, not made."""
+    found: set[Launch] = set()
+    models, device = MODELS if visit.on_gpu else CPU_MODELS, torch.device("cuda", 0)
+    with recorded(part) as launches:
+        for model in models:
+            for case in find_cases(model, device, grid_of(visit)):
+                getattr(kernels, case.op)(**case.make())
+            s = shapes_of(model, device)
+            most = max(grid_of(visit).batches)
+            for case in company_cases(visit, s):
+                for rows in companies(most):
+                    getattr(kernels, case.op)(**take_rows(case.make(), *rows))
+            for q_len in draft_lengths(s):
+                kernels.attention_decode(**draft_arguments(s, q_len, rows=2, context=256))
+        found |= launches
+    return found
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh buffers hold NaN, and integers that are no index: an unwritten element shows."""
+
+    def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocated(*args: Any, **kwargs: Any) -> Tensor:
+            buffer = allocate(*args, **kwargs)
+            return buffer.fill_(torch.nan if buffer.is_floating_point() else -77)
+
+        return allocated
+
+    with (
+        mock.patch.object(torch, "empty", poisoning(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoning(torch.empty_like)),
+    ):
+        yield
+
+
+def call_poisoned(name: str, arguments: Arguments) -> Any:
+    """What an op yields, whose fresh buffers begin as NaN."""
+    with poisoned():
+        return getattr(kernels, name)(**arguments)
+
+
+def check(visit: Visit, case: Case, worst: Worst) -> None:
+    """A row of one op at one size."""
+    torch.manual_seed(0)
+    verdict = Check(case, case.make()).gemcut(lambda a: partial(call_poisoned, case.op, a))
+    worst.checked += 1
+    share = verdict.error / verdict.budget if verdict.budget else 0.0
+    if share > worst.share:
+        worst.share, worst.case = share, case.name
+    told = f"error {verdict.error:.2e}, where {verdict.budget:.2e} is allowed"
+    visit.judge(case.name, verdict.passed, told, error=verdict.error, budget=verdict.budget)
+
+
+def check_advance(visit: Visit, model: str) -> None:
+    """A row of the end of a step, which has no error: integers alone."""
+    V, B, device = find_config(model).vocab_size, 16, visit.device
+    slots = torch.randperm(B, device=device)
+    is_end = torch.zeros(B + 1, V, dtype=torch.bool, device=device)
+    is_end[:, 7] = True
+    chosen = torch.randint(V, (B,), device=device)
+    scores = torch.randn(B, device=device)
+    chosen[3], scores[5], scores[6] = 7, torch.nan, torch.inf
+    state = {
+        "tokens": torch.randint(V, (B + 1,), device=device),
+        "positions": torch.arange(-2, B - 1, device=device),
+        "limits": torch.full((B + 1,), 9, device=device),
+    }
+    found = []
+    for ops in (reference, kernels):
+        own = {name: x.clone() for name, x in state.items()}
+        ids = ops.advance_(chosen, scores, slots, **own, is_end=is_end)
+        found.append([ids, *own.values()])
+    same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    visit.judge(f"advance_/{model}", same, "differs from its oracle")
+
+
+# Bits
+
+
+def compare_rows(visit: Visit, model: str) -> None:
+    """A row for each op of decode: whether its rows have the same bits in any company."""
+    most = max(grid_of(visit).batches)
+    right, wrong = [], 0
+    for case in company_cases(visit, shapes_of(model, visit.device)):
+        name = f"rows of {case.name}"
+        with visit.attempt(name):
+            differing = [rows for rows in companies(most) if not same_bits(case, *rows)]
+            told = "; ".join(f"rows {a} to {b - 1} differ" for a, b in differing)
+            visit.judge(name, not differing, told)
+            right.append(case.op)
+            wrong += bool(differing)
+    visit.add(
+        f"rows of {model}",
+        line=f"{model}: {len(right) - wrong} of {len(right)} ops give rows of {most} the same bits "
+        f"alone and in company",
+    )
+
+
+def company_cases(visit: Visit, shapes: Shapes) -> Iterator[Case]:
+    """The ops of decode at the most rows that are checked."""
+    grid = grid_of(visit)
+    most = Grid(grid.batches[-1:], grid.contexts, (), 1, PREFILL_CHUNK)
+    for case in decode_cases(shapes, most):
+        if case.facts.get("variant") != "no softcap":
+            yield case
+
+
+def companies(most: int) -> list[tuple[int, int]]:
+    """Rows alone and a few of them: begin and end of each slice."""
+    return [(0, 1), (most - 1, most), (0, 3), (most - 3, most)][: 4 if most > 3 else 2]
+
+
+def same_bits(case: Case, begin: int, end: int) -> bool:
+    """Whether these rows of a call are what the call of these rows alone gives."""
+    torch.manual_seed(0)
+    arguments = case.make()
+    alone = take_rows(arguments, begin, end)
+    whole = results(case, arguments, begin, end, slice(begin, end))
+    return all(
+        torch.equal(bits(a), bits(b))
+        for a, b in zip(results(case, alone, begin, end, slice(None)), whole, strict=True)
+    )
+
+
+def take_rows(arguments: Arguments, begin: int, end: int) -> Arguments:
+    """The same arguments of these rows alone."""
+    return {
+        name: x.narrow(0, begin, end - begin).contiguous()
+        if name in BY_ROW and isinstance(x, Tensor)
+        else x
+        for name, x in arguments.items()
+    }
+
+
+def results(case: Case, arguments: Arguments, begin: int, end: int, rows: slice) -> list[Tensor]:
+    """What a call yields and writes for `rows` of it, which are slots `begin` to `end` - 1."""
+    written = WRITTEN.get(case.op, ())
+    copies = {name: arguments[name].clone() for name in written}
+    returned = call_poisoned(case.op, {**arguments, **copies})
+    found = [x[rows] for x in (returned if isinstance(returned, tuple) else (returned,))]
+    for name, x in copies.items():
+        found.append(x[rows] if name in BY_ROW else x[begin:end])
+    return found
+
+
+def bits(x: Tensor) -> Tensor:
+    """A tensor's bits, in which NaN equals itself."""
+    whole = {2: torch.int16, 4: torch.int32}
+    return x.contiguous().view(whole[x.itemsize]) if x.is_floating_point() else x
+
+
+def shapes_of(model: str, device: torch.device) -> Shapes:
+    """A model's shapes in bfloat16."""
+    return Shapes(model, find_config(model), device, torch.bfloat16)
+
+
+def draft_lengths(s: Shapes) -> tuple[int, int]:
+    """One token, and as many as a step with drafts has."""
+    return 1, min(MOST_DRAFTED, 64 // (s.HQ // s.HK))
+
+
+def draft_arguments(s: Shapes, q_len: int, rows: int, context: int) -> Arguments:
+    """Decode attention of `q_len` tokens, the first of which stands at context - q_len."""
+    return {
+        "q": s.values(rows, q_len, s.HQ, s.K),
+        **{name: s.values(rows, s.HK, context, s.K) for name in ("k_cache", "v_cache")},
+        "slots": torch.arange(rows, device=s.device),
+        "positions": torch.full((rows,), context - q_len, device=s.device),
+        "scale": s.config.scale,
+        "softcap": s.config.attn_softcap,
+        "sliding_window": None,
+        "counters": s.counters(rows * s.HK),
+    }
+
+
+def compare_drafts(visit: Visit, model: str) -> None:
+    """A row: whether a token has the same bits among drafts as in a step of its own."""
+    s = shapes_of(model, visit.device)
+    _, drafted = draft_lengths(s)
+    rows, differing = 2, []
+    for context in (256, 1024) if visit.on_gpu else (24,):
+        torch.manual_seed(0)
+        together = draft_arguments(s, drafted, rows, context)
+        whole = call_poisoned("attention_decode", together)
+        for t in range(drafted):
+            alone = together | {"q": together["q"][:, t : t + 1].contiguous()}
+            alone["positions"] = together["positions"] + t
+            found = call_poisoned("attention_decode", alone)
+            if not torch.equal(bits(found[:, 0]), bits(whole[:, t])):
+                differing.append(f"token {t} at {context}")
+    told = f"{len(differing)} tokens differ, the first: {', '.join(differing[:3])}"
+    visit.judge(f"drafts/{model}", not differing, told)

@@ -1,0 +1,104 @@
+"""What a decode step takes, by events around replays of one graph, and what it consists of.
+
+The step is the engine's own, with its choice of a token (profile_step.py), over random weights.
+Its share is how much of its time the bytes that it must move would take at the bandwidth of reading
+that the visit measured.
+"""
+
+import gc
+import json
+
+import torch
+
+from gemcut import kernels
+from gemcut.bench.models import Setup
+from gemcut.bench.random_model import published_config
+from gemcut.bench.timing import Spread
+from gemcut.engine.config import ModelConfig
+from gemcut.engine.hub import DEMO
+from gemcut.engine.model import Gemma
+from gemcut.engine.weights import empty_weights
+from gemcut.tools import visit_bits
+from gemcut.tools.launches import Launch, recorded
+from gemcut.tools.profile_step import WARM_UP, DecodeStep, Profile, breakdown, measure
+from gemcut.tools.visit import Visit
+
+CONTEXT, STEPS = 1000, 20  # vaultgemma-1b holds 1024 tokens
+CASES = (("vaultgemma-1b", (1,)), ("gemma-2-2b", (1,)), ("gemma-2-9b", (1, 16)))
+CASES += (("gemma-3-1b", (1,)),)
+CPU_CASES = (("demo", (1, 2)),)
+CPU_CONTEXT, CPU_STEPS = 24, 2
+RECORDED_LAYERS = 6  # Gemma 3 has a global one in six
+DESCRIBED = 3  # kernels that the table names
+ROOM = 10.0  # seconds that a model takes at most; with less left it is not begun
+
+
+def run(visit: Visit) -> None:
+    """A row for each model and number of rows; breakdown-MODEL-bB.json beside."""
+    for model, batches in CASES if visit.on_gpu else CPU_CASES:
+        if visit.left < ROOM:
+            visit.skip(model, "no time was left")
+            continue
+        with visit.attempt(model):
+            measure_model(visit, model, batches)
+        gc.collect()
+        if visit.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def record(part: str) -> set[Launch]:
+    """What these steps launch, and those that are replayed elsewhere: noted, not made."""
+    found: set[Launch] = set()
+    cases = [(model, batch, CONTEXT, STEPS + WARM_UP) for model, each in CASES for batch in each]
+    cases.append((visit_bits.MODEL, visit_bits.BATCH, visit_bits.CONTEXT - 1, 1))
+    for model, batch, context, room in cases:
+        config = published_config(model, RECORDED_LAYERS)
+        with recorded(part) as launches:
+            device = torch.device("cuda", 0)
+            weights = empty_weights(config, device=device, dtype=torch.bfloat16)
+            step = DecodeStep(Gemma(config, weights, kernels), batch, context, room)
+            step.run()
+            step.steps.logits(step.slots)
+            found |= launches
+    return found
+
+
+def measure_model(visit: Visit, model: str, batches: tuple[int, ...]) -> None:
+    """Steps of one model, whose weights are drawn once."""
+    if visit.on_gpu:
+        setup = Setup(model, published_config(model), visit.device, torch.bfloat16)
+        context, steps = CONTEXT, STEPS
+    else:
+        config = ModelConfig.from_file(DEMO)
+        setup = Setup(model, config, visit.device, torch.float32, DEMO)
+        context, steps = CPU_CONTEXT, CPU_STEPS
+    for batch in batches:
+        case = f"{model}/batch={batch}/context={context}"
+        with visit.attempt(case):
+            profile = measure(setup, batch, context, steps)
+            content = breakdown(setup, batch, context, profile)
+            file = visit.out / f"breakdown-{model}-b{batch}.json"
+            file.write_text(json.dumps(content, indent=1) + "\n")
+            facts = {"model": model, "batch": batch, "context": context}
+            facts |= {"step_us": content["step_us"], "step_bytes": profile.step_bytes}
+            visit.add(case, **facts, line=f"{case}: {describe(profile, visit.read_gbps)}")
+            visit.add(f"{case}, its kernels", line=f"    {longest(profile)}")
+
+
+def describe(profile: Profile, read_gbps: float | None) -> str:
+    """A step in one line: its time, and its share of the bandwidth."""
+    us = Spread.of(profile.step_us)
+    gbps = profile.step_bytes / us.median / 1e3
+    share = "" if read_gbps is None else f" ({gbps / read_gbps:.3f} of reading)"
+    return f"{us.median:.0f} us ({us.low:.0f} - {us.high:.0f}), {gbps:.0f} GB/s{share}"
+
+
+def longest(profile: Profile) -> str:
+    """What the profiler saw of a step in one line: launches, gaps, and the longest kernels."""
+    launches = sum(line.launches for line in profile.lines)
+    gaps = sum(line.gap_us for line in profile.lines)
+    kernels = ", ".join(
+        f"{line.kernel.removesuffix('_kernel')[:20]} {line.us:.0f}"
+        for line in profile.lines[:DESCRIBED]
+    )
+    return f"{launches:.0f} launches, gaps {gaps:.0f} us; {kernels}"

@@ -1,0 +1,56 @@
+"""The best predicted tiles of the large products, checked and timed by tools/tune.py.
+
+tune.py keeps tune-PART.json and tiles-PART.py in the folder of the visit after each shape, so that
+what it has decided outlives it; here its rows become lines of the table.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+
+from gemcut.bench.results import OK, Row
+from gemcut.tools.visit import Visit
+
+KERNELS = ("linear_geglu", "skinny_linear", "linear_rope_and_store", "lm_head")
+OPTIONS = ("--models", "gemma-2-2b", "gemma-2-9b", "--kernels", *KERNELS, "--minutes", "1.5")
+CPU_OPTIONS = ("--models", "gemma-3-270m", "--kernels", "linear_geglu", "--minutes", "0.25")
+CPU_OPTIONS += ("--compile-only", "--part", "sm_90", "--jobs", "2")
+
+
+def run(visit: Visit) -> None:
+    """A row for each kernel and shape that was tuned, and one for the command where it failed."""
+    command = [sys.executable, "-P", "-m", "gemcut.tools.tune", "--out", str(visit.out)]
+    try:
+        done = subprocess.run([*command, *(OPTIONS if visit.on_gpu else CPU_OPTIONS)])
+        if done.returncode:
+            told = f"exit code {done.returncode}, see logs/tiles.log"
+            if done.returncode < 0:
+                told = f"killed by {signal.Signals(-done.returncode).name}"
+            visit.add("tune", "failed", detail=told)
+    finally:  # an interrupt ends both, and what was decided is kept
+        for file in visit.out.glob("tune-*.json"):
+            add_rows(visit, json.loads(file.read_text())["rows"])
+
+
+def add_rows(visit: Visit, rows: list[Row]) -> None:
+    """A row for each subject: who won, and the fastest of those that were timed."""
+    subjects: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        subjects[row["case"]].append(row)
+    for case, candidates in subjects.items():
+        timed = [row for row in candidates if row["status"] == OK and row["tile"]]
+        told = f"none of {len(candidates) - 1} candidates was timed"
+        if timed:
+            best = min(timed, key=lambda row: row["ratio"]["median"])
+            won = next((row["contestant"] for row in candidates if row["won"]), "undecided")
+            verdict = "it wins" if best["won"] else f"{won} stays"
+            told = (
+                f"best of {len(timed)} {best['contestant']} x {best['ratio']['median']:.3f} "
+                f"({best['ratio']['low']:.3f} - {best['ratio']['high']:.3f}); {verdict}"
+            )
+        visit.add(case, line=f"{case}: {told}")
+        for row in candidates:
+            if row["status"] in ("wrong", "failed"):
+                visit.add(f"{case} {row['contestant']}", row["status"], detail=row["detail"])
