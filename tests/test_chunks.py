@@ -68,7 +68,9 @@ def test_a_chunk_longer_than_the_longest_stays_as_it_is():
 
 def test_sizes_grow_with_the_host_s_share():
     """Small models are padded up to a whole chunk; those whose products last are not."""
-    most = {name: (padded_sizes(config, 512, 8192) or [0])[-1] for name, config in PUBLISHED.items()}
+    most = {
+        name: (padded_sizes(config, 512, 8192) or [0])[-1] for name, config in PUBLISHED.items()
+    }
     assert most["gemma-3-1b"] == most["vaultgemma-1b"] == 512
     assert 128 <= most["gemma-2-9b"] < most["gemma-2-2b"] <= 512
     assert most["gemma-2-27b"] <= 64
