@@ -105,7 +105,7 @@ def test_replayed_prefills_give_what_plain_ones_give(family, chunk):
     def run(engine: Engine) -> tuple:
         poison(engine.cache)
         outputs = engine.generate(prompts, params) + engine.generate(longer, params)
-        scores = [output.logprobs for output in engine.score(prompts[1:])]
+        scores = [x for output in engine.score(prompts[1:]) for x in output.logprobs]
         entries = [engine.generate(prompt, shown).prompt_logprobs for prompt in prompts[5:8]]
         flat = [
             entry.logprob
@@ -113,7 +113,7 @@ def test_replayed_prefills_give_what_plain_ones_give(family, chunk):
             for of_token in of_prompt[1:]
             for entry in of_token.values()
         ]
-        return [o.token_ids for o in outputs], sum(scores, start=[]), flat
+        return [o.token_ids for o in outputs], scores, flat
 
     options = {"max_batch_size": 3, "prefill_chunk": chunk, "dtype": "float32", "device": "cpu"}
     with Engine.from_pretrained(family, **options) as plain:
@@ -129,6 +129,20 @@ def test_replayed_prefills_give_what_plain_ones_give(family, chunk):
         for mine, theirs in zip(numbers, expected[1:], strict=True):
             assert mine == pytest.approx(theirs, abs=1e-4)
         assert engine.metrics()["captures_after_warmup"] == 0
+
+
+def test_frequencies_of_a_replayed_chunk_are_those_of_its_prompt(tmp_path, tokenizer_file):
+    """Of a prompt of 60 tokens where 32 were trained, in chunks of 8."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+    short = {"rope_parameters": dynamic, "max_position_embeddings": 32}
+    save_random_model(tmp_path, tokenizer_file, "gemma", **short)
+    prompt, scores = [2, *range(30, 89)], []
+    for chunk in (512, 8):
+        with Engine.from_pretrained(tmp_path, dtype="float32", prefill_chunk=chunk) as engine:
+            if chunk == 8:
+                replay(engine)
+            scores.append(engine.score(prompt).logprobs)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_chunks_that_outlast_the_host_s_work_are_not_captured(folder):
