@@ -35,9 +35,14 @@ def prefill_bytes(
 ) -> int:
     """The most that a prefill of up to `max_seq_len` tokens holds, in chunks of `T`."""
     T = min(T, max_seq_len)
-    states = config.hidden_size * dtype.itemsize * T
+    states = states_bytes(config, dtype, T)
     layer = _layer_bytes(config, dtype, T, max_seq_len, is_reference)
     return max(layer, states + _choice_bytes(config, dtype, 1, is_reference))
+
+
+def states_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
+    """What a prefill yields of so many tokens: their hidden states."""
+    return config.hidden_size * dtype.itemsize * tokens
 
 
 def decode_bytes(

@@ -62,10 +62,7 @@ class KVCache:
                 f"lower max_batch_size or max_seq_len"
             ) from error
         self.layers = layers
-        self.ring: Ring | None = None  # of local layers, where they hold less than a whole slot
-        capacity = min(layer.k.shape[2] for layer in layers)
-        if config.sliding_window is not None and capacity < max_seq_len:
-            self.ring = Ring(config.sliding_window, capacity)
+        self.ring = ring_of(config, max_seq_len, prefill_chunk)
         # scratch by which the programs of one launch count themselves; zero between launches
         self.counters = torch.zeros(
             count_counters(config, num_slots), device=device, dtype=torch.int32
@@ -100,6 +97,17 @@ def layer_capacity(config: ModelConfig, layer: int, max_seq_len: int, prefill_ch
     if config.sliding_window is None or not config.is_local(layer):
         return max_seq_len
     return min(max_seq_len, config.sliding_window + max(prefill_chunk, 1 + MAX_DRAFT))
+
+
+def ring_of(config: ModelConfig, max_seq_len: int, prefill_chunk: int) -> Ring | None:
+    """The ring of local layers, where they hold less than a whole slot."""
+    capacity = min(
+        layer_capacity(config, layer, max_seq_len, prefill_chunk)
+        for layer in range(config.num_layers)
+    )
+    if config.sliding_window is None or capacity == max_seq_len:
+        return None
+    return Ring(config.sliding_window, capacity)
 
 
 def slot_bytes(

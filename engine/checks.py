@@ -14,6 +14,12 @@ def check_int(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} {shorten(value)} is outside {low}..{high}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Nothing, or ValueError where `value` is neither True nor False (1 and "false" are not)."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} {shorten(value)} is neither True nor False")
+
+
 def check_number(
     name: str,
     value: Any,

@@ -237,6 +237,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = _add_device(parser)
     _add_length(group)
     group.add_argument("--ops", default="auto", help="triton, reference (default: what runs here)")
+    group.add_argument(
+        "--no-cuda-graphs",
+        dest="cuda_graphs",
+        action="store_false",
+        help="launch every kernel of a step by itself on a GPU, as compute-sanitizer needs it",
+    )
 
 
 def _add_length(group: argparse._ArgumentGroup) -> None:

@@ -138,6 +138,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
         max_batch_size=max_batch_size,
         max_seq_len=args.max_seq_len,
         ops=args.ops,
+        cuda_graphs=args.cuda_graphs,
     )
 
 

@@ -1,7 +1,7 @@
 """One step after the other: what the scheduler chose is launched, what was launched before is read.
 
     admit     a waiting sequence gets a slot, and what a slot holds of its prompt
-    prefill   one chunk of one prompt; where nobody decodes, several prompts as long as a chunk
+    prefill   one chunk of one prompt; where nobody decodes, a longer one, or several short prompts
     decode    one token for all that have begun; or a draft and one token
     collect   the tokens of the step before go to their callers
 
@@ -22,6 +22,8 @@ from gemcut.engine.metrics import EngineMetrics
 from gemcut.engine.runner import Launch, Runner
 from gemcut.engine.scheduler import Scheduler
 from gemcut.engine.sequence import Request, TokenSequence
+
+Work = Callable[[], object]
 
 
 class EngineFault(RuntimeError):
@@ -78,18 +80,24 @@ class Core:
         is_late = sequences and not self._must_be_read()
         self._collect(self.depth if is_late else 0)
 
-    def warm_up(self, steps: Iterable[Callable[[], object]]) -> None:
-        """Prefill a free slot, and make these calls, which change none (Runner.kinds_of_steps)."""
+    def warm_up(self, shown: Callable[[Iterable[Work]], Iterable[Work]] = iter) -> None:
+        """Make every kind of step once, as `shown` yields them: none changes a slot in use.
+
+        Their tensors are made here, by the driver: in the stream in which they are read.
+        """
         self._collect(0)
         if (slot := self.scheduler.empty_slot()) is not None:
-            self.runner.warm_up_prefill(slot)
-        for step in steps:
+            end = self.runner.cache.max_seq_len
+            longest = self.scheduler.chunk_at(0, end, others_decode=False)
+            usual = self.scheduler.chunk_at(0, end, others_decode=True)
+            self.runner.warm_up_prefill(slot, {longest, usual, 1})
+        for step in shown(self.runner.kinds_of_steps()):
             step()
 
     # The parts of a step
 
     def _prefill(self) -> None:
-        """Chunks of waiting prompts: one, and more up to a chunk's tokens where nobody decodes."""
+        """Chunks of waiting prompts: one, and more up to `prefill_chunk` where nobody decodes."""
         scheduler = self.scheduler
         others_wait = bool(scheduler.decoding)
         room = scheduler.prefill_chunk
@@ -105,12 +113,13 @@ class Core:
                 self.metrics.reused_tokens += placement.reused
                 if sequence.finished:
                     continue
-            count = min(scheduler.prefill_chunk, len(sequence.prompt_ids) - sequence.prefilled)
-            if count > room:
+            start, end = sequence.prefilled, len(sequence.prompt_ids)
+            count = scheduler.chunk_at(start, end, others_decode=others_wait)
+            if count > room and room < scheduler.prefill_chunk:  # it is not the step's first
                 return
             room -= count
             self._guarded([sequence], lambda s=sequence, n=count: self._prefill_chunk(s, n))
-            if others_wait:
+            if others_wait or room <= 0:
                 return
 
     def _prefill_chunk(self, sequence: TokenSequence, count: int) -> None:
@@ -173,7 +182,7 @@ class Core:
         for sequence in self.scheduler.running:
             self._guarded([sequence], lambda s=sequence: self.runner.rewind(s))
 
-    def _guarded(self, sequences: Sequence[TokenSequence], work: Callable[[], object]) -> None:
+    def _guarded(self, sequences: Sequence[TokenSequence], work: Work) -> None:
         """Do `work`; where it fails, the sequences concerned end with the reason, and no others."""
         try:
             work()

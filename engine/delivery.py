@@ -38,6 +38,7 @@ def finish(worker: Worker, requests: Sequence[Request], show: bool) -> None:
             waiting.discard(request)
             if progress is not None:
                 progress.update(len(requests) - len(waiting) - progress.n)
+        worker.stream.make_caller_wait()
     finally:
         if progress is not None:
             progress.close()
@@ -71,6 +72,7 @@ async def afinish(worker: Worker, mail: "Mail", requests: Sequence[Request]) -> 
         for _ in requests:
             if (error := (await ended.get()).error) is not None:
                 raise error
+        worker.stream.make_caller_wait()
     finally:
         _leave(worker, requests)
 

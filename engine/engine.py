@@ -11,7 +11,7 @@ worker.py says which thread makes the steps.
 
 import sys
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gemcut.engine import delivery
 from gemcut.engine.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.checkpoint import load_checkpoint, stop_token_ids
-from gemcut.engine.checks import check_int
+from gemcut.engine.checks import check_bool, check_int
 from gemcut.engine.config import ModelConfig
 from gemcut.engine.core import Core
 from gemcut.engine.hub import resolve_checkpoint
@@ -57,13 +57,17 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
+        prefill_chunk: tokens of a prompt that are computed at once while others decode.
         reuse_prefixes: a prompt that begins like what a slot holds is not computed again from its
-        first token.  max_waiting: completions that may wait beyond the free slots; more are
-        refused.  ValueError names a value out of range, MemoryError what is needed, what is free
-        and what would fit.
+        first token, and on a GPU its chunks are longer while nobody decodes (chunks.py); without,
+        every run computes the same products.  max_waiting: completions that may wait beyond the
+        free slots; more are refused.  cuda_graphs: a GPU replays captured steps; without, it runs
+        them kernel by kernel, as tools such as compute-sanitizer need it.  ValueError names a value
+        out of range, MemoryError what is needed, what is free and what would fit.
         """
         config = model.config
         if len(tokenizer) > config.vocab_size:
@@ -73,8 +77,11 @@ class Engine:
             )
         if max_waiting is not None:
             check_int("max_waiting", max_waiting, 0, INT64_MAX)
+        check_bool("cuda_graphs", cuda_graphs)
         self.model, self.config, self.tokenizer = model, config, tokenizer
-        build = Build(config, model.device, model.dtype, model.ops, prefill_chunk)
+        build = Build(
+            config, model.device, model.dtype, model.ops, prefill_chunk, reuse_prefixes, cuda_graphs
+        )
         max_batch_size, self.max_seq_len = build.choose(max_batch_size, max_seq_len, loaded=True)
         self.cache = KVCache(
             config,
@@ -93,8 +100,10 @@ class Engine:
             ring=self.cache.ring,
             # frequencies that change with the length: keys of another length are of no use
             reuse_prefixes=reuse_prefixes and not model.rope_depends_on_length,
+            long_chunks=build.has_long_chunks,
         )
-        self._core = Core(Runner(model, self.cache, state, tokenizer), self._scheduler)
+        runner = Runner(model, self.cache, state, tokenizer, cuda_graphs=cuda_graphs)
+        self._core = Core(runner, self._scheduler)
         self._worker = Worker(self._core, max_waiting)
         self._stop = weakref.finalize(self, self._worker.stop)
         self._driven, self._mail = delivery.Driven(self._worker), delivery.Mail()
@@ -111,6 +120,7 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
+        cuda_graphs: bool = True,
         quantization: str | None = None,
         ops: str = "auto",
     ) -> "Engine":
@@ -135,7 +145,10 @@ class Engine:
             )
         tokenizer = Tokenizer.from_file(folder)
         eos_ids = stop_token_ids(folder, config)
-        build = Build(config, target, weights_dtype, op_table, prefill_chunk)
+        check_bool("cuda_graphs", cuda_graphs)
+        build = Build(
+            config, target, weights_dtype, op_table, prefill_chunk, reuse_prefixes, cuda_graphs
+        )
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
 
         def load() -> Engine:
@@ -149,6 +162,7 @@ class Engine:
                 prefill_chunk=prefill_chunk,
                 reuse_prefixes=reuse_prefixes,
                 max_waiting=max_waiting,
+                cuda_graphs=cuda_graphs,
             )
 
         return in_passing_thread(load) if target.type == "cpu" else load()
@@ -327,10 +341,8 @@ class Engine:
 
         After it nothing is compiled, captured or allocated any more: see `metrics`.
         """
-        steps = self._core.runner.kinds_of_steps()
-        if _shows(use_tqdm):
-            steps = tqdm(list(steps), unit="step")
-        self._worker.call(lambda: self._core.warm_up(steps))
+        shown = _with_progress if _shows(use_tqdm) else iter
+        self._worker.call(lambda: self._core.warm_up(shown))
         self._core.metrics.at_warmup = self._costs()
 
     def metrics(self) -> dict[str, Any]:
@@ -372,6 +384,10 @@ class Engine:
 
 def _shows(use_tqdm: bool | None) -> bool:
     return sys.stderr.isatty() if use_tqdm is None else use_tqdm
+
+
+def _with_progress(steps: Iterable[Any]) -> Iterable[Any]:
+    return tqdm(list(steps), unit="step")
 
 
 def _unpacked(outputs: list[Any], is_batch: bool) -> Any:

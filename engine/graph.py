@@ -1,16 +1,21 @@
 """Captured steps: one CUDA graph for each kind of step and number of rows.
 
 A graph is a step with everything in it decided but the contents of its input tensors.  Replaying it
-costs the host some microseconds, however many kernels it launches.  Batches are padded to the next
-size that has a graph, with rows that are inactive.
+costs the host some microseconds, however many kernels it launches.  The device still pays for each
+of them: a kernel in a graph begins a microsecond or so after the one before it has ended, and a
+decode step of 26 layers has about 140.  Batches are padded to the next size that has a graph, with
+rows that are inactive, and so are chunks of prompts (chunks.py).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gemcut.kernels import reference
 
 Step = Callable[..., Tensor]
 ROWS = 16  # of one pass over the weights: a step of fewer rows costs hardly less
@@ -32,16 +37,23 @@ class Captured:
     given: Sequence[Tensor] = ()  # what the inputs were copied from, and is never written to
 
 
-def capture(step: Step, inputs: Sequence[Tensor], pool: Any) -> Captured:
-    """The graph of a step; `inputs` must be such that running it once changes nothing."""
-    stream = torch.cuda.Stream(inputs[0].device)
+def can_be_captured(device: torch.device, ops: ModuleType) -> bool:
+    """Whether steps can become graphs: on a GPU, but the reference ops ask the host for numbers."""
+    return device.type == "cuda" and ops is not reference
+
+
+def capture(step: Step, inputs: Sequence[Tensor], pool: Any, stream: Any) -> Captured:
+    """The graph of a step, to be replayed in any stream: captured in `stream`, beside the current.
+
+    `inputs` must be such that running it once changes nothing.
+    """
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(*inputs)  # compiles its kernels
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # other threads of the process may use the device meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         output = step(*inputs)
     return Captured(inputs, output, graph.replay)
 
@@ -51,6 +63,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None  # one: the pool lends memory to captures in the same stream alone
         self._captured: dict[object, Captured] = {}
 
     def __len__(self) -> int:
@@ -76,4 +89,5 @@ class Graphs:
     def capture(self, step: Step, inputs: Sequence[Tensor]) -> Captured:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        return capture(step, inputs, self._pool)
+            self._stream = torch.cuda.Stream(inputs[0].device)
+        return capture(step, inputs, self._pool, self._stream)

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from gemcut.engine.activations import CUBLAS_BYTES, decode_bytes, prefill_bytes
-from gemcut.engine.cache import PREFILL_CHUNK, counter_bytes, slot_bytes
+from gemcut.engine.activations import CUBLAS_BYTES, decode_bytes, prefill_bytes, states_bytes
+from gemcut.engine.cache import PREFILL_CHUNK, counter_bytes, ring_of, slot_bytes
 from gemcut.engine.checks import check_int, shorten
+from gemcut.engine.chunks import next_chunk, padded_sizes
 from gemcut.engine.config import ModelConfig
+from gemcut.engine.graph import can_be_captured
 from gemcut.kernels import reference
 
 MEMINFO = Path("/proc/meminfo")
@@ -39,7 +41,7 @@ class Estimate:
     kv_cache: int
     state: int  # sampling settings and marks, by slot
     activations: int  # of the largest step: a chunk of a prefill, or one token in each slot
-    graphs: int  # the activations that captured decode steps keep for themselves
+    graphs: int  # the activations and outputs that captured steps keep for themselves
 
     @property
     def total(self) -> int:
@@ -55,13 +57,26 @@ class Build:
     dtype: torch.dtype
     ops: ModuleType
     prefill_chunk: int = PREFILL_CHUNK
+    reuse_prefixes: bool = True
+    cuda_graphs: bool = True
+
+    @property
+    def has_long_chunks(self) -> bool:
+        """Whether chunks are longer while nobody decodes (chunks.py).
+
+        Not where every run must compute the same.  Nor on the reference ops, which hold the scores
+        of a whole chunk: of 2048 tokens, 4 to 16 times those of 512.
+        """
+        return self.reuse_prefixes and self.ops is not reference
 
     def estimate(self, max_batch_size: int, max_seq_len: int) -> Estimate:
         """The bytes of so many slots of so many tokens, with everything beside them."""
         config, dtype = self.config, self.dtype
         chunk = self.prefill_chunk
+        ring = ring_of(config, max_seq_len, chunk)
+        longest = next_chunk(chunk, ring, 0, max_seq_len, may_be_long=self.has_long_chunks)
         is_reference = self.ops is reference
-        prefill = prefill_bytes(config, dtype, chunk, max_seq_len, is_reference=is_reference)
+        prefill = prefill_bytes(config, dtype, longest, max_seq_len, is_reference=is_reference)
         decode = decode_bytes(config, dtype, max_batch_size, max_seq_len, is_reference=is_reference)
         on_gpu = self.device.type == "cuda"
         return Estimate(
@@ -70,8 +85,21 @@ class Build:
             + counter_bytes(config, max_batch_size),
             state=state_bytes(max_batch_size, config.vocab_size),
             activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
-            graphs=decode if on_gpu and not is_reference else 0,
+            graphs=self._graph_bytes(decode, max_seq_len),
         )
+
+    def _graph_bytes(self, decode: int, max_seq_len: int) -> int:
+        """What captured steps keep, of which a decode step takes `decode` bytes."""
+        if not (self.cuda_graphs and can_be_captured(self.device, self.ops)):
+            return 0
+        config, dtype = self.config, self.dtype
+        sizes = padded_sizes(config, self.prefill_chunk, max_seq_len)
+        if not sizes:
+            return decode
+        prefill = prefill_bytes(config, dtype, sizes[-1], max_seq_len, is_reference=False)
+        # what is freed serves the next graph; the states of each chunk stay, and the captures'
+        # stream has cuBLAS's memory a second time
+        return max(decode, prefill) + states_bytes(config, dtype, sum(sizes)) + CUBLAS_BYTES
 
     def longest_slot(self, max_batch_size: int, budget: float) -> int:
         """The most tokens, up to the model's limit, that each slot can hold; 0 if none fits."""

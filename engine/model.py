@@ -85,29 +85,66 @@ class Gemma:
             )
         states = []
         for chunk in token_ids.split(cache.prefill_chunk):
-            states.append(self._prefill_chunk(chunk, cache, slot, start, length or end))
+            states.append(self.prefill_chunk(chunk, cache, slot, start, length or end))
             start += chunk.shape[0]
         return states[0] if len(states) == 1 else torch.cat(states)
 
-    def _prefill_chunk(
+    def prefill_chunk(
         self, token_ids: Tensor, cache: KVCache, slot: int, start: int, length: int
     ) -> Tensor:
-        ops, T = self.ops, token_ids.shape[0]
+        """`prefill` of tokens that are computed at once: no more than a ring has room for."""
+        T = token_ids.shape[0]
         positions = torch.arange(start, start + T, device=self.device)
-        slots = torch.full_like(positions, slot)
-        tables = self.rope_tables(positions, torch.full_like(positions, length))
         chunk = {
             # filled on the device: a copy from the host would wait for it
             "slots": torch.full((1,), slot, device=self.device),
             "starts": torch.full((1,), start, device=self.device),
             "cu_seqlens": torch.arange(0, T + 1, T, device=self.device),
         }
+        slots, lengths = torch.full_like(positions, slot), torch.full_like(positions, length)
+        return self._prefill_rows(token_ids, cache, slots, positions, lengths, chunk)
+
+    def prefill_padded(self, token_ids: Tensor, cache: KVCache, place: Tensor) -> Tensor:
+        """A chunk with padding behind its tokens, of which the host knows the size alone.
+
+        token_ids [T]; place [4], on the device: slot, position of the first token, how many tokens
+        there are, length of the whole prompt -> [T, D].  A row of padding stores nothing and
+        attends to nothing.
+        """
+        T = token_ids.shape[0]
+        slot, start, count, length = place.split(1)  # [1] each
+        rows = torch.arange(T, device=self.device)
+        positions = torch.where(rows < count, rows + start, -1)
+        chunks = {
+            # the padding is a chunk of its own, of an inactive sequence: it attends to zeros
+            "slots": slot.repeat(2),
+            "starts": torch.cat([start, torch.full_like(start, -1)]),
+            "cu_seqlens": torch.cat([torch.zeros_like(count), count, torch.full_like(count, T)]),
+        }
+        slots, lengths = slot.repeat(T), length.repeat(T)
+        return self._prefill_rows(token_ids, cache, slots, positions, lengths, chunks)
+
+    def _prefill_rows(
+        self,
+        token_ids: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        chunks: dict[str, Tensor],
+    ) -> Tensor:
+        """Normed hidden states of tokens [M] at slots and positions [M] -> [M, D].
+
+        lengths [M] are those of the whole sequences; attention is told of them by `chunks`.
+        """
+        ops = self.ops
 
         def attend(layer: int, q: Tensor) -> Tensor:
             kv = cache.layers[layer]
-            return ops.attention_prefill(q, kv.k, kv.v, **chunk, **self.attention(layer))
+            return ops.attention_prefill(q, kv.k, kv.v, **chunks, **self.attention(layer))
 
-        residual = self.embed(token_ids)  # [T, D]
+        tables = self.rope_tables(positions, lengths)
+        residual = self.embed(token_ids)  # [M, D]
         return self.run_layers(residual, cache, slots, positions, tables, attend)
 
     def embed(self, token_ids: Tensor) -> Tensor:

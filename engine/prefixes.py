@@ -22,6 +22,10 @@ class Ring:
     window: int
     capacity: int
 
+    def room(self, start: int) -> int:
+        """Tokens from position `start` on that overwrite no key which one of them sees."""
+        return self.capacity - min(start, self.window - 1)
+
 
 @dataclass(frozen=True)
 class Held:

@@ -5,7 +5,7 @@ pinned memory behind the step.  By then the next step is on its way (core.py), s
 waits for the host.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.cache import KVCache
-from gemcut.engine.graph import ROWS, Graphs, graph_sizes
+from gemcut.engine.chunks import padded_sizes
+from gemcut.engine.graph import ROWS, Graphs, can_be_captured, graph_sizes
 from gemcut.engine.logprobs import describe_tokens, prompt_logprobs, prompt_scores
 from gemcut.engine.model import Gemma
 from gemcut.engine.outputs import TokenLogprobs
@@ -21,7 +22,7 @@ from gemcut.engine.sampler import FILTERED, FULL, GREEDY, RANDOM, Features, run_
 from gemcut.engine.sampling_params import MAX_DRAFT
 from gemcut.engine.sequence import TokenSequence
 from gemcut.engine.slot_state import SlotState, upload
-from gemcut.engine.steps import Steps
+from gemcut.engine.steps import PLACE, Steps
 from gemcut.tokenizer import Tokenizer
 
 NO_DRAFT = -1
@@ -62,27 +63,36 @@ def count_accepted(chosen: Sequence[int], draft: Sequence[int]) -> int:
 class Runner:
     """Launches prefills and decode steps of one model over one cache.
 
-    The tokenizer shows tokens in log-probabilities; without one they have no text.
+    The tokenizer shows tokens in log-probabilities; without one they have no text.  Without
+    `cuda_graphs` a GPU computes the same steps one kernel after the other.
     """
 
     def __init__(
-        self, model: Gemma, cache: KVCache, state: SlotState, tokenizer: Tokenizer | None
+        self,
+        model: Gemma,
+        cache: KVCache,
+        state: SlotState,
+        tokenizer: Tokenizer | None,
+        *,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model, self.cache, self.state, self._tokenizer = model, cache, state, tokenizer
         self.steps = Steps(model, cache, state)
         self.device = model.device
-        self.graphs = Graphs() if self.device.type == "cuda" else None
+        capturable = can_be_captured(self.device, model.ops)
+        self.graphs = Graphs() if capturable and cuda_graphs else None
         self._sizes = sorted(graph_sizes(state.num_slots))
+        # padded without graphs too, so that cuBLAS computes the same with them and without
+        self.prefill_sizes: list[int] = []
+        if capturable:
+            self.prefill_sizes = padded_sizes(model.config, cache.prefill_chunk, cache.max_seq_len)
         self._batch: tuple[Sequence[int | None], Tensor] | None = None
 
     def prefill(self, sequence: TokenSequence, count: int) -> Launch | None:
         """Compute `count` more tokens of a prompt; the last of them bring the first token."""
         assert sequence.slot is not None
         start, end = sequence.prefilled, sequence.prefilled + count
-        ids = upload(sequence.prompt_ids[start:end], self.device)
-        hidden = self.model.prefill(
-            ids, self.cache, sequence.slot, start, length=len(sequence.prompt_ids)
-        )  # [count, D]
+        hidden = self._hidden(sequence.prompt_ids, sequence.slot, start, end)
         following = upload(sequence.prompt_ids[start + 1 : end + 1], self.device)
         if sequence.score_only:
             sequence.scores[start:] = prompt_scores(self.model, hidden, following)
@@ -94,6 +104,16 @@ class Runner:
         if sequence.score_only or not sequence.is_prefilled:
             return None
         return self.begin([sequence], hidden[-1:])
+
+    def _hidden(self, prompt_ids: list[int], slot: int, start: int, end: int) -> Tensor:
+        """Normed hidden states of a chunk's tokens: [end - start, D]."""
+        ids, count = prompt_ids[start:end], end - start
+        size = next((size for size in self.prefill_sizes if size >= count), None)
+        if size is None:
+            chunk = upload(ids, self.device)
+            return self.model.prefill_chunk(chunk, self.cache, slot, start, len(prompt_ids))
+        ids += [0] * (size - count) + [slot, start, count, len(prompt_ids)]
+        return self._prefill(upload(ids, self.device))[:count]
 
     def begin(self, sequences: list[TokenSequence], hidden: Tensor) -> Launch:
         """The next token of sequences from the states [B, D] of all that they hold.
@@ -145,17 +165,20 @@ class Runner:
         """
         return max(1, min(1 + MAX_DRAFT, ROWS // self._size(rows)))
 
-    def warm_up_prefill(self, slot: int) -> None:
-        """Run the longest and the shortest chunk in a slot that holds nothing of use."""
-        for count in (min(self.cache.prefill_chunk, self.cache.max_seq_len), 1):
-            ids = torch.zeros(count, dtype=torch.int64, device=self.device)
-            self.model.logits(self.model.prefill(ids, self.cache, slot)[-1:])
+    def warm_up_prefill(self, slot: int, lengths: Collection[int]) -> None:
+        """Run chunks of these lengths, the longest first, in a slot that holds nothing of use."""
+        for count in sorted(lengths, reverse=True):
+            self.model.logits(self._hidden([0] * count, slot, 0, count)[-1:])
 
     def kinds_of_steps(self) -> Iterator[Callable[[], Tensor]]:
         """Calls that run every kind of step once, with no active row: what a warm-up does.
 
         The largest come first: the others fit the memory that they have taken.
         """
+        for size in reversed(self.prefill_sizes):
+            yield partial(
+                self._prefill, torch.zeros(size + PLACE, dtype=torch.int64, device=self.device)
+            )
         for size in reversed(self._sizes) if self.graphs is not None else [1]:
             slots = torch.full((size,), self.state.num_slots, device=self.device)
             logits = torch.zeros(size, self.state.vocab_size, device=self.device)
@@ -166,6 +189,13 @@ class Runner:
                 if (width := self.draft_width(size)) > 1:
                     drafts = torch.full((size, width - 1), NO_DRAFT, device=self.device)
                     yield partial(self._verify, slots, drafts, features)
+
+    def _prefill(self, chunk: Tensor) -> Tensor:
+        """A padded chunk; one of zeros has no token."""
+        if self.graphs is None:
+            return self.steps.prefill(chunk)
+        key = ("prefill", len(chunk))
+        return self.graphs.run(key, self.steps.prefill, (chunk,), blank=torch.zeros_like)
 
     def _logits(self, slots: Tensor) -> Tensor:
         return self._run("logits", self.steps.logits, slots)

@@ -2,11 +2,12 @@
 
 No tensors here.  A sequence waits until a slot is free.  It takes over what a slot holds of its
 prompt, is prefilled chunk by chunk, then takes part in every decode step until it ends.  Whoever
-decodes waits for one chunk at most between two tokens.
+decodes waits for one chunk at most between two tokens (chunks.py).
 """
 
 from dataclasses import dataclass
 
+from gemcut.engine.chunks import next_chunk
 from gemcut.engine.prefixes import Held, Ring
 from gemcut.engine.sequence import TokenSequence
 
@@ -29,9 +30,10 @@ class Scheduler:
         *,
         ring: Ring | None = None,  # of local layers
         reuse_prefixes: bool = True,
+        long_chunks: bool = False,
     ) -> None:
         self.num_slots, self.prefill_chunk = num_slots, prefill_chunk
-        self._ring, self._reuse_prefixes = ring, reuse_prefixes
+        self._ring, self._reuse_prefixes, self._long_chunks = ring, reuse_prefixes, long_chunks
         self._free = {slot: Held() for slot in range(num_slots)}  # the longest unused first
         self._waiting: dict[TokenSequence, None] = {}  # in the order of arrival
         self._running: dict[int, TokenSequence] = {}  # by slot, in the order of admission
@@ -72,6 +74,11 @@ class Scheduler:
     def prefilling(self) -> TokenSequence | None:
         """The sequence of which a chunk is due: one at a time, in order."""
         return next((s for s in self._running.values() if not s.is_prefilled), None)
+
+    def chunk_at(self, start: int, end: int, *, others_decode: bool) -> int:
+        """Tokens of the chunk at position `start` of a prompt that ends at `end`."""
+        may_be_long = self._long_chunks and not others_decode
+        return next_chunk(self.prefill_chunk, self._ring, start, end, may_be_long=may_be_long)
 
     def admit(self) -> Placement | None:
         """Give a free slot to the sequence that has waited longest; None where either is missing.

@@ -1,11 +1,12 @@
 """The steps of the device: each begins and ends in tensors, and what it needs of them is by slot.
 
+    prefill  a chunk of a prompt, padded, goes through the model
     decode   the newest token of each slot goes through the model, and the next one is chosen
     verify   the same with drafts behind it: as many are kept as the model would have chosen itself
     logits   the first half of decode, for whoever must see logits on the host before the choice
     choose   the second half; and the end of a prefill
 
-On a GPU graph.py captures decode, verify and logits; on a CPU they are called plainly.
+On a GPU graph.py captures prefill, decode, verify and logits; on a CPU they are called plainly.
 """
 
 import torch
@@ -16,6 +17,8 @@ from gemcut.engine.model import Gemma
 from gemcut.engine.sampler import GREEDY, Features, choose
 from gemcut.engine.slot_state import INACTIVE, SlotState
 
+PLACE = 4  # numbers that say where a chunk stands
+
 
 class Steps:
     """A model, a cache and the state of its slots."""
@@ -24,6 +27,14 @@ class Steps:
         self.model, self.cache, self.state = model, cache, state
         # an embedding may have more rows than the vocabulary has pieces: those are never chosen
         self._head = model.weights.lm_head.narrow(0, 0, state.vocab_size)
+
+    def prefill(self, chunk: Tensor) -> Tensor:
+        """Normed hidden states of a chunk and its padding: chunk [T + 4] -> [T, D].
+
+        T token ids, then the `place` of Gemma.prefill_padded: one tensor, for one upload.
+        """
+        token_ids, place = chunk.split([chunk.shape[0] - PLACE, PLACE])
+        return self.model.prefill_padded(token_ids, self.cache, place)
 
     def decode(self, slots: Tensor, features: Features) -> Tensor:
         """One more token in each slot: slots [B] -> ids [B]; -1 where none could be chosen."""

@@ -7,6 +7,9 @@ a team of OpenMP threads, and where the teams outnumber the cores, steps take tw
 Everything is asked through a queue: new requests, cancellations, a single step.  Whoever drives
 looks at it before each step.  So nobody needs a lock during a step, and a consumer may leave at any
 time, even from within a destructor.  A step that Ctrl-C has interrupted is made again.
+
+On a GPU whoever drives does so in the engine's own CUDA stream (cuda_stream.py), entered once for
+all the steps of a turn.
 """
 
 import queue
@@ -20,6 +23,7 @@ from typing import TypeVar
 import torch
 
 from gemcut.engine.core import Core
+from gemcut.engine.cuda_stream import StepStream
 from gemcut.engine.sequence import Request
 
 T = TypeVar("T")
@@ -36,6 +40,8 @@ class Worker:
     def __init__(self, core: Core, max_waiting: int | None = None) -> None:
         self._core, self._max_waiting = core, max_waiting
         self.inline = core.runner.device.type == "cpu"  # the main thread may drive
+        self.stream = StepStream(core.runner.device)
+        self.stream.wait_for_caller()  # weights, cache and state were made in the caller's stream
         self._commands: deque[Callable[[], object]] = deque()
         # Held for moments.  Reentrant: the garbage collector may end an abandoned stream, which
         # cancels its request, wherever it likes.
@@ -100,6 +106,7 @@ class Worker:
 
         self._put(answered)
         result, error = self.wait(answer)
+        self.stream.make_caller_wait()
         if error is not None:
             raise error
         return result  # pyright: ignore[reportReturnType]  # None only where T is
@@ -111,7 +118,7 @@ class Worker:
             drives = may_drive and self._turn.acquire(blocking=False)
             self._blocked += not drives
         try:
-            return self._drive_until(answer) if drives else answer.get()
+            return self._drive_for_caller(answer) if drives else answer.get()
         finally:
             with self._lock:
                 if not drives:
@@ -129,6 +136,7 @@ class Worker:
             is_first, self.stopped = not self.stopped, True
             if is_first:
                 self._commands.append(self._core.close)
+                self._commands.append(self.stream.synchronize)  # then memory may go back
                 self._commands.append(partial(closed.put, True))
         if not is_first or self._driver is threading.current_thread():
             return  # in the midst of a step: its driver will find it
@@ -163,6 +171,15 @@ class Worker:
                 self._core.die(error)
             self._commands.popleft()
 
+    def _drive_for_caller(self, answer: "queue.SimpleQueue[T]") -> T:
+        """Drive between what the caller's stream holds now and what it will hold."""
+        self.stream.wait_for_caller()
+        try:
+            with self.stream.entered():
+                return self._drive_until(answer)
+        finally:
+            self.stream.make_caller_wait()
+
     @torch.inference_mode()
     def _drive_until(self, answer: "queue.SimpleQueue[T]") -> T:
         self._driver = threading.current_thread()
@@ -180,12 +197,16 @@ class Worker:
             while self._wake_ups.get():
                 self._turn.acquire()
                 self._driver = threading.current_thread()
-                while not self._leaves():
-                    self._drain()
-                    if self._wants_steps and self._core.is_busy:
-                        self.step()
-                    else:  # somebody has an answer and has not seen it yet
-                        time.sleep(0)
+                with self.stream.entered():
+                    self._drive_while_wanted()
+
+    def _drive_while_wanted(self) -> None:
+        while not self._leaves():
+            self._drain()
+            if self._wants_steps and self._core.is_busy:
+                self.step()
+            else:  # somebody has an answer and has not seen it yet
+                time.sleep(0)
 
     @property
     def _wants_steps(self) -> bool:
@@ -208,6 +229,7 @@ class Worker:
             self.check_open()
             if self._driver is threading.current_thread():
                 raise RuntimeError("a logits processor must not call its own engine")
+            self.stream.wait_for_caller()
             self._commands.append(command)
         if not self.drives_here:
             self._wake_thread()

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemcut.engine import Engine
+from gemcut.engine.chunks import padded_sizes
 from gemcut.engine.graph import Captured, Graphs, Step
 from gemcut.tokenizer import Tokenizer
 
@@ -38,11 +39,25 @@ class PlainGraphs(Graphs):
 
 
 def run_as_on_a_gpu(engine: Engine) -> None:
-    """Replayed steps, each read when the next one is under way, in a thread of their own."""
+    """Replayed steps, each read when the next one is under way, in a thread of their own.
+
+    Chunks of prompts are padded, and longer while nobody decodes.
+    """
     if engine.model.device.type == "cpu":
-        engine._core.runner.graphs = PlainGraphs()
+        replay(engine)
+        engine._scheduler._long_chunks = engine._scheduler._reuse_prefixes
         engine._core.depth = 1
         engine._worker.inline = False
+
+
+def replay(engine: Engine) -> PlainGraphs:
+    """Let steps be replayed as on a GPU, chunks of prompts among them; the graphs."""
+    runner = engine._core.runner
+    runner.graphs = graphs = PlainGraphs()
+    runner.prefill_sizes = padded_sizes(
+        engine.config, engine.cache.prefill_chunk, engine.max_seq_len
+    )
+    return graphs
 
 
 def dictate(token_ids: Sequence[int]):

@@ -295,6 +295,8 @@ BAD_ARGUMENTS = {
     "tokens that are true": ({"max_seq_len": True}, "max_seq_len True is not an integer"),
     "tokens in words": ({"max_seq_len": "many"}, "'many' is neither an integer nor 'auto'"),
     "no chunk": ({"prefill_chunk": 0}, "prefill_chunk 0 is outside"),
+    "graphs by a number": ({"cuda_graphs": 1}, "cuda_graphs 1 is neither True nor False"),
+    "graphs by a word": ({"cuda_graphs": "no"}, "cuda_graphs 'no' is neither True nor False"),
     "unknown quantization": ({"quantization": "int3"}, "quantization 'int3'"),
 }
 

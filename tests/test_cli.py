@@ -503,6 +503,20 @@ def test_generate_with_a_slot_of_the_length_that_fits(run):
     assert plain[0] == 0
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_graphs_can_be_left_out(run, monkeypatch, command):
+    asked = []
+
+    def refuse(*args, **options):
+        asked.append(options["cuda_graphs"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Engine, "from_pretrained", refuse)
+    for options in ([], ["--no-cuda-graphs"]):
+        assert run(command, *options)[0] == 1
+    assert asked == [True, False]
+
+
 def test_rings_are_as_long_as_the_engine_makes_them():
     parameters = inspect.signature(Engine.from_pretrained).parameters
     assert parameters["prefill_chunk"].default == info.PREFILL_CHUNK

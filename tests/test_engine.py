@@ -70,8 +70,9 @@ def test_each_prompt_of_a_list_may_have_its_own_params(engine):
     assert [len(o.token_ids) for o in outputs] == [2, 5]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["plain", "padded"])
 @pytest.mark.parametrize("chunk", [512, 8], ids=["one-chunk", "five-chunks"])
-def test_dynamic_rope_goes_on_past_the_trained_positions(tmp_path, tokenizer_file, chunk):
+def test_dynamic_rope_goes_on_past_the_trained_positions(tmp_path, tokenizer_file, chunk, late):
     """A prompt of 40 tokens, where 32 were trained: frequencies are those of its whole length."""
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
     short = {"rope_parameters": dynamic, "max_position_embeddings": 32}
@@ -79,6 +80,8 @@ def test_dynamic_rope_goes_on_past_the_trained_positions(tmp_path, tokenizer_fil
     theirs.generation_config.eos_token_id = None
     with Engine.from_pretrained(tmp_path, dtype="float32", prefill_chunk=chunk) as engine:
         assert engine.max_seq_len == 96
+        if late:
+            run_as_on_a_gpu(engine)
         prompt = [2, *range(30, 69)]
         output = engine.generate(prompt, SamplingParams(temperature=0, ignore_eos=True))
     expected = theirs.generate(

@@ -16,6 +16,7 @@ from random_models import MODEL_TYPES
 from gemcut import kernels
 from gemcut.bench.random_model import published_config, random_weights
 from gemcut.engine import PUBLISHED, Engine, hub, memory
+from gemcut.engine.activations import CUBLAS_BYTES, decode_bytes, prefill_bytes
 from gemcut.engine.cache import KVCache
 from gemcut.engine.checkpoint import load_checkpoint, save_checkpoint
 from gemcut.engine.config import ModelConfig
@@ -247,6 +248,31 @@ def test_an_estimate_grows_with_each_size(name, ops):
     assert totals == sorted(totals)
     totals = [build.estimate(slots, 300).total for slots in range(1, 100)]
     assert totals == sorted(totals)
+
+
+def test_graphs_and_long_chunks_count_where_they_are():
+    """Estimates for a GPU, from the config alone: nothing of it was measured."""
+    gpu, config = torch.device("cuda"), PUBLISHED["gemma-3-1b"]
+
+    def estimate(ops=kernels, chunk=512, **options):
+        return Build(config, gpu, torch.bfloat16, ops, chunk, **options).estimate(1, 4096)
+
+    usual, eager = estimate(), estimate(cuda_graphs=False)
+    assert eager.graphs == 0
+    assert replace(usual, graphs=0) == eager
+    states = sum(range(64, 513, 64)) * config.hidden_size * 2
+    sizes = config, torch.bfloat16
+    largest = max(
+        prefill_bytes(*sizes, 512, 4096, is_reference=False),
+        decode_bytes(*sizes, 1, 4096, is_reference=False),
+    )
+    assert usual.graphs == largest + states + CUBLAS_BYTES
+    assert estimate(ops=reference).graphs == 0
+    strict = estimate(reuse_prefixes=False)
+    assert strict.kv_cache == usual.kv_cache
+    assert strict.activations < usual.activations  # chunks of 512, and of 1024
+    assert estimate(chunk=1024, reuse_prefixes=False).activations == usual.activations
+    assert estimate(ops=reference, reuse_prefixes=False) == estimate(ops=reference)
 
 
 def test_slots_are_the_most_that_fit(set_free):

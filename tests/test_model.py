@@ -215,6 +215,54 @@ def test_a_prompt_continues_where_an_earlier_one_ended(precise):
     torch.testing.assert_close(precise.logits(hidden), all_logits(precise, ids))
 
 
+@pytest.mark.parametrize("start", [0, 3, 21])
+@pytest.mark.parametrize(("count", "size"), [(1, 8), (7, 8), (8, 8), (5, 32), (0, 8)])
+@torch.inference_mode()
+def test_a_padded_chunk_gives_what_its_tokens_give(precise, count, size, start):
+    """What a captured graph runs; padding is NaN here, is not stored and is not seen.
+
+    Slot 1 of 3, in a ring that has turned at the last start.
+    """
+    embed = precise.embed
+    ids = random_ids(start + count, precise.config.vocab_size)
+    caches = [new_cache(precise, num_slots=3, prefill_chunk=8) for _ in range(2)]
+    plain, padded = caches
+    for cache in caches:
+        if start:
+            precise.prefill(ids[:start], cache, 1)
+    if count:
+        expected = precise.prefill_chunk(ids[start:], plain, 1, start, 40)
+    place = torch.tensor([1, start, count, 40])
+    tokens = torch.cat([ids[start:], torch.zeros(size - count, dtype=torch.int64)])
+
+    def embed_with_nan(token_ids):
+        return embed(token_ids).masked_fill((torch.arange(size) >= count)[:, None], torch.nan)
+
+    precise.embed = embed_with_nan
+    try:
+        states = precise.prefill_padded(tokens, padded, place)
+    finally:
+        precise.embed = embed
+    assert states.shape == (size, precise.config.hidden_size)
+    if count:
+        torch.testing.assert_close(states[:count], expected)
+    for one, other in zip(plain.layers, padded.layers, strict=True):
+        torch.testing.assert_close(one.k, other.k, equal_nan=True)
+        torch.testing.assert_close(one.v, other.v, equal_nan=True)
+
+
+@torch.inference_mode()
+def test_frequencies_of_a_padded_chunk_are_those_of_its_prompt():
+    """Of the whole prompt's 50 tokens, and not of the chunk or of the padding."""
+    ours = gemcut_twin(random_twins("gemma-dynamic")[0], dtype=torch.float64)
+    ids = random_ids(50, ours.config.vocab_size)
+    states = ours.prefill_padded(
+        torch.cat([ids[:20], ids[:12]]), new_cache(ours), torch.tensor([0, 0, 20, 50])
+    )
+    expected = ours.prefill_chunk(ids[:20], new_cache(ours), 0, 0, 50)
+    torch.testing.assert_close(states[:20], expected)
+
+
 @torch.inference_mode()
 def test_inactive_rows_change_nothing(precise):
     """A negative position: what a captured graph runs for slots that nobody uses."""

@@ -87,6 +87,27 @@ def test_a_sequence_decodes_to_the_same_bits_in_any_company(dtype):
     assert torch.equal(without[[0, 2]], together[[0, 2]])
 
 
+@by_dtype
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+@torch.inference_mode()
+def test_a_padded_chunk_is_what_its_tokens_are(model_type, dtype, poisoned):
+    """But for the rounding of products of other sizes.  Fresh buffers are NaN, as the cache was."""
+    model = random_twin(model_type, kernels, dtype)
+    ids = random_ids(19, 97).to(DEVICE)
+    caches = [new_cache(model, 2, prefill_chunk=7) for _ in range(2)]
+    for start, count in ((0, 5), (5, 7), (12, 6), (18, 1)):
+        tokens = torch.zeros(7, dtype=torch.int64, device=DEVICE)
+        tokens[:count] = ids[start : start + count]
+        place = torch.tensor([1, start, count, len(ids)], device=DEVICE)
+        padded = model.prefill_padded(tokens, caches[0], place)
+        plain = model.prefill_chunk(ids[start : start + count], caches[1], 1, start, len(ids))
+        torch.testing.assert_close(padded[:count], plain)
+        assert padded.isfinite().all()  # initcheck would see what was never written
+    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        torch.testing.assert_close(one.k, other.k, equal_nan=True)
+        torch.testing.assert_close(one.v, other.v, equal_nan=True)
+
+
 def test_the_engine_on_the_kernels_gives_the_references_text():
     """Greedy and seeded, past the window and past one turn of the ring."""
     prompt = "It was a bright cold morning of the early spring, and we sat after breakfast " * 4
