@@ -63,7 +63,7 @@ def check_parts(name: str, x: Tensor, like: Tensor) -> tuple[int, int, int]:
     if x.dim() != 3:
         check_tensors(like, **{name: x})
         check_rows(name, x, x.shape[-1])
-        return 1, *x.shape
+        return 1, x.shape[0], x.shape[1]
     require(x.dtype == torch.float32, f"{name} is {x.dtype}, partial sums must be float32")
     require(x.device == like.device, f"{name} is on {x.device}, the others on {like.device}")
     require(x.shape[0] > 0, f"{name} is {list(x.shape)}: not one partial sum")

@@ -149,7 +149,7 @@ def store_y(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc / l as rows offs_r of a tile of queries: y [B, T, HQ, K]."""
+    """Store acc / l as rows offs_r of a tile of queries: y [B, T, HQ, K]."""
     offs_k = tl.arange(0, BLOCK_K)
     l_i = tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # 0 in rows that are not stored
     if y_ptr.dtype.element_ty == tl.float32:

@@ -1,5 +1,7 @@
 """Decode steps by batch size: padded, replayed from fixed tensors, equal to plain calls."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from engines import PlainGraphs, replay, save_random_model
@@ -209,3 +211,34 @@ def test_a_captured_graph_gives_the_bits_of_the_eager_step(folder, kind):
         assert eager == replayed
         for layer, k in zip(engine.cache.layers, cache, strict=True):
             assert layer.k.equal(k)
+
+
+def test_what_broke_a_capture_is_told(monkeypatch):
+    """Its end fails as well: "operation failed due to a previous error during capture"."""
+
+    class Broken:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+        def wait_stream(self, _):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", Broken)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    calls = []
+
+    def step(x):
+        calls.append(x)
+        if len(calls) == 2:  # the first call compiles
+            raise ValueError("the step reads a tensor")
+
+    with pytest.raises(ValueError, match="the step reads a tensor"):
+        graph.capture(step, [torch.zeros(1)], None, Broken())

@@ -200,8 +200,8 @@ def _products(
         if step // (32 * num_warps) not in THREAD_BYTES or in_flight not in IN_FLIGHT:
             continue
         if at_once * in_flight >= LEAST_IN_FLIGHT and parts * block_d <= shape[1]:
-            cut = {"SPLITS": parts} if len(splits) > 1 else {}
-            yield {block: size // rows, "BLOCK_D": block_d, **cut, **_options(num_warps, num_stages)}
+            tile = {block: size // rows, "BLOCK_D": block_d, **_options(num_warps, num_stages)}
+            yield tile | ({"SPLITS": parts} if len(splits) > 1 else {})
 
 
 def _decode_attention(shape: tuple[int, ...]) -> Iterator[Tile]:
