@@ -35,7 +35,7 @@ from gemcut.kernels.tiles import tuned
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["token_ids_ptr"])
 def embed_kernel(
     token_ids_ptr, table_ptr, y_ptr,  # [M], [V, D], [M, D]
     V, D,
@@ -92,7 +92,7 @@ def lm_head_kernel(
     tl.store(logits_ptrs, logits, mask=mask_m[None, :] & mask_v[:, None])
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["counters_ptr"])
 def lm_head_argmax_kernel(
     x_ptr, w_ptr,  # [M, D], [V, D]
     state_ptr,  # [M] int64: the greatest logit so far and its id, packed; zero before and after

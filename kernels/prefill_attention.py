@@ -56,7 +56,10 @@ def chunk_of(cu_seqlens_ptr, tile, B, BLOCK_M: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["M", "B"])
+@triton.jit(
+    do_not_specialize=["M", "B"],
+    do_not_specialize_on_alignment=["slots_ptr", "starts_ptr", "cu_seqlens_ptr"],
+)
 def attention_prefill_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr,  # [M, HQ, K], [slots, HK, C, K] twice, [M, HQ, K]
     slots_ptr, starts_ptr, cu_seqlens_ptr,  # [B], [B], [B + 1]

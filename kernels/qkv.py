@@ -32,7 +32,7 @@ from gemcut.kernels.rotary import check_head_norms, rope_and_store_
 from gemcut.kernels.tiles import tuned
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def linear_rope_and_store_kernel(
     x_ptr, w_ptr, bias_ptr,  # [M, D], [(HQ + 2 HK) K, D], [(HQ + 2 HK) K]
     q_ptr, k_cache_ptr, v_cache_ptr,  # [M, HQ, K], [num_slots, HK, C, K] x 2

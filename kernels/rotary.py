@@ -41,7 +41,7 @@ from gemcut.kernels.checks import (
 BLOCK_H = 4  # heads of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def rope_tables_kernel(
     positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr,  # [M], [K/2] or [M, K/2], [M, K], [M, K]
     stride_inv_freq_m,  # 0 where all tokens share the frequencies
@@ -72,7 +72,7 @@ def _widened_half(ptr, offs, mask):
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def rope_and_store_kernel(
     qkv_ptr, q_ptr,  # [S, M, (HQ + 2 HK) K], [M, HQ, K]
     k_cache_ptr, v_cache_ptr,  # [slots, HK, C, K] each

@@ -54,7 +54,7 @@ MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 MIX_2 = tl.constexpr(0x94D049BB133111EB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["repetition_ptr", "presence_ptr", "frequency_ptr"])
 def penalize_kernel(
     logits_ptr, counts_ptr, in_prompt_ptr, y_ptr,  # [B, V] each
     repetition_ptr, presence_ptr, frequency_ptr,  # [B] each
@@ -78,7 +78,7 @@ def penalize_kernel(
     tl.store(y_ptr + row * stride_y_b + offs_v, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr"])
 def best_kernel(
     logits_ptr, temperature_ptr, top_k_ptr,  # [B, V], [B], [B]
     maxima_ptr, state_ptr, ids_ptr,  # [B, chunks], [B, FIELDS + BUCKETS], [B]
@@ -141,7 +141,9 @@ def gumbel(bits):
     return -tl.log(-tl.log(uniform))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["temperature_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr"]
+)
 def draw_kernel(
     logits_ptr, temperature_ptr, min_p_ptr,  # [B, V], [B], [B]
     seeds_ptr, positions_ptr, state_ptr, ids_ptr,  # [B], [B], [B, FIELDS + BUCKETS], [B]

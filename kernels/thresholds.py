@@ -120,7 +120,7 @@ def _reach(sums, offs, target):
     return index, target - tl.sum(tl.where(offs < index, sums, 0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "setting_ptr"])
 def narrow_kernel(
     logits_ptr, temperature_ptr, setting_ptr, state_ptr,  # [B, V], [B], [B], [B, FIELDS + BUCKETS]
     stride_logits_b, stride_state_b,

@@ -114,3 +114,66 @@ def test_bad_input():
     run = subprocess.run(command, env=interpreted, capture_output=True, text=True)
     assert run.returncode == 2
     assert "TRITON_INTERPRET is set" in run.stderr
+
+
+# The launcher's own words for what is launched, beside those of the report; prints what differs.
+LAUNCHERS_KEYS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from gemcut.engine.config import PUBLISHED
+from gemcut.tools import compile_report, launches
+
+made, record = [], launches._launch
+launches._launch = lambda kernel, *rest: made.append((kernel, rest)) or record(kernel, *rest)
+launches.launches(PUBLISHED["gemma-3-1b"], "sm_90")
+backend = make_backend(GPUTarget("cuda", 90, 32))
+
+def real(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty(64, dtype=value.dtype)[value.storage_offset() % 16 :]
+
+for kernel, rest in made:
+    launch = record(kernel, *rest)
+    ours = dict(launch.signature), {(i,): v for i, v in launch.constants}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(**{k: real(v) for k, v in rest[-1].items()})
+    _, *theirs = kernel._pack_args(backend, options, bound, specialization, options)
+    if tuple(theirs) != (*ours, compile_report._attributes(launch, kernel)):
+        print(kernel.fn.__name__, theirs, ours)
+print(len(made))
+"""
+
+
+def test_the_report_compiles_what_the_launcher_looks_for():
+    """Else what was compiled ahead is compiled once more where it is launched."""
+    command = [sys.executable, "-P", "-c", LAUNCHERS_KEYS]
+    run = subprocess.run(command, env=COMPILING, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 1000
+
+
+# Kernels of a decode step's layers, by rows and tokens of a row, that are not those of one row
+OTHERS_BY_COMPANY = """
+from gemcut.tools.launches import kernels_of_company
+from gemcut.engine.config import PUBLISHED
+
+for model in ("gemma-2-2b", "gemma-3-1b", "gemma-2b"):
+    alone, *others = kernels_of_company(PUBLISHED[model], "sm_90").values()
+    for other in others:
+        for launch in other ^ alone:
+            print(model, launch.kernel)
+"""
+
+
+def test_one_compiled_kernel_serves_any_company():
+    """Other constants for other numbers of rows, or of drafts, would add up in another order.
+
+    The interpreter gives equal bits where a GPU would not: this is read from what is compiled.
+    """
+    command = [sys.executable, "-P", "-c", OTHERS_BY_COMPANY]
+    run = subprocess.run(command, env=COMPILING, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr

@@ -169,6 +169,36 @@ def step_launches(
     return made
 
 
+def kernels_of_company(config: ModelConfig, part: str) -> dict[tuple[int, int], set[Launch]]:
+    """What a decode step launches up to the choice of tokens, by rows and by tokens of a row.
+
+    A token's bits are the same in any company because all of these are the same.
+    """
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
+    found = {}
+    with recorded(part) as launched:
+        model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
+        cache = KVCache(
+            config,
+            num_slots=max(BATCHES),
+            max_seq_len=MAX_SEQ_LEN,
+            prefill_chunk=PREFILL_CHUNK,
+            device=device,
+            dtype=dtype,
+        )
+        steps = Steps(model, cache, SlotState(max(BATCHES), config.vocab_size, device))
+        for batch, tokens in ((1, 1), (3, 1), (16, 1), (1, 8), (2, 8), (5, 3)):
+            slots = torch.empty(batch, dtype=torch.int64, device=device)
+            token_ids, positions = steps._newest(slots)
+            if tokens > 1:
+                token_ids = token_ids.unsqueeze(1).expand(batch, tokens)
+            launched.clear()
+            model.logits(model.decode_hidden(token_ids, cache, slots, positions))
+            found[batch, tokens] = set(launched)
+    return found
+
+
 def _run(config: ModelConfig, batches: Sequence[int], max_seq_len: int) -> None:
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     # six layers show every kind: Gemma 3 has a global one in six
@@ -206,7 +236,8 @@ def _launch(kernel: JITFunction, name: str, arguments: dict[str, Any]) -> Launch
         elif isinstance(value, torch.Tensor):
             kind = TYPE_NAMES[value.dtype]
             # torch allocates at multiples of 512 bytes; a view may begin elsewhere
-            if value.storage_offset() * value.itemsize % 16 == 0:
+            is_aligned = value.storage_offset() * value.itemsize % 16 == 0
+            if is_aligned and not parameter.do_not_specialize_on_alignment:
                 divisible.append(index)
         else:
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
