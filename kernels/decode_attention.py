@@ -50,7 +50,7 @@ MAX_POSITION = tl.constexpr(2**30)  # sums with it stay within 32 bits
 # the grid follows the capacity, and a program without keys still takes its turn.
 MANY_PROGRAMS = 396
 WINDOW_SPLITS = 112  # of a window, at most: with those that it touches, 9 groups
-COMBINED_ELEMENTS = 8192  # partial sums that a program holds at once, 32 KiB of registers
+COMBINED_ROWS = 2  # of queries, added up at once: 64 registers of partial sums at head_dim 256
 FAN = tl.constexpr(GROUP)
 
 
@@ -95,12 +95,24 @@ def store_partial(
     acc, m_i, l_i, number, offs_r, mask_r, num_rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Leave rows offs_r of acc, m and l at place `number`."""
     offs_k = tl.arange(0, BLOCK_K)
-    at = number.to(tl.int64) * num_rows + offs_r
-    acc_ptrs = acc_ptr + at[:, None] * HEAD_DIM + offs_k[None, :]
-    tl.store(acc_ptrs, acc, mask=mask_r[:, None] & (offs_k < HEAD_DIM)[None, :])
+    first = number.to(tl.int64) * num_rows
+    acc_ptr += first * HEAD_DIM
+    offs = offs_r[:, None] * HEAD_DIM + offs_k[None, :]
+    mask = mask_r[:, None] & (offs_k < HEAD_DIM)[None, :]
+    if IN_PLACE:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .b64 a; setp.ge.s32 p, $2, 0; mad.wide.s32 a, $2, 4, $1; "
+            "@p st.global.f32 [a], $3; mov.b32 $0, 0;}",
+            "=r,l,r,f", [acc_ptr.to(tl.int64), tl.where(mask, offs, -1), acc],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(acc_ptr + offs, acc, mask=mask)
+    at = first + offs_r
     tl.store(m_ptr + at, m_i, mask=mask_r)
     tl.store(l_ptr + at, l_i, mask=mask_r)
 
@@ -184,6 +196,7 @@ def attention_decode_kernel(
     Q_UNIT: tl.constexpr,
     IS_LOCAL: tl.constexpr,
     FAST_TANH: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     COUNTERS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -255,7 +268,7 @@ def attention_decode_kernel(
         if begin == split_end:
             store_partial(
                 acc_ptr, m_ptr, l_ptr, acc, m_i, l_i, split - first_split,
-                offs_m, mask_m, num_rows, HEAD_DIM, BLOCK_K,
+                offs_m, mask_m, num_rows, HEAD_DIM, BLOCK_K, IN_PLACE,
             )  # fmt: skip
             acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
             m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
@@ -281,7 +294,7 @@ def attention_decode_kernel(
         return
     store_partial(
         acc_ptr, m_ptr, l_ptr, acc, m_i, l_i, split - first_split,
-        offs_m, mask_m, num_rows, HEAD_DIM, BLOCK_K,
+        offs_m, mask_m, num_rows, HEAD_DIM, BLOCK_K, IN_PLACE,
     )  # fmt: skip
 
     tl.debug_barrier()  # every thread's stores precede the release
@@ -310,7 +323,7 @@ def attention_decode_kernel(
                 else:
                     store_partial(
                         acc_ptr, m_ptr, l_ptr, acc_r, m_r, l_r, most_splits + group - first_group,
-                        offs_r, mask_r, num_rows, HEAD_DIM, BLOCK_K,
+                        offs_r, mask_r, num_rows, HEAD_DIM, BLOCK_K, False,
                     )  # fmt: skip
             if num_groups > 1:
                 tl.debug_barrier()
@@ -346,7 +359,8 @@ def _tile(head_dim: int, group_size: int, itemsize: int, part: str) -> dict[str,
         "SPLIT": 64,
         "BLOCK_N": max(16, min(64, tile_bytes // row_bytes)),
         "num_warps": 4 if is_narrow else 8,
-        "maxnreg": 168 if is_narrow else 255,  # of 65536: three programs of four warps
+        # three programs of four warps; or two, as shared memory has it
+        "maxnreg": 168 if is_narrow and not is_small else 255,
         "num_stages": 3 if is_narrow else 2,
     }
 
@@ -413,7 +427,6 @@ def attention_decode(
         strides = [n * (size > 1) for n, size in zip(q.stride()[:3], q.shape[:3], strict=True)]
         unit = 1 if any(n % 8 for n in (K, *strides)) else 8
         block_k, block_m = max(16, triton.next_power_of_2(K)), triton.next_power_of_2(tokens * G)
-        block_r = min(block_m, max(1, COMBINED_ELEMENTS // (GROUP * block_k)))
         attention_decode_kernel[(num_programs, heads, B)](
             q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,
             slots_ptr=slots, positions_ptr=positions, counters_ptr=counters,
@@ -425,7 +438,7 @@ def attention_decode(
             SCALE=scale, SOFTCAP=softcap, HEAD_DIM=K, GROUP_SIZE=G, NUM_KV_HEADS=HK,
             TOKENS=tokens, Q_UNIT=unit, IS_LOCAL=is_local,
             FAST_TANH=not INTERPRETED and q.dtype != torch.float32,
-            COUNTERS=COUNTERS_PER_HEAD,
-            BLOCK_M=max(MIN_ROWS, block_m), BLOCK_K=block_k, BLOCK_R=block_r, **tile,
+            IN_PLACE=not INTERPRETED, COUNTERS=COUNTERS_PER_HEAD,
+            BLOCK_M=max(MIN_ROWS, block_m), BLOCK_K=block_k, BLOCK_R=COMBINED_ROWS, **tile,
         )  # fmt: skip
     return y

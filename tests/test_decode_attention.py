@@ -1,13 +1,16 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from accuracy import DEVICE, DTYPES, assert_accurate, random
 
 from gemcut.kernels import decode_attention
-from gemcut.kernels.decode_attention import _tile, attention_decode
+from gemcut.kernels.decode_attention import _tile, attention_decode, split_begin, split_of
 from gemcut.kernels.parts import SHARED_MEMORY
-from gemcut.kernels.splits import COUNTERS_PER_HEAD
+from gemcut.kernels.splits import COUNTERS_PER_HEAD, count_splits, most_partials
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -98,30 +101,116 @@ def test_a_split_that_a_token_does_not_see(monkeypatch):
     assert_accurate(attention_decode, **rows([29], T=8, sliding_window=15, C=22))
 
 
-@by_dtype
-def test_groups_that_are_added_up(dtype, monkeypatch):
-    """25 groups of 16 splits, a row of queries at a time, the later the greater the scores."""
+def test_groups_that_are_added_up(monkeypatch):
+    """18 groups of 16 splits, a row of queries at a time, the later the greater the scores."""
     torch.manual_seed(0)
     use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
-    monkeypatch.setattr(decode_attention, "COMBINED_ELEMENTS", 16)
-    arguments = rows([6399, 90], dtype=dtype, C=6400)
+    monkeypatch.setattr(decode_attention, "COMBINED_ROWS", 1)
+    arguments = rows([11999, 90], C=12000, shape=(2, 1, 16))
     arguments["q"] = arguments["q"].abs()
-    arguments["k_cache"] += torch.linspace(0, 1, 6400, device=DEVICE, dtype=dtype)[:, None]
+    arguments["k_cache"] += torch.linspace(0, 1, 12000, device=DEVICE)[:, None]
     assert_accurate(attention_decode, **arguments)
 
 
 @by_dtype
-@pytest.mark.usefixtures("small_tiles")
-def test_the_number_of_programs_changes_no_bit(dtype, monkeypatch):
-    """One program takes all splits of a head, or two and three share them."""
+@pytest.mark.parametrize("window", [None, 400], ids=["global", "local"])
+def test_the_number_of_programs_changes_no_bit(window, dtype, monkeypatch):
+    """One program takes all splits of a head, or several share them, group by group or across."""
     torch.manual_seed(0)
-    arguments = rows([127, 70, 3], dtype=dtype, sliding_window=100)
+    use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
+    arguments = rows([600, 3], dtype=dtype, sliding_window=window, C=604)
     expected = attention_decode(**arguments)
-    heads = arguments["k_cache"].shape[1] * len(arguments["slots"])
-    for programs in (1, 2, 3):
-        monkeypatch.setattr(decode_attention, "MANY_PROGRAMS", programs * heads)
-        assert_accurate(attention_decode, **arguments)
+    assert_accurate(attention_decode, **arguments)
+    for programs in (1, 2, 5):
+        monkeypatch.setattr(decode_attention, "MANY_PROGRAMS", programs * 2)
         assert torch.equal(attention_decode(**arguments), expected)
+
+
+BY_ROW = ("q", "slots", "positions")
+
+
+@pytest.fixture
+def summed_in_order(monkeypatch) -> None:
+    """The interpreter's products: NumPy's library adds up by a row's place in the matrix."""
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("heads", [(2, 1), (8, 1)], ids=["one-tile", "four-tiles"])
+@pytest.mark.parametrize("window", [None, 250], ids=["global", "local"])
+@pytest.mark.usefixtures("summed_in_order")
+def test_a_draft_is_the_same_bits_as_its_tokens_alone(window, heads, dtype, monkeypatch):
+    """Where a split ends, a group, and the splits of one length; alone, each has its own window."""
+    torch.manual_seed(0)
+    use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
+    # of a window of 250 from 501 on, the first key crosses a group's end as well
+    draft = rows(
+        [0, 12, 252, 501], T=8, dtype=dtype, C=512, shape=(*heads, 16), sliding_window=window
+    )
+    together = attention_decode(**draft)
+    assert_accurate(attention_decode, **draft)
+    for t in range(8):
+        token = {"q": draft["q"][:, t : t + 1], "positions": draft["positions"] + t}
+        assert torch.equal(attention_decode(**draft | token)[:, 0], together[:, t]), t
+    three = {"q": draft["q"][:, 2:5], "positions": draft["positions"] + 2}
+    assert torch.equal(attention_decode(**draft | three), together[:, 2:5])
+    alone = {name: draft[name][2:3] for name in BY_ROW}
+    assert torch.equal(attention_decode(**draft | alone)[0], together[2])
+
+
+@pytest.mark.usefixtures("summed_in_order")
+def test_a_draft_where_splits_double(monkeypatch):
+    """Split 128 is the first of 32 keys, and key 2048 its first; the draft is at 2044 to 2051."""
+    torch.manual_seed(0)
+    use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
+    draft = rows([2044], T=8, dtype=torch.bfloat16, C=2052, shape=(2, 1, 16))
+    together = attention_decode(**draft)
+    assert_accurate(attention_decode, **draft)
+    for t in (0, 3, 4, 7):
+        token = {"q": draft["q"][:, t : t + 1], "positions": draft["positions"] + t}
+        assert torch.equal(attention_decode(**draft | token)[:, 0], together[:, t]), t
+
+
+@triton.jit
+def cut_kernel(keys_ptr, splits_ptr, begins_ptr, N: tl.constexpr, IS_LOCAL: tl.constexpr):
+    offs = tl.program_id(0) * N + tl.arange(0, N)
+    key = tl.load(keys_ptr + offs)
+    tl.store(splits_ptr + offs, split_of(key, 16, IS_LOCAL))
+    tl.store(begins_ptr + offs, split_begin(offs, 16, IS_LOCAL))
+
+
+@pytest.mark.parametrize("is_local", [False, True], ids=["global", "local"])
+def test_splits_of_keys(is_local):
+    """A plain table of the keys of all splits, up to 2 ** 20."""
+    begins, length = [0], 16
+    while begins[-1] < 2**20:
+        doubles = not is_local and len(begins) >= 128 and len(begins) % 64 == 0
+        begins.append(begins[-1] + length)
+        length *= 1 + doubles
+    lengths = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
+    number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[: 2**20]
+    keys = torch.arange(2**20, device=DEVICE, dtype=torch.int32)
+    splits, found = torch.empty_like(keys), torch.empty_like(keys)
+    cut_kernel[(64,)](
+        keys_ptr=keys, splits_ptr=splits, begins_ptr=found, N=2**14, IS_LOCAL=is_local
+    )
+    assert torch.equal(splits.cpu().long(), number)
+    count = min(len(begins), 640)  # below 2 ** 31 keys
+    assert found[:count].tolist() == begins[:count]
+    if not is_local:
+        for length in (1, 16, 17, 2047, 2048, 2049, 2080, 2081, 4096, 99_999, 2**20):
+            assert count_splits(length, 16) == number[length - 1] + 1
+            assert most_partials(length, 16, False)[1] == number[length - 1] // 16 + 1
+
+
+@pytest.mark.parametrize("split", [16, 64])
+@pytest.mark.parametrize("seen", [1, 2, 15, 16, 17, 18, 255, 256, 257, 258, 1000])
+def test_room_for_the_splits_of_a_window(seen, split):
+    """Wherever it begins: the most that any place takes, and no more."""
+    places = [(first // split, (first + seen - 1) // split) for first in range(32 * split)]
+    splits = max(last - first + 1 for first, last in places)
+    groups = max(last // 16 - first // 16 + 1 for first, last in places)
+    assert most_partials(seen, split, True) == (splits, groups)
 
 
 def test_a_long_cache_is_cut_into_longer_splits(monkeypatch):
@@ -181,10 +270,9 @@ def test_a_row_is_the_same_bits_in_any_company(window, dtype):
     torch.manual_seed(0)
     positions = [100, 31, 0, 64, 90, -1, 33, 7, 126, 63, 62, 99, 50, 15, 16, 80]
     everything = rows(positions, dtype=dtype, shape=(2, 1, 16), sliding_window=window)
-    by_row = ("q", "slots", "positions")
 
     def of(chosen: list[int]) -> torch.Tensor:
-        return attention_decode(**everything | {name: everything[name][chosen] for name in by_row})
+        return attention_decode(**everything | {name: everything[name][chosen] for name in BY_ROW})
 
     alone = torch.cat([of([row]) for row in (0, 1, 3, 8)])
     assert torch.equal(of(list(range(16)))[[0, 1, 3, 8]], alone)
@@ -202,7 +290,7 @@ def test_counters_are_left_zero():
     for _ in range(2):
         assert torch.equal(attention_decode(**arguments, counters=counters), expected)
         assert not counters.any()
-    shorter = arguments | {name: arguments[name][:2] for name in ("q", "slots", "positions")}
+    shorter = arguments | {name: arguments[name][:2] for name in BY_ROW}
     assert torch.equal(attention_decode(**shorter, counters=counters), expected[:2])
     assert not counters.any()
 
