@@ -179,7 +179,9 @@ PLAIN = ["stride_q_b", "stride_q_t", "stride_q_h", "num_slots", "C", "W", "T"]
 PLAIN += ["num_rows", "most_splits", "most_partials"]
 
 
-@triton.jit(do_not_specialize=PLAIN)  # one compiled kernel serves every T, B and cache
+@triton.jit(  # one compiled kernel serves every T, B and cache
+    do_not_specialize=PLAIN, do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"]
+)
 def attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr,  # [B, T, HQ, K], [slots, HK, C, K] twice, [B, T, HQ, K]
     slots_ptr, positions_ptr,  # [B]
