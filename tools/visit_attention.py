@@ -19,6 +19,7 @@ from gemcut.bench.prefill_cases import visible_pairs
 from gemcut.bench.timing import Call
 from gemcut.kernels import decode_attention
 from gemcut.kernels.parts import part
+from gemcut.kernels.splits import COUNTERS_PER_HEAD
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.search_space import applied, looked_up
@@ -29,7 +30,7 @@ from gemcut.tools.visit_table import CEILINGS, ceilings_of
 MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
 CONTEXTS, CPU_CONTEXTS = (1024, 8192, 32768), (24,)
 TOKENS, CPU_TOKENS = 4096, 16
-SPLITS = (64, 128, 256)
+SPLITS = (32, 64, 128)
 TILES = ((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 4, 2))
 TILE_NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 ROUNDS, CPU_ROUNDS = 7, 1
@@ -84,7 +85,7 @@ def decode_case(visit: Visit, model: str, context: int) -> Case:
             "slots": s.index(0),
             "positions": s.index(context - 1),
             **settings,
-            "counters": s.counters(s.HK),
+            "counters": s.counters(s.HK * COUNTERS_PER_HEAD),
         }
 
     cost = Cost(rows + keys + 16, rows, 4 * s.HQ * s.K * context, True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from gemcut.bench.prefill_cases import prefill_cases
 from gemcut.engine.cache import PREFILL_CHUNK
 from gemcut.engine.info import find_config
 from gemcut.kernels import reference
+from gemcut.kernels.splits import COUNTERS_PER_HEAD
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.visit import Visit
 
@@ -221,6 +223,8 @@ def results(case: Case, arguments: Arguments, begin: int, end: int, rows: slice)
     written = WRITTEN.get(case.op, ())
     copies = {name: arguments[name].clone() for name in written}
     returned = call_poisoned(case.op, {**arguments, **copies})
+    if case.op == "skinny_linear":
+        returned = returned.transpose(0, 1)  # [M, S, N]
     found = [x[rows] for x in (returned if isinstance(returned, tuple) else (returned,))]
     for name, x in copies.items():
         found.append(x[rows] if name in BY_ROW else x[begin:end])
@@ -243,7 +247,9 @@ def draft_lengths(s: Shapes) -> tuple[int, int]:
     return 1, min(MOST_DRAFTED, 64 // (s.HQ // s.HK))
 
 
-def draft_arguments(s: Shapes, q_len: int, rows: int, context: int) -> Arguments:
+def draft_arguments(
+    s: Shapes, q_len: int, rows: int, context: int, window: int | None = None
+) -> Arguments:
     """Decode attention of `q_len` tokens, the first of which stands at context - q_len."""
     return {
         "q": s.values(rows, q_len, s.HQ, s.K),
@@ -252,8 +258,8 @@ def draft_arguments(s: Shapes, q_len: int, rows: int, context: int) -> Arguments
         "positions": torch.full((rows,), context - q_len, device=s.device),
         "scale": s.config.scale,
         "softcap": s.config.attn_softcap,
-        "sliding_window": None,
-        "counters": s.counters(rows * s.HK),
+        "sliding_window": window,
+        "counters": s.counters(rows * q_len * s.HK * COUNTERS_PER_HEAD),
     }
 
 
@@ -262,15 +268,16 @@ def compare_drafts(visit: Visit, model: str) -> None:
     s = shapes_of(model, visit.device)
     _, drafted = draft_lengths(s)
     rows, differing = 2, []
-    for context in (256, 1024) if visit.on_gpu else (24,):
+    sizes = (256, 1024, 5000) if visit.on_gpu else (24,)
+    for context, window in product(sizes, (None, 300 if visit.on_gpu else 9)):
         torch.manual_seed(0)
-        together = draft_arguments(s, drafted, rows, context)
+        together = draft_arguments(s, drafted, rows, context, window)
         whole = call_poisoned("attention_decode", together)
         for t in range(drafted):
             alone = together | {"q": together["q"][:, t : t + 1].contiguous()}
             alone["positions"] = together["positions"] + t
             found = call_poisoned("attention_decode", alone)
             if not torch.equal(bits(found[:, 0]), bits(whole[:, t])):
-                differing.append(f"token {t} at {context}")
+                differing.append(f"token {t} at {context}, window {window}")
     told = f"{len(differing)} tokens differ, the first: {', '.join(differing[:3])}"
     visit.judge(f"drafts/{model}", not differing, told)
