@@ -114,7 +114,7 @@ def slot_bytes(
 
 
 def count_counters(config: ModelConfig, num_slots: int) -> int:
-    """Counters that all layers share: for each token of a step, of one slot or of its drafts too."""
+    """Counters that all layers share, enough for each token of a step, drafts included."""
     return max(num_slots, ROWS) * config.num_kv_heads * COUNTERS_PER_HEAD
 
 

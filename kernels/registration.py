@@ -18,7 +18,7 @@ from gemcut.kernels import reference
 from gemcut.kernels.interpreter import INTERPRETED
 
 # Not the counters of attention_decode and lm_head_argmax: they are zero before and after, so nobody
-# sees that they change, and torch 2.11 raises IndexError for a mutated argument left to its default.
+# sees them change, and torch 2.11 raises IndexError for a mutated argument left to its default.
 MUTATED = {
     "add_rmsnorm_": ("residual",),
     "advance_": ("tokens", "positions"),
