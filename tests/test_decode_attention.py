@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +12,8 @@ import triton.language as tl
 from accuracy import DEVICE, DTYPES, assert_accurate, random
 
 from gemcut.kernels import decode_attention
-from gemcut.kernels.decode_attention import _tile, attention_decode, split_begin, split_of
+from gemcut.kernels.attention_splits import split_begin, split_of
+from gemcut.kernels.decode_attention import _tile, attention_decode
 from gemcut.kernels.parts import SHARED_MEMORY
 from gemcut.kernels.splits import COUNTERS_PER_HEAD, count_splits, most_partials
 
@@ -140,7 +145,7 @@ def summed_in_order(monkeypatch) -> None:
 @pytest.mark.parametrize("window", [None, 250], ids=["global", "local"])
 @pytest.mark.usefixtures("summed_in_order")
 def test_a_draft_is_the_same_bits_as_its_tokens_alone(window, heads, dtype, monkeypatch):
-    """Where a split ends, a group, and the splits of one length; alone, each has its own window."""
+    """Where a split ends and where a group ends; alone, each token has its own window."""
     torch.manual_seed(0)
     use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
     # of a window of 250 from 501 on, the first key crosses a group's end as well
@@ -171,6 +176,36 @@ def test_a_draft_where_splits_double(monkeypatch):
         assert torch.equal(attention_decode(**draft | token)[:, 0], together[:, t]), t
 
 
+LAUNCHES = """
+import torch
+from gemcut.kernels import attention_decode
+from gemcut.tools.compile_report import recorded
+
+for dtype, K, G, window in SETTINGS:
+    with recorded("sm_90") as found:
+        for T, B, C, slots in CALLS:
+            k, v = (torch.empty(slots, 2, C, K, device="cuda", dtype=dtype) for _ in range(2))
+            width = (2 * G + 4) * K  # of q, k and v side by side
+            strides = (T * width, width, K, 1)
+            q = torch.empty_strided((B, T, 2 * G, K), strides, device="cuda", dtype=dtype)
+            index = torch.empty(B, device="cuda", dtype=torch.int64)
+            attention_decode(q, k, v, index, index, 0.1, None, window)
+    print(len([launch for launch in found if launch.kernel == "attention_decode_kernel"]))
+"""
+
+
+def test_one_compiled_kernel_serves_every_call_of_a_model():
+    """T, B, the capacity and the number of slots are neither constants nor known divisors."""
+    settings = [(torch.bfloat16, 256, 2, None), (torch.bfloat16, 256, 8, 4096)]
+    settings += [(torch.float32, 64, 1, 100)]
+    calls = [(T, B, C, slots) for T in (1, 3, 8) for B, C, slots in ((1, 8192, 1), (16, 999, 16))]
+    code = f"import torch\nSETTINGS, CALLS = {settings}, {calls}\n{LAUNCHES}"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == ["1"] * len(settings), run.stderr
+
+
 @triton.jit
 def cut_kernel(keys_ptr, splits_ptr, begins_ptr, N: tl.constexpr, IS_LOCAL: tl.constexpr):
     offs = tl.program_id(0) * N + tl.arange(0, N)
@@ -187,7 +222,7 @@ def test_splits_of_keys(is_local):
         doubles = not is_local and len(begins) >= 128 and len(begins) % 64 == 0
         begins.append(begins[-1] + length)
         length *= 1 + doubles
-    lengths = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
+    lengths = [end - begin for begin, end in pairwise(begins)]
     number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[: 2**20]
     keys = torch.arange(2**20, device=DEVICE, dtype=torch.int32)
     splits, found = torch.empty_like(keys), torch.empty_like(keys)
@@ -280,11 +315,11 @@ def test_a_row_is_the_same_bits_in_any_company(window, dtype):
     assert torch.equal(of([0, 5])[0], alone[0])
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_counters_are_left_zero():
+def test_counters_are_left_zero(monkeypatch):
     """So one buffer serves every step, whatever the lengths, and no memset is launched."""
     torch.manual_seed(0)
-    arguments = rows([100, 31, -1, 64], shape=(4, 2, 32))
+    use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
+    arguments = rows([300, 31, -1, 64], shape=(4, 2, 32), C=304)  # two groups of splits, and one
     counters = torch.zeros(8 * COUNTERS_PER_HEAD + 3, device=DEVICE, dtype=torch.int32)
     expected = attention_decode(**arguments)
     for _ in range(2):
