@@ -267,10 +267,10 @@ def _tile(head_dim: int, group_size: int, itemsize: int, part: str) -> dict[str,
     row_bytes = itemsize * triton.next_power_of_2(head_dim)
     return {
         "SPLIT": 64,
-        "BLOCK_N": max(16, min(64, tile_bytes // row_bytes)),
+        "BLOCK_N": max(16, min(32, tile_bytes // row_bytes)),
         "num_warps": 4 if is_narrow else 8,
-        # three programs of four warps; or two, as shared memory has it
-        "maxnreg": 168 if is_narrow and not is_small else 255,
+        # three programs of four warps; or two, as shared memory has it, or where 168 would spill
+        "maxnreg": 168 if is_narrow and part in ("sm_90", "sm_100") else 255,
         "num_stages": 3 if is_narrow else 2,
     }
 

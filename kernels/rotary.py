@@ -240,6 +240,7 @@ def rope_and_store_(
             num_slots=num_slots, C=C, EPS=eps, HAS_NORM=q_norm_weight is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, SPLITS=parts,
             BLOCK_H=BLOCK_H, **_tile(K),
+            maxnreg=128,  # ptxas would rather spill the last addresses than take more than 64
         )  # fmt: skip
     return q
 
