@@ -46,8 +46,7 @@ def run_begin(pid, first, end, first_split, end_split, SPLIT: tl.constexpr, IS_L
     Where there are fewer programs than splits, each takes those that begin in its part of the keys.
     """
     programs = tl.num_programs(0)
-    # rounded either way: the last program takes what is left
-    share = ((end - first).to(tl.float32) * (1.0 / programs)).to(tl.int32) + 1
+    share = (end - first) // programs + 1
     last_before = tl.minimum(first + pid.to(tl.int64) * share, end).to(tl.int32) - 1
     split = split_of(tl.maximum(last_before, 0), SPLIT, IS_LOCAL) + 1
     split = tl.where((pid == 0) | (end_split - first_split <= programs), first_split + pid, split)

@@ -177,3 +177,28 @@ def test_one_compiled_kernel_serves_any_company():
     command = [sys.executable, "-P", "-c", OTHERS_BY_COMPANY]
     run = subprocess.run(command, env=COMPILING, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
+
+
+# Quotients of decode attention in float32, with a softcap, as the compiled code has them
+QUOTIENTS = """
+import torch
+from gemcut import kernels
+from gemcut.tools.compile_report import compiled_kernel
+from gemcut.tools.launches import recorded
+
+with recorded("sm_90") as found:
+    cache = torch.empty(2, 4, 1024, 64, device="cuda")
+    index = torch.empty(2, device="cuda", dtype=torch.int64)
+    q = torch.empty(2, 1, 8, 64, device="cuda")
+    kernels.attention_decode(q, cache, cache, index, index, 0.1, 50.0, None)
+(launch,) = found
+ptx = compiled_kernel(launch).asm["ptx"]
+print(ptx.count("div.full"), ptx.count("div.rn") > 0, ptx.count("tanh.approx"))
+"""
+
+
+def test_float32_attention_divides_exactly():
+    """The plain quotient errs by two units, tanh.approx by 2**-11: a test's budget is less."""
+    command = [sys.executable, "-P", "-c", QUOTIENTS]
+    run = subprocess.run(command, env=COMPILING, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.split()) == (0, ["0", "True", "0"]), run.stderr
