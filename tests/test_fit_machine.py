@@ -11,7 +11,8 @@ from gemcut.tools.fit_machine import Profile, fit, least, read_profile, scaled
 from gemcut.tools.machine import H200, Machine
 from gemcut.tools.predicted_step import PredictedStep
 
-PLANTED = {"bandwidth": 0.93, "clock": 0.8, "latency": 1.4, "ends": 2.0}
+# latencies and ends trade with each other: a profile of few kernels cannot tell them apart
+PLANTED = {"bandwidth": 0.93, "clock": 0.8}
 
 
 def measured(step: PredictedStep, machine: Machine) -> Profile:
@@ -32,13 +33,13 @@ def test_planted_constants_are_found():
     fitted, residuals = fit([(measured(step, gpu), step)])
     assert fitted.launch_gap_us == pytest.approx(1.7)
     assert (fitted.small_us["advance_kernel"], fitted.torch_us) == pytest.approx((3.1, 2.6))
-    assert fitted.bandwidth == pytest.approx(gpu.bandwidth, rel=0.05)  # it trades with ends
-    assert fitted.ghz == pytest.approx(gpu.ghz, rel=0.1)
-    assert fitted.fill_us == pytest.approx(gpu.fill_us, rel=0.35)
+    assert fitted.bandwidth == pytest.approx(gpu.bandwidth, rel=0.02)
+    assert fitted.ghz == pytest.approx(gpu.ghz, rel=0.05)
+    assert fitted.fill_us == pytest.approx(gpu.fill_us, rel=0.25)
     assert step.step_us(fitted) == pytest.approx(step.step_us(gpu), rel=0.01)
     assert {r.kernel for r in residuals} >= {"linear_geglu_kernel", "skinny_linear_kernel"}
     assert all(r.after_us == pytest.approx(r.measured_us, rel=0.03) for r in residuals)
-    assert any(abs(r.before_us / r.measured_us - 1) > 0.1 for r in residuals)
+    assert any(abs(r.before_us / r.measured_us - 1) > 0.05 for r in residuals)
 
 
 def test_a_machine_as_estimated_stays():
