@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from gemcut.tools.bandwidth_model import Stream, stream_us
+from gemcut.tools.bandwidth_model import Stream, _shared, stream_us
 from gemcut.tools.machine import H200
 
 STREAM = Stream(
@@ -39,7 +39,7 @@ def test_many_programs_are_bound_by_the_bandwidth():
     ideal = 1e6 * many.programs * 9 * 16384 / H200.bandwidth
     assert ideal < stream_us(many) < 1.1 * ideal + 100 * (H200.fill_us + H200.end_us)
     alone = stream_us(replace(many, programs=132 * 2, steps=900))  # one wave, without ends
-    assert alone == pytest.approx(ENDS_US + ideal, rel=0.01)
+    assert alone == pytest.approx(ENDS_US + ideal, rel=0.03)
 
 
 def test_programs_that_share_a_processor_share_its_schedulers():
@@ -61,13 +61,23 @@ def test_a_second_wave_waits_for_the_first():
     assert second - first > H200.us(8 * 1000)
 
 
-def test_a_prologue_is_paid_in_each_wave():
-    three_waves = replace(STREAM, programs=3 * 264, cycles=5000)
-    later = stream_us(replace(three_waves, before_us=2.0))
-    assert later == pytest.approx(stream_us(three_waves) + 3 * 2.0, rel=1e-3)
+def test_processors_do_not_keep_step():
+    """Half of them draw more: of many waves one hides the other's ends, one wave ends later."""
+    even = replace(H200, unevenness=1e-6)
+    many = replace(STREAM, programs=132 * 20, cycles=100, instructions=10)
+    assert stream_us(many) < 0.97 * stream_us(many, even)
+    one = replace(many, programs=264, stages=4)
+    assert stream_us(one, even) <= stream_us(one) < 1.2 * stream_us(one, even)
 
 
-@pytest.mark.parametrize("field", ["programs", "steps", "step_bytes", "cycles", "before_us"])
+def test_rates_are_weighted_shares_or_what_is_wanted():
+    assert _shared([3.0, 1.0], [1, 1], [1, 1], 5.0) == [3.0, 1.0]
+    assert _shared([2.0, 2.0], [1, 1], [1.5, 0.5], 2.0) == [1.5, 0.5]
+    assert _shared([2.0, 2.0], [1, 1], [1.5, 0.5], 3.0) == [2.0, 1.0]
+    assert _shared([2.0, 2.0, 9.0], [3, 1, 0], [1, 1, 1], 4.0)[:2] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("field", ["programs", "steps", "step_bytes", "cycles", "end_us"])
 def test_more_never_takes_less(field):
     sizes = [1, 17, 132, 133, 264, 265, 1000, 1001, 20000]
     times = [stream_us(replace(STREAM, **{field: size})) for size in sizes]

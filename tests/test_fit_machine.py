@@ -11,7 +11,8 @@ from gemcut.tools.fit_machine import Profile, fit, least, read_profile, scaled
 from gemcut.tools.machine import H200, Machine
 from gemcut.tools.predicted_step import PredictedStep
 
-PLANTED = {"bandwidth": 0.93, "clock": 0.8, "latency": 1.4, "ends": 2.0}
+# latencies and ends trade with each other: a profile of few kernels cannot tell them apart
+PLANTED = {"bandwidth": 0.93, "clock": 0.8}
 
 
 def measured(step: PredictedStep, machine: Machine) -> Profile:
@@ -26,18 +27,19 @@ def measured(step: PredictedStep, machine: Machine) -> Profile:
 
 
 def test_planted_constants_are_found():
-    gpu = replace(scaled(H200, PLANTED), launch_gap_us=1.7, small_us=3.1, torch_us=2.6)
+    gpu = replace(scaled(H200, PLANTED), launch_gap_us=1.7, torch_us=2.6)
+    gpu = replace(gpu, small_us={"advance_kernel": 3.1})
     step = small_step()
     fitted, residuals = fit([(measured(step, gpu), step)])
     assert fitted.launch_gap_us == pytest.approx(1.7)
-    assert (fitted.small_us, fitted.torch_us) == pytest.approx((3.1, 2.6))
+    assert (fitted.small_us["advance_kernel"], fitted.torch_us) == pytest.approx((3.1, 2.6))
     assert fitted.bandwidth == pytest.approx(gpu.bandwidth, rel=0.02)
     assert fitted.ghz == pytest.approx(gpu.ghz, rel=0.05)
     assert fitted.fill_us == pytest.approx(gpu.fill_us, rel=0.25)
     assert step.step_us(fitted) == pytest.approx(step.step_us(gpu), rel=0.01)
-    assert {r.kernel for r in residuals} >= {"norm_linear_geglu_kernel", "skinny_linear_kernel"}
+    assert {r.kernel for r in residuals} >= {"linear_geglu_kernel", "skinny_linear_kernel"}
     assert all(r.after_us == pytest.approx(r.measured_us, rel=0.03) for r in residuals)
-    assert any(abs(r.before_us / r.measured_us - 1) > 0.1 for r in residuals)
+    assert any(abs(r.before_us / r.measured_us - 1) > 0.05 for r in residuals)
 
 
 def test_a_machine_as_estimated_stays():
@@ -77,7 +79,6 @@ def test_a_breakdown_is_read(tmp_path):
     file.write_text(json.dumps(report))
     profile = read_profile(file)
     assert profile == Profile("gemma-2-2b", 1, 1024, {"lm_head_kernel": (1.0, 300.0)}, 2.0)
-    assert profile.has_logits
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
 """tools/launch_time.py: which facts of a launch make its time."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from predicted import attention, cell, loop, made, product
 
-from gemcut.tools.launch_time import launch_us, memory_bytes, seen
+from gemcut.kernels.splits import count_splits
+from gemcut.tools.launch_time import cuts, launch_us, longest_run, memory_bytes, seen
 from gemcut.tools.launches import Made
 from gemcut.tools.machine import H200
 
 MAIN = loop(2000, 1000, multiplies=True)
-BEFORE = loop(0, 200, 50)
 AFTER = loop(20_000, 2000)
 
 
@@ -20,9 +21,20 @@ def us(one: Made, *loops, context: int = 1024, machine=H200) -> float:
 
 def test_launches_without_a_product_take_constants():
     assert launch_us(Made("index_select"), None, 1) == H200.torch_us
-    assert us(made("advance_kernel", (1,), {})) == H200.small_us
+    assert us(made("advance_kernel", (1,), {})) == H200.small_us["advance_kernel"]
     penalize = made("penalize_kernel", (1, 99), {"logits_ptr": (16, 256_000)})
-    assert us(penalize) == pytest.approx(H200.small_us + 16 * 256_000 * 2 / H200.bandwidth * 1e6)
+    assert us(penalize) == pytest.approx(H200.other_us + 16 * 256_000 * 2 / H200.bandwidth * 1e6)
+
+
+def test_a_norm_reads_the_partial_sums_of_its_row():
+    """Sixteen rows are sixteen programs, on a processor each."""
+    for rows in (1, 16):
+        alone, of_eight = (
+            us(made("add_rmsnorm_kernel", (rows,), {"x_ptr": (parts, rows, 2304)}, SPLITS=parts))
+            for parts in (1, 8)
+        )
+        assert alone == H200.small_us["add_rmsnorm_kernel"]
+        assert of_eight == pytest.approx(alone + 1e6 * 7 * 2304 * 2 / H200.processor_bandwidth)
 
 
 def test_a_large_product_takes_its_bytes_over_the_bandwidth():
@@ -32,42 +44,64 @@ def test_a_large_product_takes_its_bytes_over_the_bandwidth():
     assert ideal < us(head, loop(0, 300, multiplies=True)) < 1.15 * ideal
 
 
-def test_a_norm_before_the_product_costs_a_walk_along_it():
-    up = product("norm_linear_geglu_kernel", 18432, 2304, block_n=512)
-    walk = H200.prologue_us + H200.us(9 * 3 * 200)  # 9 steps, within a wave of one program each
-    assert us(up, BEFORE, MAIN) <= us(up, MAIN) + walk
-    assert us(up, BEFORE, MAIN) >= us(up, MAIN) + H200.prologue_us + H200.us(9 * 200)
-
-
 def test_sixteen_rows_read_the_weight_once_and_more_again_from_l2():
     def of_rows(rows: int) -> float:
-        down = product("skinny_linear_kernel", 4608, 36864, block_n=16, M=rows)
+        down = product("skinny_linear_kernel", 4608, 36864, splits=4, M=rows)
         groups = -(-rows // 16)
-        return us(replace(down, grid=(groups, 288)), MAIN)
+        return us(replace(down, grid=(groups, 72, 4)), MAIN)
 
     assert of_rows(16) == pytest.approx(of_rows(1), rel=0.3)
     assert of_rows(1) <= of_rows(16) <= of_rows(32) < 3 * of_rows(16)
 
 
-def test_the_last_program_compares_what_all_kept():
-    head = product("lm_head_argmax_kernel", 256_000, 1152, block_n=128, BLOCK_T=256)
-    alone = us(head, MAIN)
-    assert us(head, MAIN, AFTER) == pytest.approx(alone + H200.atomic_us + H200.us(8 * 2000))
+def test_programs_that_count_themselves_end_later():
+    head = product("lm_head_argmax_kernel", 256_000, 1152)
+    counting = replace(head, shapes=(*head.shapes, ("counters_ptr", (1,))))
+    assert us(head, MAIN) < us(counting, MAIN)
+    few = replace(counting, grid=(1, 132, 1))
+    assert us(few, MAIN) == pytest.approx(
+        us(replace(few, shapes=head.shapes), MAIN) + H200.atomic_us
+    )
 
 
 def test_a_cut_along_the_columns_has_shorter_programs():
-    whole = product("skinny_linear_kernel", 1152, 6912, block_n=16)
-    cut = product("skinny_linear_kernel", 1152, 6912, block_n=16, SPLITS_D=3)
-    assert us(replace(cut, grid=(1, 72, 3)), MAIN) < us(whole, MAIN) - H200.us(10 * 1000)
+    whole = product("skinny_linear_kernel", 1152, 6912)
+    cut = product("skinny_linear_kernel", 1152, 6912, splits=3)
+    assert us(cut, MAIN) < us(whole, MAIN) - H200.us(30 * 1000)
 
 
 def test_attention_takes_its_tiles_one_after_the_other():
-    """At 1024 keys, 8 splits in as many programs: 4 tiles of 32 in each, then one pass over all."""
+    """At 1024 keys, 16 splits in as many programs: 2 tiles of 32 in each, then one sum of all."""
     ends = H200.start_us + H200.lookup_us + H200.fill_us + H200.us(500) + H200.end_us
-    combined = H200.atomic_us + H200.us(2000)
-    assert us(attention(), MAIN, AFTER) == pytest.approx(ends + H200.us(4 * 1000) + combined)
-    alone = us(attention(), MAIN, AFTER, context=128)  # one split: nothing to add up
-    assert alone == pytest.approx(ends + H200.us(4 * 1000))
+    tile_us = H200.us(1900)
+    read_us = 1e6 * 16 * 2 * 256 * 4 / H200.partials_bandwidth
+    main = loop(2000, 1900, multiplies=True)
+    summed = H200.atomic_us + read_us
+    assert us(attention(), main, AFTER) == pytest.approx(ends + 2 * tile_us + summed)
+    alone = us(attention(), main, AFTER, context=64)  # one split: nothing to add up
+    assert alone == pytest.approx(ends + 2 * tile_us)
+    # 22 splits: the first group's sum, then that of two groups
+    again = H200.atomic_us + max(H200.us(2000), read_us / 8)
+    more = us(attention(grid=(22, 4, 1)), main, AFTER, context=22 * 64)
+    assert more == pytest.approx(ends + 2 * tile_us + summed + again)
+
+
+@pytest.mark.parametrize("context", [1, 63, 64, 65, 8192, 8193, 20_000, 100_000])
+def test_splits_are_those_of_the_kernel(context):
+    facts = {"SPLIT": 64, "IS_LOCAL": 0}
+    bounds = cuts(facts, context)
+    assert len(bounds) - 1 == count_splits(context, 64)
+    assert bounds == sorted(set(bounds))
+    assert (bounds[0], bounds[-1]) == (0, context)
+    assert longest_run(bounds, 1) == context
+    assert longest_run(bounds, 1000) == max(b - a for a, b in pairwise(bounds))
+    assert context / 7 <= longest_run(bounds, 7) <= context / 7 + 2 * longest_run(bounds, 1000)
+
+
+def test_splits_of_a_window_begin_at_absolute_places():
+    facts = {"SPLIT": 64, "IS_LOCAL": 1, "W": 100}
+    assert cuts(facts, 250) == [150, 192, 250]
+    assert cuts(facts, 50) == [0, 50]
 
 
 def test_a_window_bounds_what_attention_reads():
@@ -78,6 +112,6 @@ def test_a_window_bounds_what_attention_reads():
 
 
 def test_long_contexts_are_bound_by_the_memory():
-    many = attention(grid=(50, 16, 16))
+    many = attention(grid=(12, 16, 16))
     ideal = 1e6 * memory_bytes(many, 8192) / H200.bandwidth
     assert ideal < us(many, loop(0, 100, multiplies=True), context=8192) < 1.3 * ideal + 10

@@ -22,9 +22,8 @@ LAUNCHES = """
 import json
 from gemcut.engine.config import PUBLISHED
 from gemcut.tools.launches import step_launches
-for logits in (False, True):
-    made = step_launches(PUBLISHED["gemma-2-2b"], "sm_90", batch=4, context=1024, logits=logits)
-    print(json.dumps([[one.name, one.grid] for one in made]))
+made = step_launches(PUBLISHED["gemma-2-2b"], "sm_90", batch=4, context=1024)
+print(json.dumps([[one.name, one.grid] for one in made]))
 """
 
 
@@ -44,21 +43,19 @@ def step(monkeypatch) -> PredictedStep:
 
 
 def test_a_step_is_all_that_a_model_launches():
-    """Each layer has five launches; the choice is one, or logits and two more."""
+    """Each layer has seven launches, two of them norms; the choice is in the head's."""
     run = uninterpreted("-c", LAUNCHES)
     assert run.returncode == 0, run.stderr
-    greedy, logits = (json.loads(line) for line in run.stdout.splitlines())
-    names = Counter(name for name, _ in greedy)
+    launches = json.loads(run.stdout)
+    names = Counter(name for name, _ in launches)
     layers = PUBLISHED["gemma-2-2b"].num_layers
     assert names["attention_decode_kernel"] == names["linear_rope_and_store_kernel"] == layers
-    assert names["skinny_linear_kernel"] == 2 * layers
+    assert names["skinny_linear_kernel"] == names["add_rmsnorm_kernel"] == 2 * layers
     assert names["lm_head_argmax_kernel"] == names["index_select"] == names["advance_kernel"] == 1
     assert "empty" not in names
     assert "view" not in names
-    grids = [grid for name, grid in greedy if name == "attention_decode_kernel"]
+    grids = [grid for name, grid in launches if name == "attention_decode_kernel"]
     assert all(grid[-1] == 4 for grid in grids)  # rows
-    assert {"lm_head_kernel", "best_kernel"} <= {name for name, _ in logits}
-    assert "lm_head_argmax_kernel" not in {name for name, _ in logits}
 
 
 def test_the_command_compiles_and_predicts_a_model():
@@ -85,7 +82,7 @@ def test_the_last_line_holds_share_and_time(step, capsys):
 def test_the_table_adds_up(step, capsys):
     lines = step.lines(H200)
     launches = sum(line.launches for line in lines)
-    assert launches == sum(step.counts.values()) == 82
+    assert launches == sum(step.counts.values()) == 108
     us = sum(line.launches * line.us for line in lines)
     assert us + launches * H200.launch_gap_us == pytest.approx(step.step_us(H200))
     assert predict_step.main(["--models", "gemma-2-2b"]) == 0

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import random_config
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -39,11 +38,10 @@ COMPILING = {name: value for name, value in os.environ.items() if name != "TRITO
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="planted candidates do not compile")
 
 CONSTANTS = {
-    "norm_linear_geglu": {"BLOCK_N": 8},
-    "skinny_linear": {"BLOCK_N": 8},
-    "lm_head": {"BLOCK_V": 16},
-    "norm_qkv": {"BLOCK_I": 16},
-    "norm_linear": {"BLOCK_N": 8},
+    "linear_geglu": {"BLOCK_F": 16},
+    "skinny_linear": {"BLOCK_N": 32},
+    "lm_head": {"BLOCK_V": 32},
+    "linear_rope_and_store": {"BLOCK_I": 16},
     "attention_decode": {"SPLIT": 16, "BLOCK_N": 16},
     "attention_prefill": {"BLOCK_M": 16, "BLOCK_N": 16},
 }
@@ -85,12 +83,9 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", CONSTANTS)
-def test_a_kernel_takes_what_was_measured(
-    kernel, folder, launches, small_grid, monkeypatch, tmp_path_factory
-):
+def test_a_kernel_takes_what_was_measured(kernel, folder, launches, small_grid, monkeypatch):
     """And computes the same op with it."""
-    model = gemma_3(tmp_path_factory) if kernel == "norm_linear" else folder
-    subject, *_ = find_subjects([str(model)], [kernel], HERE, DEVICE, BF16)
+    subject, *_ = find_subjects([str(folder)], [kernel], HERE, DEVICE, BF16)
     for constants in ({}, CONSTANTS[kernel]):
         monkeypatch.setattr(tiles, "TUNED", {HERE: {subject.key: constants}})
         for case in subject.cases:
@@ -104,25 +99,19 @@ def test_a_kernel_takes_what_was_measured(
             assert (taken == CONSTANTS[kernel]) == bool(constants)
 
 
-def gemma_3(tmp_path_factory):
-    """The config of a small model whose q and k are normalised, so that qkv is a launch apart."""
-    folder = tmp_path_factory.mktemp("gemma3")
-    random_config("gemma3_text").save_pretrained(folder)
-    return folder
-
-
 def test_a_measured_tile_is_for_its_part_shape_and_dtype(monkeypatch):
     x = torch.zeros(2, 48, dtype=BF16, device=DEVICE)
+    weight, other = torch.zeros(32, 48, device=DEVICE), torch.zeros(64, 48, device=DEVICE)
     key = ("skinny_linear", (32, 48))
-    rule = matmul._skinny_tile(32, x)
-    monkeypatch.setattr(tiles, "TUNED", {HERE: {key: {"BLOCK_N": 8}}})
-    assert matmul._skinny_tile(32, x) == rule | {"BLOCK_N": 8}
-    assert matmul._skinny_tile(32, x.half()) == rule | {"BLOCK_N": 8}
-    assert matmul._skinny_tile(64, x)["BLOCK_N"] != 8
-    assert matmul._tile(32, x)["BLOCK_N"] != 8
-    assert matmul._skinny_tile(32, x.float())["BLOCK_N"] != 8
+    rule = matmul._tile(weight, x)
+    monkeypatch.setattr(tiles, "TUNED", {HERE: {key: {"BLOCK_N": 8, "SPLITS": 3}}})
+    assert matmul._tile(weight, x) == rule | {"BLOCK_N": 8, "SPLITS": 3}
+    assert matmul._tile(weight, x.half()) == rule | {"BLOCK_N": 8, "SPLITS": 3}
+    assert matmul.count_parts(weight, x) == 3
+    assert matmul._tile(other, x)["BLOCK_N"] != 8
+    assert matmul._tile(weight, x.float())["BLOCK_N"] != 8
     monkeypatch.setattr(tiles, "TUNED", {ELSEWHERE: {key: {"BLOCK_N": 8}}})
-    assert matmul._skinny_tile(32, x) == rule
+    assert matmul._tile(weight, x) == rule
 
 
 @pytest.mark.parametrize("model", ["gemma-2b", "gemma-2-9b", "gemma-3-1b"])
@@ -157,8 +146,7 @@ def test_candidates_are_tiles(name):
             powers = {key: n for key, n in tile.items() if key not in ("num_stages", "maxnreg")}
             assert all(n & (n - 1) == 0 for n in powers.values()), tile
             assert tile.get("SPLIT", 0) % tile.get("BLOCK_N", 1) == 0, tile
-            # launchers and kernels that share them take these two as constants
-            assert "BLOCK_T" not in tile
+            # launchers and kernels that share it take it as a constant
             assert "BLOCK_M" not in tile or kernel == "attention_prefill"
 
 
@@ -177,7 +165,7 @@ def test_a_subject_has_the_cases_of_every_batch(folder, small_grid):
     by_kernel = {}
     for subject in subjects:
         by_kernel.setdefault(subject.key[0], []).append(subject)
-    assert list(by_kernel) == [name for name in search_space.CANDIDATES if name != "norm_linear"]
+    assert list(by_kernel) == list(search_space.CANDIDATES)
     assert len(by_kernel["skinny_linear"]) == 2  # behind attention, and behind the MLP
     (head,) = by_kernel["lm_head"]
     assert {case.op for case in head.cases} == {"lm_head", "lm_head_argmax"}
@@ -230,7 +218,8 @@ def known_speed(monkeypatch, launches):
     def prepare(calls, device):
         launches.clear()
         calls[0]()
-        seconds = 1e-6 * speeds.get(launches[0][1]["BLOCK_N"], 10.0)
+        tile = launches[0][1]
+        seconds = 1e-6 * speeds.get(tile.get("BLOCK_N", tile.get("BLOCK_F")), 10.0)
         return Runs(lambda: seconds, lambda: seconds, "loop", 1)
 
     monkeypatch.setattr(heats, "prepare", prepare)
@@ -309,12 +298,12 @@ def test_the_rule_stays_where_nothing_is_faster(run, try_tiles, known_speed, tmp
 
 @interpreted
 def test_nothing_is_decided_where_nothing_is_timed(run, try_tiles, known_speed, capsys, tmp_path):
-    try_tiles("norm_linear_geglu", {"BLOCK_N": 24})
-    code, report = run("--kernels", "norm_linear_geglu")
+    try_tiles("linear_geglu", {"BLOCK_F": 24})
+    code, report = run("--kernels", "linear_geglu")
     assert code == 0
     assert [row["status"] for row in report["rows"]] == ["ok", "failed"]
     assert not any(row["won"] for row in report["rows"])
-    assert "norm_linear_geglu 80 x 48: 0 timed; undecided" in capsys.readouterr().out
+    assert "linear_geglu 80 x 48: 0 timed; undecided" in capsys.readouterr().out
     assert not (tmp_path / f"tiles-{HERE}.py").exists()
 
 
@@ -324,8 +313,8 @@ def test_real_times(run, try_tiles, monkeypatch):
     monkeypatch.setattr(heats, "choose_input_sets", lambda case, device: 2)
     monkeypatch.setattr(heats, "HEAT_ROUNDS", 2)
     monkeypatch.setattr(heats, "FINAL_ROUNDS", 2)
-    try_tiles("norm_linear_geglu", {"BLOCK_N": 8}, {"num_stages": 1})
-    code, report = run("--kernels", "norm_linear_geglu")
+    try_tiles("linear_geglu", {"BLOCK_F": 8}, {"num_stages": 1})
+    code, report = run("--kernels", "linear_geglu")
     assert code == 0
     rule, fine, same = report["rows"]
     assert fine["ratio"]["low"] > 1
@@ -337,8 +326,8 @@ def test_real_times(run, try_tiles, monkeypatch):
 def test_a_wrong_rule_ends_the_run(run, try_tiles, known_speed, monkeypatch, capsys, tmp_path):
     """Nothing that was timed beside it counts."""
 
-    def doubled(x, weight, bias=None, residual=None):
-        return 2 * matmul.skinny_linear(x, weight, bias, residual)
+    def doubled(x, weight, bias=None):
+        return 2 * matmul.skinny_linear(x, weight, bias)
 
     try_tiles("skinny_linear", {"BLOCK_N": 16})
     monkeypatch.setattr(kernels, "skinny_linear", doubled)
@@ -568,18 +557,18 @@ from gemcut.kernels import tiles
 from gemcut.tools import search_space, tune
 
 tiles.TUNED.clear()
-FINE = {"BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
+FINE = {"BLOCK_F": 32, "BLOCK_D": 256, "num_warps": 4, "num_stages": 4}
 CANDIDATES = [
     FINE,
-    {"BLOCK_N": 16, "BLOCK_D": 256, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_F": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4},
     {**FINE, "num_stages": 24},
     {**FINE, "maxnreg": 32},
 ]
-search_space.CANDIDATES["norm_linear"] = lambda shape: iter(CANDIDATES)
+search_space.CANDIDATES["linear_geglu"] = lambda shape: iter(CANDIDATES)
 if __name__ == "__main__":
     sys.exit(tune.main(sys.argv[1:]))
 """
-GEMMA_3 = ["--models", "gemma-3-1b", "--kernels", "norm_linear"]
+GEMMA_3 = ["--models", "gemma-3-1b", "--kernels", "linear_geglu"]
 
 
 def uninterpreted(script, *options, **environment):
@@ -595,15 +584,15 @@ def test_candidates_are_compiled_without_a_gpu(tmp_path):
         tuple(row["tile"].values()): (row["status"], row["detail"])
         for row in load_results(tmp_path / "tune-sm_90.json")["rows"]
     }
-    assert rows[16, 128, 4, 4] == ("compiled", "")
-    assert rows[16, 256, 4, 3] == ("same as the rule", "")
-    assert re.fullmatch(r"\d{6} bytes of shared memory > 232448", rows[16, 128, 4, 24][1])
-    assert re.fullmatch(r"spills \d+ bytes of registers", rows[16, 128, 4, 4, 32][1])
-    assert "norm_linear 1536 x 1152: 1 of 4 candidates are left" in run.stdout
+    assert rows[32, 256, 4, 4] == ("compiled", "")
+    assert rows[32, 128, 4, 4] == ("same as the rule", "")
+    assert re.fullmatch(r"\d{6} bytes of shared memory > 232448", rows[32, 256, 4, 24][1])
+    assert re.fullmatch(r"spills \d+ bytes of registers", rows[32, 256, 4, 4, 32][1])
+    assert "linear_geglu 6912 x 1152: 1 of 4 candidates are left" in run.stdout
     predicted = re.findall(r"([\d.]+) us predicted, ([\d.]+) of the rule's", run.stdout)
     assert [ratio == "1.00" for _, ratio in predicted] == [True, False]
     assert all(1 < float(us) < 50 for us, _ in predicted)
-    assert re.search(r"BLOCK_N=16 BLOCK_D=128 num_warps=4 num_stages=4 +\d+ registers", run.stdout)
+    assert re.search(r"BLOCK_F=32 BLOCK_D=256 num_warps=4 num_stages=4 +\d+ registers", run.stdout)
     assert not (tmp_path / "tiles-sm_90.py").exists()
 
 
@@ -622,7 +611,7 @@ from gemcut.tools import search_space
 from gemcut.tools.compile_report import compile_launch
 from gemcut.tools.launches import recorded
 
-TILES = {"norm_linear_geglu": {"BLOCK_D": 128}, "attention_decode": {"SPLIT": 64, "maxnreg": 255}}
+TILES = {"linear_geglu": {"BLOCK_D": 256}, "attention_decode": {"SPLIT": 64, "maxnreg": 255}}
 launch, arguments = JITFunction.run, []
 
 
@@ -668,7 +657,7 @@ for name, tile in TILES.items():
 def test_a_launch_finds_what_was_compiled(tmp_path):
     """Or each candidate would be compiled a second time, by the one process that times."""
     run = uninterpreted(CACHE, TRITON_CACHE_DIR=str(tmp_path))
-    assert run.stdout.splitlines() == ["norm_linear_geglu [True]", "attention_decode [True]"], run
+    assert run.stdout.splitlines() == ["linear_geglu [True]", "attention_decode [True]"], run
 
 
 # Bad input
@@ -695,7 +684,7 @@ def test_wrong_usage(options, message, capsys):
     [
         (["--models", "gemma-4"], "gemma-4"),
         (
-            ["--models", "gemma-2-2b", "--kernels", "norm_linear"],
+            ["--models", "gemma-2-2b", "--kernels", "linear_geglu"],
             "gemma-2-2b launch none of norm_l",
         ),
         (["--minutes", "0"], "--minutes 0.0 --jobs"),

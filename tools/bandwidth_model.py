@@ -1,14 +1,16 @@
 """The time that a launch takes on a GPU, from its grid and the machine code of its loops.
 
-A launch is a fluid: each program waits (start, prologue, first load), then drains its bytes at the
+A launch is a fluid: each program waits (start, first load), then drains its bytes at the
 rate of its slowest limit, then ends.  A program's step takes the longest of
 
     the cycles of one pass through its main loop            machine_code.py
     the issue slots of all programs on its processor        four schedulers of ISSUE each
     a memory latency over the steps that are in flight      stages - 1
 
-and all programs together get no more than the bandwidth of memory and of L2.  Programs beyond what
-fits start as others end.  Nothing else is modelled: no cache but L2, no clock that moves.
+and all programs together get no more than the bandwidth of memory and of L2, of which half of the
+processors draw a little more than the others: so programs do not keep step for long.  Programs
+beyond what fits start as others end.  Nothing else is modelled: no cache but L2, no clock that
+moves.
 
 The constants stand in machine.py.
 """
@@ -31,7 +33,6 @@ class Stream:
     stages: int
     at_once: int  # programs on a processor
     l2_bytes: float = 0.0  # of a step, beside step_bytes
-    before_us: float = 0.0  # of a program, before its first load
     end_us: float = 0.0  # of a program, after its last step
 
 
@@ -40,13 +41,14 @@ class _Group:
     """Processors in the same state, each with some programs: [number, us to wait, bytes left]."""
 
     processors: int
+    weight: float  # of its share of the memory, where that is short
     programs: list[list[float]]
 
 
 def stream_us(stream: Stream, machine: Machine = H200) -> float:
     """Microseconds from the start of a launch to the end of its last program."""
     total = stream.steps * stream.step_bytes
-    wait = machine.start_us + stream.before_us + machine.fill_us
+    wait = machine.start_us + machine.fill_us
     groups = _place(stream, machine, wait, total)
     queue = stream.programs - sum(
         group.processors * int(sum(number for number, _, _ in group.programs)) for group in groups
@@ -72,13 +74,22 @@ def _place(stream: Stream, machine: Machine, wait: float, total: float) -> list[
     each, more = divmod(stream.programs, machine.processors)
     if each >= stream.at_once:
         each, more = stream.at_once, 0
-    sizes = [(machine.processors - more, each), (more, each + 1)]
-    return [_Group(n, [[size, wait, total]]) for n, size in sizes if n and size]
+    groups = []
+    for number, size in ((machine.processors - more, each), (more, each + 1)):
+        near = number // 2
+        for processors, sign in ((near, 1), (number - near, -1)):
+            if processors and size:
+                weight = 1 + sign * machine.unevenness
+                groups.append(_Group(processors, weight, [[size, wait, total]]))
+    return groups
 
 
 def _rates(groups: list[_Group], stream: Stream, machine: Machine) -> list[float]:
     """Bytes a microsecond of one streaming program, by group."""
-    wanted, demand = [], 0.0
+    own = machine.processor_bandwidth / 1e6
+    through_l2 = 1 + stream.l2_bytes / stream.step_bytes
+    most = min(machine.bandwidth, machine.l2_bandwidth / through_l2) / 1e6
+    wanted, streams = [], []
     for group in groups:
         streaming = sum(n for n, wait, left in group.programs if wait <= 0 and left > 0)
         issue = streaming * stream.num_warps * stream.instructions / 4 / machine.issue
@@ -86,15 +97,31 @@ def _rates(groups: list[_Group], stream: Stream, machine: Machine) -> list[float
         step_us = max(step_us, machine.memory_us / max(1, stream.stages - 1))
         rate = stream.step_bytes / step_us
         if streaming:
-            own = machine.processor_bandwidth / 1e6 / (1 + stream.l2_bytes / stream.step_bytes)
-            rate = min(rate, own / streaming)
+            rate = min(rate, own / through_l2 / streaming)
         wanted.append(rate)
-        demand += group.processors * streaming * wanted[-1]
-    share = 1.0
-    if demand:
-        through_l2 = demand * (1 + stream.l2_bytes / stream.step_bytes)
-        share = min(1.0, machine.bandwidth / 1e6 / demand, machine.l2_bandwidth / 1e6 / through_l2)
-    return [share * rate for rate in wanted]
+        streams.append(group.processors * streaming)
+    return _shared(wanted, streams, [group.weight for group in groups], most)
+
+
+def _shared(
+    wanted: list[float], streams: list[float], weights: list[float], most: float
+) -> list[float]:
+    """Rates that are at most `most` together: each a weighted share, or what is wanted if less."""
+    found, total = list(wanted), sum(w * n for w, n in zip(wanted, streams, strict=True))
+    if total <= most:
+        return found
+    left, short = most, [i for i, n in enumerate(streams) if n]
+    while short:
+        level = left / sum(weights[i] * wanted[i] * streams[i] for i in short)
+        full = [i for i in short if weights[i] * level >= 1]
+        for i in full:
+            left -= wanted[i] * streams[i]
+        if not full:
+            for i in short:
+                found[i] = level * weights[i] * wanted[i]
+            break
+        short = [i for i in short if i not in full]
+    return found
 
 
 def _advance(program: list[float], us: float, rate: float, end_us: float) -> None:
@@ -123,7 +150,7 @@ def _refill(
         kept = [p for p in group.programs if p[2] > 0 or p[1] < 0]
         free = stream.at_once - int(sum(number for number, _, _ in kept))
         # a successor on a processor is started at once; only a launch has a start of its own
-        wait = stream.before_us + machine.fill_us
+        wait = machine.fill_us
         if len(kept) < len(group.programs) and queue and free:
             full = min(group.processors, queue // free)
             queue -= full * free
@@ -134,8 +161,9 @@ def _refill(
             for processors, size in sizes:
                 if processors:
                     copies = [list(program) for program in kept]
-                    found.append(_Group(processors, [*copies, [size, wait, total]]))
+                    programs = [*copies, [size, wait, total]]
+                    found.append(_Group(processors, group.weight, programs))
             group.processors -= sum(processors for processors, _ in sizes)
         if kept and group.processors:
-            found.append(_Group(group.processors, kept))
+            found.append(_Group(group.processors, group.weight, kept))
     return found, queue

@@ -1,13 +1,15 @@
-"""Fits the constants of machine.py to measured profiles, as tools/profile_step.py leaves them.
+"""Fits the constants of machine.py to measured times: profiles, and products one by one.
 
-Constants that a profile holds as such are taken from it: the gap between launches, the time of
-launches without a product, that of torch's own.  Four factors are then found by golden section, one
-after the other and all at once, again and again: of the bandwidth, of the clock, of latencies, of
-what a launch costs at its ends.  What is least is
+Constants that a profile (tools/profile_step.py) holds as such are taken from it: the gap between
+launches, the time of each launch without a product, that of torch's own.  Five factors are then
+found by golden section, one after the other and all at once, again and again: of the bandwidth, of
+a processor's, of the clock, of latencies, of what a launch costs at its ends.  What is least is
 
-    sum over kernels of  share of the measured time * log(predicted / measured) ** 2
+    sum over kernels of  weight * log(predicted / measured) ** 2
 
-with a small weight on log(factor) ** 2, so that a factor of which the profile says nothing stays 1.
+where a kernel of a profile weighs its share of the measured time, and all products of a list
+(product_times.py) weigh the same; with a small weight on log(factor) ** 2, so that a factor of
+which nothing is told stays 1.
 """
 
 import json
@@ -16,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from gemcut.tools.launch_time import main_loop
 from gemcut.tools.launches import Made
@@ -24,30 +27,40 @@ from gemcut.tools.predicted_step import PredictedStep
 
 FACTORS = {
     "bandwidth": ("bandwidth",),
-    "clock": ("ghz", "processor_bandwidth", "l2_bandwidth"),
-    "latency": ("fill_us", "memory_us", "lookup_us", "atomic_us", "prologue_us"),
+    "processor": ("processor_bandwidth",),
+    "clock": ("ghz",),
+    "latency": ("fill_us", "memory_us", "lookup_us", "atomic_us"),
     "ends": ("start_us", "end_us"),
 }
-RANGES = {"bandwidth": (0.6, 1.12), "clock": (0.5, 1.2), "latency": (0.4, 3.0), "ends": (0.2, 6.0)}
+RANGES = {
+    "bandwidth": (0.6, 1.12),
+    "processor": (0.4, 2.0),
+    "clock": (0.5, 1.2),
+    "latency": (0.4, 3.0),
+    "ends": (0.2, 6.0),
+}
 HOLD = 1e-5  # weight of log(factor) ** 2
 ROUNDS = 20
 STRIDE = 20.0  # at most so many rounds at once
+PRODUCTS = "products"  # in place of a model's name
 SECTIONS = 16  # of a search: to 1e-3 of the range
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A measured step: by kernel the launches, the microseconds and the gaps before them."""
+    """A measured step, or a list of products: by kernel the launches and the microseconds."""
 
     model: str
     batch: int
     context: int
     kernels: dict[str, tuple[float, float]]  # launches, us of all
-    gaps_us: float
+    gaps_us: float  # before all of them; 0 where they were not measured
 
-    @property
-    def has_logits(self) -> bool:
-        return "lm_head_kernel" in self.kernels
+    def weight(self, kernel: str) -> float:
+        """What the kernel counts in a fit, 1 in all."""
+        if self.model == PRODUCTS:
+            return 1 / len(self.kernels)
+        return self.kernels[kernel][1] / sum(us for _, us in self.kernels.values())
 
 
 def read_profile(file: Path) -> Profile:
@@ -105,10 +118,9 @@ def fit(pairs: Sequence[Pair], machine: Machine = H200) -> tuple[Machine, list[R
         tried = scaled(fitted, factors)
         found = HOLD * sum(math.log(factor) ** 2 for factor in factors.values())
         for profile, step in pairs:
-            whole = sum(us for _, us in profile.kernels.values())
             for name, us in _each(profile, step, tried).items():
                 launches, measured = profile.kernels[name]
-                found += measured / whole * math.log(us * launches / measured) ** 2
+                found += profile.weight(name) * math.log(us * launches / measured) ** 2
         return found
 
     logs = dict.fromkeys(FACTORS, 0.0)
@@ -174,21 +186,23 @@ def least(cost: Callable[[float], float], low: float, high: float) -> float:
 
 def _taken(pairs: Sequence[Pair], machine: Machine) -> Machine:
     """The constants that profiles hold as such."""
-    gaps = sum(profile.gaps_us for profile, _ in pairs)
-    launches = sum(n for profile, _ in pairs for n, _ in profile.kernels.values())
-    small, torch_own = [], []
+    small, torch_own, gaps = dict(machine.small_us), [], []
     for profile, step in pairs:
+        if profile.model == PRODUCTS:
+            continue
+        gaps.append((sum(n for n, _ in profile.kernels.values()), profile.gaps_us))
         by_name = {made.name: made for _, made in step.made()}
         for name, (count, us) in profile.kernels.items():
             made = by_name.get(name)
             if made is None:
                 torch_own.append((count, us))
             elif main_loop(step.cell(made)) is None:
-                small.append((count, us))
+                reading = step.us(made, machine) - machine.small_us.get(name, machine.other_us)
+                small[name] = max(0.0, us / count - reading)
     return replace(
         machine,
-        launch_gap_us=gaps / launches,
-        small_us=_mean(small, machine.small_us),
+        launch_gap_us=_mean(gaps, machine.launch_gap_us),
+        small_us=MappingProxyType(small),
         torch_us=_mean(torch_own, machine.torch_us),
     )
 

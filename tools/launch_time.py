@@ -4,14 +4,16 @@
                   bandwidth_model.py drains it
     attention     has keys and a step of BLOCK_N: its tiles follow one another, at the pace of the
                   loop or of the memory
-    others        take a constant, and the time of reading their logits
+    others        take a constant, and the time of reading their logits or partial sums
 
-Which kernel it is plays no part, so a new one is predicted as soon as it is launched.
+Which product it is plays no part, so a new one is predicted as soon as it is launched.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
+from gemcut.kernels.splits import GROUP, OCTAVE, UNIFORM_SPLITS, count_splits
 from gemcut.tools.bandwidth_model import Stream, stream_us
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.launches import Made
@@ -29,7 +31,9 @@ def launch_us(made: Made, cell: Cell | None, context: int, machine: Machine = H2
         return product_us(facts, made.grid, cell, main, machine)
     if cell is not None and main is not None and "BLOCK_N" in facts:
         return attention_us(facts, made.grid, cell, main, context, machine)
-    return machine.small_us + 1e6 * memory_bytes(made, context) / machine.bandwidth
+    us = machine.small_us.get(made.name, machine.other_us)
+    us += 1e6 * memory_bytes(made, context) / machine.bandwidth
+    return us + 1e6 * partial_bytes(facts, made.grid) / machine.processor_bandwidth
 
 
 def facts_of(made: Made) -> dict[str, int]:
@@ -60,6 +64,15 @@ def memory_bytes(made: Made, context: int) -> float:
     return 0.0
 
 
+def partial_bytes(facts: dict[str, int], grid: Sequence[int]) -> float:
+    """Partial sums beyond the first that each program reads, where a product was cut into parts."""
+    name = "qkv_ptr" if "qkv_ptr.2" in facts else "x_ptr"
+    if facts.get("SPLITS", 1) == 1 or f"{name}.2" not in facts:
+        return 0.0
+    elements = facts[f"{name}.1"] * facts[f"{name}.2"] * (facts["SPLITS"] - 1)
+    return elements * facts[f"{name}.bytes"] / math.prod(grid)
+
+
 def occupancy(facts: dict[str, int], cell: Cell, machine: Machine) -> int:
     """How many programs a processor holds."""
     return machine.programs_at_once(cell.shared_bytes, cell.registers, facts.get("num_warps", 4))
@@ -70,46 +83,59 @@ def product_us(
 ) -> float:
     """A product with a matrix, which its programs cut into equal shares."""
     N, D, size = facts["w_ptr.0"], facts["w_ptr.1"], facts["w_ptr.bytes"]
-    at_once, num_warps = occupancy(facts, cell, machine), facts.get("num_warps", 4)
-    rows, block_m = facts.get("M", 1), facts.get("BLOCK_M", 16)
+    rows, block_m, block_d = facts.get("M", 1), facts.get("BLOCK_M", 16), facts["BLOCK_D"]
     programs, groups = math.prod(grid), math.ceil(rows / block_m)
-    whole = math.ceil(D / facts["BLOCK_D"])
-    steps = math.ceil(min(facts.get("split_d", D), D) / facts["BLOCK_D"])
+    steps = math.ceil(min(facts.get("split_d", D), D) / block_d)
     weight_bytes = N * D * size * groups / programs / steps  # of a step
-    shared_rows = min(rows, block_m) * facts["BLOCK_D"] * size
-
-    before = [loop for loop in cell.loops if loop.end < main.begin]
-    passes = sum(_paced(loop, at_once * num_warps, machine) for loop in before)
-    prologue = machine.us(whole * passes) + machine.prologue_us if before else 0.0
-    tiles, block_t = programs / groups, facts.get("BLOCK_T")
-    after = [loop for loop in cell.loops if loop.begin > main.end and loop.loads]
-    closing = 0.0  # of the last program, which compares what all have kept
-    if after and block_t:
-        closing = machine.atomic_us + machine.us(math.ceil(tiles / block_t) * after[0].cycles)
+    end_us = machine.us(cell.tail_cycles)
+    if "counters_ptr.0" in facts:  # by which each program counts itself
+        end_us += machine.atomic_us
     stream = Stream(
         programs=programs,
         steps=steps,
         step_bytes=weight_bytes / groups,  # a further group of rows reads it from L2
         cycles=main.cycles,
         instructions=main.instructions,
-        num_warps=num_warps,
+        num_warps=facts.get("num_warps", 4),
         stages=facts.get("num_stages", 2),
-        at_once=at_once,
-        l2_bytes=weight_bytes * (1 - 1 / groups) + shared_rows,
-        before_us=prologue,
-        end_us=machine.us(cell.tail_cycles),
+        at_once=occupancy(facts, cell, machine),
+        l2_bytes=weight_bytes * (1 - 1 / groups) + min(rows, block_m) * block_d * size,
+        end_us=end_us,
     )
-    return stream_us(stream, machine) + closing
-
-
-def _paced(loop: Loop, warps: int, machine: Machine) -> float:
-    """Cycles of a pass where so many warps of a processor are in the same loop."""
-    return max(loop.cycles, warps * loop.instructions / 4 / machine.issue)
+    return stream_us(stream, machine)
 
 
 def seen(facts: dict[str, int], context: int) -> int:
     """Keys that a row sees."""
     return min(context, facts["W"]) if facts.get("IS_LOCAL") else context
+
+
+def cuts(facts: dict[str, int], context: int) -> list[int]:
+    """Where the splits of a row begin that sees `context` keys, and their end: splits.py."""
+    split, first = facts["SPLIT"], context - seen(facts, context)
+    if facts.get("IS_LOCAL"):
+        inner = range((first // split + 1) * split, context, split)
+        return [first, *inner, context]
+    begins = []
+    for number in range(count_splits(context, split)):
+        octave = max(0, number // OCTAVE - 1)
+        unit = number if number < UNIFORM_SPLITS else (OCTAVE + number % OCTAVE) << octave
+        begins.append(unit * split)
+    return [*begins, context]
+
+
+def longest_run(bounds: Sequence[int], programs: int) -> int:
+    """Keys of the program that has most: a split each, or those that begin in its share of keys."""
+    splits = len(bounds) - 1
+    if splits <= programs:
+        return max(end - begin for begin, end in pairwise(bounds))
+    first, end = bounds[0], bounds[-1]
+    share = (end - first) // programs + 1
+    runs: dict[int, list[int]] = {}
+    for begin in bounds[:-1]:
+        runs.setdefault((begin - first) // share, []).append(begin)
+    starts = [*(run[0] for run in runs.values()), end]
+    return max(end - begin for begin, end in pairwise(starts))
 
 
 def attention_us(
@@ -122,20 +148,19 @@ def attention_us(
 ) -> float:
     """Attention of a few rows: tiles of keys one after the other, then splits added up.
 
-    Of the kernel it knows that a program takes every n-th split of SPLIT keys, n being the first
-    axis of the grid, and that one program adds up BLOCK_S splits of BLOCK_R rows at a time.
+    Of the kernel it knows that a program takes a run of splits, the first axis of the grid being
+    the programs of a tile of queries; that 16 splits are added up at once, BLOCK_R rows of queries
+    at a time, and then the groups of 16.
     """
-    keys = seen(facts, context)
-    split, block_n = facts.get("SPLIT", keys), facts["BLOCK_N"]
-    splits = math.ceil(keys / split)
-    heads = math.prod(grid[1:])
+    bounds, block_n = cuts(facts, context), facts["BLOCK_N"]
+    splits, keys, heads = len(bounds) - 1, bounds[-1] - bounds[0], math.prod(grid[1:])
     at_once, num_warps = occupancy(facts, cell, machine), facts.get("num_warps", 4)
-    in_turn = math.ceil(splits / grid[0])  # of a program
-    tiles = in_turn * math.ceil(min(split, keys) / block_n)
+    tiles = math.ceil(longest_run(bounds, grid[0]) / block_n)
     working = min(splits, grid[0]) * heads
     waves = math.ceil(working / (machine.processors * at_once))
     together = min(at_once, math.ceil(working / machine.processors))
-    tile_us = machine.us(_paced(main, together * num_warps, machine))
+    issue = together * num_warps * main.instructions / 4 / machine.issue
+    tile_us = machine.us(max(main.cycles, issue))
     tile_us = max(tile_us, machine.memory_us / max(1, facts.get("num_stages", 2) - 1))
     tile_bytes = 2 * block_n * facts.get("HEAD_DIM", 256) * facts.get("k_ptr.bytes", 2)
     tile_us = max(tile_us, 1e6 * together * tile_bytes / machine.processor_bandwidth)
@@ -145,9 +170,13 @@ def attention_us(
     )
     after = [loop for loop in cell.loops if loop.begin > main.end and loop.loads]
     if splits > 1 and after:
-        rows = facts.get("Q_LEN", 1) * facts.get("GROUP_SIZE", 1)
-        passes = math.ceil(splits / facts.get("BLOCK_S", 1)) * math.ceil(
-            rows / facts.get("BLOCK_R", 1)
-        )
-        us += machine.atomic_us + machine.us(passes * after[0].cycles)
+        block_r, groups = facts.get("BLOCK_R", 1), math.ceil(splits / GROUP)
+        passes = math.ceil(facts.get("num_rows", 1) / block_r)
+        sums = [(min(splits, GROUP), after[0].cycles)]
+        if groups > 1:
+            sums.append((groups, after[-1].cycles))
+        for partials, cycles in sums:
+            read = 4 * min(partials, GROUP) * block_r * facts.get("HEAD_DIM", 256)
+            pass_us = max(machine.us(cycles), 1e6 * read / machine.partials_bandwidth)
+            us += machine.atomic_us + passes * math.ceil(partials / GROUP) * pass_us
     return us + machine.us(min(cell.tail_cycles, 1000)) + machine.end_us

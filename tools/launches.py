@@ -139,13 +139,10 @@ def _made(launch: Launch, grid: tuple[int, ...], arguments: dict[str, Any]) -> M
     )
 
 
-def step_launches(
-    config: ModelConfig, part: str, *, batch: int, context: int, logits: bool = False
-) -> list[Made]:
+def step_launches(config: ModelConfig, part: str, *, batch: int, context: int) -> list[Made]:
     """What a decode step launches, in order: `batch` rows in a cache of `context` tokens.
 
-    Tokens are the greatest logits.  With `logits` these are written before the choice, as in a
-    step that tools/profile_step.py takes.
+    Tokens are the greatest logits.
     """
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     made: list[Made] = []
@@ -162,10 +159,7 @@ def step_launches(
         slots = torch.empty(batch, dtype=torch.int64, device=device)
         steps = Steps(model, cache, SlotState(batch, config.vocab_size, device))
         made.clear()  # what filled the cache
-        if logits:
-            kernels.sample(model.decode(slots, cache, slots, slots))
-        else:
-            steps.decode(slots, GREEDY)
+        steps.decode(slots, GREEDY)
     return made
 
 

@@ -35,6 +35,15 @@ LATENCIES = {
     "STS": 25,
 }
 
+# launches of one program or few, whose latencies leave nothing to compute
+SMALL_US = {
+    "add_rmsnorm_kernel": 2.35,
+    "advance_kernel": 2.3,
+    "embed_kernel": 1.5,
+    "rmsnorm_kernel": 1.6,
+    "rope_tables_kernel": 1.4,
+}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -42,24 +51,27 @@ class Machine:
 
     processors: int = 132
     ghz: float = 1.9
-    bandwidth: float = 4.3e12  # bytes a second: the best that reading reaches, of 4.8e12 on paper
+    bandwidth: float = 4.67e12  # bytes a second: the best that reading reaches, of 4.8e12 on paper
     l2_bandwidth: float = 7e12  # bytes a second, between L2 and all processors
-    processor_bandwidth: float = 9e10  # bytes a second into one processor: 47 a cycle
+    processor_bandwidth: float = 5.9e10  # bytes a second into one processor: 31 a cycle
+    unevenness: float = (
+        0.15  # half of the processors draw so much more of a short memory, half less
+    )
     shared_bytes: int = 233_472  # of a processor; a program takes 1024 more than it asks for
     registers: int = 65_536  # of a processor
     warps: int = 64  # of a processor
     issue: float = 0.85  # the slots of a scheduler that can be filled
-    launch_gap_us: float = 1.0  # between the end of a launch and the start of the next, in a graph
-    start_us: float = 0.25  # from a launch's start to a program's first instruction
-    fill_us: float = 0.75  # a latency of memory: until the first load has come
-    memory_us: float = 0.75  # the same under load, which the steps in flight must cover
-    end_us: float = 0.5  # from a program's last step to its last store
-    reload_us: float = 0.7  # more, where something is loaded after the main loop
-    atomic_us: float = 1.3  # counting oneself, and seeing what others stored
-    prologue_us: float = 0.3  # around a loop before the main loop: a sum over warps
+    launch_gap_us: float = 0.45  # between the end of a launch and the start of the next, in a graph
+    start_us: float = 0.24  # from a launch's start to a program's first instruction
+    fill_us: float = 1.04  # a latency of memory: until the first load has come
+    memory_us: float = 1.04  # the same under load, which the steps in flight must cover
+    end_us: float = 0.48  # from a program's last step to its last store
+    partials_bandwidth: float = 1.5e10  # bytes a second of partial sums that one program adds up
+    atomic_us: float = 2.0  # counting oneself, and seeing what others stored
     lookup_us: float = 0.6  # slot, position and query, before a key can be addressed
-    small_us: float = 2.0  # a launch without a product
-    torch_us: float = 2.0  # a launch of torch's own
+    torch_us: float = 1.6  # a launch of torch's own: index_select 2.0, a sum of integers 1.2
+    other_us: float = 2.0  # a launch without a product that the next line does not name
+    small_us: Mapping[str, float] = field(default_factory=lambda: MappingProxyType(SMALL_US))
     latencies: Mapping[str, int] = field(default_factory=lambda: MappingProxyType(LATENCIES))
 
     def us(self, cycles: float) -> float:

@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools.fit_machine import Residual, fit, read_profile
 from gemcut.tools.machine import H200, Machine
 from gemcut.tools.predicted_step import PredictedStep, predict_steps
+from gemcut.tools.product_times import is_list, pair, read_rows
 
 PART = "sm_90"  # whose machine code can be read
 
@@ -78,7 +79,13 @@ def print_fit(machine: Machine, residuals: Sequence[Residual]) -> None:
     changed = []
     for field in fields(machine):
         old, new = getattr(H200, field.name), getattr(machine, field.name)
-        if old != new:
+        if isinstance(new, Mapping):
+            changed += [
+                [name, f"{old[name]:.4g}", f"{us:.4g}", f"{us / old[name]:.2f}"]
+                for name, us in new.items()
+                if name in old and us != old[name]
+            ]
+        elif old != new:
             changed.append([field.name, f"{old:.4g}", f"{new:.4g}", f"{new / old:.2f}"])
     print_table(["constant", "estimate", "fitted", "ratio"], changed)
     rows = [
@@ -100,7 +107,7 @@ def print_fit(machine: Machine, residuals: Sequence[Residual]) -> None:
 
 def constants(settings: Sequence[str]) -> Machine:
     """The machine with `name=value` in place of its estimates; ValueError for no such constant."""
-    machine, names = H200, {field.name for field in fields(H200)} - {"latencies"}
+    machine, names = H200, {f.name for f in fields(H200)} - {"latencies", "small_us"}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in names:
@@ -123,8 +130,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.part != PART:
         raise ValueError(f"part {arguments.part!r}: machine code is read of {PART} alone")
     machine = constants(arguments.set)
-    profiles = [read_profile(file) for file in arguments.fit]
-    models = arguments.models or ([] if profiles else list(PUBLISHED))
+    lists = [read_rows(file) for file in arguments.fit if is_list(file)]
+    profiles = [read_profile(file) for file in arguments.fit if not is_list(file)]
+    models = arguments.models or ([] if arguments.fit else list(PUBLISHED))
     for model in [*models, *(profile.model for profile in profiles)]:
         if model not in PUBLISHED:
             raise ValueError(f"{model!r} is not {', '.join(PUBLISHED)}")
@@ -134,12 +142,14 @@ def run(arguments: argparse.Namespace) -> int:
         longest = PUBLISHED[model].context_length
         check_int(f"context of {model}", arguments.context, 2, longest)
 
-    wanted = [(p.model, p.batch, p.context, p.has_logits) for p in profiles]
-    wanted += [(model, arguments.batch, arguments.context, False) for model in models]
+    wanted = [(p.model, p.batch, p.context) for p in profiles]
+    wanted += [(model, arguments.batch, arguments.context) for model in models]
     steps = predict_steps(wanted, PART, arguments.jobs)
     fitting, steps = steps[: len(profiles)], steps[len(profiles) :]
-    if profiles:
-        machine, residuals = fit(list(zip(profiles, fitting, strict=True)), machine)
+    pairs = list(zip(profiles, fitting, strict=True))
+    pairs += [pair(rows, PART, arguments.jobs, machine) for rows in lists]
+    if pairs:
+        machine, residuals = fit(pairs, machine)
         print_fit(machine, residuals)
     if arguments.markdown:
         print(markdown(steps, machine))

@@ -94,13 +94,12 @@ def _label(made: Made) -> str:
 
 
 def predict_steps(
-    wanted: Sequence[tuple[str, int, int, bool]], part: str, jobs: int
+    wanted: Sequence[tuple[str, int, int]], part: str, jobs: int
 ) -> list[PredictedStep]:
-    """Steps of (model, batch, context, whether logits are written), each launch compiled once."""
+    """Steps of (model, batch, context), each launch compiled once."""
     steps = []
-    for model, batch, context, logits in wanted:
-        config = PUBLISHED[model]
-        made = step_launches(config, part, batch=batch, context=context, logits=logits)
+    for model, batch, context in wanted:
+        made = step_launches(PUBLISHED[model], part, batch=batch, context=context)
         steps.append((model, batch, context, dict(Counter(made))))
     cells = compile_all((made for *_, counts in steps for made in counts), jobs)
     return [
