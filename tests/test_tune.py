@@ -683,10 +683,7 @@ def test_wrong_usage(options, message, capsys):
     ("options", "message"),
     [
         (["--models", "gemma-4"], "gemma-4"),
-        (
-            ["--models", "gemma-2-2b", "--kernels", "linear_geglu"],
-            "gemma-2-2b launch none of norm_l",
-        ),
+        (["--models", "gemma-3-1b", "--kernels", "linear_rope_and_store"], "launch none of linear"),
         (["--minutes", "0"], "--minutes 0.0 --jobs"),
         (["--minutes", "nan"], "--minutes nan --jobs"),
         (["--jobs", "0"], "--jobs 0: must be above 0"),
