@@ -260,13 +260,16 @@ def _tile(head_dim: int, group_size: int, itemsize: int, part: str) -> dict[str,
     A memory of 4.7 TB/s and 0.7 us latency is kept busy by 3.3 MB in flight, 25 KB on each of 132
     multiprocessors: two stages of K and V tiles of 16 KiB are 64 KiB in each of three programs.
     Parts with 100 KB of shared memory have less bandwidth for each multiprocessor, and get half.
+
+    Adding a split up takes as long as it has queries: of 8, splits of 64 keys were slower than of
+    128 at 1024 keys (an earlier kernel on an H200).
     """
     is_small = part in ("sm_89", "sm_120")
     is_narrow = itemsize == 2 and group_size <= MIN_ROWS
     tile_bytes = 8192 if is_small else 16384
     row_bytes = itemsize * triton.next_power_of_2(head_dim)
     return {
-        "SPLIT": 64,
+        "SPLIT": 64 if group_size < 8 else 128,
         "BLOCK_N": max(16, min(32, tile_bytes // row_bytes)),
         "num_warps": 4 if is_narrow else 8,
         # three programs of four warps; or two, as shared memory has it, or where 168 would spill

@@ -179,7 +179,7 @@ def test_a_draft_where_splits_double(monkeypatch):
 LAUNCHES = """
 import torch
 from gemcut.kernels import attention_decode
-from gemcut.tools.compile_report import recorded
+from gemcut.tools.launches import recorded
 
 for dtype, K, G, window in SETTINGS:
     with recorded("sm_90") as found:

@@ -349,7 +349,7 @@ def test_no_rows():
         ({"top_p": torch.ones(3, 1)}, r"top_p is \[3, 1\], must be \[3\]"),
         ({"min_p": torch.ones(4)}, r"min_p is \[4\], must be \[3\]"),
         ({"min_p": torch.ones(3, device="meta")}, "min_p is on meta"),
-        ({"seeds": None}, "temperature needs seeds and positions, not None"),
+        ({"seeds": None}, "temperature needs seeds and positions"),
         ({"positions": None}, "temperature needs seeds and positions"),
         ({"seeds": torch.ones(4).long()}, r"seeds is \[4\], must be \[3\]"),
         ({"positions": torch.ones(3).bool()}, "positions is torch.bool, must be int64 or int32"),

@@ -429,7 +429,7 @@ class TestDecode:
             torch.tensor([ids, ids]), [torch.tensor(ids)], [], ours("The children"),
         ):  # fmt: skip
             assert ours.decode(form) == theirs.decode(form)
-            if not isinstance(form, BatchEncoding):
+            if not isinstance(form, BatchEncoding | int):  # transformers 5.24 refuses a single id
                 assert ours.batch_decode(form) == theirs.batch_decode(form)
         assert ours.decode(jax.numpy.array(ids)) == "<bos>The children"
 

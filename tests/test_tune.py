@@ -246,10 +246,10 @@ def test_tuning(run, try_tiles, known_speed, capsys, tmp_path):
     The wrong one cuts splits of 16 keys into tiles of 32, so that keys count twice; 24 is no power
     of two.
     """
-    known_speed |= {16: 7.0, 32: 8.0}
+    known_speed |= {16: 7.0, 64: 8.0}
     fast, slow, wrong, failing = (
         {"SPLIT": 32, "BLOCK_N": 16},
-        {"SPLIT": 32, "BLOCK_N": 32},
+        {"SPLIT": 64, "BLOCK_N": 64},
         {"SPLIT": 16, "BLOCK_N": 32},
         {"SPLIT": 32, "BLOCK_N": 24},
     )
@@ -264,7 +264,7 @@ def test_tuning(run, try_tiles, known_speed, capsys, tmp_path):
     by_tile = {tuple(row["tile"].values()): row for row in rows}
     assert {tile: row["status"] for tile, row in by_tile.items()} == {
         (32, 16): "ok",
-        (32, 32): "ok",
+        (64, 64): "ok",
         (16, 32): "wrong",
         (32, 24): "failed",
     }
