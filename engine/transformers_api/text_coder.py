@@ -251,7 +251,12 @@ class TextCoder(SpecialTokens):
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool | None = None,
     ) -> list[str]:
-        """What `decode` yields, as a list even of one text."""
+        """What `decode` yields, as a list even of one text; an empty batch has none.
+
+        So since transformers 5.24, where `decode` still reads it as one empty text.
+        """
+        if hasattr(sequences, "__len__") and len(sequences) == 0:
+            return []
         texts = self.decode(
             sequences,
             skip_special_tokens,
