@@ -79,3 +79,18 @@ def test_the_tail_ends_with_the_program():
 def test_only_the_first_kernel_is_read():
     assert parse(SASS + "\n" + SASS) == parse(SASS)
     assert parse("no code") == []
+
+
+def test_what_a_pass_stores_behind_a_branch_is_left_out():
+    """At the end of a split alone; what is loaded or multiplied behind a branch counts."""
+
+    def loop(skipped: str) -> str:
+        lines = [line(0x10, "@P0 BRA 0x80", 5)]
+        lines += [line(0x20 + 16 * i, skipped, 7) for i in range(6)]
+        lines += [line(0x80 + 16 * i, "HMMA.16816.F32.BF16 R12, R4, R6, R12", 1) for i in range(8)]
+        return "\n".join([*lines, line(0x100, "@P1 BRA 0x10", 5)])
+
+    (stores,) = find_loops(parse(loop("STG.E [R2.64], R5")), LATENCIES)
+    (loads,) = find_loops(parse(loop("LDS R4, [R2]")), LATENCIES)
+    assert (stores.cycles, stores.instructions) == (5 + 8 + 5, 10)
+    assert (loads.cycles, loads.instructions) == (5 + 6 * 7 + 8 + 5, 16)
