@@ -35,6 +35,7 @@ MAX_SEQ_LEN = 8192
 FREE = ("detach", "lift_fresh", "_unsafe_view")  # of torch's ops beside views: launch nothing
 TYPE_NAMES = {
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
