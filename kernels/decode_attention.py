@@ -273,7 +273,7 @@ def _tile(head_dim: int, group_size: int, itemsize: int, part: str) -> dict[str,
         "BLOCK_N": max(16, min(32, tile_bytes // row_bytes)),
         "num_warps": 4 if is_narrow else 8,
         # three programs of four warps; or two, as shared memory has it, or where 168 would spill
-        "maxnreg": 168 if is_narrow and part in ("sm_90", "sm_100") else 255,
+        "maxnreg": 168 if is_narrow and part == "sm_90" else 255,
         "num_stages": 3 if is_narrow else 2,
     }
 
