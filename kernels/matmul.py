@@ -20,6 +20,8 @@ Cost: N D weights read once for 16 rows, M D elements of x for each block of row
 in bf16, where an H200 could do about 200: bound by memory bandwidth.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -127,10 +129,14 @@ def pipeline(x: Tensor, blocks: int) -> dict[str, int]:
     As many programs share a processor as leave the fewest of them idle while the last ones run.  Of
     many waves the last one counts for little, and programs hide each other's beginnings.
     """
-    name = part(x.device)
+    return dict(_pipeline(part(x.device), x.itemsize, blocks))
+
+
+@lru_cache
+def _pipeline(name: str, itemsize: int, blocks: int) -> dict[str, int]:
     if name == "interpreter":
         return {"BLOCK_D": 256, "num_warps": 4, "num_stages": 1}
-    block_d = (64 if name in SMALL_PARTS else 128) * 2 // x.itemsize
+    block_d = (64 if name in SMALL_PARTS else 128) * 2 // itemsize
 
     def idle(programs: int) -> float:
         slots = programs * PROCESSORS[name]
