@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, assert_accurate, assert_row_invariant, random
+from accuracy import (
+    DEVICE,
+    DTYPES,
+    assert_accurate,
+    assert_row_invariant,
+    assert_within_budget,
+    random,
+)
 from torch import Tensor
 
 from gemcut.kernels import matmul, reference
@@ -51,22 +58,24 @@ def test_parts_are_sums_over_whole_steps():
     assert columns % block_d == 0
     for s, part in enumerate(y):
         mine = slice(s * columns, (s + 1) * columns)
-        torch.testing.assert_close(part, x[:, mine] @ weight[:, mine].T, rtol=1e-4, atol=1e-4)
+        eager = x[:, mine] @ weight[:, mine].T
+        exact = x[:, mine].double() @ weight[:, mine].double().T
+        assert_within_budget(f"part {s}", part, eager, exact)
 
 
 @pytest.mark.parametrize(
-    ("model", "N", "D", "parts"),
+    ("N", "D", "parts"),
     [
-        pytest.param("gemma-2-2b", 2304, 9216, 7, id="down-of-gemma-2-2b"),
-        pytest.param("gemma-2-2b", 2304, 2048, 6, id="o-of-gemma-2-2b"),
-        pytest.param("gemma-2-9b", 3584, 14336, 4, id="down-of-gemma-2-9b"),
-        pytest.param("vaultgemma-1b", 1152, 1024, 8, id="o-of-vaultgemma-1b"),
-        pytest.param("gemma-2-27b", 4608, 36864, 3, id="down-of-gemma-2-27b"),
-        pytest.param("a wide matrix", 256000, 1152, 1, id="wide"),
-        pytest.param("a tiny matrix", 64, 24, 1, id="tiny"),
+        pytest.param(2304, 9216, 7, id="down-of-gemma-2-2b"),
+        pytest.param(2304, 2048, 6, id="o-of-gemma-2-2b"),
+        pytest.param(3584, 14336, 4, id="down-of-gemma-2-9b"),
+        pytest.param(1152, 1024, 8, id="o-of-vaultgemma-1b"),
+        pytest.param(4608, 36864, 3, id="down-of-gemma-2-27b"),
+        pytest.param(256000, 1152, 1, id="wide"),
+        pytest.param(64, 24, 1, id="tiny"),
     ],
 )
-def test_how_many_parts(model, N, D, parts):
+def test_how_many_parts(N, D, parts):
     """Two programs for each processor of an H100, as far as steps and rows divide so."""
     weight = torch.empty(N, D, device="meta", dtype=torch.bfloat16)
     assert matmul.count_parts(weight, weight) == parts

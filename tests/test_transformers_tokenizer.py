@@ -431,6 +431,7 @@ class TestDecode:
             assert ours.decode(form) == theirs.decode(form)
             if not isinstance(form, BatchEncoding | int):  # transformers 5.24 refuses a single id
                 assert ours.batch_decode(form) == theirs.batch_decode(form)
+        assert ours.batch_decode(ids[2]) == [theirs.decode(ids[2])]
         assert ours.decode(jax.numpy.array(ids)) == "<bos>The children"
 
     def test_clean_up(self, tokenizer_file, ours, theirs):

@@ -8,11 +8,12 @@ writes: here it asks L2 for the first columns of its own rows of the weight.  Th
 every other load and every store, in all kernels of a chain: only then has everything ended that
 came before, and a buffer may be written again.
 
-The product has two forms.  In the skinny one a program owns BLOCK_N rows of the weight and walks
-along all of D.  In the swapped one the weight is the first operand of tl.dot, so that 64 of its
-rows fill one warpgroup instruction of Hopper (HGMMA m64n16k16); there are fewer such tiles than
-processors, so D is cut into slices of SPLIT_D, whose float32 sums a second kernel adds in their
-order.  Bound by memory bandwidth: N D weights are read once for 16 rows.
+The product has two forms.  In the first, which skinny_linear had until these were timed, a program
+owns BLOCK_N rows of the weight and walks along all of D.  In the swapped one, as skinny_linear now
+is, the weight is the first operand of tl.dot, so that 64 of its rows fill one warpgroup instruction
+of Hopper (HGMMA m64n16k16); there are fewer such tiles than processors, so D is cut into slices of
+SPLIT_D, whose float32 sums a second kernel adds in their order.  Bound by memory bandwidth: N D
+weights are read once for 16 rows.
 
 DEPENDENT, PREFETCH and DELAY_NS stand for what Triton's interpreter lacks: it runs the rest.
 """

@@ -169,22 +169,12 @@ def kernels_of_company(config: ModelConfig, part: str) -> dict[tuple[int, int], 
 
     A token's bits are the same in any company because all of these are the same.
     """
-    device, dtype = torch.device("cuda", 0), torch.bfloat16
-    config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
     found = {}
     with recorded(part) as launched:
-        model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
-        cache = KVCache(
-            config,
-            num_slots=max(BATCHES),
-            max_seq_len=MAX_SEQ_LEN,
-            prefill_chunk=PREFILL_CHUNK,
-            device=device,
-            dtype=dtype,
-        )
-        steps = Steps(model, cache, SlotState(max(BATCHES), config.vocab_size, device))
+        steps = _steps_of_six_layers(config, max(BATCHES), MAX_SEQ_LEN)
+        model, cache = steps.model, steps.cache
         for batch, tokens in ((1, 1), (3, 1), (16, 1), (1, 8), (2, 8), (5, 3)):
-            slots = torch.empty(batch, dtype=torch.int64, device=device)
+            slots = torch.empty(batch, dtype=torch.int64, device=model.device)
             token_ids, positions = steps._newest(slots)
             if tokens > 1:
                 token_ids = token_ids.unsqueeze(1).expand(batch, tokens)
@@ -194,21 +184,27 @@ def kernels_of_company(config: ModelConfig, part: str) -> dict[tuple[int, int], 
     return found
 
 
-def _run(config: ModelConfig, batches: Sequence[int], max_seq_len: int) -> None:
+def _steps_of_six_layers(config: ModelConfig, num_slots: int, max_seq_len: int) -> Steps:
+    """Six layers show every kind: Gemma 3 has a global one in six."""
     device, dtype = torch.device("cuda", 0), torch.bfloat16
-    # six layers show every kind: Gemma 3 has a global one in six
     config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
     model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
     cache = KVCache(
         config,
-        num_slots=batches[-1],
+        num_slots=num_slots,
         max_seq_len=min(max_seq_len, config.context_length),
         prefill_chunk=PREFILL_CHUNK,
         device=device,
         dtype=dtype,
     )
-    model.prefill(torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device), cache, slot=0)
-    steps = Steps(model, cache, SlotState(batches[-1], config.vocab_size, device))
+    return Steps(model, cache, SlotState(num_slots, config.vocab_size, device))
+
+
+def _run(config: ModelConfig, batches: Sequence[int], max_seq_len: int) -> None:
+    steps = _steps_of_six_layers(config, batches[-1], max_seq_len)
+    device = steps.model.device
+    token_ids = torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device)
+    steps.model.prefill(token_ids, steps.cache, slot=0)
     for batch in batches:
         slots = torch.empty(batch, dtype=torch.int64, device=device)
         steps.logits(slots)

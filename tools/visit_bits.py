@@ -38,6 +38,7 @@ MODEL, CONTEXT, BATCH = "gemma-2-2b", 1024, 3
 REPLAYS, STEP_REPLAYS = 2000, 2000
 OPS = ("attention_decode", "lm_head_argmax", "sample")
 NEW_TOKENS, CPU_TOKENS = 48, 4
+MAX_SEQ_LEN = 256
 DELAY_NS = 30_000  # a consumer that does not wait has long ended by then
 LATE_REPLAYS = 200
 ELEMENTS = 4096  # 16 programs: a producer must leave room for its consumer
@@ -165,17 +166,10 @@ def compare_text(visit: Visit, prompt: str, dtype: torch.dtype) -> None:
 def generate(model: Gemma, prompt_ids: list[int], count: int) -> list[int]:
     """The greedy continuation by `count` tokens, step by step and eagerly."""
     device, config = model.device, model.config
-    cache = KVCache(
-        config,
-        num_slots=1,
-        max_seq_len=256,
-        prefill_chunk=PREFILL_CHUNK,
-        device=device,
-        dtype=model.dtype,
-    )
+    cache = _cache_of_one(model)
     hidden = model.prefill(torch.tensor(prompt_ids, device=device), cache, 0)[-1:]
     state = SlotState(1, config.vocab_size, device)
-    state.limits.fill_(256)
+    state.limits.fill_(MAX_SEQ_LEN)
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     state.tokens[:1] = model.ops.sample(model.logits(hidden))
     state.positions[:1] = len(prompt_ids)
@@ -184,6 +178,17 @@ def generate(model: Gemma, prompt_ids: list[int], count: int) -> list[int]:
     for _ in range(count - 1):
         found.append(steps.decode(slots, GREEDY))
     return torch.cat(found).tolist()
+
+
+def _cache_of_one(model: Gemma) -> KVCache:
+    return KVCache(
+        model.config,
+        num_slots=1,
+        max_seq_len=MAX_SEQ_LEN,
+        prefill_chunk=PREFILL_CHUNK,
+        device=model.device,
+        dtype=model.dtype,
+    )
 
 
 def record_text(part: str) -> set[Launch]:
@@ -195,14 +200,7 @@ def record_text(part: str) -> set[Launch]:
         for dtype in (torch.float32, torch.bfloat16):
             model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
             for length in lengths:
-                cache = KVCache(
-                    config,
-                    num_slots=1,
-                    max_seq_len=256,
-                    prefill_chunk=PREFILL_CHUNK,
-                    device=device,
-                    dtype=dtype,
-                )
+                cache = _cache_of_one(model)
                 ids = torch.empty(length, dtype=torch.int64, device=device)
                 hidden = model.prefill(ids, cache, 0).narrow(0, length - 1, 1)
                 model.ops.sample(model.logits(hidden))
