@@ -130,7 +130,8 @@ def pipeline(x: Tensor, blocks: int) -> dict[str, int]:
     As many programs share a processor as leave the fewest of them idle while the last ones run.  Of
     many waves the last one counts for little, and programs hide each other's beginnings.
     """
-    return dict(_pipeline(part(x.device), x.itemsize, blocks))
+    # a size may be a SymInt under torch.compile, which no cache can hold
+    return dict(_pipeline(part(x.device), x.itemsize, int(blocks)))
 
 
 @lru_cache
