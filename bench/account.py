@@ -13,8 +13,8 @@ import torch
 
 from gemcut.bench.prefill_cases import visible_pairs
 from gemcut.bench.results import print_table
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.weights import Part, parts
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.weights import Part, parts
 
 # biases go with their products; of the embedding see above
 KINDS = {

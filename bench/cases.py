@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.engine.cache import PREFILL_CHUNK, layer_capacity
-from gemcut.engine.config import ModelConfig
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.cache import PREFILL_CHUNK, layer_capacity
 from gemcut.kernels import reference
 
 Arguments = dict[str, Any]

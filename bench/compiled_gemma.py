@@ -23,9 +23,9 @@ from torch._inductor import list_mode_options, list_options
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.rope import Rope
-from gemcut.engine.weights import LayerWeights, Weights
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.rope import Rope
+from gemcut.engine.execution.weights import LayerWeights, Weights
 
 FLEX_BLOCK = 128  # keys that FlexAttention reads or skips together
 

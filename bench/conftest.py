@@ -8,7 +8,7 @@ import torch
 
 from gemcut.bench.ceilings import measure_ceilings
 from gemcut.bench.kernels import Bench, add_arguments, choose_cases, choose_peers, contestants
-from gemcut.engine.loading import choose_device, choose_dtype, choose_ops
+from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -25,7 +25,7 @@ from gemcut.bench.results import INTERRUPTED, OK, Results, Row, metric, print_ta
 from gemcut.bench.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checks import check_int
-from gemcut.engine.sampler import Features
+from gemcut.engine.execution.sampler import Features
 
 LIMITS_US = {1: 150.0, 16: 400.0}  # by batch: what the engine promises on two cores
 TEXT = "Once upon a time there was an old man, who said: come in, and mind the step! "

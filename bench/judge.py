@@ -24,9 +24,9 @@ from torch import Tensor
 
 from gemcut.bench.checking import rounded_weight
 from gemcut.bench.results import OK, WRONG
-from gemcut.engine.cache import PREFILL_CHUNK, KVCache
-from gemcut.engine.model import Gemma
-from gemcut.engine.weights import LayerWeights
+from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.weights import LayerWeights
 from gemcut.kernels import reference
 
 HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}

@@ -31,10 +31,10 @@ from gemcut.bench.prefill_cases import prefill_cases
 from gemcut.bench.results import FAILED, INTERRUPTED, NO_MEMORY, OK, WRONG, Results, Row, metric
 from gemcut.bench.timing import Runs, Spread, Timing, input_sets, prepare_runs, time_runs
 from gemcut.engine.checks import check_int
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.info import find_config
-from gemcut.engine.loading import choose_device, choose_dtype, choose_ops
 from gemcut.engine.memory import free_bytes
+from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
 from gemcut.kernels import reference
 
 GEMCUT = "gemcut"

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from gemcut.bench.random_model import published_config, random_tokenizer, random_weights
-from gemcut.engine.checkpoint import load_checkpoint
-from gemcut.engine.config import PUBLISHED, ModelConfig
-from gemcut.engine.hub import resolve_checkpoint
-from gemcut.engine.loading import choose_device, choose_dtype, choose_ops
+from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.huggingface import load_checkpoint
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
+from gemcut.engine.execution.model import Gemma
 from gemcut.engine.memory import free_bytes
-from gemcut.engine.model import Gemma
+from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
 from gemcut.tokenizer import Tokenizer
 
 

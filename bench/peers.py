@@ -20,9 +20,9 @@ from gemcut.bench.machine import gemcut_version
 from gemcut.bench.models import Setup, require_memory
 from gemcut.bench.timing import clock
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
 from gemcut.engine.checks import check_int
-from gemcut.engine.weights import parts
+from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
+from gemcut.engine.execution.weights import parts
 
 GEMCUT = "gemcut"
 

@@ -17,7 +17,7 @@ from gemcut.bench.cases import (
     qk_norms,
     rope_cost,
 )
-from gemcut.engine.cache import layer_capacity
+from gemcut.engine.execution.cache import layer_capacity
 
 
 def prefill_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.checks import check_int
-from gemcut.engine.config import PUBLISHED, ModelConfig
-from gemcut.engine.hub import DEMO
-from gemcut.engine.weights import Weights, empty_weights
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
+from gemcut.engine.execution.weights import Weights, empty_weights
 from gemcut.tokenizer import Tokenizer
 
 SEED = 0

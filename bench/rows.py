@@ -12,7 +12,7 @@ from typing import Any
 
 from gemcut.bench.results import OK, Row, load_results
 from gemcut.bench.timing import Spread
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 
 Report = dict[str, Any]
 GEMCUT = "gemcut"

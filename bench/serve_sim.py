@@ -43,9 +43,9 @@ from gemcut.bench.results import (
 )
 from gemcut.bench.timing import clock
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
 from gemcut.engine.checks import check_int, check_number
-from gemcut.engine.loading import in_passing_thread
+from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
+from gemcut.engine.placement import in_passing_thread
 
 SIGMA = 0.6  # of a length's logarithm: one in twenty is 2.7 times the median
 PERCENTILES = (50, 90, 99)

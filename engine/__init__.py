@@ -4,10 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemcut.engine.config import PUBLISHED, ModelConfig
-    from gemcut.engine.core import EngineFault
+    from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
     from gemcut.engine.engine import Engine
-    from gemcut.engine.outputs import (
+    from gemcut.engine.requests.outputs import (
         CompletionOutput,
         Delta,
         Logprob,
@@ -15,7 +14,9 @@ if TYPE_CHECKING:
         RequestOutput,
         ScoreOutput,
     )
-    from gemcut.engine.sampling_params import SamplingParams
+    from gemcut.engine.requests.sampling_params import SamplingParams
+    from gemcut.engine.serving.step_loop import EngineFault
+    from gemcut.engine.serving.worker import QueueFullError
     from gemcut.engine.transformers_api import (
         AutoConfig,
         AutoModel,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
         VaultGemmaModel,
         pipeline,
     )
-    from gemcut.engine.worker import QueueFullError
 
 __all__ = [
     "PUBLISHED",
@@ -100,7 +100,15 @@ __all__ = [
     "VaultGemmaModel",
     "pipeline",
 ]
-MODULES = ("config", "outputs", "sampling_params", "core", "worker", "engine", "transformers_api")
+MODULES = (
+    "config.model_config",
+    "requests.outputs",
+    "requests.sampling_params",
+    "serving.step_loop",
+    "serving.worker",
+    "engine",
+    "transformers_api",
+)
 
 
 def __getattr__(name: str) -> Any:

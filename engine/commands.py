@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from gemcut.engine.convert import convert as convert_checkpoint
+from gemcut.engine.checkpoints.convert import convert as convert_checkpoint
 from gemcut.engine.engine import Engine
 from gemcut.engine.info import describe, find_config, find_problems, rows
-from gemcut.engine.loading import choose_device, choose_dtype
-from gemcut.engine.sampling_params import SamplingParams
+from gemcut.engine.placement import choose_device, choose_dtype
+from gemcut.engine.requests.sampling_params import SamplingParams
 from gemcut.tokenizer import render_chat
 
 MAX_SLOTS = 8  # more completions than that take turns

@@ -18,25 +18,25 @@ from typing import Any, Literal, overload
 import torch
 from tqdm import tqdm
 
-from gemcut.engine import delivery
-from gemcut.engine.cache import PREFILL_CHUNK, KVCache
-from gemcut.engine.checkpoint import load_checkpoint, stop_token_ids
+from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.huggingface import load_checkpoint, stop_token_ids
 from gemcut.engine.checks import check_bool, check_int
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.core import Core
-from gemcut.engine.hub import resolve_checkpoint
-from gemcut.engine.loading import choose_device, choose_dtype, choose_ops, in_passing_thread
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.runner import Runner
+from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.memory import Build
-from gemcut.engine.metrics import costs, prometheus_text, snapshot
-from gemcut.engine.model import Gemma
-from gemcut.engine.outputs import Delta, RequestOutput, ScoreOutput
-from gemcut.engine.prompts import Prompt
-from gemcut.engine.request_builder import RequestBuilder
-from gemcut.engine.runner import Runner
-from gemcut.engine.sampling_params import INT64_MAX, SamplingParams
-from gemcut.engine.scheduler import Scheduler
-from gemcut.engine.slot_state import SlotState
-from gemcut.engine.worker import Worker
+from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_passing_thread
+from gemcut.engine.requests.outputs import Delta, RequestOutput, ScoreOutput
+from gemcut.engine.requests.prompts import Prompt
+from gemcut.engine.requests.request_builder import RequestBuilder
+from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
+from gemcut.engine.serving import output_queues
+from gemcut.engine.serving.metrics import costs, prometheus_text, snapshot
+from gemcut.engine.serving.scheduler import Scheduler
+from gemcut.engine.serving.step_loop import Core
+from gemcut.engine.serving.worker import Worker
 from gemcut.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
@@ -106,7 +106,7 @@ class Engine:
         self._core = Core(runner, self._scheduler)
         self._worker = Worker(self._core, max_waiting)
         self._stop = weakref.finalize(self, self._worker.stop)
-        self._driven, self._mail = delivery.Driven(self._worker), delivery.Mail()
+        self._driven, self._mail = output_queues.Driven(self._worker), output_queues.Mail()
 
     @classmethod
     def from_pretrained(
@@ -189,7 +189,7 @@ class Engine:
         Bad input raises ValueError before anything runs.
         """
         requests, is_batch = self._checked.batch(prompt, params)
-        delivery.finish(self._worker, requests, is_batch and _shows(use_tqdm))
+        output_queues.finish(self._worker, requests, is_batch and _shows(use_tqdm))
         return _unpacked([request.output() for request in requests], is_batch)
 
     @overload
@@ -205,7 +205,7 @@ class Engine:
     async def agenerate(self, prompt, params=None):
         """`generate` in an event loop, which it does not block."""
         requests, is_batch = self._checked.batch(prompt, params)
-        await delivery.afinish(self._worker, self._mail, requests)
+        await output_queues.afinish(self._worker, self._mail, requests)
         return _unpacked([request.output() for request in requests], is_batch)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -213,11 +213,11 @@ class Engine:
 
         Bad input raises ValueError at the call.  An abandoned stream frees its slot.
         """
-        return delivery.stream(self._worker, self._checked.one(prompt, params))
+        return output_queues.stream(self._worker, self._checked.one(prompt, params))
 
     def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
         """`stream` for `async for`."""
-        return delivery.astream(self._worker, self._mail, self._checked.one(prompt, params))
+        return output_queues.astream(self._worker, self._mail, self._checked.one(prompt, params))
 
     @overload
     def chat(
@@ -248,8 +248,8 @@ class Engine:
         """
         request = self._checked.chat(messages, params, merge_system)
         if stream:
-            return delivery.stream(self._worker, request)
-        delivery.finish(self._worker, [request], show=False)
+            return output_queues.stream(self._worker, request)
+        output_queues.finish(self._worker, [request], show=False)
         return request.output()
 
     async def achat(
@@ -261,7 +261,7 @@ class Engine:
     ) -> RequestOutput:
         """`chat` in an event loop, which it does not block."""
         request = self._checked.chat(messages, params, merge_system)
-        await delivery.afinish(self._worker, self._mail, [request])
+        await output_queues.afinish(self._worker, self._mail, [request])
         return request.output()
 
     def achat_stream(
@@ -273,7 +273,7 @@ class Engine:
     ) -> AsyncIterator[Delta]:
         """`chat` with `stream`, for `async for`."""
         request = self._checked.chat(messages, params, merge_system)
-        return delivery.astream(self._worker, self._mail, request)
+        return output_queues.astream(self._worker, self._mail, request)
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
@@ -291,13 +291,13 @@ class Engine:
         A string gets a BOS, whose own probability is not asked.  A text must fit a slot.
         """
         requests, is_batch = self._checked.batch(texts, None, score=True)
-        delivery.finish(self._worker, requests, is_batch and _shows(use_tqdm))
+        output_queues.finish(self._worker, requests, is_batch and _shows(use_tqdm))
         return _unpacked([request.score() for request in requests], is_batch)
 
     async def ascore(self, texts: Prompt | Sequence[Prompt]) -> ScoreOutput | list[ScoreOutput]:
         """`score` in an event loop, which it does not block."""
         requests, is_batch = self._checked.batch(texts, None, score=True)
-        await delivery.afinish(self._worker, self._mail, requests)
+        await output_queues.afinish(self._worker, self._mail, requests)
         return _unpacked([request.score() for request in requests], is_batch)
 
     # For another scheduler, which makes the steps itself

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from gemcut import kernels
-from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
-from gemcut.engine.checkpoint import find_nonfinite, load_checkpoint, stop_token_ids
-from gemcut.engine.config import PUBLISHED, ModelConfig
-from gemcut.engine.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.huggingface import find_nonfinite, load_checkpoint, stop_token_ids
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
+from gemcut.engine.config.rope_parameters import RopeParameters
+from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
 from gemcut.engine.memory import (
     DEFAULT_BATCH_SIZE,
     MEMORY_SHARE,
@@ -21,7 +22,6 @@ from gemcut.engine.memory import (
     is_auto,
     readable,
 )
-from gemcut.engine.rope_parameters import RopeParameters
 from gemcut.kernels import reference
 from gemcut.tokenizer import Tokenizer
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from gemcut.engine.activations import CUBLAS_BYTES, decode_bytes, prefill_bytes, states_bytes
-from gemcut.engine.cache import PREFILL_CHUNK, counter_bytes, ring_of, slot_bytes
+from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes, states_bytes
 from gemcut.engine.checks import check_int, shorten
-from gemcut.engine.chunks import next_chunk, padded_sizes
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.graph import can_be_captured
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.cache import PREFILL_CHUNK, counter_bytes, ring_of, slot_bytes
+from gemcut.engine.execution.cuda_graphs import can_be_captured
+from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
 from gemcut.kernels import reference
 
 MEMINFO = Path("/proc/meminfo")

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemcut.engine import Engine
-from gemcut.engine.chunks import padded_sizes
-from gemcut.engine.graph import Captured, Graphs, Step
+from gemcut.engine.execution.cuda_graphs import Captured, Graphs, Step
+from gemcut.engine.execution.prefill_chunks import padded_sizes
 from gemcut.tokenizer import Tokenizer
 
 

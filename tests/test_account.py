@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gemcut.bench.account import decode_account, prefill_flops, print_account
-from gemcut.engine.cache import KVCache
-from gemcut.engine.config import PUBLISHED
-from gemcut.engine.weights import empty_weights
+from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.weights import empty_weights
 
 BF16 = torch.bfloat16
 # from notes on the published models: bytes of weights in bf16, and of keys and values a token

@@ -14,7 +14,7 @@ from gemcut.bench.cases import CPU_GRID, GPU_GRID, Grid, Shapes
 from gemcut.bench.decode_cases import decode_cases
 from gemcut.bench.kernels import model_cases
 from gemcut.bench.prefill_cases import visible_pairs
-from gemcut.engine.config import PUBLISHED, ModelConfig
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.kernels import reference
 
 GRID = Grid(batches=(1, 3), contexts=(7, 40), tokens=(23,), large_bytes=4096, chunk=9)

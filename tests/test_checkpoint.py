@@ -19,17 +19,17 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from gemcut.engine import checkpoint, hub
-from gemcut.engine.checkpoint import (
+from gemcut.engine.checkpoints import hub, huggingface
+from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.huggingface import (
     find_nonfinite,
     load_checkpoint,
     read_generation_config,
     save_checkpoint,
     stop_token_ids,
 )
-from gemcut.engine.config import PUBLISHED, ModelConfig
-from gemcut.engine.hub import resolve_checkpoint
-from gemcut.engine.weights import Weights, empty_weights, parts
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
+from gemcut.engine.execution.weights import Weights, empty_weights, parts
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
@@ -155,7 +155,7 @@ def test_dtype_is_converted_on_the_way(saved):
 
 def test_a_large_tensor_is_copied_in_pieces(saved, monkeypatch):
     whole = load(saved)
-    monkeypatch.setattr(checkpoint, "PIECE", 7)
+    monkeypatch.setattr(huggingface, "PIECE", 7)
     config = ModelConfig.from_file(saved)
     assert_equal(
         load(saved), config, all_weights(config, whole) | {"lm_head.weight": whole.lm_head}
@@ -225,7 +225,7 @@ def test_target_dtype_is_refused(saved, dtype):
 )
 def test_bad_tensor_is_refused_before_allocation(saved, monkeypatch, change, message):
     rewrite(saved, change)
-    monkeypatch.setattr(checkpoint, "empty_weights", lambda *a, **k: pytest.fail("allocated"))
+    monkeypatch.setattr(huggingface, "empty_weights", lambda *a, **k: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=message) as error:
         load(saved)
     assert "\n" not in str(error.value)
@@ -465,7 +465,7 @@ def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(huggingface, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(saved, config, weights)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemcut.engine import PUBLISHED, Engine, SamplingParams
-from gemcut.engine.cache import ring_of
-from gemcut.engine.chunks import LONG, LONGEST, next_chunk, padded_sizes
-from gemcut.engine.prefixes import Ring
+from gemcut.engine.execution.cache import ring_of
+from gemcut.engine.execution.prefill_chunks import LONG, LONGEST, next_chunk, padded_sizes
+from gemcut.engine.requests.prefix_reuse import Ring
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 

@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemcut import engine as engine_package
-from gemcut.engine import PUBLISHED, Delta, Engine, SamplingParams, cli, commands, hub, info, memory
+from gemcut.engine import PUBLISHED, Delta, Engine, SamplingParams, cli, commands, info, memory
+from gemcut.engine.checkpoints import hub
 from gemcut.engine.cli import main
 from gemcut.kernels import reference
 from gemcut.tokenizer import render_chat

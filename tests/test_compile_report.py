@@ -123,7 +123,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.tools import compile_report, launches
 
 made, record = [], launches._launch
@@ -159,7 +159,7 @@ def test_the_report_compiles_what_the_launcher_looks_for():
 # Kernels of a decode step's layers, by rows and tokens of a row, that are not those of one row
 OTHERS_BY_COMPANY = """
 from gemcut.tools.launches import kernels_of_company
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 
 for model in ("gemma-2-2b", "gemma-3-1b", "gemma-2b"):
     alone, *others = kernels_of_company(PUBLISHED[model], "sm_90").values()

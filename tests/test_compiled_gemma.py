@@ -13,8 +13,8 @@ from twins import assert_same_logits, gemcut_twin, greedy, random_ids
 from twins import stepwise_logits as engine_logits
 
 from gemcut.bench.compiled_gemma import CompiledGemma, choose
-from gemcut.engine.config import PUBLISHED
-from gemcut.engine.weights import empty_weights
+from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.engine.execution.weights import empty_weights
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 NO_SOFTCAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}

@@ -9,7 +9,7 @@ import torch
 from random_models import CONFIG_CLASSES, MODEL_TYPES, random_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gemcut.engine.config import PUBLISHED, ModelConfig, RopeParameters
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig, RopeParameters
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 

@@ -29,12 +29,14 @@ from random_models import MODEL_TYPES
 from safetensors.torch import load_file, save_file
 from test_cli import COMMAND, ENVIRONMENT
 
-from gemcut.engine import checkpoint_formats, cli, commands, hub
-from gemcut.engine import convert as driver
+from gemcut.engine import cli, commands
+from gemcut.engine.checkpoints import convert as driver
+from gemcut.engine.checkpoints import formats as checkpoint_formats
+from gemcut.engine.checkpoints import hub
+from gemcut.engine.checkpoints.convert import convert
 from gemcut.engine.cli import main
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.convert import convert
-from gemcut.engine.weights import parts
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.weights import parts
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ import pytest
 import torch
 from engines import run_as_on_a_gpu
 
-from gemcut.engine import Engine, SamplingParams, cuda_stream
-from gemcut.engine.cache import KVCache
-from gemcut.engine.model import Gemma
-from gemcut.engine.slot_state import SlotState
+from gemcut.engine import Engine, SamplingParams
+from gemcut.engine.execution import cuda_stream
+from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.slot_state import SlotState
 from gemcut.kernels import reference
 
 STEPS = "steps"

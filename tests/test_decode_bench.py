@@ -16,8 +16,8 @@ from gemcut.bench.judge import Judge
 from gemcut.bench.models import Setup
 from gemcut.bench.peers import CONTESTANTS, Gemcut, Peer, Stage, Transformers, Workload
 from gemcut.engine import Engine
-from gemcut.engine.cache import PREFILL_CHUNK, slot_bytes
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
 
 METRICS = ("tokens_per_second", "first_token_ms", "between_tokens_ms")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.hub import DEMO
+from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.tools import train_demo
 
 # of the held-out text: A. C. Doyle, The Adventure of the Veiled Lodger (1927)

@@ -8,7 +8,7 @@ from random_models import MODEL_TYPES, random_config
 from gemcut.bench import eager
 from gemcut.bench.cases import Grid, Shapes
 from gemcut.bench.kernels import model_cases
-from gemcut.engine.config import ModelConfig
+from gemcut.engine.config.model_config import ModelConfig
 from gemcut.kernels import reference
 
 GRID = Grid(batches=(1, 3), contexts=(7, 40), tokens=(23,), large_bytes=4096, chunk=9)

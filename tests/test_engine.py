@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from twins import poison
 
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.logprobs import LOGITS_ROWS
+from gemcut.engine.execution.logprobs import LOGITS_ROWS
 from gemcut.kernels import reference
 
 PROMPTS = ["Once upon a time", "It was", "The quick brown fox jumps over the lazy dog. " * 2]

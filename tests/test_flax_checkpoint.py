@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from random_models import MODEL_TYPES
 from safetensors.torch import load_file
 
-from gemcut.engine import flax_checkpoint
-from gemcut.engine.convert import convert
-from gemcut.engine.flax_checkpoint import _head, _int, _text, open_tensors, write
+from gemcut.engine.checkpoints import flax
+from gemcut.engine.checkpoints.convert import convert
+from gemcut.engine.checkpoints.flax import _head, _int, _text, open_tensors, write
 
 UNTIED = {"attention_bias": True, "tie_word_embeddings": False}
 
@@ -103,7 +103,7 @@ def test_flax_itself(source, target, tmp_path, monkeypatch, dtype, chunk):
     serialization = pytest.importorskip("flax.serialization")
     jax = pytest.importorskip("jax")
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", chunk)
-    monkeypatch.setattr(flax_checkpoint, "CHUNK", chunk)
+    monkeypatch.setattr(flax, "CHUNK", chunk)
     model = small_model("gemma")
     kind = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[dtype]
     arrays = {

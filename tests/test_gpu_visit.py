@@ -259,10 +259,10 @@ def test_reports_are_kept_by_device(whole, tmp_path):
 
 
 def test_stored_texts_are_what_the_oracles_choose():
-    from gemcut.engine.checkpoint import load_checkpoint
-    from gemcut.engine.config import ModelConfig
-    from gemcut.engine.hub import DEMO
-    from gemcut.engine.model import Gemma
+    from gemcut.engine.checkpoints.hub import DEMO
+    from gemcut.engine.checkpoints.huggingface import load_checkpoint
+    from gemcut.engine.config.model_config import ModelConfig
+    from gemcut.engine.execution.model import Gemma
     from gemcut.kernels import reference
     from gemcut.tokenizer import Tokenizer
 

@@ -8,9 +8,10 @@ from engines import PlainGraphs, replay, save_random_model
 from random_models import MODEL_TYPES
 from twins import poison
 
-from gemcut.engine import Engine, SamplingParams, graph, runner
-from gemcut.engine.graph import Graphs, graph_sizes
-from gemcut.engine.steps import PLACE
+from gemcut.engine import Engine, SamplingParams
+from gemcut.engine.execution import cuda_graphs, runner
+from gemcut.engine.execution.cuda_graphs import Graphs, graph_sizes
+from gemcut.engine.execution.steps import PLACE
 
 PROMPTS = ["It was a bright cold morning", "x", "Once upon a time there was", "The dog"]
 KINDS = {
@@ -190,7 +191,7 @@ def test_all_captures_share_a_stream_and_a_pool(monkeypatch):
     made, seen = [], []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(graph, "capture", lambda *args: seen.append(args[2:]) or args)
+    monkeypatch.setattr(cuda_graphs, "capture", lambda *args: seen.append(args[2:]) or args)
     graphs = Graphs()
     for _ in range(3):
         graphs.capture(lambda x: x, [torch.zeros(1)])
@@ -241,4 +242,4 @@ def test_what_broke_a_capture_is_told(monkeypatch):
             raise ValueError("the step reads a tensor")
 
     with pytest.raises(ValueError, match="the step reads a tensor"):
-        graph.capture(step, [torch.zeros(1)], None, Broken())
+        cuda_graphs.capture(step, [torch.zeros(1)], None, Broken())

@@ -11,7 +11,7 @@ from gemcut.bench import judge as judging
 from gemcut.bench.checking import rounded_weight
 from gemcut.bench.judge import Answer, Judge, exact_model, plain_model
 from gemcut.bench.random_model import published_config, random_weights
-from gemcut.engine.model import Gemma
+from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference
 
 NEW_TOKENS = 24  # past the window of 5, again and again

@@ -20,15 +20,15 @@ RULES = {
 # Imports inside a function: torch after the arguments are read, matplotlib where a page is asked
 # for, and peers only where they take part
 LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/peers.py", "transformers")}
-LATE |= {("engine/loading.py", "gemcut.kernels.interpreter")}
+LATE |= {("engine/placement.py", "gemcut.kernels.interpreter")}
 LATE |= {("bench/cli.py", "gemcut.bench.page"), ("bench/compiled_gemma.py", "torchao")}
 LATE |= {("bench/peers.py", "gemcut.bench.compiled_gemma")}
 # torch, in the processes of a visit alone
-LATE |= {("tools/visit.py", "torch"), ("tools/visit.py", "gemcut.engine.loading")}
+LATE |= {("tools/visit.py", "torch"), ("tools/visit.py", "gemcut.engine.placement")}
 # a peer's arrays, files and templates, which not every user has
-LATE |= {("engine/transformers_api/batch_encoding.py", "jax.numpy")}
-LATE |= {("engine/transformers_api/vocabularies.py", "tokenizers")}
-LATE |= {("engine/transformers_api/chat_templates.py", "jinja2")}
+LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
+LATE |= {("engine/transformers_api/tokenizers/vocabularies.py", "tokenizers")}
+LATE |= {("engine/transformers_api/tokenizers/chat_templates.py", "jinja2")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 
@@ -80,7 +80,7 @@ def test_imports_stand_at_the_top(path):
 @pytest.mark.parametrize(
     ("folder", "source"),
     [
-        ("kernels", "from gemcut.engine.config import ModelConfig"),
+        ("kernels", "from gemcut.engine.config.model_config import ModelConfig"),
         ("engine", "import gemcut.bench.timing"),
         ("tokenizer", "import torch.nn"),
         ("engine", "from kernels import reference"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.lookup import Lookup
+from gemcut.engine.requests.prompt_lookup import Lookup
 
 
 def naive(tokens: list[int], count: int) -> list[int]:

@@ -15,14 +15,15 @@ from random_models import MODEL_TYPES
 
 from gemcut import kernels
 from gemcut.bench.random_model import published_config, random_weights
-from gemcut.engine import PUBLISHED, Engine, hub, memory
-from gemcut.engine.activations import CUBLAS_BYTES, decode_bytes, prefill_bytes
-from gemcut.engine.cache import KVCache
-from gemcut.engine.checkpoint import load_checkpoint, save_checkpoint
-from gemcut.engine.config import ModelConfig
+from gemcut.engine import PUBLISHED, Engine, memory
+from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes
+from gemcut.engine.checkpoints import hub
+from gemcut.engine.checkpoints.huggingface import load_checkpoint, save_checkpoint
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.execution.weights import empty_weights
 from gemcut.engine.memory import Build
-from gemcut.engine.slot_state import SlotState
-from gemcut.engine.weights import empty_weights
 from gemcut.kernels import reference
 
 CPU = torch.device("cpu")

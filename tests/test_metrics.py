@@ -5,7 +5,7 @@ from engines import PlainGraphs, run_as_on_a_gpu
 from prometheus_client.parser import text_string_to_metric_families
 
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.metrics import DESCRIPTIONS
+from gemcut.engine.serving.metrics import DESCRIPTIONS
 
 
 @pytest.fixture

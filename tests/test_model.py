@@ -15,9 +15,9 @@ from twins import (
     random_ids,
 )
 
-from gemcut.engine.cache import layer_capacity, slot_bytes
-from gemcut.engine.config import PUBLISHED, ModelConfig
-from gemcut.engine.sampling_params import MAX_DRAFT
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
+from gemcut.engine.execution.cache import layer_capacity, slot_bytes
+from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels.decode_attention import MAX_Q_LEN
 
 WINDOW = 5

@@ -16,8 +16,8 @@ from twins import (
 
 from gemcut import kernels
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.hub import DEMO
-from gemcut.engine.model import Gemma
+from gemcut.engine.checkpoints.hub import DEMO
+from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference
 
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

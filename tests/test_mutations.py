@@ -13,7 +13,7 @@ import torch
 from random_models import random_model
 from twins import all_logits, assert_same_logits, gemcut_twin, random_ids, stepwise_logits
 
-from gemcut.engine.model import Gemma
+from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference, reference_attention
 
 LENGTH = 40  # eight windows

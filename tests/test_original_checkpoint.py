@@ -22,10 +22,10 @@ from foreign_files import (
 )
 from safetensors.torch import load_file
 
-from gemcut.engine import original_checkpoint
-from gemcut.engine.checkpoint_formats import FORMATS
-from gemcut.engine.config import PUBLISHED, ModelConfig
-from gemcut.engine.convert import _open, convert
+from gemcut.engine.checkpoints import gemma_pytorch
+from gemcut.engine.checkpoints.convert import _open, convert
+from gemcut.engine.checkpoints.formats import FORMATS
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_computed_tables_of_gemma_1_and_the_samplers_embedding(source, target):
 def test_a_published_size_is_known_by_its_shapes(source, name):
     file = source / "model.ckpt"
     one = torch.zeros(1, dtype=torch.bfloat16)  # a single stored element, whatever the shape
-    slots = list(original_checkpoint.slots(PUBLISHED[name]))
+    slots = list(gemma_pytorch.slots(PUBLISHED[name]))
     save_ckpt(file, {slot.name: one.expand(slot.shape) for slot in slots})
     opened, inferred = _open(source, FORMATS["original"], None)
     assert (inferred, opened.config) == (name, PUBLISHED[name])

@@ -57,7 +57,7 @@ def test_every_module_imports_from_the_wheel_alone(wheel, tmp_path):
         "for name in sys.argv[2:]:\n"
         "    module = importlib.import_module(name)\n"
         "    assert module.__file__.startswith(sys.argv[1]), module.__file__\n"
-        "from gemcut.engine.hub import DEMO\n"
+        "from gemcut.engine.checkpoints.hub import DEMO\n"
         "assert (DEMO / 'model.safetensors').exists()\n"
     )
     command = [sys.executable, "-P", "-c", code, str(tmp_path / "site"), *modules]

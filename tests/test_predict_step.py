@@ -11,7 +11,7 @@ import torch
 from predicted import small_step
 
 from gemcut.bench.account import decode_account
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools import predict_step
 from gemcut.tools.machine import H200
@@ -20,7 +20,7 @@ from gemcut.tools.predicted_step import PredictedStep
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 LAUNCHES = """
 import json
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.tools.launches import step_launches
 made = step_launches(PUBLISHED["gemma-2-2b"], "sm_90", batch=4, context=1024)
 print(json.dumps([[one.name, one.grid] for one in made]))

@@ -10,8 +10,8 @@ from gemcut.bench.account import prefill_flops
 from gemcut.bench.contest import Entrant, Result
 from gemcut.bench.peers import Generation, Workload
 from gemcut.bench.prefill import make_rows
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.hub import DEMO
+from gemcut.engine.checkpoints.hub import DEMO
+from gemcut.engine.config.model_config import ModelConfig
 
 CPU = ["--repeats", "2", "--device", "cpu"]
 

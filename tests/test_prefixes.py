@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from twins import poison
 
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.prefixes import Held, Ring, common_length
+from gemcut.engine.requests.prefix_reuse import Held, Ring, common_length
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 TURN = "Tell me of the moor, and of the hound that was seen there by the old doctor. "

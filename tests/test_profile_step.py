@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.hub import DEMO
+from gemcut.engine.checkpoints.hub import DEMO
+from gemcut.engine.config.model_config import ModelConfig
 from gemcut.tools import profile_step
 from gemcut.tools.profile_step import Line, Span, break_down
 

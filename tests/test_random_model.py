@@ -10,9 +10,9 @@ from gemcut.bench.models import Setup
 from gemcut.bench.peers import Stage, Workload
 from gemcut.bench.random_model import published_config, random_tokenizer, random_weights
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.config import PUBLISHED
-from gemcut.engine.model import Gemma
-from gemcut.engine.weights import parts
+from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.weights import parts
 from gemcut.kernels import reference
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 from random_models import random_config, random_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gemcut.engine.config import ModelConfig, RopeParameters
-from gemcut.engine.rope import Rope
+from gemcut.engine.config.model_config import ModelConfig, RopeParameters
+from gemcut.engine.execution.rope import Rope
 
 HEAD_DIM, MAX_LENGTH = 16, 64
 SHORT, LONG = [1.0 + 0.1 * i for i in range(8)], [2.0 + 0.5 * i for i in range(8)]

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gemcut.engine.prefixes import Held, Ring
-from gemcut.engine.scheduler import Scheduler
+from gemcut.engine.requests.prefix_reuse import Held, Ring
+from gemcut.engine.serving.scheduler import Scheduler
 
 
 @dataclass(eq=False)

@@ -13,8 +13,8 @@ from transformers import (
     TextStreamer,
 )
 
-from gemcut.engine.runner import Runner
-from gemcut.engine.slot_state import SlotState
+from gemcut.engine.execution.runner import Runner
+from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.transformers_api import DynamicCache, GenerationConfig, StaticCache
 
 by_family = pytest.mark.parametrize("model_type", MODEL_TYPES)

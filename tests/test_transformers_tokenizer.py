@@ -24,9 +24,9 @@ from vocabulary import (
 )
 
 from gemcut.engine.transformers_api.auto import AutoTokenizer
-from gemcut.engine.transformers_api.batch_encoding import BatchEncoding
-from gemcut.engine.transformers_api.text_coder import plain
-from gemcut.engine.transformers_api.tokenizer import (
+from gemcut.engine.transformers_api.tokenizers.batch_encoding import BatchEncoding
+from gemcut.engine.transformers_api.tokenizers.text_coder import plain
+from gemcut.engine.transformers_api.tokenizers.tokenizer import (
     GemmaTokenizer,
     GemmaTokenizerFast,
 )

@@ -18,7 +18,7 @@ from gemcut.bench.cases import Grid, Shapes
 from gemcut.bench.decode_cases import decode_cases
 from gemcut.bench.results import load_results
 from gemcut.bench.timing import Runs
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels import matmul, tiles
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import SHARED_MEMORY, part

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemcut.engine.cache import KVCache
-from gemcut.engine.checkpoint import load_checkpoint
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.model import Gemma
+from gemcut.engine.checkpoints.huggingface import load_checkpoint
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference
 
 

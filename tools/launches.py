@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from gemcut import kernels
-from gemcut.engine.cache import PREFILL_CHUNK, KVCache
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.graph import ROWS
-from gemcut.engine.model import Gemma
-from gemcut.engine.sampler import FULL, GREEDY
-from gemcut.engine.sampling_params import MAX_DRAFT
-from gemcut.engine.slot_state import SlotState
-from gemcut.engine.steps import Steps
-from gemcut.engine.weights import empty_weights
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.execution.cuda_graphs import ROWS
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.sampler import FULL, GREEDY
+from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.execution.steps import Steps
+from gemcut.engine.execution.weights import empty_weights
+from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import parts
 
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}

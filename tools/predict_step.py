@@ -25,7 +25,7 @@ from pathlib import Path
 
 from gemcut.bench.results import print_table
 from gemcut.engine.checks import check_int
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools.fit_machine import Residual, fit, read_profile
 from gemcut.tools.machine import H200, Machine

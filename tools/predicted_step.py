@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import torch
 
 from gemcut.bench.account import decode_account
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.launch_time import facts_of, launch_us, memory_bytes
 from gemcut.tools.launches import Launch, Made, step_launches

@@ -31,12 +31,12 @@ from gemcut.bench.machine import describe_machine
 from gemcut.bench.models import Setup, add_model_arguments, choose_setup
 from gemcut.bench.results import metric, print_table
 from gemcut.bench.timing import Spread, capture, synchronize, time_replays
-from gemcut.engine.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.checks import check_int
-from gemcut.engine.model import Gemma
-from gemcut.engine.sampler import GREEDY
-from gemcut.engine.slot_state import SlotState
-from gemcut.engine.steps import Steps
+from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.sampler import GREEDY
+from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.execution.steps import Steps
 
 WARM_UP = 3  # steps before the profile
 ROUNDS = 10  # of timed steps

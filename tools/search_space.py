@@ -22,7 +22,7 @@ from gemcut import kernels
 from gemcut.bench.cases import Case, Grid, Shapes
 from gemcut.bench.decode_cases import decode_cases
 from gemcut.bench.prefill_cases import prefill_cases
-from gemcut.engine.cache import PREFILL_CHUNK
+from gemcut.engine.execution.cache import PREFILL_CHUNK
 from gemcut.engine.info import find_config
 from gemcut.kernels import tiles
 from gemcut.kernels.interpreter import INTERPRETED

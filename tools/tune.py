@@ -37,7 +37,7 @@ import torch
 from gemcut.bench.kernels import MEMORY_ERRORS
 from gemcut.bench.results import INTERRUPTED, NO_MEMORY, OK, Results, Row, metric
 from gemcut.bench.timing import Spread, clock
-from gemcut.engine.config import PUBLISHED
+from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.parts import SHARED_MEMORY, part
 from gemcut.kernels.tiles import Key, Measured, Tile

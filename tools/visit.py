@@ -36,7 +36,7 @@ class Visit:
     @cached_property
     def device(self) -> "torch.device":
         """Where the block runs; ValueError where there is no such device."""
-        from gemcut.engine.loading import choose_device
+        from gemcut.engine.placement import choose_device
 
         return choose_device("cuda" if self.on_gpu else "cpu")
 

@@ -18,15 +18,15 @@ from gemcut.bench.cases import Grid, Shapes
 from gemcut.bench.decode_cases import decode_cases
 from gemcut.bench.random_model import published_config, random_weights
 from gemcut.bench.timing import capture
-from gemcut.engine.cache import PREFILL_CHUNK, KVCache
-from gemcut.engine.checkpoint import load_checkpoint
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.hub import DEMO
-from gemcut.engine.model import Gemma
-from gemcut.engine.sampler import GREEDY
-from gemcut.engine.slot_state import SlotState
-from gemcut.engine.steps import Steps
-from gemcut.engine.weights import empty_weights
+from gemcut.engine.checkpoints.hub import DEMO
+from gemcut.engine.checkpoints.huggingface import load_checkpoint
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.sampler import GREEDY
+from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.execution.steps import Steps
+from gemcut.engine.execution.weights import empty_weights
 from gemcut.tokenizer import Tokenizer
 from gemcut.tools.dependent_launch import add_one, late_store
 from gemcut.tools.launches import Launch, recorded

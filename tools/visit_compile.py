@@ -20,9 +20,9 @@ from triton.runtime import driver
 
 from gemcut import kernels
 from gemcut.bench.random_model import published_config, random_weights
-from gemcut.engine.config import PUBLISHED, ModelConfig
-from gemcut.engine.model import Gemma
-from gemcut.engine.sampler import GREEDY
+from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.sampler import GREEDY
 from gemcut.kernels.parts import part
 from gemcut.tools import (
     visit_attention,

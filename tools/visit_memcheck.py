@@ -15,7 +15,7 @@ import torch
 from gemcut import kernels
 from gemcut.bench.cases import Case, Grid
 from gemcut.bench.decode_cases import decode_cases
-from gemcut.engine.cache import PREFILL_CHUNK
+from gemcut.engine.execution.cache import PREFILL_CHUNK
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_ops import shapes_of

@@ -14,10 +14,10 @@ from gemcut import kernels
 from gemcut.bench.models import Setup
 from gemcut.bench.random_model import published_config
 from gemcut.bench.timing import Spread
-from gemcut.engine.config import ModelConfig
-from gemcut.engine.hub import DEMO
-from gemcut.engine.model import Gemma
-from gemcut.engine.weights import empty_weights
+from gemcut.engine.checkpoints.hub import DEMO
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.weights import empty_weights
 from gemcut.tools import visit_bits
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.profile_step import WARM_UP, DecodeStep, Profile, breakdown, measure

@@ -9,17 +9,16 @@ from gemcut.engine.transformers_api.auto import (
     FlaxGemmaForCausalLM,
     FlaxGemmaModel,
 )
-from gemcut.engine.transformers_api.batch_encoding import BatchEncoding
-from gemcut.engine.transformers_api.caches import DynamicCache, StaticCache
-from gemcut.engine.transformers_api.configs import (
+from gemcut.engine.transformers_api.models.caches import DynamicCache, StaticCache
+from gemcut.engine.transformers_api.models.configs import (
     AutoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     VaultGemmaConfig,
 )
-from gemcut.engine.transformers_api.generation_config import GenerationConfig
-from gemcut.engine.transformers_api.models import (
+from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
+from gemcut.engine.transformers_api.models.models import (
     Gemma2ForCausalLM,
     Gemma2ForSequenceClassification,
     Gemma2ForTokenClassification,
@@ -35,7 +34,8 @@ from gemcut.engine.transformers_api.models import (
     VaultGemmaModel,
 )
 from gemcut.engine.transformers_api.pipelines import TextGenerationPipeline, pipeline
-from gemcut.engine.transformers_api.tokenizer import GemmaTokenizer, GemmaTokenizerFast
+from gemcut.engine.transformers_api.tokenizers.batch_encoding import BatchEncoding
+from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer, GemmaTokenizerFast
 
 __all__ = [
     "AutoConfig",

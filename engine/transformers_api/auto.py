@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gemcut.engine.transformers_api import models
-from gemcut.engine.transformers_api.base import PreTrainedModel
-from gemcut.engine.transformers_api.configs import AutoConfig, PreTrainedConfig
-from gemcut.engine.transformers_api.tokenizer import GemmaTokenizer
+from gemcut.engine.transformers_api.models.configs import AutoConfig, PreTrainedConfig
+from gemcut.engine.transformers_api.models import models
+from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel
+from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
 
 class _Auto:

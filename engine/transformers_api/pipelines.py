@@ -6,8 +6,8 @@ from typing import Any
 
 from gemcut.engine.checks import shorten
 from gemcut.engine.transformers_api.auto import AutoModelForCausalLM, AutoTokenizer
-from gemcut.engine.transformers_api.generation import GenerativeModel
-from gemcut.engine.transformers_api.tokenizer import GemmaTokenizer
+from gemcut.engine.transformers_api.models.generation import GenerativeModel
+from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
 # what transformers' pipeline does where neither the caller nor the checkpoint says otherwise
 DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}

@@ -1,0 +1,1 @@
+"""Weights on disk: where they are, their formats, and the conversion between them."""

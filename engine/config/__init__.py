@@ -1,0 +1,1 @@
+"""A model's configuration: config.json, read and validated."""

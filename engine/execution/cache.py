@@ -1,0 +1,131 @@
+"""The static KV cache: allocated once, a ring for each local layer.
+
+    k, v: [slots, HK, capacity, K] for each layer
+
+A slot holds one sequence.  Position p stands at index p % capacity.  A global layer's capacity is
+the longest sequence, so that p % capacity is p.  A local layer keeps its window and one prefill
+chunk: it is written before it is attended to, and with that much room it overwrites nothing
+that one of its own queries still sees.  The drafts of one decode step are such a chunk.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.cuda_graphs import ROWS
+from gemcut.engine.requests.prefix_reuse import Ring
+from gemcut.engine.requests.sampling_params import MAX_DRAFT
+from gemcut.kernels.splits import COUNTERS_PER_HEAD
+
+PREFILL_CHUNK = 512  # tokens; the default
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer: k, v [slots, HK, capacity, K]."""
+
+    k: Tensor
+    v: Tensor
+
+
+class KVCache:
+    """Keys and values of `num_slots` sequences of up to `max_seq_len` tokens, in every layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_slots: int,
+        max_seq_len: int,
+        prefill_chunk: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        """Allocate it; MemoryError names the size where the device has no room for it."""
+        self.num_slots = num_slots
+        self.max_seq_len = max_seq_len
+        self.prefill_chunk = prefill_chunk
+        self.nbytes = num_slots * slot_bytes(config, max_seq_len, prefill_chunk, dtype)
+        layers = []
+        try:
+            for layer in range(config.num_layers):
+                capacity = layer_capacity(config, layer, max_seq_len, prefill_chunk)
+                shape = (num_slots, config.num_kv_heads, capacity, config.head_dim)
+                k = torch.zeros(shape, device=device, dtype=dtype)
+                layers.append(LayerCache(k, torch.zeros_like(k)))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise MemoryError(
+                f"the KV cache of {num_slots} slots of {max_seq_len} tokens takes "
+                f"{self.nbytes / 1e9:.2f} GB, which {device} does not have; "
+                f"lower max_batch_size or max_seq_len"
+            ) from error
+        self.layers = layers
+        self.ring = ring_of(config, max_seq_len, prefill_chunk)
+        # scratch by which the programs of one launch count themselves; zero between launches
+        self.counters = torch.zeros(
+            count_counters(config, num_slots), device=device, dtype=torch.int32
+        )
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of one slot into another, wherever the source still has them.
+
+        Of a ring that is all it holds: what its window needs of them is there (scheduler.py knows).
+        """
+        for layer in self.layers:
+            for x in (layer.k, layer.v):
+                count = min(length, x.shape[2])
+                x[target, :, :count].copy_(x[source, :, :count])
+
+    def copy_from(self, smaller: "KVCache") -> None:
+        """What a cache of the same slots and shorter ones holds, each token at its index.
+
+        A ring that has turned has the same capacity in both, and one that has not begins alike.
+        """
+        for new, old in zip(self.layers, smaller.layers, strict=True):
+            new.k[:, :, : old.k.shape[2]].copy_(old.k)
+            new.v[:, :, : old.v.shape[2]].copy_(old.v)
+
+
+def layer_capacity(config: ModelConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:
+    """Tokens that a slot holds in `layer`.
+
+    A ring has room for the longest chunk behind its window: of a prefill, or of a decode step's
+    drafts where the prefill's chunks are shorter than those.
+    """
+    if config.sliding_window is None or not config.is_local(layer):
+        return max_seq_len
+    return min(max_seq_len, config.sliding_window + max(prefill_chunk, 1 + MAX_DRAFT))
+
+
+def ring_of(config: ModelConfig, max_seq_len: int, prefill_chunk: int) -> Ring | None:
+    """The ring of local layers, where they hold less than a whole slot."""
+    capacity = min(
+        layer_capacity(config, layer, max_seq_len, prefill_chunk)
+        for layer in range(config.num_layers)
+    )
+    if config.sliding_window is None or capacity == max_seq_len:
+        return None
+    return Ring(config.sliding_window, capacity)
+
+
+def slot_bytes(
+    config: ModelConfig, max_seq_len: int, prefill_chunk: int, dtype: torch.dtype
+) -> int:
+    """Bytes of one slot over all layers."""
+    tokens = sum(
+        layer_capacity(config, layer, max_seq_len, prefill_chunk)
+        for layer in range(config.num_layers)
+    )
+    return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def count_counters(config: ModelConfig, num_slots: int) -> int:
+    """Counters that all layers share: for each token of a step, drafts among them."""
+    return max(num_slots, ROWS) * config.num_kv_heads * COUNTERS_PER_HEAD
+
+
+def counter_bytes(config: ModelConfig, num_slots: int) -> int:
+    """Bytes of those counters."""
+    return count_counters(config, num_slots) * torch.int32.itemsize

@@ -1,0 +1,70 @@
+"""Log-probabilities of tokens, from logits in blocks of rows: never a long text's all at once."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.requests.outputs import Logprob, TokenLogprobs
+from gemcut.tokenizer import Tokenizer
+
+LOGITS_ROWS = 64  # 64 rows of 256 000 float32 are 66 MB
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """The log-probability of each row's token: logits [M, V], token_ids [M] -> [M] float32."""
+    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(-1)
+
+
+def describe_tokens(
+    logits: Tensor, token_ids: Tensor, top: int, tokenizer: Tokenizer | None | None
+) -> list[TokenLogprobs]:
+    """Each row's token and the `top` likeliest ones: logits [M, V], token_ids [M] -> M entries."""
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, token_ids.unsqueeze(-1))
+    ranks = (logprobs > chosen).sum(-1) + 1
+    best = logprobs.topk(top, -1)
+    entries = []
+    for token_id, logprob, rank, best_ids, best_logprobs in zip(
+        token_ids.tolist(),
+        chosen.squeeze(-1).tolist(),
+        ranks.tolist(),
+        best.indices.tolist(),
+        best.values.tolist(),
+        strict=True,
+    ):
+        ranked = zip(best_ids, best_logprobs, range(1, top + 1), strict=True)
+        entry = {id_: Logprob(value, place, _show(tokenizer, id_)) for id_, value, place in ranked}
+        entry.setdefault(token_id, Logprob(logprob, rank, _show(tokenizer, token_id)))
+        entries.append(entry)
+    return entries
+
+
+def _show(tokenizer: Tokenizer | None, token_id: int) -> str:
+    # ids of an embedding padded past the vocabulary have no text
+    if tokenizer is None or token_id >= len(tokenizer):
+        return ""
+    return tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float]:
+    """The log-probability of the token behind each state: hidden [T, D], following [T or T - 1]."""
+    scores = [token_logprobs(logits, ids) for logits, ids in _blocks(model, hidden, following)]
+    return torch.cat(scores).tolist() if scores else []
+
+
+def prompt_logprobs(
+    model: Gemma, hidden: Tensor, following: Tensor, top: int, tokenizer: Tokenizer | None | None
+) -> list[TokenLogprobs]:
+    """The same with the likeliest tokens: one entry for each of `following`."""
+    blocks = _blocks(model, hidden, following)
+    return [entry for block in blocks for entry in describe_tokens(*block, top, tokenizer)]
+
+
+def _blocks(model: Gemma, hidden: Tensor, following: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    states = hidden[: following.shape[0]].split(LOGITS_ROWS)
+    for few, ids in zip(states, following.split(LOGITS_ROWS), strict=True):
+        if ids.numel():
+            yield model.logits(few), ids

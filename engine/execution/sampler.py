@@ -1,0 +1,97 @@
+"""The choice of each row's next token, on the device, by the settings of its slot.
+
+`features` names the settings that a batch uses, and what it leaves out is not computed.  Leaving
+out and neutral settings give the same token, so a graph that knows more features than a batch needs
+serves it too.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.requests.sequence import TokenSequence
+
+Features = frozenset[str]
+GREEDY: Features = frozenset()
+RANDOM: Features = frozenset({"random"})
+FILTERED: Features = RANDOM | {"top_k", "top_p", "min_p"}
+FULL: Features = FILTERED | {"bias", "min_tokens", "penalties"}
+
+
+def choose(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    state: SlotState,
+    features: Features,
+    ops: ModuleType,
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row: logits [B, V], slots [B], positions [B] of these tokens.
+
+    -> ids [B] and what speaks for them, float32 [B]: not finite where a row had nothing to choose,
+    as of NaN logits, or where all tokens are banned.
+    """
+    if features == GREEDY:
+        return _scored(ops.sample(logits), logits)
+    integers = state.integers.index_select(1, slots)
+    floats = state.floats.index_select(1, slots)
+    *_, top_k, seeds, first_end = integers.unbind()
+    temperature, top_p, min_p, repetition, presence, frequency = floats.unbind()
+    if "bias" in features:
+        logits = logits + state.bias.index_select(0, slots)
+    if "min_tokens" in features:
+        early = (positions < first_end).unsqueeze(-1)
+        logits = logits.masked_fill(state.is_end.index_select(0, slots) & early, -torch.inf)
+    if "penalties" in features:
+        logits = ops.penalize(
+            logits,
+            state.output_counts.index_select(0, slots),
+            state.in_prompt.index_select(0, slots),
+            repetition,
+            presence,
+            frequency,
+        )
+
+    def used(name: str, setting: Tensor) -> Tensor | None:
+        return setting if name in features else None
+
+    chosen = ops.sample(
+        logits,
+        used("random", temperature),
+        used("top_k", top_k),
+        used("top_p", top_p),
+        used("min_p", min_p),
+        used("random", seeds),
+        positions,
+    )
+    if "penalties" in features:
+        cells = slots * state.vocab_size + chosen
+        ones = torch.ones_like(cells, dtype=state.output_counts.dtype)
+        state.output_counts.view(-1).scatter_add_(0, cells, ones)
+    return _scored(chosen, logits)
+
+
+def _scored(chosen: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return chosen, logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+
+
+def run_processors(logits: Tensor, sequences: list[TokenSequence]) -> Tensor:
+    """Logits [B, V] after each sequence's own processors; a failing one ends its sequence alone."""
+    if not any(s.params.logits_processors for s in sequences):
+        return logits
+    logits = logits.clone()
+    for row, sequence in enumerate(sequences):
+        try:
+            for processor in sequence.params.logits_processors or ():
+                changed = processor(list(sequence.output_ids), logits[row].clone())
+                if not isinstance(changed, Tensor) or changed.shape != logits[row].shape:
+                    raise ValueError(
+                        f"a logits processor must return a tensor of shape "
+                        f"{tuple(logits[row].shape)}, not {getattr(changed, 'shape', changed)!r}"
+                    )
+                logits[row] = changed
+        except Exception as error:
+            sequence.fail(error)
+    return logits

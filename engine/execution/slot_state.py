@@ -1,0 +1,93 @@
+"""What a decode step reads and writes by slot, in tensors on the device.
+
+Nothing that changes from step to step is a number of the host: a step is told which slots take
+part, finds their tokens, positions and settings here, and leaves the new ones here.  Row
+`num_slots` belongs to no slot: it pads a batch to the size of its graph, and is never active.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.requests.sequence import TokenSequence
+
+INACTIVE = -1  # as a position: the row computes nothing that anyone reads
+
+
+class SlotState:
+    """Tokens, positions, limits and sampling settings of `num_slots` slots."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        """Allocate it; MemoryError says so where the device has no room."""
+        self.num_slots, self.vocab_size, self.device = num_slots, vocab_size, device
+
+        def by_slot(*shape: int, dtype: torch.dtype, dim: int = 0) -> Tensor:
+            shape = (*shape[:dim], num_slots + 1, *shape[dim:])
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        try:
+            self.integers = by_slot(6, dtype=torch.int64, dim=1)  # what the next line names
+            self.floats = by_slot(6, dtype=torch.float32, dim=1)
+            self.output_counts = by_slot(vocab_size, dtype=torch.int32)
+            self.in_prompt = by_slot(vocab_size, dtype=torch.bool)
+            self.bias = by_slot(vocab_size, dtype=torch.float32)
+            self.is_end = by_slot(vocab_size, dtype=torch.bool)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise MemoryError(
+                f"{device} has no memory for the sampling settings of {num_slots} slots; "
+                f"lower max_batch_size"
+            ) from error
+        # tokens: the newest, not yet in the cache; positions: where it stands; limits: where the
+        # last one may stand; first_end: the first position at which an end may stand
+        self.newest = self.integers.narrow(0, 0, 2)  # tokens and positions, which every step reads
+        self.tokens, self.positions, self.limits, *_ = self.integers.unbind()
+        self.positions.fill_(INACTIVE)
+        self._ends: list[frozenset[int]] = [frozenset()] * num_slots
+        self._biased: set[int] = set()
+
+    def admit(self, slot: int, sequence: TokenSequence) -> None:
+        """Write where a sequence stands, whose prompt is in the cache, and its settings."""
+        params = sequence.params
+        newest = sequence.output_ids[-1] if sequence.output_ids else 0
+        last = len(sequence.prompt_ids) - 1
+        first_end = len(sequence.prompt_ids) + params.min_tokens
+        top_k = max(int(params.top_k), 0)
+        # the order of `gather`; float: a number of NumPy is none to torch
+        integers = [newest, sequence.length - 1, last + sequence.max_tokens]
+        integers += [top_k, sequence.seed, first_end]
+        floats = [params.temperature, params.top_p, params.min_p]
+        floats += [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
+        self.integers[:, slot] = upload(integers, self.device)
+        self.floats[:, slot] = upload([float(x) for x in floats], self.device, torch.float32)
+
+        if "penalties" in sequence.uses:
+            self.output_counts[slot] = 0
+            if sequence.output_ids:
+                ids = upload(sequence.output_ids, self.device)
+                self.output_counts[slot] = ids.bincount(minlength=self.vocab_size)
+            self._mark(self.in_prompt[slot], sequence.prompt_ids)
+        if slot in self._biased:
+            self.bias[slot] = 0
+            self._biased.remove(slot)
+        if params.logit_bias:
+            self._biased.add(slot)
+            token_ids = upload([int(token_id) for token_id in params.logit_bias], self.device)
+            values = [float(value) for value in params.logit_bias.values()]
+            self.bias[slot, token_ids] = upload(values, self.device, torch.float32)
+        if self._ends[slot] != sequence.end_ids:
+            self._ends[slot] = sequence.end_ids
+            self._mark(self.is_end[slot], sequence.end_ids)
+
+    def _mark(self, row: Tensor, token_ids: Sequence[int] | frozenset[int]) -> None:
+        """True for these tokens and for no others: row [V]."""
+        row.zero_()
+        known = sorted({token_id for token_id in token_ids if token_id < self.vocab_size})
+        if known:
+            row[upload(known, self.device)] = True
+
+
+def upload(values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers of the host in a tensor on the device; a GPU is not waited for."""
+    on_gpu = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=True)

@@ -1,0 +1,159 @@
+"""Weights: a model's tensors as the kernels read them, and where a checkpoint keeps each of them.
+
+Checkpoints hold q, k and v, and gate and up, apart; here each group is one matrix, read by one
+product.  `parts` is the only list of names and shapes: loading, checking and saving follow it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.config.model_config import ModelConfig
+
+
+@dataclass
+class LayerWeights:
+    """One layer; a tensor that the family lacks is None."""
+
+    input_norm: Tensor  # [D]
+    qkv: Tensor  # [(HQ + 2 HK) * K, D], rows of q, then k, then v
+    qkv_bias: Tensor | None  # [(HQ + 2 HK) * K]
+    o: Tensor  # [D, HQ * K]
+    o_bias: Tensor | None  # [D]
+    post_attention_norm: Tensor | None  # [D]
+    pre_mlp_norm: Tensor  # [D]
+    gate_up: Tensor  # [2 F, D], rows of gate, then up
+    down: Tensor  # [D, F]
+    post_mlp_norm: Tensor | None  # [D]
+    q_norm: Tensor | None  # [K]
+    k_norm: Tensor | None  # [K]
+
+
+@dataclass
+class Weights:
+    """One model; `lm_head` is the `embedding` itself where it is tied, and in a classifier."""
+
+    embedding: Tensor  # [V, D]
+    layers: list[LayerWeights]
+    norm: Tensor  # [D]
+    lm_head: Tensor  # [V, D]
+    score: Tensor | None = None  # [num_labels, D], of a classifier
+    score_bias: Tensor | None = None  # [num_labels], where it classifies tokens
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Weights":
+        """The same weights elsewhere, or in another dtype; tied ones stay tied."""
+
+        def moved(x: Any) -> Any:
+            return x.to(device=device, dtype=dtype) if isinstance(x, Tensor) else x
+
+        fields = {name: moved(x) for name, x in vars(self).items() if name != "lm_head"}
+        fields["layers"] = [
+            LayerWeights(**{name: moved(x) for name, x in vars(layer).items()})
+            for layer in self.layers
+        ]
+        is_tied = self.lm_head is self.embedding
+        return Weights(**fields, lm_head=fields["embedding"] if is_tied else moved(self.lm_head))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a checkpoint, and the rows that it takes of a tensor in Weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    field: str
+    layer: int | None = None  # None: a field of Weights itself
+    start: int = 0
+
+    def of(self, weights: Weights) -> Tensor:
+        """The view of `weights` that holds this part, of `shape`."""
+        owner = weights if self.layer is None else weights.layers[self.layer]
+        return getattr(owner, self.field)[self.start : self.start + self.shape[0]]
+
+
+# Gemma 1's post_attention_layernorm is the norm before the MLP, despite its name.
+_NORMS = {
+    "gemma": {"input_norm": "input_layernorm", "pre_mlp_norm": "post_attention_layernorm"},
+    "vaultgemma": {"input_norm": "input_layernorm", "pre_mlp_norm": "pre_feedforward_layernorm"},
+}
+_SANDWICH_NORMS = {
+    "input_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "pre_mlp_norm": "pre_feedforward_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+
+def parts(config: ModelConfig) -> Iterator[Part]:
+    """Every tensor that a checkpoint of this model holds, in the order of the computation."""
+    table = (config.vocab_size, config.hidden_size)
+    yield Part("model.embed_tokens.weight", table, "embedding")
+    for layer in range(config.num_layers):
+        yield from _layer_parts(config, layer)
+    yield Part("model.norm.weight", (config.hidden_size,), "norm")
+    if config.classifier is not None:
+        yield Part("score.weight", (config.num_labels, config.hidden_size), "score")
+        if config.classifier == "token":
+            yield Part("score.bias", (config.num_labels,), "score_bias")
+    elif not config.tie_word_embeddings:
+        yield Part("lm_head.weight", table, "lm_head")
+
+
+def _layer_parts(config: ModelConfig, layer: int) -> Iterator[Part]:
+    D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_q_heads * K, config.num_kv_heads * K
+
+    def part(name: str, shape: tuple[int, ...], field: str, start: int = 0) -> Part:
+        return Part(f"model.layers.{layer}.{name}", shape, field, layer, start)
+
+    for field, name in _NORMS.get(config.model_type, _SANDWICH_NORMS).items():
+        yield part(f"{name}.weight", (D,), field)
+    for name, rows, start in (
+        ("q_proj", q_size, 0),
+        ("k_proj", kv_size, q_size),
+        ("v_proj", kv_size, q_size + kv_size),
+    ):
+        yield part(f"self_attn.{name}.weight", (rows, D), "qkv", start)
+        if config.attention_bias:
+            yield part(f"self_attn.{name}.bias", (rows,), "qkv_bias", start)
+    yield part("self_attn.o_proj.weight", (D, q_size), "o")
+    if config.attention_bias:
+        yield part("self_attn.o_proj.bias", (D,), "o_bias")
+    if config.has_qk_norm:
+        yield part("self_attn.q_norm.weight", (K,), "q_norm")
+        yield part("self_attn.k_norm.weight", (K,), "k_norm")
+    yield part("mlp.gate_proj.weight", (F, D), "gate_up")
+    yield part("mlp.up_proj.weight", (F, D), "gate_up", F)
+    yield part("mlp.down_proj.weight", (D, F), "down")
+
+
+def empty_weights(
+    config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> Weights:
+    """Uninitialised tensors of the model's shapes, fused; every one is covered by `parts`."""
+    shapes: dict[tuple[int | None, str], tuple[int, ...]] = {}
+    for part in parts(config):
+        shapes[part.layer, part.field] = (part.start + part.shape[0], *part.shape[1:])
+
+    def allocate(layer: int | None, field: str) -> Any:
+        """A tensor, or None for what the model lacks: only what may be absent does."""
+        if (layer, field) not in shapes:
+            return None
+        return torch.empty(shapes[layer, field], device=device, dtype=dtype)
+
+    def allocate_layer(layer: int) -> LayerWeights:
+        fields = LayerWeights.__dataclass_fields__
+        return LayerWeights(**{field: allocate(layer, field) for field in fields})
+
+    embedding, lm_head = allocate(None, "embedding"), allocate(None, "lm_head")
+    return Weights(
+        embedding=embedding,
+        layers=[allocate_layer(layer) for layer in range(config.num_layers)],
+        norm=allocate(None, "norm"),
+        lm_head=embedding if lm_head is None else lm_head,
+        score=allocate(None, "score"),
+        score_bias=allocate(None, "score_bias"),
+    )

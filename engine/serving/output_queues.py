@@ -1,0 +1,181 @@
+"""From whoever makes the steps to whoever waits: a thread, an asyncio task, or another scheduler.
+
+What is delivered is queued, so a consumer that pauses delays nobody, and one that leaves cancels
+its request.
+"""
+
+import asyncio
+import queue
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from tqdm import tqdm
+
+from gemcut.engine.requests.outputs import Delta
+from gemcut.engine.requests.sequence import Request
+from gemcut.engine.serving.worker import Worker
+
+T = TypeVar("T")
+Pending = deque[tuple["asyncio.Queue[Any]", Any]]
+
+
+def finish(worker: Worker, requests: Sequence[Request], show: bool) -> None:
+    """Wait for requests that run together; the first error ends them all and is raised."""
+    ended: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    for request in requests:
+        request.ended, request.attended = ended.put, not worker.drives_here
+    waiting = set(requests)
+    progress = tqdm(total=len(requests), unit="prompt") if show else None  # it starts a thread
+    try:
+        worker.add(requests)
+        while waiting:
+            request = worker.wait(ended)
+            if request.error is not None:
+                raise request.error
+            waiting.discard(request)
+            if progress is not None:
+                progress.update(len(requests) - len(waiting) - progress.n)
+        worker.stream.make_caller_wait()
+    finally:
+        if progress is not None:
+            progress.close()
+        _leave(worker, requests)
+
+
+def stream(worker: Worker, request: Request) -> Iterator[Delta]:
+    """A request's deltas as they come; closing the iterator cancels it."""
+    arrived: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
+    for sequence in request.sequences:
+        sequence.deliver = arrived.put
+    request.ended, request.attended = lambda _: arrived.put(None), not worker.drives_here
+    try:
+        worker.add([request])
+        while (delta := worker.wait(arrived)) is not None:
+            yield delta
+        if request.error is not None:
+            raise request.error
+    finally:
+        _leave(worker, [request])
+
+
+async def afinish(worker: Worker, mail: "Mail", requests: Sequence[Request]) -> None:
+    """`finish` without blocking the event loop."""
+    ended: asyncio.Queue[Request] = asyncio.Queue()
+    put = mail.box(ended)
+    for request in requests:
+        request.ended = put
+    try:
+        worker.add(requests)
+        for _ in requests:
+            if (error := (await ended.get()).error) is not None:
+                raise error
+        worker.stream.make_caller_wait()
+    finally:
+        _leave(worker, requests)
+
+
+async def astream(worker: Worker, mail: "Mail", request: Request) -> AsyncIterator[Delta]:
+    """`stream` without blocking the event loop."""
+    arrived: asyncio.Queue[Delta | None] = asyncio.Queue()
+    put = mail.box(arrived)
+    for sequence in request.sequences:
+        sequence.deliver = put
+    request.ended = lambda _: put(None)
+    try:
+        worker.add([request])
+        while (delta := await arrived.get()) is not None:
+            yield delta
+        if request.error is not None:
+            raise request.error
+    finally:
+        _leave(worker, [request])
+
+
+class Driven:
+    """Requests whose steps someone else makes, and what became of them since the last step."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._requests: dict[str, Request] = {}
+        self._deltas: list[Delta] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._deltas)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError where its id is in use."""
+        if self._requests.setdefault(request.request_id, request) is not request:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        request.attended = False
+        for sequence in request.sequences:
+            sequence.deliver = self._deltas.append
+        request.ended = self._end
+        try:
+            self._worker.add([request])
+        except RuntimeError:
+            del self._requests[request.request_id]
+            raise
+
+    def step(self) -> list[Delta]:
+        """Make a step; every delta since the last one."""
+        return self._worker.call(self._step)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, if it runs."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return  # its end may be among deltas that the caller has not come to
+        self._worker.cancel([request])
+        self._worker.call(lambda: None)  # until it has been done
+
+    def _step(self) -> list[Delta]:
+        self._worker.step()
+        deltas = self._deltas.copy()
+        self._deltas.clear()
+        return deltas
+
+    def _end(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        for sequence in request.sequences:
+            if sequence.error is not None:
+                where = {"index": sequence.index, "request_id": request.request_id}
+                self._deltas.append(
+                    Delta("", [], finish_reason="error", error=sequence.error, **where)
+                )
+
+
+def _leave(worker: Worker, requests: Sequence[Request]) -> None:
+    worker.cancel([request for request in requests if not request.finished])
+
+
+class Mail:
+    """Brings items to asyncio queues from another thread.
+
+    An event loop is woken once for all that is put before it looks: a step of 16 streams costs the
+    worker one system call, not 16.
+    """
+
+    def __init__(self) -> None:
+        self._pending: WeakKeyDictionary[asyncio.AbstractEventLoop, Pending] = WeakKeyDictionary()
+
+    def box(self, queue: "asyncio.Queue[T]") -> Callable[[T], None]:
+        """A function for the other thread that puts into a queue of the running event loop."""
+        loop = asyncio.get_running_loop()
+        pending = self._pending.setdefault(loop, deque())
+
+        def deliver() -> None:
+            while pending:
+                to, item = pending.popleft()
+                to.put_nowait(item)
+
+        def put(item: T) -> None:
+            pending.append((queue, item))
+            if len(pending) == 1:
+                with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                    loop.call_soon_threadsafe(deliver)
+
+        return put

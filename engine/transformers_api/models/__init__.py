@@ -1,0 +1,1 @@
+"""The documented models: configs, forward passes, `generate`, caches and outputs."""

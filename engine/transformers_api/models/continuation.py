@@ -1,0 +1,245 @@
+"""The steps of one `generate`: from prompts in the cache to the last token of each row.
+
+A step is what an Engine's is, captured as one CUDA graph where there is a GPU: runner.py launches
+it, and TokenSequence says when a row ends.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.config.config_file import as_token_ids
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.runner import Launch, Runner
+from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.requests.sampling_params import INT64_MAX, LogitsProcessor, SamplingParams
+from gemcut.engine.requests.sequence import TokenSequence
+from gemcut.engine.transformers_api.models.caches import StaticCache
+from gemcut.engine.transformers_api.models.forward import Batch, forward, rows_are_plain
+from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
+from gemcut.tokenizer import Tokenizer
+
+
+@dataclass
+class Prompt:
+    """A batch of prompts: all of it, and what is to be computed of it."""
+
+    whole: Batch
+    new: Batch
+
+    def ids_of(self, row: int) -> list[int]:
+        """The ids of a row without its padding; zeros where only embeddings are known."""
+        mask = self.whole.mask
+        if self.whole.token_ids is None:
+            return [0] * (self.whole.shape[1] if mask is None else int(mask[row].sum()))
+        ids = self.whole.token_ids[row].cpu()
+        return (ids if mask is None else ids[mask[row]]).tolist()
+
+
+class Continuation:
+    """One call of `generate`, checked."""
+
+    def __init__(
+        self,
+        *,
+        model: Gemma,
+        config: GenerationConfig,
+        prompt: Prompt,
+        cache: StaticCache,
+        processors: list[LogitsProcessor],
+        criteria: list[Callable[..., Any]],
+        streamer: Any,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self._model, self._config, self._prompt, self._cache = model, config, prompt, cache
+        self._criteria, self._streamer = criteria, streamer
+        columns = prompt.whole.shape[1]
+        self._new_tokens = config.new_tokens(columns, model.config.context_length)
+        self._times = config.num_return_sequences
+        self._seen_logits: list[list[Tensor]] = []
+        eos_ids = frozenset(as_token_ids(config.eos_token_id))
+        pad = config.pad_token_id
+        self._pad_id = min(eos_ids, default=0) if pad is None else pad
+        rows = [row for row in range(prompt.whole.shape[0]) for _ in range(self._times)]
+        seeds = [0] * len(rows)
+        if config.do_sample:  # of torch's generator: its seed decides, as in transformers
+            seeds = torch.randint(INT64_MAX, (len(rows),)).tolist()
+        self._sequences = []
+        for slot, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
+            ids = prompt.ids_of(row)
+            sequence = TokenSequence(
+                ids,
+                self._params(columns, ids, processors),
+                tokenizer,
+                eos_ids,
+                max_seq_len=len(ids) + self._new_tokens,
+                seed=seed,
+                slot=slot,
+                prefilled=len(ids),
+            )
+            sequence.params.check_token_ids(model.config.vocab_size)
+            self._sequences.append(sequence)
+
+    def _params(
+        self, columns: int, prompt_ids: list[int], processors: list[LogitsProcessor]
+    ) -> SamplingParams:
+        config, seen = self._config, []
+        if config.output_logits:
+            self._seen_logits.append(seen)
+
+            def see(output_ids: list[int], logits: Tensor) -> Tensor:
+                seen.append(logits.clone())
+                return logits
+
+            processors = [see, *processors]
+        fewest = config.min_new_tokens
+        if fewest is None:
+            fewest = max(0, config.min_length - columns)
+        drawn = {}
+        if config.do_sample:
+            drawn = {"top_k": config.top_k or 0, "min_p": config.min_p or 0.0}
+            drawn["top_p"] = 1.0 if config.top_p is None else config.top_p
+        return SamplingParams(
+            temperature=config.temperature if config.do_sample else 0.0,
+            **drawn,
+            max_tokens=self._new_tokens,
+            min_tokens=min(fewest, self._new_tokens),
+            stop=config.stop_strings,
+            repetition_penalty=config.repetition_penalty,
+            logits_processors=[_behind(prompt_ids, processor) for processor in processors] or None,
+        )
+
+    def run(self) -> Tensor:
+        """The ids of prompts and continuations: [B * times, T + new] on the model's device."""
+        states, cache = self._prefill()
+        whole, cache_columns = self._prompt.whole, cache.get_seq_length()
+        held = [cache.columns_of(row) for row in range(len(self._sequences))]
+        mask = None if whole.mask is None else whole.mask.repeat_interleave(self._times, dim=0)
+        window, end = self._model.config.sliding_window, cache_columns + self._new_tokens
+        runner = self._runner(cache)
+        if self._streamer is not None and whole.token_ids is not None:
+            self._streamer.put(self._result(0).cpu())
+        launch: Launch | None = runner.begin(self._sequences, states)
+        if rows_are_plain(mask, held, end, window):
+            self._decode(runner, launch)
+            self._note_decoded(cache)
+        else:
+            self._decode_by_mask(runner, launch, mask, cache)
+        if self._streamer is not None:
+            self._streamer.end()
+        return self._result(max(len(s.output_ids) for s in self._sequences))
+
+    def logits(self) -> tuple[Tensor, ...]:
+        """What each new token was chosen from, [B * times, V]; rows that have ended are zero."""
+        steps = max(map(len, self._seen_logits))
+        blank = torch.zeros_like(self._seen_logits[0][0])
+        return tuple(
+            torch.stack([of_row[i] if i < len(of_row) else blank for of_row in self._seen_logits])
+            for i in range(steps)
+        )
+
+    def _prefill(self) -> tuple[Tensor, StaticCache]:
+        """The state of each row's last token [B * times, D], and the cache of all of them."""
+        cache, new, model = self._cache, self._prompt.new, self._model
+        rows, end = len(self._sequences), self._prompt.whole.shape[1] + self._new_tokens
+        place = model.config, rows, end, model.device, model.dtype
+        if self._times == 1:
+            cache.prepare(*place)
+            states = forward(model, new, cache)
+        elif cache.get_seq_length():
+            raise ValueError("num_return_sequences needs an empty cache: leave past_key_values out")
+        else:  # each prompt is computed once
+            once = StaticCache(cache.config)
+            states = forward(model, new, once)
+            cache.prepare(*place)
+            cache.take(once, self._times)
+        last = states.last[:, -1]
+        if new.mask is not None:
+            columns = torch.arange(new.shape[1]) * new.mask[:, -new.shape[1] :]
+            where = columns.argmax(1).to(model.device)
+            last = states.last[torch.arange(len(where), device=model.device), where]
+        return last.repeat_interleave(self._times, dim=0), cache
+
+    def _runner(self, cache: StaticCache) -> Runner:
+        """What launches steps over this cache; its graphs serve later calls too."""
+        if cache.runner is None:
+            assert cache.kv is not None
+            state = SlotState(cache.kv.num_slots, self._model.config.vocab_size, self._model.device)
+            cache.runner = Runner(self._model, cache.kv, state, None)
+        return cache.runner
+
+    def _decode(self, runner: Runner, launch: Launch | None) -> None:
+        """Step by step to the end; a GPU makes the next one while the host reads the last."""
+        is_late = runner.graphs is not None and not self._criteria
+        while launch is not None:
+            ahead = self._next(runner) if is_late else None
+            self._take(launch)
+            launch = ahead or self._next(runner)
+
+    def _next(self, runner: Runner) -> Launch | None:
+        wanting = [s for s in self._sequences if s.wants_token]
+        return runner.decode(wanting, None) if wanting else None
+
+    def _decode_by_mask(
+        self, runner: Runner, launch: Launch | None, mask: Tensor | None, cache: StaticCache
+    ) -> None:
+        """The same for rows that no kernel can tell from whole ones: each step is a `forward`."""
+        model, rows = self._model, len(self._sequences)
+        while launch is not None:
+            self._take(launch)
+            wanting = [s for s in self._sequences if s.wants_token]
+            if not wanting:
+                return
+            newest = torch.tensor([[s.output_ids[-1]] for s in self._sequences])
+            goes_on = torch.tensor([[s.wants_token] for s in self._sequences])
+            past = cache.get_seq_length()
+            before = torch.ones(rows, past, dtype=torch.bool) if mask is None else mask
+            mask = torch.cat([before, goes_on], dim=1)
+            positions = torch.tensor([[s.length - 1] for s in self._sequences])
+            ids = newest.to(model.device)
+            batch = Batch(ids, None, (rows, 1), mask, positions, None)
+            states = forward(model, batch, cache).last[:, 0]
+            slots = torch.tensor([s.slot for s in wanting], device=model.device)
+            launch = runner.begin(wanting, states.index_select(0, slots))
+
+    def _take(self, launch: Launch) -> None:
+        before = max(len(s.output_ids) for s in self._sequences)
+        for sequence, ids in zip(launch.sequences, launch.read(), strict=True):
+            sequence.in_flight -= 1
+            sequence.take(ids, None)
+            if sequence.error is not None:
+                raise sequence.error
+        count = max(len(s.output_ids) for s in self._sequences)
+        if count == before:
+            return  # a step ahead, of which all rows had ended
+        if self._streamer is not None:
+            self._streamer.put(self._result(count)[:, -1].cpu())
+        for criterion in self._criteria:
+            verdict = torch.as_tensor(criterion(self._result(count), None)).cpu()
+            verdict = verdict.expand(len(self._sequences))
+            for sequence, ends in zip(self._sequences, verdict, strict=True):
+                if ends and not sequence.finished:
+                    sequence.finish_reason = "stop"
+
+    def _note_decoded(self, cache: StaticCache) -> None:
+        """Tell the cache which tokens the steps have left in it: all but each row's newest."""
+        counts = [len(s.output_ids) - 1 for s in self._sequences]
+        cache.extend(max(counts), [torch.arange(count) for count in counts])
+
+    def _result(self, count: int) -> Tensor:
+        """The prompts, where they are ids, and `count` new ones: [B * times, T + count]."""
+        rows = [s.output_ids[:count] for s in self._sequences]
+        padded = [row + [self._pad_id] * (count - len(row)) for row in rows]
+        new = torch.tensor(padded, dtype=torch.int64, device=self._model.device)
+        prompt_ids = self._prompt.whole.token_ids
+        if prompt_ids is None:
+            return new
+        return torch.cat([prompt_ids.repeat_interleave(self._times, dim=0), new], dim=1)
+
+
+def _behind(prompt_ids: list[int], processor: LogitsProcessor) -> LogitsProcessor:
+    """A processor that sees the prompt too."""
+    return lambda output_ids, logits: processor(prompt_ids + output_ids, logits)

@@ -1,0 +1,184 @@
+"""`generate`: what callers ask for, checked; continuation.py makes the steps."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.checks import shorten
+from gemcut.engine.config.config_file import as_token_ids
+from gemcut.engine.requests.sampling_params import LogitsProcessor
+from gemcut.engine.transformers_api.models.arrays import convert, converter_to_kind_of
+from gemcut.engine.transformers_api.models.caches import StaticCache
+from gemcut.engine.transformers_api.models.continuation import Continuation, Prompt
+from gemcut.engine.transformers_api.models.forward import Batch
+from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
+from gemcut.engine.transformers_api.models.inputs import check_is_stored, read_batch
+from gemcut.engine.transformers_api.models.outputs import GenerateDecoderOnlyOutput
+from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel, on_its_device
+from gemcut.tokenizer import Tokenizer
+
+
+class GenerativeModel(PreTrainedModel):
+    """What gives a model with a head its `generate`."""
+
+    generation_config: GenerationConfig
+
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.generation_config = GenerationConfig.of_model(config, None)
+
+    def _read_more(self, folder: Path) -> None:
+        self.generation_config = GenerationConfig.of_model(self.config, folder)
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, max_shard_size: int = 5 * 10**9
+    ) -> None:
+        """Write config.json, generation_config.json and the weights to a folder."""
+        super().save_pretrained(save_directory, max_shard_size=max_shard_size)
+        self.generation_config.save_pretrained(save_directory)
+
+    @on_its_device
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] | None = None,
+        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+        streamer: Any = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        past_key_values: StaticCache | None = None,
+        tokenizer: Any = None,
+        **settings: Any,
+    ) -> Any:
+        """Prompts and what follows: ids [B, T] -> ids [B * num_return_sequences, T + new].
+
+        A row ends with its EOS and is filled up with pad_token_id.  attention_mask [B, T] hides
+        padding, on whichever side; without one, pad_token_id does where it is no EOS.  `settings`
+        are GenerationConfig's, and come before those of the model.  inputs_embeds [B, T, D] in
+        place of ids: only the new ids come back.  past_key_values: the cache of what the first
+        columns hold; afterwards it holds all but the newest token.  logits_processor: functions of
+        (ids [1, n], logits [1, V]), without padding; stopping_criteria: of (ids [B, n], None),
+        true where a row, or all, should end.  streamer: an object with put(ids) and end().
+        tokenizer: needed for stop_strings alone.  Sampling draws its seeds from torch's generator.
+        With return_dict_in_generate an object: sequences, logits, past_key_values.  Memory that a
+        call takes is kept for the next, until the model moves.
+        """
+        if inputs is not None:
+            if input_ids is not None:
+                raise ValueError("give the prompt's ids once: by position, or as input_ids")
+            input_ids = inputs
+        own = self.generation_config
+        if generation_config is not None:
+            own = generation_config.with_ids_of(own)
+        config = own.updated(settings)
+        config.check_token_ids(self.config.vocab_size)
+        cache = StaticCache(self.config) if past_key_values is None else past_key_values
+        if not isinstance(cache, StaticCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; give init_cache(batch_size, "
+                f"max_length) or gemcut.engine.DynamicCache()"
+            )
+        prompt = self._read_prompt(input_ids, attention_mask, inputs_embeds, cache, config)
+        if past_key_values is None:
+            cache = self._kept_cache()
+        continuation = Continuation(
+            model=self._core,
+            config=config,
+            prompt=prompt,
+            cache=cache,
+            processors=[_for_one_row(p) for p in logits_processor or ()],
+            criteria=list(stopping_criteria or ()),
+            streamer=streamer,
+            tokenizer=_codec_of(tokenizer, config),
+        )
+        kind = converter_to_kind_of(inputs_embeds if input_ids is None else input_ids)
+        sequences = kind(continuation.run())
+        if not config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            logits=convert(continuation.logits(), kind) if config.output_logits else None,
+            past_key_values=None if past_key_values is None else cache,
+        )
+
+    def _kept_cache(self) -> StaticCache:
+        """A cache that outlives the call: its memory, and the graphs that were captured over it."""
+        cache = self.__dict__.setdefault("_generation_cache", StaticCache(self.config))
+        cache.reset()
+        return cache
+
+    def _set_up(self, *parts: Any, **named: Any) -> None:
+        super()._set_up(*parts, **named)
+        self.__dict__.pop("_generation_cache", None)  # of another device or dtype
+
+    def _read_prompt(
+        self, ids: Any, mask: Any, embeds: Any, cache: StaticCache, config: GenerationConfig
+    ) -> Prompt:
+        """The prompt of all rows, and the part of it that is not in the cache."""
+        past, core = cache.get_seq_length(), self._core
+        empty = StaticCache(self.config)
+        whole = read_batch(core, empty, ids, mask, None, embeds, may_be_packed=False)
+        (B, T) = whole.shape
+        if past >= T:
+            raise ValueError(
+                f"the prompt has {T} columns, of which the cache holds {past}: give all of them, "
+                f"and at least one more"
+            )
+        if whole.mask is None and whole.token_ids is not None:
+            whole.mask = _mask_of_padding(whole.token_ids, config)
+        if whole.mask is not None:
+            if not (rows := whole.mask[:, past:].any(1)).all():
+                row = int((~rows).nonzero()[0])
+                raise ValueError(f"row {row} of the prompt has no token that is not masked")
+            # ranks, as transformers has them in generate
+            whole.position_ids = (whole.mask.long().cumsum(-1) - 1).clamp(min=0)
+        new = Batch(
+            None if whole.token_ids is None else whole.token_ids[:, past:],
+            None if whole.embeds is None else whole.embeds[:, past:],
+            (B, T - past),
+            whole.mask,
+            whole.position_ids[:, past:],
+            None,
+        )
+        if past and whole.mask is not None:
+            check_is_stored(whole.mask, cache)
+        elif any(length != past for length in cache.lengths):
+            raise ValueError("the cache was filled with padding: give attention_mask here too")
+        return Prompt(whole, new)
+
+
+def _mask_of_padding(ids: Tensor, config: GenerationConfig) -> Tensor | None:
+    """What a mask would say, guessed from pad_token_id: [B, T] bool on the host."""
+    pad = config.pad_token_id
+    if pad is None or pad in as_token_ids(config.eos_token_id):
+        return None
+    real = (ids != pad).cpu()
+    return None if real.all() else real
+
+
+def _for_one_row(processor: Callable[[Tensor, Tensor], Tensor]) -> LogitsProcessor:
+    """A processor of transformers' signature, for the ids and logits of one row."""
+
+    def process(ids: list[int], logits: Tensor) -> Tensor:
+        return processor(torch.tensor([ids], device=logits.device), logits.unsqueeze(0)).squeeze(0)
+
+    return process
+
+
+def _codec_of(tokenizer: Any, config: GenerationConfig) -> Tokenizer | None:
+    """What finds stop strings in the text; ValueError where there is none and one is needed."""
+    if not config.stop_strings:
+        return None
+    codec = getattr(tokenizer, "codec", tokenizer)
+    if not isinstance(codec, Tokenizer):
+        raise ValueError(
+            f"stop_strings need tokenizer=, a GemmaTokenizer of a tokenizer.model; "
+            f"{shorten(tokenizer)} is none"
+        )
+    return codec

@@ -1,0 +1,1 @@
+"""The documented tokenizers: vocabularies, special tokens, chat templates, padded batches."""
