@@ -18,7 +18,7 @@ from gemcut.bench.cases import (
     qk_norms,
     rope_cost,
 )
-from gemcut.kernels.splits import COUNTERS_PER_HEAD
+from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 
 
 def decode_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:

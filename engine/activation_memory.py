@@ -16,8 +16,8 @@ import torch
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
-from gemcut.kernels.reference import HEAD_ROWS
-from gemcut.kernels.splits import MAX_GROUPS, MAX_SPLITS, most_partials
+from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, most_partials
+from gemcut.kernels.reference.ops import HEAD_ROWS
 
 FLOAT = 4  # bytes of a float32
 # Bytes for each row and vocabulary entry, float32 logits and all, where every setting is in use.

@@ -9,7 +9,7 @@ import torch
 
 from gemcut import kernels
 from gemcut.kernels import reference
-from gemcut.kernels.parts import part
+from gemcut.kernels.gpu_arch import part
 
 T = TypeVar("T")
 

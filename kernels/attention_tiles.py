@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.activations import tanh
 from gemcut.kernels.checks import check_cache, check_softcap, check_tensors, require
+from gemcut.kernels.gelu import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_POSITION = tl.constexpr(2**40)  # sums with it stay within 64 bits

@@ -35,7 +35,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.attention_splits import (
+from gemcut.kernels.attention_tiles import NO_MAXIMUM, check_attention, ring_tile, softmax_step
+from gemcut.kernels.checks import check_counters, check_index, check_tensors, require
+from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.kv_combine import (
     FAN,
     combine,
     run_begin,
@@ -43,11 +47,7 @@ from gemcut.kernels.attention_splits import (
     split_of,
     store_partial,
 )
-from gemcut.kernels.attention_tiles import NO_MAXIMUM, check_attention, ring_tile, softmax_step
-from gemcut.kernels.checks import check_counters, check_index, check_tensors, require
-from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.kernels.parts import part
-from gemcut.kernels.splits import COUNTERS_PER_HEAD, MAX_SPLITS, count_splits, most_partials
+from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD, MAX_SPLITS, count_splits, most_partials
 from gemcut.kernels.tiles import tuned
 
 MAX_Q_LEN = 8  # tokens of a row; more are a prefill

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.activations import tanh
 from gemcut.kernels.checks import (
     check_counters,
     check_index,
@@ -28,9 +27,10 @@ from gemcut.kernels.checks import (
     check_tensors,
     require,
 )
+from gemcut.kernels.gelu import tanh
 from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, product, rows_of_weight
-from gemcut.kernels.thresholds import packed, packed_id, packed_value
 from gemcut.kernels.tiles import tuned
+from gemcut.kernels.top_k_top_p import packed, packed_id, packed_value
 
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_rows, check_shape, check_tensors, require
-from gemcut.kernels.parts import PROCESSORS, part
+from gemcut.kernels.gpu_arch import PROCESSORS, part
 from gemcut.kernels.tiles import tuned
 
 BLOCK_M = 16  # rows of x in a program: the least that tensor cores take

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.activations import gelu
 from gemcut.kernels.checks import check_rows, check_tensors, require
+from gemcut.kernels.gelu import gelu
 from gemcut.kernels.matmul import (
     BLOCK_M,
     BLOCK_N,

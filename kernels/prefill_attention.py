@@ -38,8 +38,8 @@ from gemcut.kernels.attention_tiles import (
     softmax_step,
 )
 from gemcut.kernels.checks import check_index, check_tensors, require
+from gemcut.kernels.gpu_arch import part
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.kernels.parts import part
 from gemcut.kernels.tiles import tuned
 
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_index, check_rows, check_shape, check_tensors, require
-from gemcut.kernels.thresholds import (
+from gemcut.kernels.top_k_top_p import (
     BEST,
     BUCKETS,
     DRAWN,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gemcut.kernels.parts import part
+from gemcut.kernels.gpu_arch import part
 
 Shape = tuple[int, ...]
 Key = tuple[str, Shape]  # kernel, shape

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 from engines import save_random_model
 from vocabulary import hugging_face_twin, train_vocabulary
 
-from gemcut.kernels import parts
+from gemcut.kernels import gpu_arch
 from gemcut.tokenizer import Tokenizer
 
 # the same examples in every run: a failure on one machine is a failure on all
@@ -59,7 +59,7 @@ def poisoned(monkeypatch) -> None:
 
     Tiles are those of a GPU, in the interpreter too.
     """
-    monkeypatch.setattr(parts, "PART_OF_A_CPU", "sm_90")
+    monkeypatch.setattr(gpu_arch, "PART_OF_A_CPU", "sm_90")
 
     def poisoning(allocate):
         def poisoned_buffer(*args, **kwargs):

@@ -6,9 +6,9 @@ from op_cases import small_calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemcut import kernels
-from gemcut.kernels import parts
+from gemcut.kernels import gpu_arch
 from gemcut.kernels.checks import check_tensors
-from gemcut.kernels.parts import part
+from gemcut.kernels.gpu_arch import part
 
 
 @pytest.fixture
@@ -45,15 +45,15 @@ def test_tensors_of_two_devices_are_refused(two_gpus):
 )
 def test_generations(capability, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    parts._generation.cache_clear()
+    gpu_arch._generation.cache_clear()
     assert part(torch.device("cuda", 0)) == name
-    parts._generation.cache_clear()
+    gpu_arch._generation.cache_clear()
 
 
 def test_what_is_older_than_ampere_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    parts._generation.cache_clear()
+    gpu_arch._generation.cache_clear()
     with pytest.raises(ValueError, match="Tesla T4 is sm_75; the kernels need sm_80 or later"):
         part(torch.device("cuda", 0))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gemcut.kernels.parts import SHARED_MEMORY
+from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.tools.compile_report import Cell, narrow_products, spilled
 
 KERNELS = Path(__file__).parents[1] / "kernels"

@@ -12,10 +12,10 @@ import triton.language as tl
 from accuracy import DEVICE, DTYPES, assert_accurate, random
 
 from gemcut.kernels import decode_attention
-from gemcut.kernels.attention_splits import split_begin, split_of
 from gemcut.kernels.decode_attention import _tile, attention_decode
-from gemcut.kernels.parts import SHARED_MEMORY
-from gemcut.kernels.splits import COUNTERS_PER_HEAD, count_splits, most_partials
+from gemcut.kernels.gpu_arch import SHARED_MEMORY
+from gemcut.kernels.kv_combine import split_begin, split_of
+from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD, count_splits, most_partials
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

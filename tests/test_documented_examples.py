@@ -22,7 +22,7 @@ from random_models import random_model
 from vocabulary import hugging_face_twin
 
 import gemcut.engine
-from gemcut.engine.transformers_api.models.models import configs
+from gemcut.engine.transformers_api.models import configs
 from gemcut.tokenizer import Tokenizer
 
 SMALL = {

@@ -33,7 +33,7 @@ MISTAKES = {
     "mean of squares without eps": (NORM, ("norm", "/ D + EPS)", "/ D + 1000 * EPS)")),
     "exact GELU": (
         ("mlp", "geglu"),
-        ("activations", "return x / (1.0 + tl.exp2(-2.885390081777927 * u))",
+        ("gelu", "return x / (1.0 + tl.exp2(-2.885390081777927 * u))",
          "return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))"),
     ),
     "GELU of up": (

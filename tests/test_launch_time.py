@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from predicted import attention, cell, loop, made, product
 
-from gemcut.kernels.splits import count_splits
+from gemcut.kernels.kv_splits import count_splits
 from gemcut.tools.launch_time import cuts, launch_us, longest_run, memory_bytes, seen
 from gemcut.tools.launches import Made
 from gemcut.tools.machine import H200

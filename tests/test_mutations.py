@@ -14,7 +14,8 @@ from random_models import random_model
 from twins import all_logits, assert_same_logits, gemcut_twin, random_ids, stepwise_logits
 
 from gemcut.engine.execution.model import Gemma
-from gemcut.kernels import reference, reference_attention
+from gemcut.kernels import reference
+from gemcut.kernels.reference import attention, ops
 
 LENGTH = 40  # eight windows
 
@@ -74,7 +75,7 @@ def expected(theirs):
 
 
 def mutated_ops(old: str, new: str) -> ModuleType:
-    sources = [inspect.getsource(one) for one in (reference, reference_attention)]
+    sources = [inspect.getsource(one) for one in (ops, attention)]
     found = sum(source.count(old) for source in sources)
     assert found == 1, f"the oracles hold {old!r} {found} times"
     module = ModuleType("mutated")

@@ -6,8 +6,8 @@ from accuracy import DEVICE, DTYPES, assert_accurate, random
 from torch import Tensor
 
 from gemcut.kernels import attention_tiles, prefill_attention
+from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.kernels.parts import SHARED_MEMORY
 from gemcut.kernels.prefill_attention import _tile, attention_prefill
 
 pytestmark = pytest.mark.usefixtures("poisoned")

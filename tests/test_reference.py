@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gemcut.kernels import reference
-from gemcut.kernels.reference import HEAD_ROWS
+from gemcut.kernels.reference.ops import HEAD_ROWS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

@@ -12,7 +12,7 @@ from accuracy import DEVICE, random
 
 from gemcut.kernels import reference, sampling
 from gemcut.kernels.sampling import noise_bits, sample
-from gemcut.kernels.thresholds import BUCKETS, THRESHOLD, _first_bucket, _first_key
+from gemcut.kernels.top_k_top_p import BUCKETS, THRESHOLD, _first_bucket, _first_key
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 LOGITS = {

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from gemcut.kernels import tiles
-from gemcut.kernels.parts import SHARED_MEMORY
+from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.tiles import Measured, tiles_by_part
 from gemcut.tools import search_space, tune
 from gemcut.tools.tile_file import TILES_FILE, merged, read_measured, render, write_measured

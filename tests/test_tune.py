@@ -20,8 +20,8 @@ from gemcut.bench.results import load_results
 from gemcut.bench.timing import Runs
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels import matmul, tiles
+from gemcut.kernels.gpu_arch import SHARED_MEMORY, part
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.kernels.parts import SHARED_MEMORY, part
 from gemcut.tools import heats, ranking, search_space, tune
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.search_space import Candidate, Subject, find_subjects, looked_up

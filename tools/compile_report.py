@@ -38,8 +38,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.kernels.parts import SHARED_MEMORY
 from gemcut.tools.launches import CAPABILITY, Launch, launches
 from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
 

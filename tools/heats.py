@@ -17,7 +17,7 @@ from gemcut.bench.checking import Check
 from gemcut.bench.kernels import MEMORY_ERRORS, choose_input_sets
 from gemcut.bench.results import FAILED, OK, WRONG
 from gemcut.bench.timing import Call, Runs, clock, prepare_runs, take_turns
-from gemcut.kernels.parts import part
+from gemcut.kernels.gpu_arch import part
 from gemcut.tools.search_space import Candidate, Subject, Times, applied
 
 HEAT = 6  # candidates beside the rule

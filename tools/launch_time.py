@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from gemcut.kernels.splits import GROUP, OCTAVE, UNIFORM_SPLITS, count_splits
+from gemcut.kernels.kv_splits import GROUP, OCTAVE, UNIFORM_SPLITS, count_splits
 from gemcut.tools.bandwidth_model import Stream, stream_us
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.launches import Made

@@ -25,7 +25,7 @@ from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.execution.weights import empty_weights
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
-from gemcut.kernels import parts
+from gemcut.kernels import gpu_arch
 
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
@@ -97,7 +97,7 @@ def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]
         if made is not None:
             made.append(_made(launch, grid, arguments))
 
-    parts._generation.cache_clear()
+    gpu_arch._generation.cache_clear()
     capability = mock.Mock(return_value=CAPABILITY[name])
     with (
         FakeTensorMode(),
@@ -107,7 +107,7 @@ def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]
         _Ops([] if made is None else made),
     ):
         yield found
-    parts._generation.cache_clear()
+    gpu_arch._generation.cache_clear()
 
 
 class _Ops(TorchDispatchMode):

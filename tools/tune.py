@@ -38,8 +38,8 @@ from gemcut.bench.kernels import MEMORY_ERRORS
 from gemcut.bench.results import INTERRUPTED, NO_MEMORY, OK, Results, Row, metric
 from gemcut.bench.timing import Spread, clock
 from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.kernels.gpu_arch import SHARED_MEMORY, part
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.kernels.parts import SHARED_MEMORY, part
 from gemcut.kernels.tiles import Key, Measured, Tile
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.heats import NO_TIME, tune

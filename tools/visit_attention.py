@@ -18,8 +18,8 @@ from gemcut.bench.kernels import Bench, measure_case
 from gemcut.bench.prefill_cases import visible_pairs
 from gemcut.bench.timing import Call
 from gemcut.kernels import decode_attention
-from gemcut.kernels.parts import part
-from gemcut.kernels.splits import COUNTERS_PER_HEAD
+from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.search_space import applied, looked_up

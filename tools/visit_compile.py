@@ -23,7 +23,7 @@ from gemcut.bench.random_model import published_config, random_weights
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import GREEDY
-from gemcut.kernels.parts import part
+from gemcut.kernels.gpu_arch import part
 from gemcut.tools import (
     visit_attention,
     visit_bits,

@@ -25,7 +25,7 @@ from gemcut.bench.prefill_cases import prefill_cases
 from gemcut.engine.execution.cache import PREFILL_CHUNK
 from gemcut.engine.info import find_config
 from gemcut.kernels import reference
-from gemcut.kernels.splits import COUNTERS_PER_HEAD
+from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.visit import Visit
 

@@ -17,7 +17,7 @@ from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.requests.prefix_reuse import Ring
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
-from gemcut.kernels.splits import COUNTERS_PER_HEAD
+from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 
 PREFILL_CHUNK = 512  # tokens; the default
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gemcut.engine.transformers_api.models.configs import AutoConfig, PreTrainedConfig
 from gemcut.engine.transformers_api.models import models
+from gemcut.engine.transformers_api.models.configs import AutoConfig, PreTrainedConfig
 from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel
 from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 

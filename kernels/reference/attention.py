@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gemcut.kernels.reference_numbers import rounded, times, times_, widened
+from gemcut.kernels.reference.dtypes import rounded, times, times_, widened
 
 
 def attention_prefill(

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcut.kernels.reference_attention import attention_decode, attention_prefill
-from gemcut.kernels.reference_numbers import WIDE, constant, rounded, times, times_, widened
-from gemcut.kernels.reference_sampling import (
+from gemcut.kernels.reference.attention import attention_decode, attention_prefill
+from gemcut.kernels.reference.dtypes import WIDE, constant, rounded, times, times_, widened
+from gemcut.kernels.reference.sampling import (
     advance_,
     filter_logits,
     gumbel_noise,

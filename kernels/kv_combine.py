@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gemcut.kernels.attention_tiles import NO_MAXIMUM
-from gemcut.kernels.splits import GROUP
+from gemcut.kernels.kv_splits import GROUP
 
 FAN = tl.constexpr(GROUP)
 
