@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from gemcut.bench import decode, host_work, kernels, prefill, serve_sim
-from gemcut.bench.compare import THRESHOLD, run_compare
-from gemcut.bench.results import INTERRUPTED
+from gemcut.bench.engines import decode, host_work, prefill, serve_sim
+from gemcut.bench.measure.report_file import INTERRUPTED
+from gemcut.bench.ops import kernels
+from gemcut.bench.report.compare import THRESHOLD, run_compare
 from gemcut.engine.checks import check_int
 
 BENCHMARKS = {
@@ -92,6 +93,6 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from gemcut.bench.page import run_report  # matplotlib, which no measurement needs
+    from gemcut.bench.report.report_page import run_report  # matplotlib, which no measurement needs
 
     return run_report(arguments.files, arguments.out, arguments.readme, arguments.check)

@@ -6,8 +6,8 @@ import shlex
 import pytest
 import torch
 
-from gemcut.bench.ceilings import measure_ceilings
-from gemcut.bench.kernels import Bench, add_arguments, choose_cases, choose_peers, contestants
+from gemcut.bench.measure.ceilings import measure_ceilings
+from gemcut.bench.ops.kernels import Bench, add_arguments, choose_cases, choose_peers, contestants
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
 
 

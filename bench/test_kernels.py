@@ -14,10 +14,10 @@ from dataclasses import replace
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from gemcut.bench.cases import Case
-from gemcut.bench.kernels import GEMCUT, Bench, contestants, measure_case
-from gemcut.bench.results import NO_MEMORY, OK
-from gemcut.bench.timing import Runs, Timing
+from gemcut.bench.measure.report_file import NO_MEMORY, OK
+from gemcut.bench.measure.timing import Runs, Timing
+from gemcut.bench.ops.cases import Case
+from gemcut.bench.ops.kernels import GEMCUT, Bench, contestants, measure_case
 
 
 class DeviceClock:

@@ -3,9 +3,9 @@
 import argparse
 from dataclasses import replace
 
-from gemcut.bench import peers
-from gemcut.bench.models import choose_setup
-from gemcut.bench.peers import Gemcut, Peer, Workload
+from gemcut.bench.engines import peers
+from gemcut.bench.engines.peers import Gemcut, Peer, Workload
+from gemcut.bench.engines.setup import choose_setup
 
 CEILINGS = {"read_gbps": 10.0, "copy_gbps": 10.0, "matmul_tflops": 0.1}
 TINY = Workload(batch=2, prompt_tokens=5, new_tokens=4)

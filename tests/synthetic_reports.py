@@ -1,10 +1,10 @@
-"""Reports of runs that never were, in the form of bench/results.py."""
+"""Reports of runs that never were, in the form of bench/measure/report_file.py."""
 
 from typing import Any
 
 import numpy as np
 
-from gemcut.bench.results import OK, REQUIRED, SCHEMA, metric
+from gemcut.bench.measure.report_file import OK, REQUIRED, SCHEMA, metric
 
 GPU = {
     "device": "NVIDIA Test",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemcut.bench.account import decode_account, prefill_flops, print_account
+from gemcut.bench.engines.step_bytes import decode_account, prefill_flops, print_account
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.weights import empty_weights

@@ -8,7 +8,7 @@ from contests import SIZES, skip_ceilings
 from synthetic_reports import decode_row, report
 
 from gemcut.bench import cli
-from gemcut.bench.peers import PEERS
+from gemcut.bench.engines.peers import PEERS
 
 
 @pytest.fixture(autouse=True)
@@ -90,13 +90,13 @@ def test_threads_are_set_before_anything_is_measured(capsys):
 
 
 def test_a_peer_that_is_not_installed_is_refused_where_it_is_asked_for(monkeypatch, capsys):
-    monkeypatch.setattr("gemcut.bench.peers._installed", lambda package: False)
+    monkeypatch.setattr("gemcut.bench.engines.peers._installed", lambda package: False)
     command = ["decode", "--device", "cpu", "--peer", "transformers"]
     assert_refused(command, "'transformers' needs the package transformers", capsys)
 
 
 def test_peers_that_are_not_installed_are_listed_once(monkeypatch, capsys):
-    monkeypatch.setattr("gemcut.bench.peers._installed", lambda package: False)
+    monkeypatch.setattr("gemcut.bench.engines.peers._installed", lambda package: False)
     command = ["decode", *SIZES, "--context", "5", "6", "--repeats", "1"]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
@@ -111,7 +111,7 @@ def test_an_interruption_before_anything_is_measured_is_one_line(monkeypatch, ca
     def interrupt(device, dtype):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemcut.bench.contest.measure_ceilings", interrupt)
+    monkeypatch.setattr("gemcut.bench.engines.contest.measure_ceilings", interrupt)
     assert cli.main(["decode", *SIZES]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -10,10 +10,10 @@ from random_models import MODEL_TYPES, random_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemcut.bench.cases import CPU_GRID, GPU_GRID, Grid, Shapes
-from gemcut.bench.decode_cases import decode_cases
-from gemcut.bench.kernels import model_cases
-from gemcut.bench.prefill_cases import visible_pairs
+from gemcut.bench.ops.cases import CPU_GRID, GPU_GRID, Grid, Shapes
+from gemcut.bench.ops.decode_cases import decode_cases
+from gemcut.bench.ops.kernels import model_cases
+from gemcut.bench.ops.prefill_cases import visible_pairs
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.kernels import reference
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic_reports import CPU, report, row
 
-from gemcut.bench.compare import (
+from gemcut.bench.report.compare import (
     ALPHA,
     compare_reports,
     interval_rank,

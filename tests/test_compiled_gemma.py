@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from twins import assert_same_logits, gemcut_twin, greedy, random_ids
 from twins import stepwise_logits as engine_logits
 
-from gemcut.bench.compiled_gemma import CompiledGemma, choose
+from gemcut.bench.engines.compiled_gemma import CompiledGemma, choose
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.weights import empty_weights
 

@@ -10,11 +10,11 @@ from contests import CEILINGS, SIZES, TINY, demo_setup, one_token_off, plant, sk
 from engines import PlainGraphs
 
 from gemcut.bench import cli
-from gemcut.bench.contest import Entrant, make_prompts, run_case
-from gemcut.bench.decode import make_rows, mean_context
-from gemcut.bench.judge import Judge
-from gemcut.bench.models import Setup
-from gemcut.bench.peers import CONTESTANTS, Gemcut, Peer, Stage, Transformers, Workload
+from gemcut.bench.engines.contest import Entrant, make_prompts, run_case
+from gemcut.bench.engines.decode import make_rows, mean_context
+from gemcut.bench.engines.peers import CONTESTANTS, Gemcut, Peer, Stage, Transformers, Workload
+from gemcut.bench.engines.setup import Setup
+from gemcut.bench.engines.token_check import Judge
 from gemcut.engine import Engine
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
@@ -222,7 +222,7 @@ def test_every_peer_failing_fails_the_command(monkeypatch, capsys):
 def test_too_little_memory_says_how_much_and_goes_on(monkeypatch, capsys, setup):
     needed = slot_bytes(setup.config, 500, PREFILL_CHUNK, torch.float32)
     room = needed - 1_000_000
-    monkeypatch.setattr("gemcut.bench.models.free_bytes", lambda device: room)
+    monkeypatch.setattr("gemcut.bench.engines.setup.free_bytes", lambda device: room)
     monkeypatch.setattr(Setup, "weight_bytes", 0)
     plant(monkeypatch, transformers=lambda rows: rows)
     sizes = ["--context", "496", "5", "--new-tokens", "4", "--repeats", "1", "--device", "cpu"]
@@ -235,7 +235,7 @@ def test_too_little_memory_says_how_much_and_goes_on(monkeypatch, capsys, setup)
 
 
 def test_a_model_that_does_not_fit_is_told_in_every_case(monkeypatch, capsys):
-    monkeypatch.setattr("gemcut.bench.models.free_bytes", lambda device: 40 * 10**9)
+    monkeypatch.setattr("gemcut.bench.engines.setup.free_bytes", lambda device: 40 * 10**9)
     sizes = ["--random", "gemma-2-27b", "--dtype", "bfloat16", "--batch", "1", "2"]
     code, _, report = decode(*sizes, "--peer", "transformers", "--device", "cpu", capsys=capsys)
     assert code == 1

@@ -3,7 +3,7 @@
 import pytest
 from synthetic_reports import CPU, decode_row, kernel_row, report
 
-from gemcut.bench.goals import GOALS, outcomes
+from gemcut.bench.report.goals import GOALS, outcomes
 
 PREFILL = {
     "op": "attention_prefill",

@@ -13,9 +13,9 @@ import pytest
 import torch
 from visit_blocks import seconds_of
 
-from gemcut.bench import results
-from gemcut.bench.page import load_reports
-from gemcut.bench.rows import CEILINGS
+from gemcut.bench.measure import report_file
+from gemcut.bench.report.load import CEILINGS
+from gemcut.bench.report.report_page import load_reports
 from gemcut.tools import gpu_visit, visit_bits, visit_ops, visit_table
 from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
 
@@ -191,9 +191,12 @@ def test_a_visit_ends_within_its_limit(tmp_path):
 
 
 def test_words_are_those_of_the_benchmarks():
-    assert (visit_table.OK, visit_table.WRONG) == (results.OK, results.WRONG)
-    assert (visit_table.FAILED, visit_table.NO_MEMORY) == (results.FAILED, results.NO_MEMORY)
-    assert (visit_table.SCHEMA, visit_table.CEILINGS) == (results.SCHEMA, CEILINGS)
+    assert (visit_table.OK, visit_table.WRONG) == (report_file.OK, report_file.WRONG)
+    assert (visit_table.FAILED, visit_table.NO_MEMORY) == (
+        report_file.FAILED,
+        report_file.NO_MEMORY,
+    )
+    assert (visit_table.SCHEMA, visit_table.CEILINGS) == (report_file.SCHEMA, CEILINGS)
 
 
 def test_a_block_gives_way_to_the_limit():

@@ -7,10 +7,10 @@ import torch
 from random_models import MODEL_TYPES, random_model
 from twins import gemcut_twin, greedy, random_ids
 
-from gemcut.bench import judge as judging
-from gemcut.bench.checking import rounded_weight
-from gemcut.bench.judge import Answer, Judge, exact_model, plain_model
-from gemcut.bench.random_model import published_config, random_weights
+from gemcut.bench.engines import token_check
+from gemcut.bench.engines.random_model import published_config, random_weights
+from gemcut.bench.engines.token_check import Answer, Judge, exact_model, plain_model
+from gemcut.bench.ops.op_check import rounded_weight
 from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference
 
@@ -209,7 +209,7 @@ def test_the_head_is_read_in_pieces(model, prompts, right, monkeypatch):
     whole = judge_one(model, prompts, right).detail
     planted = changed(right, 0, 2, 599)
     wrong = judge_one(model, prompts, planted).detail
-    monkeypatch.setattr(judging, "HEAD_ROWS", 128)
+    monkeypatch.setattr(token_check, "HEAD_ROWS", 128)
     assert judge_one(model, prompts, right).detail == whole
     assert judge_one(model, prompts, planted).detail == wrong
 
@@ -237,7 +237,7 @@ def test_exact_means_exact(model):
     double.embedding_scale = model.embedding_scale
     states = []
     for one in (exact_model(model), double):
-        reading = judging.Reading(one, ids[:12].tolist(), 8)
+        reading = token_check.Reading(one, ids[:12].tolist(), 8)
         states.append(reading.states(ids[12:].tolist()))
     assert states[0].dtype == torch.float64
     assert (states[0] - states[1]).abs().max() <= 1e-12 * states[1].abs().max()
@@ -248,7 +248,7 @@ def test_a_text_behind_the_same_prompt_does_not_disturb_the_next():
     model = gemcut_twin(random_model("gemma2", max_position_embeddings=256))
     prompt = random_ids(30, 97).tolist()
     texts = [random_ids(64, 97, seed).tolist() for seed in (1, 2)]
-    reading = judging.Reading(exact_model(model), prompt, 64)
+    reading = token_check.Reading(exact_model(model), prompt, 64)
     first = reading.states(texts[0])
     reading.states(texts[1])
     assert torch.equal(reading.states(texts[0]), first)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemcut.bench import eager, kernels
-from gemcut.bench.kernel_peers import Peer
-from gemcut.bench.results import load_results
+from gemcut.bench.measure.report_file import load_results
+from gemcut.bench.ops import kernels, torch_ops
+from gemcut.bench.ops.torch_peers import Peer
 from gemcut.kernels import reference
 
 CEILINGS = {"read_gbps": 20.0, "copy_gbps": 20.0, "matmul_tflops": 0.1}
@@ -100,7 +100,7 @@ def test_a_compiled_peer_computes_the_same(op, peer):
 
 def test_a_wrong_peer_is_reported_and_not_timed(capsys, plant):
     """It multiplies by w instead of 1 + w."""
-    plant(lambda a: partial(eager.rmsnorm, **{**a, "weight": a["weight"] - 1}))
+    plant(lambda a: partial(torch_ops.rmsnorm, **{**a, "weight": a["weight"] - 1}))
     assert run("--op", "rmsnorm", "--peer", "planted") == 0
     rows = [row for row in report(capsys)["rows"] if row["contestant"] == "planted"]
     assert rows
@@ -123,7 +123,7 @@ def test_a_cache_that_is_not_written_is_wrong(capsys, plant):
     """The queries are right, but the keys go nowhere."""
     plant(
         lambda a: partial(
-            eager.rope_and_store_,
+            torch_ops.rope_and_store_,
             **{**a, "k_cache": a["k_cache"].clone(), "v_cache": a["v_cache"].clone()},
         )
     )
@@ -136,7 +136,7 @@ def least_likely(a):
 
 
 def another_token(a):
-    value, index = eager.lm_head_argmax(**a)
+    value, index = torch_ops.lm_head_argmax(**a)
     return value, index ^ 1
 
 

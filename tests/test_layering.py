@@ -19,10 +19,13 @@ RULES = {
 }
 # Imports inside a function: torch after the arguments are read, matplotlib where a page is asked
 # for, and peers only where they take part
-LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/peers.py", "transformers")}
+LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/engines/peers.py", "transformers")}
 LATE |= {("engine/placement.py", "gemcut.kernels.interpreter")}
-LATE |= {("bench/cli.py", "gemcut.bench.page"), ("bench/compiled_gemma.py", "torchao")}
-LATE |= {("bench/peers.py", "gemcut.bench.compiled_gemma")}
+LATE |= {
+    ("bench/cli.py", "gemcut.bench.report.report_page"),
+    ("bench/engines/compiled_gemma.py", "torchao"),
+}
+LATE |= {("bench/engines/peers.py", "gemcut.bench.engines.compiled_gemma")}
 # torch, in the processes of a visit alone
 LATE |= {("tools/visit.py", "torch"), ("tools/visit.py", "gemcut.engine.placement")}
 # a peer's arrays, files and templates, which not every user has
@@ -81,7 +84,7 @@ def test_imports_stand_at_the_top(path):
     ("folder", "source"),
     [
         ("kernels", "from gemcut.engine.config.model_config import ModelConfig"),
-        ("engine", "import gemcut.bench.timing"),
+        ("engine", "import gemcut.bench.measure.timing"),
         ("tokenizer", "import torch.nn"),
         ("engine", "from kernels import reference"),
         ("engine", "import gemcut"),

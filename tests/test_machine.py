@@ -1,10 +1,10 @@
-"""bench/machine.py: versions are told where gemcut runs without being installed, too."""
+"""bench/measure/machine.py: versions are told where gemcut runs without being installed, too."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from gemcut.bench import machine
+from gemcut.bench.measure import machine
 
 
 @pytest.fixture

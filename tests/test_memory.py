@@ -14,7 +14,7 @@ from engines import save_random_model
 from random_models import MODEL_TYPES
 
 from gemcut import kernels
-from gemcut.bench.random_model import published_config, random_weights
+from gemcut.bench.engines.random_model import published_config, random_weights
 from gemcut.engine import PUBLISHED, Engine, memory
 from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes
 from gemcut.engine.checkpoints import hub

@@ -13,10 +13,17 @@ import pytest
 from matplotlib.text import Text
 from synthetic_reports import CEILINGS, CPU, decode_row, kernel_row, report, row
 
-from gemcut.bench.page import BEGIN, END, NO_GPU, load_reports, readme_table, run_report
-from gemcut.bench.plots import OTHER, STYLES, make_plots
-from gemcut.bench.roofline import roofline
-from gemcut.bench.rows import cases, like_gemcut
+from gemcut.bench.report.load import cases, like_gemcut
+from gemcut.bench.report.plots import OTHER, STYLES, make_plots
+from gemcut.bench.report.report_page import (
+    BEGIN,
+    END,
+    NO_GPU,
+    load_reports,
+    readme_table,
+    run_report,
+)
+from gemcut.bench.report.roofline import roofline
 
 MODELS = {"gemma-3-1b": 5.0, "gemma-2-9b": 20.0}  # microseconds of a kernel
 OPS = {  # phase, operations, peers

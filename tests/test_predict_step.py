@@ -10,7 +10,7 @@ import pytest
 import torch
 from predicted import small_step
 
-from gemcut.bench.account import decode_account
+from gemcut.bench.engines.step_bytes import decode_account
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools import predict_step

@@ -6,10 +6,10 @@ import pytest
 from contests import CEILINGS, demo_setup, plant, skip_ceilings
 
 from gemcut.bench import cli
-from gemcut.bench.account import prefill_flops
-from gemcut.bench.contest import Entrant, Result
-from gemcut.bench.peers import Generation, Workload
-from gemcut.bench.prefill import make_rows
+from gemcut.bench.engines.contest import Entrant, Result
+from gemcut.bench.engines.peers import Generation, Workload
+from gemcut.bench.engines.prefill import make_rows
+from gemcut.bench.engines.step_bytes import prefill_flops
 from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.config.model_config import ModelConfig
 

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gemcut.bench.models import Setup
-from gemcut.bench.peers import Stage, Workload
-from gemcut.bench.random_model import published_config, random_tokenizer, random_weights
+from gemcut.bench.engines.peers import Stage, Workload
+from gemcut.bench.engines.random_model import published_config, random_tokenizer, random_weights
+from gemcut.bench.engines.setup import Setup
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.model import Gemma
@@ -73,7 +73,7 @@ def test_text_has_variety_and_logits_have_spread(name, tied, num_layers):
 
 
 def test_rows_as_large_as_a_branch_would_repeat_one_token(monkeypatch):
-    monkeypatch.setattr("gemcut.bench.random_model.EMBEDDED", 1.0)
+    monkeypatch.setattr("gemcut.bench.engines.random_model.EMBEDDED", 1.0)
     config = small_config("gemma-2b", 1)
     model = Gemma(config, random_weights(config, device=CPU, dtype=torch.float32), reference)
     assert repeats(model) == 31

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from contests import skip_ceilings
 
-from gemcut.bench import cli, serve_sim
-from gemcut.bench.serve_sim import Arrival, Served, draw_trace, measured, queue_seconds
+from gemcut.bench import cli
+from gemcut.bench.engines import serve_sim
+from gemcut.bench.engines.serve_sim import Arrival, Served, draw_trace, measured, queue_seconds
 from gemcut.engine import Engine
 
 TRACE = {"rate": 50.0, "requests": 400, "prompt_tokens": 40, "new_tokens": 20, "limit": 512}
@@ -122,7 +123,7 @@ def test_a_request_with_a_token_too_few_has_failed(monkeypatch, capsys):
 
 
 def test_too_little_memory_says_how_much(monkeypatch, capsys):
-    monkeypatch.setattr("gemcut.bench.models.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("gemcut.bench.engines.setup.free_bytes", lambda device: 1000)
     code, text, report = simulate("--rate", "100", "200", capsys=capsys)
     assert code == 1
     assert [row["status"] for row in report["rows"]] == ["no memory", "no memory"]

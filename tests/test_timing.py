@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gemcut.bench import timing
-from gemcut.bench.cases import Cost
-from gemcut.bench.ceilings import floor_us, measure_ceilings
-from gemcut.bench.timing import Spread, input_sets, prepare_runs, take_turns, time_runs
+from gemcut.bench.measure import timing
+from gemcut.bench.measure.ceilings import floor_us, measure_ceilings
+from gemcut.bench.measure.timing import Spread, input_sets, prepare_runs, take_turns, time_runs
+from gemcut.bench.ops.cases import Cost
 
 CPU = torch.device("cpu")
 
@@ -90,9 +90,9 @@ def test_floor(cost, ceilings, us, bound):
 
 
 def test_ceilings_of_this_machine(monkeypatch):
-    monkeypatch.setattr("gemcut.bench.ceilings.CPU_BYTES", 1 << 20)
-    monkeypatch.setattr("gemcut.bench.ceilings.cache_bytes", lambda device: 1 << 18)
-    monkeypatch.setattr("gemcut.bench.ceilings.CPU_WIDTH", 64)
+    monkeypatch.setattr("gemcut.bench.measure.ceilings.CPU_BYTES", 1 << 20)
+    monkeypatch.setattr("gemcut.bench.measure.ceilings.cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr("gemcut.bench.measure.ceilings.CPU_WIDTH", 64)
     ceilings = measure_ceilings(CPU, torch.float32)
     assert ceilings.keys() == CEILINGS.keys()
     # of one core since 2005, and of no CPU yet

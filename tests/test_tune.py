@@ -14,10 +14,10 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from gemcut import kernels
-from gemcut.bench.cases import Grid, Shapes
-from gemcut.bench.decode_cases import decode_cases
-from gemcut.bench.results import load_results
-from gemcut.bench.timing import Runs
+from gemcut.bench.measure.report_file import load_results
+from gemcut.bench.measure.timing import Runs
+from gemcut.bench.ops.cases import Grid, Shapes
+from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels import matmul, tiles
 from gemcut.kernels.gpu_arch import SHARED_MEMORY, part

@@ -12,11 +12,11 @@ from statistics import fmean, median
 import torch
 
 from gemcut import kernels
-from gemcut.bench.cases import Arguments, Case
-from gemcut.bench.checking import Check
-from gemcut.bench.kernels import MEMORY_ERRORS, choose_input_sets
-from gemcut.bench.results import FAILED, OK, WRONG
-from gemcut.bench.timing import Call, Runs, clock, prepare_runs, take_turns
+from gemcut.bench.measure.report_file import FAILED, OK, WRONG
+from gemcut.bench.measure.timing import Call, Runs, clock, prepare_runs, take_turns
+from gemcut.bench.ops.cases import Arguments, Case
+from gemcut.bench.ops.kernels import MEMORY_ERRORS, choose_input_sets
+from gemcut.bench.ops.op_check import Check
 from gemcut.kernels.gpu_arch import part
 from gemcut.tools.search_space import Candidate, Subject, Times, applied
 

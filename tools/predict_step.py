@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from gemcut.bench.results import print_table
+from gemcut.bench.measure.report_file import print_table
 from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 
 import torch
 
-from gemcut.bench.account import decode_account
+from gemcut.bench.engines.step_bytes import decode_account
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.launch_time import facts_of, launch_us, memory_bytes
@@ -70,7 +70,7 @@ class PredictedStep:
 
     @property
     def step_bytes(self) -> int:
-        """What the step must move, whatever the kernels: bench/account.py."""
+        """What the step must move, whatever the kernels: bench/engines/step_bytes.py."""
         config = PUBLISHED[self.model]
         account = decode_account(
             config, batch=self.batch, context=self.context, dtype=torch.bfloat16

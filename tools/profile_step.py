@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gemcut.bench.account import decode_account
-from gemcut.bench.machine import describe_machine
-from gemcut.bench.models import Setup, add_model_arguments, choose_setup
-from gemcut.bench.results import metric, print_table
-from gemcut.bench.timing import Spread, capture, synchronize, time_replays
+from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
+from gemcut.bench.engines.step_bytes import decode_account
+from gemcut.bench.measure.machine import describe_machine
+from gemcut.bench.measure.report_file import metric, print_table
+from gemcut.bench.measure.timing import Spread, capture, synchronize, time_replays
 from gemcut.engine.checks import check_int
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.model import Gemma

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from gemcut import kernels
-from gemcut.bench.cases import Case, Grid, Shapes
-from gemcut.bench.decode_cases import decode_cases
-from gemcut.bench.prefill_cases import prefill_cases
+from gemcut.bench.ops.cases import Case, Grid, Shapes
+from gemcut.bench.ops.decode_cases import decode_cases
+from gemcut.bench.ops.prefill_cases import prefill_cases
 from gemcut.engine.execution.cache import PREFILL_CHUNK
 from gemcut.engine.info import find_config
 from gemcut.kernels import tiles
@@ -32,7 +32,7 @@ from gemcut.tools.launches import Launch, recorded
 # rows of a decode step and tokens in the cache; tokens of a prompt, alone and as its last chunk
 DECODE = Grid((1, 16), (1024, 8192), (), 1, PREFILL_CHUNK)
 PREFILL = Grid((), (4096,), (4096,), 1, PREFILL_CHUNK)
-# what became of a candidate, beside the words of bench/results.py
+# what became of a candidate, beside the words of bench/measure/report_file.py
 UNTRIED, COMPILED, DROPPED, THE_RULE = "untried", "compiled", "dropped", "same as the rule"
 
 Times = dict[str, list[float]]  # microseconds by name, a value for each round

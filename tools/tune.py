@@ -34,9 +34,9 @@ from typing import Any
 
 import torch
 
-from gemcut.bench.kernels import MEMORY_ERRORS
-from gemcut.bench.results import INTERRUPTED, NO_MEMORY, OK, Results, Row, metric
-from gemcut.bench.timing import Spread, clock
+from gemcut.bench.measure.report_file import INTERRUPTED, NO_MEMORY, OK, Results, Row, metric
+from gemcut.bench.measure.timing import Spread, clock
+from gemcut.bench.ops.kernels import MEMORY_ERRORS
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.gpu_arch import SHARED_MEMORY, part
 from gemcut.kernels.interpreter import INTERPRETED

@@ -11,12 +11,12 @@ from functools import partial
 import torch
 
 from gemcut import kernels
-from gemcut.bench.cases import Arguments, Case, Cost
-from gemcut.bench.ceilings import measure_ceilings
-from gemcut.bench.kernel_peers import Peer, torch_peers
-from gemcut.bench.kernels import Bench, measure_case
-from gemcut.bench.prefill_cases import visible_pairs
-from gemcut.bench.timing import Call
+from gemcut.bench.measure.ceilings import measure_ceilings
+from gemcut.bench.measure.timing import Call
+from gemcut.bench.ops.cases import Arguments, Case, Cost
+from gemcut.bench.ops.kernels import Bench, measure_case
+from gemcut.bench.ops.prefill_cases import visible_pairs
+from gemcut.bench.ops.torch_peers import Peer, torch_peers
 from gemcut.kernels import decode_attention
 from gemcut.kernels.gpu_arch import part
 from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gemcut import kernels
-from gemcut.bench.cases import Grid, Shapes
-from gemcut.bench.decode_cases import decode_cases
-from gemcut.bench.random_model import published_config, random_weights
-from gemcut.bench.timing import capture
+from gemcut.bench.engines.random_model import published_config, random_weights
+from gemcut.bench.measure.timing import capture
+from gemcut.bench.ops.cases import Grid, Shapes
+from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.checkpoints.huggingface import load_checkpoint
 from gemcut.engine.config.model_config import ModelConfig

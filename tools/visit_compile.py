@@ -19,7 +19,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from gemcut import kernels
-from gemcut.bench.random_model import published_config, random_weights
+from gemcut.bench.engines.random_model import published_config, random_weights
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import GREEDY

@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from gemcut.bench.ceilings import measure_ceilings
-from gemcut.bench.machine import describe_machine
-from gemcut.bench.timing import Spread, capture, synchronize, time_replays
+from gemcut.bench.measure.ceilings import measure_ceilings
+from gemcut.bench.measure.machine import describe_machine
+from gemcut.bench.measure.timing import Spread, capture, synchronize, time_replays
 from gemcut.tools.dependent_launch import chase, empty
 from gemcut.tools.visit import Visit
 from gemcut.tools.visit_table import OK

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from gemcut import kernels
-from gemcut.bench.cases import Case, Grid
-from gemcut.bench.decode_cases import decode_cases
+from gemcut.bench.ops.cases import Case, Grid
+from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.engine.execution.cache import PREFILL_CHUNK
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.visit import Visit

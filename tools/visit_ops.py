@@ -1,6 +1,6 @@
 """Every op at the shapes of three models, against its oracle; and rows alone and in company.
 
-The rule is that of the tests (bench/checking.py): against the oracle in float64, an op may err
+The rule is that of the tests (bench/ops/op_check.py): against the oracle in float64, an op may err
 twice as much as the oracle does in bfloat16, plus two units in the last place.  Outputs begin as
 NaN.  A row must have the same bits alone, among 3 and among 16 rows; and a token among drafts the
 bits that it has in a step of its own.
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from gemcut import kernels
-from gemcut.bench.cases import Arguments, Case, Grid, Shapes
-from gemcut.bench.checking import WRITTEN, Check
-from gemcut.bench.decode_cases import decode_cases
-from gemcut.bench.prefill_cases import prefill_cases
+from gemcut.bench.ops.cases import Arguments, Case, Grid, Shapes
+from gemcut.bench.ops.decode_cases import decode_cases
+from gemcut.bench.ops.op_check import WRITTEN, Check
+from gemcut.bench.ops.prefill_cases import prefill_cases
 from gemcut.engine.execution.cache import PREFILL_CHUNK
 from gemcut.engine.info import find_config
 from gemcut.kernels import reference

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut import kernels
-from gemcut.bench.timing import Spread, capture, time_replays
+from gemcut.bench.measure.timing import Spread, capture, time_replays
 from gemcut.tools.dependent_launch import SKINNY, chained, partials, swapped
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.visit import Visit

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 
-from gemcut.bench.peers import CONTESTANTS
-from gemcut.bench.results import Row, load_results
-from gemcut.bench.timing import clock
+from gemcut.bench.engines.peers import CONTESTANTS
+from gemcut.bench.measure.report_file import Row, load_results
+from gemcut.bench.measure.timing import clock
 from gemcut.tools.visit import Visit
 
 RUNS = {"decode-gemma-2-2b": ("transformers",)}

@@ -11,9 +11,9 @@ import json
 import torch
 
 from gemcut import kernels
-from gemcut.bench.models import Setup
-from gemcut.bench.random_model import published_config
-from gemcut.bench.timing import Spread
+from gemcut.bench.engines.random_model import published_config
+from gemcut.bench.engines.setup import Setup
+from gemcut.bench.measure.timing import Spread
 from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma

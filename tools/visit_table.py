@@ -18,8 +18,8 @@ RESULTS = Path(__file__).parents[1] / "bench" / "results"
 MOST_LINES = 100  # of the table
 LEAST_FAILURES = 20  # of its lines, where there are so many
 WIDTH = 115  # of its lines
-SCHEMA = 1  # of bench/results.py
-# what became of a row: the words of bench/results.py, which loads torch, and one more
+SCHEMA = 1  # of bench/measure/report_file.py
+# what became of a row: the words of bench/measure/report_file.py, which loads torch, and one more
 OK, WRONG, FAILED, NO_MEMORY, SKIPPED = "ok", "wrong", "failed", "no memory", "skipped"
 FINISHED = "finished"  # how a block ends that nothing went wrong in
 CEILINGS = ("read_gbps", "copy_gbps", "matmul_tflops")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 
-from gemcut.bench.results import OK, Row
+from gemcut.bench.measure.report_file import OK, Row
 from gemcut.tools.visit import Visit
 
 KERNELS = ("linear_geglu", "skinny_linear", "linear_rope_and_store", "lm_head")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemcut.bench.cases import Arguments, Case
-from gemcut.bench.kernel_peers import Peer, compile_, gathered
-from gemcut.bench.timing import Call
+from gemcut.bench.measure.timing import Call
+from gemcut.bench.ops.cases import Arguments, Case
+from gemcut.bench.ops.torch_peers import Peer, compile_, gathered
 
 PAGE = 16  # keys of a page of FlashInfer's cache
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documents recommend

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gemcut.bench.cases import (
+from gemcut.bench.ops.cases import (
     Arguments,
     Case,
     Cost,

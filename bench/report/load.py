@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemcut.bench.results import OK, Row, load_results
-from gemcut.bench.timing import Spread
+from gemcut.bench.measure.report_file import OK, Row, load_results
+from gemcut.bench.measure.timing import Spread
 from gemcut.engine.config.model_config import PUBLISHED
 
 Report = dict[str, Any]

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from gemcut.bench import eager
-from gemcut.bench.cases import Arguments, Case
-from gemcut.bench.timing import Call
+from gemcut.bench.measure.timing import Call
+from gemcut.bench.ops import torch_ops
+from gemcut.bench.ops.cases import Arguments, Case
 
 Compute = Callable[..., Any]
 
@@ -36,7 +36,7 @@ class Peer:
 
 def torch_peers(case: Case, device: torch.device) -> dict[str, Peer]:
     """Torch's contestants by name: eager, compiled, and its kernel for just this op."""
-    op = getattr(eager, case.op)
+    op = getattr(torch_ops, case.op)
     compiled = partial(compile_, op, device)
     peers = {
         "torch": Peer("torch", "eager", lambda a: partial(op, **a)),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.bench.cases import (
+from gemcut.bench.ops.cases import (
     Arguments,
     Case,
     Cost,

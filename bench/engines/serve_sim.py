@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from gemcut.bench.ceilings import measure_ceilings
-from gemcut.bench.contest import make_prompt, report_settings
-from gemcut.bench.machine import gemcut_version
-from gemcut.bench.models import Setup, add_model_arguments, choose_setup, require_memory
-from gemcut.bench.peers import GEMCUT
-from gemcut.bench.results import (
+from gemcut.bench.engines.contest import make_prompt, report_settings
+from gemcut.bench.engines.peers import GEMCUT
+from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup, require_memory
+from gemcut.bench.measure.ceilings import measure_ceilings
+from gemcut.bench.measure.machine import gemcut_version
+from gemcut.bench.measure.report_file import (
     FAILED,
     INTERRUPTED,
     NO_MEMORY,
@@ -41,7 +41,7 @@ from gemcut.bench.results import (
     metric,
     print_table,
 )
-from gemcut.bench.timing import clock
+from gemcut.bench.measure.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checks import check_int, check_number
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes

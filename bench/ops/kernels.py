@@ -19,17 +19,26 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gemcut.bench import eager
-from gemcut.bench.cases import CPU_GRID, GPU_GRID, Arguments, Case, Cost, Grid, Shapes
-from gemcut.bench.ceilings import floor_us, measure_ceilings
-from gemcut.bench.checking import Check
-from gemcut.bench.decode_cases import decode_cases
-from gemcut.bench.kernel_peers import Peer, torch_peers
-from gemcut.bench.library_peers import library_peers
-from gemcut.bench.machine import installed_versions
-from gemcut.bench.prefill_cases import prefill_cases
-from gemcut.bench.results import FAILED, INTERRUPTED, NO_MEMORY, OK, WRONG, Results, Row, metric
-from gemcut.bench.timing import Runs, Spread, Timing, input_sets, prepare_runs, time_runs
+from gemcut.bench.measure.ceilings import floor_us, measure_ceilings
+from gemcut.bench.measure.machine import installed_versions
+from gemcut.bench.measure.report_file import (
+    FAILED,
+    INTERRUPTED,
+    NO_MEMORY,
+    OK,
+    WRONG,
+    Results,
+    Row,
+    metric,
+)
+from gemcut.bench.measure.timing import Runs, Spread, Timing, input_sets, prepare_runs, time_runs
+from gemcut.bench.ops import torch_ops
+from gemcut.bench.ops.cases import CPU_GRID, GPU_GRID, Arguments, Case, Cost, Grid, Shapes
+from gemcut.bench.ops.decode_cases import decode_cases
+from gemcut.bench.ops.library_peers import library_peers
+from gemcut.bench.ops.op_check import Check
+from gemcut.bench.ops.prefill_cases import prefill_cases
+from gemcut.bench.ops.torch_peers import Peer, torch_peers
 from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.info import find_config
@@ -45,7 +54,7 @@ PEERS: dict[str, str] = dict.fromkeys(
 PEERS |= {"liger": "liger-kernel", "flashinfer": "flashinfer-python"}
 PEERS |= dict.fromkeys(("torchao-int8", "torchao-int4"), "torchao")
 PEERS |= dict.fromkeys(("gemlite-int8", "gemlite-int4"), "gemlite")
-OPS = [name for name in reference.__all__ if hasattr(eager, name)]
+OPS = [name for name in reference.__all__ if hasattr(torch_ops, name)]
 GPU_MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
 ROUNDS = 10
 Timer = Callable[[Mapping[str, Runs], int], dict[str, Timing]]

@@ -14,8 +14,7 @@ import argparse
 from dataclasses import asdict
 from functools import partial
 
-from gemcut.bench.account import decode_account, print_account
-from gemcut.bench.contest import (
+from gemcut.bench.engines.contest import (
     Ceilings,
     Entrant,
     Result,
@@ -24,9 +23,10 @@ from gemcut.bench.contest import (
     print_fastest,
     run_contest,
 )
-from gemcut.bench.models import Setup, add_model_arguments, choose_setup
-from gemcut.bench.peers import GEMCUT, Generation, Workload
-from gemcut.bench.results import Row, metric, print_table
+from gemcut.bench.engines.peers import GEMCUT, Generation, Workload
+from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
+from gemcut.bench.engines.step_bytes import decode_account, print_account
+from gemcut.bench.measure.report_file import Row, metric, print_table
 from gemcut.engine.checks import check_int
 
 

@@ -13,11 +13,11 @@ from functools import partial
 
 import torch
 
-from gemcut.bench.cases import Cost
-from gemcut.bench.timing import Call, Spread, cache_bytes, prepare_runs, time_runs
+from gemcut.bench.measure.timing import Call, Spread, cache_bytes, prepare_runs, time_runs
+from gemcut.bench.ops.cases import Cost
 
 if sys.platform == "linux":  # Triton is built for Linux
-    from gemcut.bench.read_kernel import read
+    from gemcut.bench.measure.read_kernel import read
 
 ROUNDS = 5
 GPU_BYTES, GPU_WIDTH = 2 << 30, 8192

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gemcut.bench.random_model import published_config, random_tokenizer, random_weights
+from gemcut.bench.engines.random_model import published_config, random_tokenizer, random_weights
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
 from gemcut.engine.checkpoints.huggingface import load_checkpoint
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from gemcut.bench.ceilings import measure_ceilings
-from gemcut.bench.judge import Answer, Judge, Rows, Verdict
-from gemcut.bench.models import Setup
-from gemcut.bench.peers import (
+from gemcut.bench.engines.peers import (
     CONTESTANTS,
     GEMCUT,
     PEERS,
@@ -29,7 +26,10 @@ from gemcut.bench.peers import (
     choose_peers,
     not_installed,
 )
-from gemcut.bench.results import (
+from gemcut.bench.engines.setup import Setup
+from gemcut.bench.engines.token_check import Answer, Judge, Rows, Verdict
+from gemcut.bench.measure.ceilings import measure_ceilings
+from gemcut.bench.measure.report_file import (
     FAILED,
     INTERRUPTED,
     NO_MEMORY,
@@ -38,7 +38,7 @@ from gemcut.bench.results import (
     Results,
     Row,
 )
-from gemcut.bench.timing import Spread, take_turns
+from gemcut.bench.measure.timing import Spread, take_turns
 from gemcut.engine.checks import check_int
 from gemcut.tokenizer import Tokenizer
 

@@ -7,9 +7,9 @@ was measured, and what could not be.  Nothing stands in either that no report me
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gemcut.bench.plots import make_plots
-from gemcut.bench.rows import CEILINGS, Report, device_of, figures, on_gpu, read_report
-from gemcut.bench.tables import (
+from gemcut.bench.report.load import CEILINGS, Report, device_of, figures, on_gpu, read_report
+from gemcut.bench.report.plots import make_plots
+from gemcut.bench.report.tables import (
     cpu_decode_summary,
     decode_summary,
     decode_tables,

@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from gemcut.bench.results import Row
-from gemcut.bench.rows import figures, spread_of
+from gemcut.bench.measure.report_file import Row
+from gemcut.bench.report.load import figures, spread_of
 
 PHASES = {"decode": ("#0072B2", "o"), "prefill": ("#D55E00", "s")}  # colour, mark
 DISTANCES = (9, 14, 20, 27, 35)  # points, of a number from its mark

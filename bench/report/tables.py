@@ -6,9 +6,10 @@ torch, round by round.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from gemcut.bench.goals import NO_SOFTCAP, outcomes
-from gemcut.bench.results import OK, Row
-from gemcut.bench.rows import (
+from gemcut.bench.measure.report_file import OK, Row
+from gemcut.bench.measure.timing import Spread
+from gemcut.bench.report.goals import NO_SOFTCAP, outcomes
+from gemcut.bench.report.load import (
     GEMCUT,
     Case,
     Report,
@@ -22,7 +23,6 @@ from gemcut.bench.rows import (
     spread_of,
     times_as_fast,
 )
-from gemcut.bench.timing import Spread
 
 Cells = Sequence[str]
 # of the README: what a decode step and a prefill spend their time in, and the row kernels

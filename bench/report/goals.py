@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
-from gemcut.bench.results import Row
-from gemcut.bench.rows import GEMCUT, Case, Report, cases, on_gpu, spread_of, times_as_fast
-from gemcut.bench.timing import Spread
+from gemcut.bench.measure.report_file import Row
+from gemcut.bench.measure.timing import Spread
+from gemcut.bench.report.load import GEMCUT, Case, Report, cases, on_gpu, spread_of, times_as_fast
 
 BF16 = "bfloat16"
 NO_SOFTCAP = "no softcap"  # the variant of a case that leaves the model's softcap out

@@ -17,12 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gemcut.bench.contest import report_settings
-from gemcut.bench.machine import gemcut_version
-from gemcut.bench.models import Setup, add_model_arguments, choose_setup
-from gemcut.bench.peers import GEMCUT
-from gemcut.bench.results import INTERRUPTED, OK, Results, Row, metric, print_table
-from gemcut.bench.timing import clock
+from gemcut.bench.engines.contest import report_settings
+from gemcut.bench.engines.peers import GEMCUT
+from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
+from gemcut.bench.measure.machine import gemcut_version
+from gemcut.bench.measure.report_file import INTERRUPTED, OK, Results, Row, metric, print_table
+from gemcut.bench.measure.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checks import check_int
 from gemcut.engine.execution.sampler import Features

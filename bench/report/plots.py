@@ -26,9 +26,9 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from gemcut.bench.results import Row
-from gemcut.bench.roofline import roofline
-from gemcut.bench.rows import (
+from gemcut.bench.measure.report_file import Row
+from gemcut.bench.measure.timing import Spread
+from gemcut.bench.report.load import (
     GEMCUT,
     Case,
     Report,
@@ -40,7 +40,7 @@ from gemcut.bench.rows import (
     near_1k,
     spread_of,
 )
-from gemcut.bench.timing import Spread
+from gemcut.bench.report.roofline import roofline
 
 # Okabe and Ito's palette: told apart by the colour-blind
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gemcut.bench.machine import gemcut_version
-from gemcut.bench.models import Setup, require_memory
-from gemcut.bench.timing import clock
+from gemcut.bench.engines.setup import Setup, require_memory
+from gemcut.bench.measure.machine import gemcut_version
+from gemcut.bench.measure.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checks import check_int
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
@@ -195,7 +195,7 @@ class GptFast:
     """A gpt-fast-style Gemma: static cache, one compiled program for each kind of step."""
 
     def __init__(self, stage: Stage, quantization: str | None = None) -> None:
-        from gemcut.bench.compiled_gemma import CompiledGemma
+        from gemcut.bench.engines.compiled_gemma import CompiledGemma
 
         setup, workload = stage.setup, stage.workload
         weights = setup.model.weights
@@ -207,7 +207,7 @@ class GptFast:
         packages = ["torch"] if quantization is None else ["torch", "torchao"]
         self.version = ", ".join(f"{name} {version(name)}" for name in packages)
         weights_of = "" if quantization is None else f", torchao's {quantization} weights"
-        self.settings = f"bench/compiled_gemma.py, torch.compile{weights_of}"
+        self.settings = f"bench/engines/compiled_gemma.py, torch.compile{weights_of}"
         self._model = CompiledGemma(
             setup.config,
             weights,

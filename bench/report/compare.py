@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gemcut.bench.results import OK, Row, print_table
-from gemcut.bench.rows import GEMCUT, Report, direction, figures, metrics, read_report
+from gemcut.bench.measure.report_file import OK, Row, print_table
+from gemcut.bench.report.load import GEMCUT, Report, direction, figures, metrics, read_report
 
 THRESHOLD = 0.05
 ALPHA = 0.01  # of an interval: 1 - its level, at most

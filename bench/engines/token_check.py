@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcut.bench.checking import rounded_weight
-from gemcut.bench.results import OK, WRONG
+from gemcut.bench.measure.report_file import OK, WRONG
+from gemcut.bench.ops.op_check import rounded_weight
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import LayerWeights

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from gemcut.bench.prefill_cases import visible_pairs
-from gemcut.bench.results import print_table
+from gemcut.bench.measure.report_file import print_table
+from gemcut.bench.ops.prefill_cases import visible_pairs
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weights import Part, parts
 

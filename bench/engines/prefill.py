@@ -11,8 +11,7 @@ of large products.
 
 import argparse
 
-from gemcut.bench.account import prefill_flops
-from gemcut.bench.contest import (
+from gemcut.bench.engines.contest import (
     Ceilings,
     Result,
     add_contest_arguments,
@@ -20,9 +19,10 @@ from gemcut.bench.contest import (
     print_fastest,
     run_contest,
 )
-from gemcut.bench.models import add_model_arguments, choose_setup
-from gemcut.bench.peers import GEMCUT, Generation, Workload
-from gemcut.bench.results import Row, metric, print_table
+from gemcut.bench.engines.peers import GEMCUT, Generation, Workload
+from gemcut.bench.engines.setup import add_model_arguments, choose_setup
+from gemcut.bench.engines.step_bytes import prefill_flops
+from gemcut.bench.measure.report_file import Row, metric, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

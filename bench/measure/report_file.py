@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from gemcut.bench.machine import describe_machine
-from gemcut.bench.timing import Spread
+from gemcut.bench.measure.machine import describe_machine
+from gemcut.bench.measure.timing import Spread
 
 SCHEMA = 1
 OK, WRONG, FAILED, NO_MEMORY = "ok", "wrong", "failed", "no memory"

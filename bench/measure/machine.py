@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 PACKAGES = ("gemcut", "torch", "triton", "transformers", "numpy")
 NVIDIA_SMI = {
     "driver": "driver_version",

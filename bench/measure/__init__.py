@@ -1,0 +1,1 @@
+"""What a machine takes and can do at most, and the file that a run leaves."""

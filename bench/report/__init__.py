@@ -1,0 +1,1 @@
+"""What reports say: tables, plots, goals, comparisons of two runs."""
