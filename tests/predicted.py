@@ -2,8 +2,8 @@
 
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.launches import Launch, Made
-from gemcut.tools.machine_code import Loop
-from gemcut.tools.predicted_step import PredictedStep
+from gemcut.tools.prediction.machine_code import Loop
+from gemcut.tools.prediction.predicted_step import PredictedStep
 
 Facts = dict[str, int]
 

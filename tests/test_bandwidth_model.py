@@ -1,12 +1,12 @@
-"""tools/bandwidth_model.py: its limits, and that more never takes less."""
+"""tools/prediction/bandwidth_model.py: its limits, and that more never takes less."""
 
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from gemcut.tools.bandwidth_model import Stream, _shared, stream_us
-from gemcut.tools.machine import H200
+from gemcut.tools.prediction.bandwidth_model import Stream, _shared, stream_us
+from gemcut.tools.prediction.machine import H200
 
 STREAM = Stream(
     programs=264,

@@ -1,4 +1,4 @@
-"""tools/fit_machine.py: planted constants are found again, and what is no profile is refused."""
+"""tools/prediction/fit_machine.py: planted constants are found again, other files refused."""
 
 import json
 from dataclasses import replace
@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from predicted import small_step
 
-from gemcut.tools import fit_machine
-from gemcut.tools.fit_machine import Profile, fit, least, read_profile, scaled
-from gemcut.tools.machine import H200, Machine
-from gemcut.tools.predicted_step import PredictedStep
+from gemcut.tools.prediction import fit_machine
+from gemcut.tools.prediction.fit_machine import Profile, fit, least, read_profile, scaled
+from gemcut.tools.prediction.machine import H200, Machine
+from gemcut.tools.prediction.predicted_step import PredictedStep
 
 # latencies and ends trade with each other: a profile of few kernels cannot tell them apart
 PLANTED = {"bandwidth": 0.93, "clock": 0.8}

@@ -16,8 +16,9 @@ from visit_blocks import seconds_of
 from gemcut.bench.measure import report_file
 from gemcut.bench.report.load import CEILINGS
 from gemcut.bench.report.report_page import load_reports
-from gemcut.tools import gpu_visit, visit_bits, visit_ops, visit_table
+from gemcut.tools import gpu_visit
 from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
+from gemcut.tools.visit import bits, ops, report
 
 # where the children find visit_blocks.py, and what this process was told
 SEARCHED = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
@@ -39,7 +40,7 @@ def visit(*arguments, background=False):
 
 
 def ends(out):
-    return {end["block"]: end["status"] for end in visit_table.ends(out)}
+    return {end["block"]: end["status"] for end in report.ends(out)}
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +64,12 @@ def test_every_end_is_told_and_the_next_block_runs(whole):
         "spawns": "timed out",
         "last": "finished",
     }
-    details = {end["block"]: end.get("detail") for end in visit_table.ends(out)}
+    details = {end["block"]: end.get("detail") for end in report.ends(out)}
     assert details["raises"] == "RuntimeError: no such thing"
     assert details["dies"] == "killed by SIGKILL"
     assert details["hangs"] == "not done after 3 s"
     for block in ends(out):  # what each had found before it ended
-        assert visit_table.rows(out, block)[0]["case"] == "first"
+        assert report.rows(out, block)[0]["case"] == "first"
 
 
 def test_a_block_is_ended_with_what_it_started(whole):
@@ -102,25 +103,25 @@ def test_the_table_holds_at_most_a_hundred_lines(tmp_path):
     for name in quotas:
         for i in range(60):
             row = {"case": str(i), "status": "wrong" if i % 2 else "ok", "line": "x" * 500}
-            visit_table.append(tmp_path / "rows" / f"{name}.jsonl", row)
+            report.append(tmp_path / "rows" / f"{name}.jsonl", row)
         end = {"block": name, "status": "finished", "seconds": 1.0}
-        visit_table.append(tmp_path / "visit.jsonl", end)
-    lines = visit_table.table(tmp_path, quotas)
-    assert len(lines) == visit_table.MOST_LINES
-    assert max(map(len, lines)) == visit_table.WIDTH
+        report.append(tmp_path / "visit.jsonl", end)
+    lines = report.table(tmp_path, quotas)
+    assert len(lines) == report.MOST_LINES
+    assert max(map(len, lines)) == report.WIDTH
     assert lines[1] == f"-- {30 * len(quotas)} rows are not right"
 
 
 def test_a_second_try_of_a_case_counts(whole):
     out, _ = whole
-    found = {row["case"]: row["status"] for row in visit_table.rows(out, "right")}
+    found = {row["case"]: row["status"] for row in report.rows(out, "right")}
     assert found["a case"] == "ok"
     assert found["another"] == "skipped"
 
 
 def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"case": "a", "status": "ok"}\n{"case": "b", "sta')
-    assert [row["case"] for row in visit_table.read(tmp_path / "x.jsonl")] == ["a"]
+    assert [row["case"] for row in report.read(tmp_path / "x.jsonl")] == ["a"]
 
 
 def test_everything_is_in_the_archive(whole):
@@ -152,12 +153,12 @@ def test_resuming_runs_what_has_not_finished(tmp_path):
     out = tmp_path / "out"
     running = visit(out, *STUBS, "--only", "right", "hangs", "last", background=True)
     deadline = time.monotonic() + 60
-    while not visit_table.rows(out, "hangs") and time.monotonic() < deadline:
+    while not report.rows(out, "hangs") and time.monotonic() < deadline:
         time.sleep(0.1)
     running.kill()  # which no handler sees
     running.communicate()
     assert ends(out) == {"right": "finished"}
-    assert visit_table.rows(out, "hangs")[0]["case"] == "first"
+    assert report.rows(out, "hangs")[0]["case"] == "first"
     with tarfile.open(out / "all.tgz") as tar:  # written after each block
         assert "rows/right.jsonl" in tar.getnames()
 
@@ -165,14 +166,14 @@ def test_resuming_runs_what_has_not_finished(tmp_path):
     assert done.returncode == 1
     assert "== right" not in done.stdout
     assert ends(out) == {"right": "finished", "hangs": "timed out", "last": "finished"}
-    assert [row["case"] for row in visit_table.read(out / "rows" / "hangs.jsonl")] == ["first"] * 2
+    assert [row["case"] for row in report.read(out / "rows" / "hangs.jsonl")] == ["first"] * 2
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path):
     out = tmp_path / "out"
     running = visit(out, *STUBS, "--only", "spawns", "last", background=True)
     deadline = time.monotonic() + 60
-    while not visit_table.rows(out, "spawns") and time.monotonic() < deadline:
+    while not report.rows(out, "spawns") and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
     stdout, stderr = running.communicate(timeout=30)
@@ -191,12 +192,12 @@ def test_a_visit_ends_within_its_limit(tmp_path):
 
 
 def test_words_are_those_of_the_benchmarks():
-    assert (visit_table.OK, visit_table.WRONG) == (report_file.OK, report_file.WRONG)
-    assert (visit_table.FAILED, visit_table.NO_MEMORY) == (
+    assert (report.OK, report.WRONG) == (report_file.OK, report_file.WRONG)
+    assert (report.FAILED, report.NO_MEMORY) == (
         report_file.FAILED,
         report_file.NO_MEMORY,
     )
-    assert (visit_table.SCHEMA, visit_table.CEILINGS) == (report_file.SCHEMA, CEILINGS)
+    assert (report.SCHEMA, report.CEILINGS) == (report_file.SCHEMA, CEILINGS)
 
 
 def test_a_block_gives_way_to_the_limit():
@@ -240,22 +241,22 @@ def test_without_a_folder_it_is_wrong_usage():
 def test_reports_are_kept_by_device(whole, tmp_path):
     out, _ = whole
     with pytest.raises(ValueError, match="which device"):
-        visit_table.keep(out, tmp_path)
+        report.keep(out, tmp_path)
     folder = tmp_path / "visit"
     (folder / "rows").mkdir(parents=True)
     machine = {"device": "NVIDIA H200", "versions": {}, "commit": None}
     row = {"case": "machine", "status": "ok", "machine": machine}
-    visit_table.append(folder / "rows" / "machine.jsonl", row)
-    visit_table.write_report(folder, "machine")
+    report.append(folder / "rows" / "machine.jsonl", row)
+    report.write_report(folder, "machine")
     (folder / "breakdown-x-b1.json").write_text("{}")
     (folder / "other.json").write_text("{}")
     archive = tmp_path / "all.tgz"
-    visit_table.pack(folder, archive)
+    report.pack(folder, archive)
     assert gpu_visit.main(["--keep", str(archive), "--results", str(tmp_path / "results")]) == 0
     kept = sorted(file.name for file in (tmp_path / "results" / "nvidia-h200").iterdir())
     assert kept == ["breakdown-x-b1.json", "visit-machine.json"]
-    report = json.loads((tmp_path / "results" / "nvidia-h200" / "visit-machine.json").read_text())
-    assert report["machine"]["device"] == "NVIDIA H200"
+    stored = json.loads((tmp_path / "results" / "nvidia-h200" / "visit-machine.json").read_text())
+    assert stored["machine"]["device"] == "NVIDIA H200"
 
 
 # What blocks find
@@ -273,8 +274,8 @@ def test_stored_texts_are_what_the_oracles_choose():
     weights = load_checkpoint(DEMO, config, device=torch.device("cpu"), dtype=torch.float32)
     model = Gemma(config, weights, reference)
     with torch.inference_mode():
-        for prompt, text in visit_bits.TEXTS.items():
-            ids = visit_bits.generate(model, tokenizer.encode(prompt), visit_bits.NEW_TOKENS)
+        for prompt, text in bits.TEXTS.items():
+            ids = bits.generate(model, tokenizer.encode(prompt), bits.NEW_TOKENS)
             assert tokenizer.decode(ids) == text
 
 
@@ -285,7 +286,7 @@ def test_a_small_visit_to_a_cpu(tmp_path):
     done = visit(out, "--device", "cpu", "--only", *names)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(ends(out)) == set(names)
-    checked = {row["case"] for row in visit_table.rows(out, "ops")}
+    checked = {row["case"] for row in report.rows(out, "ops")}
     for op in ("attention_decode", "attention_prefill", "linear_geglu", "sample", "penalize"):
         assert any(case.startswith(op) for case in checked)
     assert "drafts/demo" in checked
@@ -309,22 +310,22 @@ def test_a_row_that_depends_on_its_company_is_seen(monkeypatch):
     from gemcut import kernels
 
     found, plain = Found(), kernels.add_rmsnorm_
-    shapes = visit_ops.shapes_of("demo", found.device)
-    cases = [c for c in visit_ops.company_cases(found, shapes) if c.op == "add_rmsnorm_"]
-    assert all(visit_ops.same_bits(case, 0, 1) for case in cases)
+    shapes = ops.shapes_of("demo", found.device)
+    cases = [c for c in ops.company_cases(found, shapes) if c.op == "add_rmsnorm_"]
+    assert all(ops.same_bits(case, 0, 1) for case in cases)
 
     def leaning(residual, *args, **kwargs):
         y = plain(residual, *args, **kwargs)
         return y * (1 + y.shape[0] / 100)
 
     monkeypatch.setattr(kernels, "add_rmsnorm_", leaning)
-    assert not any(visit_ops.same_bits(case, 0, 1) for case in cases)
+    assert not any(ops.same_bits(case, 0, 1) for case in cases)
 
 
 def test_a_replay_that_differs_is_seen():
     found, calls = Found(), iter(range(9))
-    visit_bits.compare_replays(found, "moving", lambda: torch.full((3,), float(next(calls))), 2)
-    visit_bits.compare_replays(found, "still", lambda: torch.full((3,), torch.nan), 2)
+    bits.compare_replays(found, "moving", lambda: torch.full((3,), float(next(calls))), 2)
+    bits.compare_replays(found, "still", lambda: torch.full((3,), torch.nan), 2)
     assert found == [
         ("moving", False, "1 of 1 replays differ from the eager call"),
         ("still", True, "0 of 1 replays differ from the eager call"),

@@ -1,4 +1,4 @@
-"""tools/launch_time.py: which facts of a launch make its time."""
+"""tools/prediction/launch_time.py: which facts of a launch make its time."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -7,9 +7,9 @@ import pytest
 from predicted import attention, cell, loop, made, product
 
 from gemcut.kernels.kv_splits import count_splits
-from gemcut.tools.launch_time import cuts, launch_us, longest_run, memory_bytes, seen
 from gemcut.tools.launches import Made
-from gemcut.tools.machine import H200
+from gemcut.tools.prediction.launch_time import cuts, launch_us, longest_run, memory_bytes, seen
+from gemcut.tools.prediction.machine import H200
 
 MAIN = loop(2000, 1000, multiplies=True)
 AFTER = loop(20_000, 2000)

@@ -27,7 +27,7 @@ LATE |= {
 }
 LATE |= {("bench/engines/peers.py", "gemcut.bench.engines.compiled_gemma")}
 # torch, in the processes of a visit alone
-LATE |= {("tools/visit.py", "torch"), ("tools/visit.py", "gemcut.engine.placement")}
+LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.engine.placement")}
 # a peer's arrays, files and templates, which not every user has
 LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
 LATE |= {("engine/transformers_api/tokenizers/vocabularies.py", "tokenizers")}

@@ -1,4 +1,4 @@
-"""tools/product_times.py: rows become launches with their tiles, and what is no row is refused."""
+"""tools/prediction/product_times.py: rows become launches; what is no row is refused."""
 
 import json
 
@@ -6,11 +6,11 @@ import pytest
 from predicted import cell, loop, product
 
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.tools import product_times
-from gemcut.tools.fit_machine import fit
-from gemcut.tools.launch_time import facts_of
-from gemcut.tools.machine import H200
-from gemcut.tools.product_times import Row, is_list, pair, read_rows
+from gemcut.tools.prediction import product_times
+from gemcut.tools.prediction.fit_machine import fit
+from gemcut.tools.prediction.launch_time import facts_of
+from gemcut.tools.prediction.machine import H200
+from gemcut.tools.prediction.product_times import Row, is_list, pair, read_rows
 
 ROW = {"kernel": "skinny_linear", "N": 2304, "D": 9216, "us": 13.6}
 ROW |= {"tile": {"BLOCK_N": 64, "BLOCK_D": 128, "SPLITS": 4, "num_warps": 4, "num_stages": 4}}

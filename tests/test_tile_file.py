@@ -11,8 +11,9 @@ import pytest
 from gemcut.kernels import tiles
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.tiles import Measured, tiles_by_part
-from gemcut.tools import search_space, tune
-from gemcut.tools.tile_file import TILES_FILE, merged, read_measured, render, write_measured
+from gemcut.tools import tune
+from gemcut.tools.tuning import search_space
+from gemcut.tools.tuning.tile_file import TILES_FILE, merged, read_measured, render, write_measured
 
 CHECKOUT = Path(__file__).parents[1]
 

@@ -22,10 +22,11 @@ from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels import matmul, tiles
 from gemcut.kernels.gpu_arch import SHARED_MEMORY, part
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.tools import heats, ranking, search_space, tune
+from gemcut.tools import tune
 from gemcut.tools.compile_report import Cell
-from gemcut.tools.search_space import Candidate, Subject, find_subjects, looked_up
-from gemcut.tools.tile_file import read_measured
+from gemcut.tools.tuning import ranking, search_space, trials
+from gemcut.tools.tuning.search_space import Candidate, Subject, find_subjects, looked_up
+from gemcut.tools.tuning.tile_file import read_measured
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HERE = part(DEVICE)
@@ -89,9 +90,9 @@ def test_a_kernel_takes_what_was_measured(kernel, folder, launches, small_grid, 
     for constants in ({}, CONSTANTS[kernel]):
         monkeypatch.setattr(tiles, "TUNED", {HERE: {subject.key: constants}})
         for case in subject.cases:
-            check = heats.Check(case, case.make())
+            check = trials.Check(case, case.make())
             launches.clear()
-            verdict = check.gemcut(heats.builder(subject, case, Candidate(constants), DEVICE))
+            verdict = check.gemcut(trials.builder(subject, case, Candidate(constants), DEVICE))
             assert verdict.passed, (case.name, verdict)
             name, launched = launches[0]
             assert name.startswith(kernel)
@@ -193,21 +194,21 @@ def timed(*ratios):
 )
 def test_a_winner_beats_the_rule_beyond_noise(ratios, wins):
     rule, candidate = Candidate({}), timed(*ratios)
-    assert heats.choose_winner(rule, [candidate]) is (candidate if wins else rule)
+    assert trials.choose_winner(rule, [candidate]) is (candidate if wins else rule)
 
 
 def test_the_fastest_of_those_that_pass_wins():
     rule, fast, faster = Candidate({}), timed(0.9, 0.9, 0.9), timed(0.8, 0.8, 0.9)
     failed, noisy = timed(0.1, 0.1, 0.1), timed(0.1, 0.1, 1.1)
     failed.status = "failed"
-    assert heats.choose_winner(rule, [fast, failed, faster, noisy]) is faster
-    assert heats.choose_winner(rule, []) is rule
+    assert trials.choose_winner(rule, [fast, failed, faster, noisy]) is faster
+    assert trials.choose_winner(rule, []) is rule
 
 
 def test_a_ratio_is_the_geometric_mean_over_cases_of_one_round():
     rule = {"batch 1": [10.0, 20.0], "batch 16": [100.0, 100.0]}
     candidate = {"batch 1": [5.0, 20.0], "batch 16": [200.0, 25.0]}
-    assert heats.ratios(candidate, rule) == pytest.approx([1.0, 0.5])
+    assert trials.ratios(candidate, rule) == pytest.approx([1.0, 0.5])
 
 
 @pytest.fixture
@@ -222,8 +223,8 @@ def known_speed(monkeypatch, launches):
         seconds = 1e-6 * speeds.get(tile.get("BLOCK_N", tile.get("BLOCK_F")), 10.0)
         return Runs(lambda: seconds, lambda: seconds, "loop", 1)
 
-    monkeypatch.setattr(heats, "prepare", prepare)
-    monkeypatch.setattr(heats, "choose_input_sets", lambda case, device: 1)
+    monkeypatch.setattr(trials, "prepare", prepare)
+    monkeypatch.setattr(trials, "choose_input_sets", lambda case, device: 1)
     return speeds
 
 
@@ -270,7 +271,7 @@ def test_tuning(run, try_tiles, known_speed, capsys, tmp_path):
     }
     best = by_tile[32, 16]
     assert best["won"]
-    assert best["ratio"]["all"] == pytest.approx([0.7] * heats.FINAL_ROUNDS)
+    assert best["ratio"]["all"] == pytest.approx([0.7] * trials.FINAL_ROUNDS)
     assert len(best["us"]) == 4  # a local and a global layer at two batches
     assert [us["median"] for us in best["us"].values()] == pytest.approx([7.0] * 4)
     assert "is allowed" in by_tile[16, 32]["detail"]
@@ -310,9 +311,9 @@ def test_nothing_is_decided_where_nothing_is_timed(run, try_tiles, known_speed, 
 @interpreted
 def test_real_times(run, try_tiles, monkeypatch):
     """The timer itself, where a call of many programs takes longer than one of a single program."""
-    monkeypatch.setattr(heats, "choose_input_sets", lambda case, device: 2)
-    monkeypatch.setattr(heats, "HEAT_ROUNDS", 2)
-    monkeypatch.setattr(heats, "FINAL_ROUNDS", 2)
+    monkeypatch.setattr(trials, "choose_input_sets", lambda case, device: 2)
+    monkeypatch.setattr(trials, "HEAT_ROUNDS", 2)
+    monkeypatch.setattr(trials, "FINAL_ROUNDS", 2)
     try_tiles("linear_geglu", {"BLOCK_F": 8}, {"num_stages": 1})
     code, report = run("--kernels", "linear_geglu")
     assert code == 0
@@ -360,14 +361,14 @@ def test_what_fails_harms_nobody_after_it(run, try_tiles, known_speed, monkeypat
 @pytest.mark.parametrize(("seconds", "status"), [(13, "untried"), (15, "ok")])
 def test_the_time_is_up(seconds, status, run, try_tiles, known_speed, monkeypatch, tmp_path):
     """In the second shape's heat or its final: what was decided is kept, the rest undecided."""
-    prepare, prepared = heats.prepare, []
+    prepare, prepared = trials.prepare, []
 
     def slow(calls, device):
         prepared.append(1)
         return prepare(calls, device)
 
-    monkeypatch.setattr(heats, "prepare", slow)
-    for module in (tune, heats):
+    monkeypatch.setattr(trials, "prepare", slow)
+    for module in (tune, trials):
         monkeypatch.setattr(module, "clock", lambda: float(len(prepared)))  # a second for each
     known_speed[16] = 5.0
     try_tiles("skinny_linear", {"BLOCK_N": 16}, {"BLOCK_N": 32})
@@ -381,7 +382,7 @@ def test_the_time_is_up(seconds, status, run, try_tiles, known_speed, monkeypatc
     assert [row["won"] for row in first] == [False, True, False]
     assert not any(row["won"] for row in second)
     assert [row["status"] for row in second] == [status] * 3
-    assert [row["detail"] for row in second[1:]] == [heats.NO_TIME * (status != "ok")] * 2
+    assert [row["detail"] for row in second[1:]] == [trials.NO_TIME * (status != "ok")] * 2
     (written,) = read_measured(tmp_path / f"tiles-{HERE}.py")
     assert written.tiles == {"skinny_linear": {tuple(first[0]["shape"]): {"BLOCK_N": 16}}}
     assert len(prepared) <= seconds + 1
@@ -391,12 +392,12 @@ def test_the_time_is_up(seconds, status, run, try_tiles, known_speed, monkeypatc
 def test_a_share_of_the_time_ends_with_fewer_heats(folder, small_grid, known_speed, monkeypatch):
     """Later shapes have theirs: a search that would take longer is cut, and decided as it is."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr(heats, "clock", lambda: next(ticks))
+    monkeypatch.setattr(trials, "clock", lambda: next(ticks))
     subject, _ = find_subjects([str(folder)], ["skinny_linear"], HERE, DEVICE, BF16)
     subject.candidates = [Candidate({"BLOCK_N": 32, "num_stages": n}) for n in range(1, 40)]
-    heats.tune(subject, DEVICE, share_ends=50, ends=10**6)
+    trials.tune(subject, DEVICE, share_ends=50, ends=10**6)
     assert [c.status for c in subject.candidates[:6]] == ["ok"] * 6
-    assert subject.candidates[-1].detail == heats.NO_TIME
+    assert subject.candidates[-1].detail == trials.NO_TIME
     assert subject.winner is subject.rule
 
 
@@ -406,7 +407,7 @@ def test_an_interrupted_run_keeps_what_it_decided(
 ):
     known_speed[16] = 5.0
     try_tiles("skinny_linear", {"BLOCK_N": 16})
-    find, calls = heats.tune, iter("12")
+    find, calls = trials.tune, iter("12")
 
     def interrupt(*arguments):
         if next(calls) == "2":
@@ -427,7 +428,7 @@ def test_too_little_memory_is_told(run, try_tiles, monkeypatch):
     def choose_input_sets(case, device):
         raise MemoryError("needs 8.00 GB on cpu, 7.00 GB more than are free")
 
-    monkeypatch.setattr(heats, "choose_input_sets", choose_input_sets)
+    monkeypatch.setattr(trials, "choose_input_sets", choose_input_sets)
     try_tiles("lm_head", {"BLOCK_V": 16})
     code, report = run("--kernels", "lm_head")
     assert code == 0
@@ -512,7 +513,7 @@ def test_what_breaks_a_rule_is_dropped(compile_fakes):
             ("dropped", "300000 bytes of shared memory > 232448"),
             ("dropped", "CompilationError: at 3:4"),
             ("dropped", "spills 8 bytes of registers"),
-            ("dropped", heats.NO_TIME),
+            ("dropped", trials.NO_TIME),
             ("same as the rule", ""),
         ]
         assert [c.name for c in subject.left()] == ["a=1"]
@@ -554,7 +555,8 @@ def test_what_spills_is_tried_with_more_registers(compile_fakes):
 COMPILE = """
 import sys
 from gemcut.kernels import tiles
-from gemcut.tools import search_space, tune
+from gemcut.tools import tune
+from gemcut.tools.tuning import search_space
 
 tiles.TUNED.clear()
 FINE = {"BLOCK_F": 32, "BLOCK_D": 256, "num_warps": 4, "num_stages": 4}
@@ -607,7 +609,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from gemcut import kernels
 from gemcut.kernels import tiles
-from gemcut.tools import search_space
+from gemcut.tools.tuning import search_space
 from gemcut.tools.compile_report import compile_launch
 from gemcut.tools.launches import recorded
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from zlib import crc32
 
 from gemcut.tools.gpu_visit import Block
-from gemcut.tools.visit import Visit
+from gemcut.tools.visit.block import Visit
 
 ENDS = ("right", "wrong", "raises", "hangs", "dies", "spawns", "last")
 BLOCKS = tuple(Block(name, "visit_blocks", seconds=3.0, expected=1.0, lines=3) for name in ENDS)

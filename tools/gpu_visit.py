@@ -43,10 +43,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from gemcut.tools import visit_table
-from gemcut.tools.visit import Impossible, Visit
+from gemcut.tools.visit import report
+from gemcut.tools.visit.block import Impossible, Visit
 
-PACKAGE = "gemcut.tools"
+PACKAGE = "gemcut.tools.visit"
 LIMIT = 570.0  # seconds of a whole visit
 RESERVE = 5.0  # of them for the table and the archive
 LEAST = 3.0  # seconds; with less left a block is not begun
@@ -82,28 +82,22 @@ class Block:
 #   memcheck   imports and three small calls, five times as slow as without it
 #   peers      two runs: weights and judge 10 s, transformers' import 10 s, two compilations of 30 s
 BLOCKS = (
-    Block(
-        "machine", f"{PACKAGE}.visit_machine", seconds=60, expected=25, lines=9, interpreted=False
-    ),
-    Block(
-        "compile", f"{PACKAGE}.visit_compile", seconds=100, expected=50, lines=4, interpreted=False
-    ),
-    Block("ops", f"{PACKAGE}.visit_ops", seconds=90, expected=45, lines=4),
-    Block("bits", f"{PACKAGE}.visit_bits", seconds=75, expected=40, lines=10),
-    Block("steps", f"{PACKAGE}.visit_steps", seconds=90, expected=60, lines=10),
-    Block(
-        "tiles", f"{PACKAGE}.visit_tiles", seconds=110, expected=100, lines=12, interpreted=False
-    ),
-    Block("pdl", f"{PACKAGE}.visit_pdl", seconds=45, expected=20, lines=12),
-    Block("attention", f"{PACKAGE}.visit_attention", seconds=60, expected=35, lines=14),
-    Block("memcheck", f"{PACKAGE}.visit_memcheck", seconds=60, expected=30, lines=3),
-    Block("peers", f"{PACKAGE}.visit_peers", seconds=170, expected=105, lines=5),
+    Block("machine", f"{PACKAGE}.machine", seconds=60, expected=25, lines=9, interpreted=False),
+    Block("compile", f"{PACKAGE}.compile", seconds=100, expected=50, lines=4, interpreted=False),
+    Block("ops", f"{PACKAGE}.ops", seconds=90, expected=45, lines=4),
+    Block("bits", f"{PACKAGE}.bits", seconds=75, expected=40, lines=10),
+    Block("steps", f"{PACKAGE}.steps", seconds=90, expected=60, lines=10),
+    Block("tiles", f"{PACKAGE}.tiles", seconds=110, expected=100, lines=12, interpreted=False),
+    Block("pdl", f"{PACKAGE}.pdl", seconds=45, expected=20, lines=12),
+    Block("attention", f"{PACKAGE}.attention", seconds=60, expected=35, lines=14),
+    Block("memcheck", f"{PACKAGE}.memcheck", seconds=60, expected=30, lines=3),
+    Block("peers", f"{PACKAGE}.peers", seconds=170, expected=105, lines=5),
 )
 
 
 def run_block(block: Block, arguments: argparse.Namespace, seconds: float) -> dict:
     """How a block ended, in its own process and at most so many seconds."""
-    command = [sys.executable, "-P", "-m", f"{PACKAGE}.gpu_visit", str(arguments.out)]
+    command = [sys.executable, "-P", "-m", "gemcut.tools.gpu_visit", str(arguments.out)]
     command += ["--block", block.name, "--device", arguments.device, "--limit", f"{seconds:.1f}"]
     command += ["--blocks", arguments.blocks] if arguments.blocks else []
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -162,7 +156,7 @@ def visit(arguments: argparse.Namespace, blocks: Sequence[Block]) -> int:
     """Run the blocks that are asked for, and write the table; 1 where anything failed."""
     out: Path = arguments.out
     ends = time.monotonic() + arguments.limit - RESERVE
-    done = {end["block"] for end in visit_table.ends(out) if end["status"] == FINISHED}
+    done = {end["block"] for end in report.ends(out) if end["status"] == FINISHED}
     chosen = [
         block for block in blocks if block.name in (arguments.only or [b.name for b in blocks])
     ]
@@ -179,8 +173,8 @@ def visit(arguments: argparse.Namespace, blocks: Sequence[Block]) -> int:
                 end = run_block(block, arguments, min(block.seconds, left))
                 detail = f": {end['detail']}" if "detail" in end else ""
                 print(f"== {block.name} {end['status']}, {end['seconds']} s{detail}", flush=True)
-            visit_table.append(out / "visit.jsonl", end)
-            visit_table.write_report(out, block.name)
+            report.append(out / "visit.jsonl", end)
+            report.write_report(out, block.name)
             write_archive(arguments, blocks)
             if end.get("code") == IMPOSSIBLE:
                 impossible = end["detail"]
@@ -192,14 +186,14 @@ def visit(arguments: argparse.Namespace, blocks: Sequence[Block]) -> int:
     print("\n".join(lines), flush=True)
     if impossible is not None:
         print(f"gpu_visit: {impossible}", file=sys.stderr)
-    return int(impossible is not None or visit_table.has_failed(out, [b.name for b in chosen]))
+    return int(impossible is not None or report.has_failed(out, [b.name for b in chosen]))
 
 
 def write_archive(arguments: argparse.Namespace, blocks: Sequence[Block]) -> list[str]:
     """Write the table and the archive as they are now; the table's lines."""
-    lines = visit_table.table(arguments.out, {block.name: block.lines for block in blocks})
-    (arguments.out / visit_table.TABLE).write_text("\n".join(lines) + "\n")
-    visit_table.pack(arguments.out, arguments.archive)
+    lines = report.table(arguments.out, {block.name: block.lines for block in blocks})
+    (arguments.out / report.TABLE).write_text("\n".join(lines) + "\n")
+    report.pack(arguments.out, arguments.archive)
     return lines
 
 
@@ -254,7 +248,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     """The folders of a visit; ValueError where OUT is another's, or is not there to resume."""
     arguments.out = arguments.out.resolve()
     if arguments.archive is None:
-        arguments.archive = arguments.out / visit_table.ARCHIVE
+        arguments.archive = arguments.out / report.ARCHIVE
     if arguments.resume and not (arguments.out / "rows").is_dir():
         raise ValueError(f"{arguments.out} holds no visit to resume")
     if not arguments.resume and arguments.out.exists():
@@ -267,9 +261,9 @@ def keep(found: Path, results: Path) -> int:
     """Copy the reports of a visit, a folder or an archive of one, to the folder of its device."""
     if not found.is_dir():
         with tempfile.TemporaryDirectory() as folder:
-            visit_table.unpack(found, Path(folder))
+            report.unpack(found, Path(folder))
             return keep(Path(folder), results)
-    for file in visit_table.keep(found, results):
+    for file in report.keep(found, results):
         print(f"written: {file}")
     return 0
 
@@ -290,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--archive", type=Path, metavar="FILE", help="default: OUT/all.tgz")
     parser.add_argument("--keep", type=Path, metavar="OUT", help="copy reports; or an all.tgz")
     parser.add_argument(
-        "--results", type=Path, metavar="FOLDER", default=visit_table.RESULTS, help="of --keep"
+        "--results", type=Path, metavar="FOLDER", default=report.RESULTS, help="of --keep"
     )
     parser.add_argument("--block", help=argparse.SUPPRESS)  # this process is that block's
     parser.add_argument("--blocks", help=argparse.SUPPRESS)  # a module with other blocks

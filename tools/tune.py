@@ -42,10 +42,9 @@ from gemcut.kernels.gpu_arch import SHARED_MEMORY, part
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import Key, Measured, Tile
 from gemcut.tools.compile_report import Cell, compile_launch
-from gemcut.tools.heats import NO_TIME, tune
 from gemcut.tools.launches import Launch
-from gemcut.tools.ranking import rank
-from gemcut.tools.search_space import (
+from gemcut.tools.tuning.ranking import rank
+from gemcut.tools.tuning.search_space import (
     CANDIDATES,
     COMPILED,
     DROPPED,
@@ -56,7 +55,14 @@ from gemcut.tools.search_space import (
     find_launches,
     find_subjects,
 )
-from gemcut.tools.tile_file import TILES_FILE, by_kernel, merged, read_measured, write_measured
+from gemcut.tools.tuning.tile_file import (
+    TILES_FILE,
+    by_kernel,
+    merged,
+    read_measured,
+    write_measured,
+)
+from gemcut.tools.tuning.trials import NO_TIME, tune
 
 MOST_REGISTERS = 255  # of a thread, on any part
 

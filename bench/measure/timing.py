@@ -8,7 +8,7 @@ ratios within the round alone.
 An op is timed in runs of many calls.  Cold, the calls rotate over input sets that together exceed
 the last-level cache, as the layers of a model do; warm, all take the first set.  On a GPU a run is
 one CUDA graph between two events, so that the host is not in it.  The gaps between kernels are:
-each node of a graph costs about a microsecond on the device, which tools/visit_machine.py measures.
+each node of a graph costs about a microsecond on the device, which tools/visit/machine.py measures.
 What cannot be captured is timed as a stream of launches, and says so.  On a CPU a run is a loop
 under a wall clock.
 """

@@ -22,10 +22,10 @@ from gemcut.kernels.gpu_arch import part
 from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.launches import Launch, recorded
-from gemcut.tools.search_space import applied, looked_up
-from gemcut.tools.visit import Visit
-from gemcut.tools.visit_ops import shapes_of
-from gemcut.tools.visit_table import CEILINGS, ceilings_of
+from gemcut.tools.tuning.search_space import applied, looked_up
+from gemcut.tools.visit.block import Visit
+from gemcut.tools.visit.ops import shapes_of
+from gemcut.tools.visit.report import CEILINGS, ceilings_of
 
 MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
 CONTEXTS, CPU_CONTEXTS = (1024, 8192, 32768), (24,)

@@ -13,9 +13,9 @@ import torch
 from gemcut.bench.measure.ceilings import measure_ceilings
 from gemcut.bench.measure.machine import describe_machine
 from gemcut.bench.measure.timing import Spread, capture, synchronize, time_replays
-from gemcut.tools.dependent_launch import chase, empty
-from gemcut.tools.visit import Visit
-from gemcut.tools.visit_table import OK
+from gemcut.tools.visit.block import Visit
+from gemcut.tools.visit.dependent_launch import chase, empty
+from gemcut.tools.visit.report import OK
 
 CLOCKS = ("driver", "sm_mhz", "max_sm_mhz")
 NODES = 1000  # of the graph of empty kernels

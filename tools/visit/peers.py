@@ -11,7 +11,7 @@ import sys
 from gemcut.bench.engines.peers import CONTESTANTS
 from gemcut.bench.measure.report_file import Row, load_results
 from gemcut.bench.measure.timing import clock
-from gemcut.tools.visit import Visit
+from gemcut.tools.visit.block import Visit
 
 RUNS = {"decode-gemma-2-2b": ("transformers",)}
 RUNS |= {"decode-gemma-2-2b-compiled": ("transformers-compiled", "gpt-fast")}

@@ -24,20 +24,12 @@ from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import GREEDY
 from gemcut.kernels.gpu_arch import part
-from gemcut.tools import (
-    visit_attention,
-    visit_bits,
-    visit_memcheck,
-    visit_ops,
-    visit_pdl,
-    visit_peers,
-    visit_steps,
-)
 from gemcut.tools.compile_report import Cell, compile_launch, compiled_kernel
 from gemcut.tools.launches import BATCHES, MAX_SEQ_LEN, Launch, launches
 from gemcut.tools.profile_step import DecodeStep
-from gemcut.tools.visit import Visit
-from gemcut.tools.visit_ops import MODELS
+from gemcut.tools.visit import attention, bits, memcheck, ops, pdl, peers, steps
+from gemcut.tools.visit.block import Visit
+from gemcut.tools.visit.ops import MODELS
 
 LAYERS = 2  # of the models whose steps are run: one of each kind
 FEW = 2  # variants that are compiled on a CPU, to try this block itself
@@ -65,17 +57,17 @@ def run(visit: Visit) -> None:
 def recorders(visit: Visit, name: str) -> dict[str, Callable[[], set[Launch]]]:
     """What notes the launches of each block; on a CPU those of its own sizes alone."""
     found: dict[str, Callable[[], set[Launch]]] = {
-        "the checks": partial(visit_ops.record_cases, visit, name),
-        "the texts": partial(visit_bits.record_text, name),
+        "the checks": partial(ops.record_cases, visit, name),
+        "the texts": partial(bits.record_text, name),
     }
     if visit.on_gpu:
         found |= {model: partial(launches, PUBLISHED[model], name) for model in MODELS}
-        found["the steps"] = partial(visit_steps.record, name)
-        found["dependent launches"] = partial(visit_pdl.record, visit, name)
-        found["attention"] = partial(visit_attention.record, visit, name)
-        found["memcheck"] = partial(visit_memcheck.record, name)
-        beside = PUBLISHED[visit_peers.MODEL]
-        found["the peers"] = partial(launches, beside, name, (1,), visit_peers.LENGTH)
+        found["the steps"] = partial(steps.record, name)
+        found["dependent launches"] = partial(pdl.record, visit, name)
+        found["attention"] = partial(attention.record, visit, name)
+        found["memcheck"] = partial(memcheck.record, name)
+        beside = PUBLISHED[peers.MODEL]
+        found["the peers"] = partial(launches, beside, name, (1,), peers.LENGTH)
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TABLE, ARCHIVE = "table.txt", "all.tgz"
-RESULTS = Path(__file__).parents[1] / "bench" / "results"
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 MOST_LINES = 100  # of the table
 LEAST_FAILURES = 20  # of its lines, where there are so many
 WIDTH = 115  # of its lines

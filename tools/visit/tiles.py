@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 
 from gemcut.bench.measure.report_file import OK, Row
-from gemcut.tools.visit import Visit
+from gemcut.tools.visit.block import Visit
 
 KERNELS = ("linear_geglu", "skinny_linear", "linear_rope_and_store", "lm_head")
 OPTIONS = ("--models", "gemma-2-2b", "gemma-2-9b", "--kernels", *KERNELS, "--minutes", "1.5")

@@ -28,11 +28,11 @@ from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.execution.weights import empty_weights
 from gemcut.tokenizer import Tokenizer
-from gemcut.tools.dependent_launch import add_one, late_store
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.profile_step import DecodeStep
-from gemcut.tools.visit import Visit
-from gemcut.tools.visit_ops import bits
+from gemcut.tools.visit.block import Visit
+from gemcut.tools.visit.dependent_launch import add_one, late_store
+from gemcut.tools.visit.ops import bits
 
 MODEL, CONTEXT, BATCH = "gemma-2-2b", 1024, 3
 REPLAYS, STEP_REPLAYS = 2000, 2000

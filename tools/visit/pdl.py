@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gemcut import kernels
 from gemcut.bench.measure.timing import Spread, capture, time_replays
-from gemcut.tools.dependent_launch import SKINNY, chained, partials, swapped
 from gemcut.tools.launches import Launch, recorded
-from gemcut.tools.visit import Visit
-from gemcut.tools.visit_ops import bits
+from gemcut.tools.visit.block import Visit
+from gemcut.tools.visit.dependent_launch import SKINNY, chained, partials, swapped
+from gemcut.tools.visit.ops import bits
 
 # rows and columns of the weight, slices of D in the swapped form
 SHAPES = {"o": (2304, 2048, 512), "down": (2304, 9216, 1536)}

@@ -27,7 +27,7 @@ from gemcut.engine.info import find_config
 from gemcut.kernels import reference
 from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.tools.launches import Launch, recorded
-from gemcut.tools.visit import Visit
+from gemcut.tools.visit.block import Visit
 
 MODELS = ("vaultgemma-1b", "gemma-2-2b", "gemma-2-9b")
 CPU_MODELS = ("demo",)

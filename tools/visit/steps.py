@@ -18,10 +18,10 @@ from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import empty_weights
-from gemcut.tools import visit_bits
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.profile_step import WARM_UP, DecodeStep, Profile, breakdown, measure
-from gemcut.tools.visit import Visit
+from gemcut.tools.visit import bits
+from gemcut.tools.visit.block import Visit
 
 CONTEXT, STEPS = 1000, 20  # vaultgemma-1b holds 1024 tokens
 CASES = (("vaultgemma-1b", (1,)), ("gemma-2-2b", (1,)), ("gemma-2-9b", (1, 16)))
@@ -50,7 +50,7 @@ def record(part: str) -> set[Launch]:
     """What these steps launch, and those that are replayed elsewhere: noted, not made."""
     found: set[Launch] = set()
     cases = [(model, batch, CONTEXT, STEPS + WARM_UP) for model, each in CASES for batch in each]
-    cases.append((visit_bits.MODEL, visit_bits.BATCH, visit_bits.CONTEXT - 1, 1))
+    cases.append((bits.MODEL, bits.BATCH, bits.CONTEXT - 1, 1))
     for model, batch, context, room in cases:
         config = published_config(model, RECORDED_LAYERS)
         with recorded(part) as launches:

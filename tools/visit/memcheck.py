@@ -17,8 +17,8 @@ from gemcut.bench.ops.cases import Case, Grid
 from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.engine.execution.cache import PREFILL_CHUNK
 from gemcut.tools.launches import Launch, recorded
-from gemcut.tools.visit import Visit
-from gemcut.tools.visit_ops import shapes_of
+from gemcut.tools.visit.block import Visit
+from gemcut.tools.visit.ops import shapes_of
 
 TOOL = "compute-sanitizer"
 BESIDE_NVCC = Path("/usr/local/cuda/bin") / TOOL
@@ -34,7 +34,7 @@ def run(visit: Visit) -> None:
         visit.skip("memcheck", f"{TOOL} is not installed" if visit.on_gpu else "a CPU has none")
         return
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(ERRORS)]
-    command += [sys.executable, "-P", "-m", "gemcut.tools.visit_memcheck"]
+    command += [sys.executable, "-P", "-m", "gemcut.tools.visit.memcheck"]
     done = subprocess.run(
         command,
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemcut.tools import visit_table
-from gemcut.tools.visit_table import FAILED, NO_MEMORY, OK, SKIPPED, WRONG
+from gemcut.tools.visit import report
+from gemcut.tools.visit.report import FAILED, NO_MEMORY, OK, SKIPPED, WRONG
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Visit:
     def add(self, case: str, status: str = OK, **facts: Any) -> None:
         """Keep a row: `line` is what the table says of it, `detail` what is wrong."""
         row = {"case": case, "status": status, **facts}
-        visit_table.append(self.out / "rows" / f"{self.block}.jsonl", row)
+        report.append(self.out / "rows" / f"{self.block}.jsonl", row)
         print(f"{case} {status} {facts.get('line', '')} {facts.get('detail', '')}", flush=True)
 
     def judge(self, case: str, passed: bool, detail: str, **facts: Any) -> None:
@@ -84,4 +84,4 @@ class Visit:
     @property
     def read_gbps(self) -> float | None:
         """The bandwidth of reading that the visit measured first."""
-        return visit_table.ceilings_of(self.out).get("read_gbps")
+        return report.ceilings_of(self.out).get("read_gbps")
