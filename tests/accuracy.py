@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from gemcut.kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 GUARD = 64  # elements before and after every buffer
 
 

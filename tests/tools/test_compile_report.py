@@ -13,7 +13,7 @@ import pytest
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.tools.compile_report import Cell, narrow_products, spilled
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 RUN = "import sys; from gemcut.tools.compile_report import main; sys.exit(main(sys.argv[1:]))"
 GOOD = Cell(

@@ -1,12 +1,11 @@
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, assert_accurate, assert_row_invariant, random
+from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, random
 from torch import Tensor
 
 from gemcut.kernels.head import embed, lm_head, lm_head_argmax
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 by_softcap = pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "capped"])
 by_shape = pytest.mark.parametrize(
     ("M", "V", "D"),

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from accuracy import assert_accurate, assert_row_invariant, random
-from test_matmul import by_dtype
+from accuracy import assert_accurate, assert_row_invariant, by_dtype, random
 
 from gemcut.kernels.mlp import geglu, linear_geglu
 

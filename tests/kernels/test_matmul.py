@@ -3,10 +3,10 @@ import pytest
 import torch
 from accuracy import (
     DEVICE,
-    DTYPES,
     assert_accurate,
     assert_row_invariant,
     assert_within_budget,
+    by_dtype,
     random,
 )
 from torch import Tensor
@@ -15,7 +15,6 @@ from gemcut.kernels import matmul, reference
 from gemcut.kernels.matmul import linear, skinny_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 by_shape = pytest.mark.parametrize(
     ("M", "N", "D"),
     [

@@ -33,7 +33,7 @@ HERE = part(DEVICE)
 ELSEWHERE = next(name for name in SHARED_MEMORY if name != HERE)
 BF16 = torch.bfloat16
 LAUNCHED = InterpretedFunction if INTERPRETED else JITFunction
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 # what a GPU's compiler drops before it is timed is seen to fail here
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="planted candidates do not compile")

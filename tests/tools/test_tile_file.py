@@ -15,7 +15,7 @@ from gemcut.tools import tune
 from gemcut.tools.tuning import search_space
 from gemcut.tools.tuning.tile_file import TILES_FILE, merged, read_measured, render, write_measured
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 
 
 def block(part="sm_90", date="2026-01-01", **tiles):

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, assert_accurate, random
+from accuracy import DEVICE, assert_accurate, by_dtype, random
 
 from gemcut.kernels import reference
 from gemcut.kernels.rotary import rope_and_store_, rope_tables
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 NUM_SLOTS, C = 3, 7
 
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from accuracy import DEVICE, assert_accurate, assert_row_invariant, random
-from test_matmul import by_dtype
+from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, random
 from torch import Tensor
 
 from gemcut.kernels import qkv, reference

@@ -1,13 +1,12 @@
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, assert_accurate, assert_row_invariant, random
+from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, random
 from torch import Tensor
 
 from gemcut.kernels.norm import add_rmsnorm_, rmsnorm
 
 EPS = 1e-6
 pytestmark = pytest.mark.usefixtures("poisoned")
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 by_shape = pytest.mark.parametrize(
     "shape",
     [

@@ -25,9 +25,9 @@ from foreign_files import (
     save_shards,
     small_model,
 )
+from processes import COMMAND, ENVIRONMENT
 from random_models import MODEL_TYPES
 from safetensors.torch import load_file, save_file
-from test_cli import COMMAND, ENVIRONMENT
 
 from gemcut.engine import cli, commands
 from gemcut.engine.checkpoints import convert as driver

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import COMMAND, ENVIRONMENT
 from safetensors.torch import load_file, save_file
 
 from gemcut import engine as engine_package
@@ -32,12 +33,6 @@ from gemcut.engine.cli import main
 from gemcut.kernels import reference
 from gemcut.tokenizer import render_chat
 
-COMMAND = [sys.executable, "-P", "-c", "import sys; from gemcut.engine.cli import main\n"]
-COMMAND[-1] += "sys.exit(main())"
-# unbuffered, Python would write at once what the command forgets to flush; and users have no
-# interpreter on
-UNWANTED = {"PYTHONUNBUFFERED", "TRITON_INTERPRET"}
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in UNWANTED}
 GREEDY = ["--temperature", "0"]
 PATIENCE = 30  # seconds for a process to import torch and to answer
 

@@ -403,6 +403,6 @@ def test_bad_input_is_refused(tmp_path):
 
 
 def test_the_readme_is_as_the_kept_results_have_it():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     folders = sorted((root / "bench" / "results").iterdir())
     assert run_report(folders, None, root / "README.md", check=True) == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from accuracy import DEVICE, DTYPES, assert_accurate, random
+from accuracy import DEVICE, assert_accurate, by_dtype, random
 
 from gemcut.kernels import decode_attention
 from gemcut.kernels.decode_attention import _tile, attention_decode
@@ -18,7 +18,6 @@ from gemcut.kernels.kv_combine import split_begin, split_of
 from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD, count_splits, most_partials
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 by_q_len = pytest.mark.parametrize("T", [1, 3, 8])
 W = 8
 SCALE = 0.3  # not head_dim ** -0.5

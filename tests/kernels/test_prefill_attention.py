@@ -2,7 +2,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from accuracy import DEVICE, DTYPES, assert_accurate, random
+from accuracy import DEVICE, assert_accurate, by_dtype, random
 from torch import Tensor
 
 from gemcut.kernels import attention_tiles, prefill_attention
@@ -11,7 +11,6 @@ from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.prefill_attention import _tile, attention_prefill
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 W = 8
 SCALE = 0.3  # not head_dim ** -0.5
 

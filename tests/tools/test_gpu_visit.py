@@ -21,7 +21,9 @@ from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
 from gemcut.tools.visit import bits, ops, report
 
 # where the children find visit_blocks.py, and what this process was told
-SEARCHED = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
+SEARCHED = os.pathsep.join(
+    filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])])
+)
 STUBS = ("--device", "cpu", "--blocks", "visit_blocks")
 
 
