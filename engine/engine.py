@@ -11,7 +11,8 @@ worker.py says which thread makes the steps.
 
 import sys
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -23,9 +24,11 @@ from gemcut.engine.checkpoints.huggingface import load_checkpoint, stop_token_id
 from gemcut.engine.checks import check_bool, check_int
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.execution.graphed_steps import choose_steps
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.runner import Runner
 from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.execution.steps import Steps
 from gemcut.engine.memory import Build
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_passing_thread
 from gemcut.engine.requests.outputs import Delta, RequestOutput, ScoreOutput
@@ -35,11 +38,12 @@ from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.serving import output_queues
 from gemcut.engine.serving.metrics import costs, prometheus_text, snapshot
 from gemcut.engine.serving.scheduler import Scheduler
-from gemcut.engine.serving.step_loop import Core
+from gemcut.engine.serving.step_loop import StepLoop
 from gemcut.engine.serving.worker import Worker
 from gemcut.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
+MakeSteps = Callable[[Gemma, KVCache, SlotState], Steps]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -58,6 +62,7 @@ class Engine:
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
         cuda_graphs: bool = True,
+        make_steps: MakeSteps | None = None,
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
@@ -66,8 +71,10 @@ class Engine:
         first token, and on a GPU its chunks are longer while nobody decodes (chunks.py); without,
         every run computes the same products.  max_waiting: completions that may wait beyond the
         free slots; more are refused.  cuda_graphs: a GPU replays captured steps; without, it runs
-        them kernel by kernel, as tools such as compute-sanitizer need it.  ValueError names a value
-        out of range, MemoryError what is needed, what is free and what would fit.
+        them kernel by kernel, as tools such as compute-sanitizer need it.  make_steps: makes the
+        device's steps of model, cache and state, in place of those that suit the device.
+        ValueError names a value out of range, MemoryError what is needed, what is free and what
+        would fit.
         """
         config = model.config
         if len(tokenizer) > config.vocab_size:
@@ -102,9 +109,10 @@ class Engine:
             reuse_prefixes=reuse_prefixes and not model.rope_depends_on_length,
             long_chunks=build.has_long_chunks,
         )
-        runner = Runner(model, self.cache, state, tokenizer, cuda_graphs=cuda_graphs)
-        self._core = Core(runner, self._scheduler)
-        self._worker = Worker(self._core, max_waiting)
+        make = make_steps or partial(choose_steps, cuda_graphs=cuda_graphs)
+        runner = Runner(make(model, self.cache, state), tokenizer)
+        self._loop = StepLoop(runner, self._scheduler)
+        self._worker = Worker(self._loop, max_waiting)
         self._stop = weakref.finalize(self, self._worker.stop)
         self._driven, self._mail = output_queues.Driven(self._worker), output_queues.Mail()
 
@@ -342,14 +350,14 @@ class Engine:
         After it nothing is compiled, captured or allocated any more: see `metrics`.
         """
         shown = _with_progress if _shows(use_tqdm) else iter
-        self._worker.call(lambda: self._core.warm_up(shown))
-        self._core.metrics.at_warmup = self._costs()
+        self._worker.call(lambda: self._loop.warm_up(shown))
+        self._loop.metrics.at_warmup = self._costs()
 
     def metrics(self) -> dict[str, Any]:
         """Counts since the engine was made, and its state now; see `metrics.DESCRIPTIONS`."""
         slots, scheduler = self._scheduler.num_slots, self._scheduler
         return snapshot(
-            self._core.metrics,
+            self._loop.metrics,
             self._costs(),
             slots=slots,
             running=slots - scheduler.free_slots,
@@ -378,8 +386,7 @@ class Engine:
         return self._builder
 
     def _costs(self) -> dict[str, int]:
-        graphs = self._core.runner.graphs
-        return costs(self.model.device, 0 if graphs is None else len(graphs))
+        return costs(self.model.device, self._loop.runner.steps.captures)
 
 
 def _shows(use_tqdm: bool | None) -> bool:

@@ -75,7 +75,7 @@ def work_hard(engine: Engine) -> None:
 @torch.inference_mode()
 def _run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> None:
     """In this thread: a profiler sees no other."""
-    core = engine._core
+    core = engine._loop
     for request in engine._builder.batch(prompts, params)[0]:
         core.add(request)
     while core.is_busy:

@@ -10,8 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemcut.engine import Engine
+from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.cuda_graphs import Captured, Graphs, Step
+from gemcut.engine.execution.graphed_steps import GraphedSteps
+from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.prefill_chunks import padded_sizes
+from gemcut.engine.execution.slot_state import SlotState
 from gemcut.tokenizer import Tokenizer
 
 
@@ -38,6 +42,14 @@ class PlainGraphs(Graphs):
         return Captured(inputs, output, lambda: output.copy_(step(*inputs)))
 
 
+def replayed_steps(model: Gemma, cache: KVCache, state: SlotState) -> GraphedSteps:
+    """The steps of a GPU, chunks of prompts padded to their sizes, without a GPU."""
+    sizes = padded_sizes(model.config, cache.prefill_chunk, cache.max_seq_len)
+    steps = GraphedSteps(model, cache, state, sizes)
+    steps._graphs = PlainGraphs()
+    return steps
+
+
 def run_as_on_a_gpu(engine: Engine) -> None:
     """Replayed steps, each read when the next one is under way, in a thread of their own.
 
@@ -46,18 +58,15 @@ def run_as_on_a_gpu(engine: Engine) -> None:
     if engine.model.device.type == "cpu":
         replay(engine)
         engine._scheduler._long_chunks = engine._scheduler._reuse_prefixes
-        engine._core.depth = 1
+        engine._loop.depth = 1
         engine._worker.inline = False
 
 
-def replay(engine: Engine) -> PlainGraphs:
-    """Let steps be replayed as on a GPU, chunks of prompts among them; the graphs."""
-    runner = engine._core.runner
-    runner.graphs = graphs = PlainGraphs()
-    runner.prefill_sizes = padded_sizes(
-        engine.config, engine.cache.prefill_chunk, engine.max_seq_len
-    )
-    return graphs
+def replay(engine: Engine) -> GraphedSteps:
+    """Let steps be replayed as on a GPU, chunks of prompts among them; these steps."""
+    runner = engine._loop.runner
+    runner.steps = replayed_steps(runner.model, runner.cache, runner.state)
+    return runner.steps
 
 
 def dictate(token_ids: Sequence[int]):

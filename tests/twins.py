@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,11 @@ def all_logits(model: Gemma, ids: Tensor, prefill_chunk: int = 128) -> Tensor:
 
 
 @torch.inference_mode()
+def decoded_logits(model: Gemma, *arguments: Any) -> Tensor:
+    """Logits [B, V] after one decode step: token ids, cache, slots, positions."""
+    return model.logits(model.decode(*arguments))
+
+
 def stepwise_logits(model: Gemma, ids: Tensor, prefilled: int, prefill_chunk: int = 7) -> Tensor:
     """The same, by a prefill of the first tokens and a decode step for each of the others."""
     cache = new_cache(model, prefill_chunk=prefill_chunk)
@@ -77,7 +83,7 @@ def stepwise_logits(model: Gemma, ids: Tensor, prefilled: int, prefill_chunk: in
     logits = [model.logits(model.prefill(ids[:prefilled], cache, slot=0))]
     for position in range(prefilled, len(ids)):
         token = ids[position : position + 1]
-        logits.append(model.decode(token, cache, slot, slot + position))
+        logits.append(decoded_logits(model, token, cache, slot, slot + position))
     return torch.cat(logits)
 
 
@@ -94,7 +100,7 @@ def greedy(model: Gemma, prompts: list[Tensor], count: int, prefill_chunk: int =
     tokens = [torch.cat(last).argmax(-1)]
     positions = torch.tensor([len(ids) for ids in prompts], device=model.device)
     for _ in range(count - 1):
-        tokens.append(model.decode(tokens[-1], cache, slots, positions).argmax(-1))
+        tokens.append(decoded_logits(model, tokens[-1], cache, slots, positions).argmax(-1))
         positions = positions + 1
     return torch.stack(tokens, dim=1)
 

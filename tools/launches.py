@@ -179,7 +179,7 @@ def kernels_of_company(config: ModelConfig, part: str) -> dict[tuple[int, int], 
             if tokens > 1:
                 token_ids = token_ids.unsqueeze(1).expand(batch, tokens)
             launched.clear()
-            model.logits(model.decode_hidden(token_ids, cache, slots, positions))
+            model.logits(model.decode(token_ids, cache, slots, positions))
             found[batch, tokens] = set(launched)
     return found
 

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,17 +26,22 @@ from gemcut.bench.measure.report_file import INTERRUPTED, OK, Results, Row, metr
 from gemcut.bench.measure.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checks import check_int
+from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import Features
+from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.execution.steps import Steps
 
 LIMITS_US = {1: 150.0, 16: 400.0}  # by batch: what the engine promises on two cores
 TEXT = "Once upon a time there was an old man, who said: come in, and mind the step! "
 
 
-class StubSteps:
-    """Steps of a device that needs no time."""
+class StubSteps(Steps):
+    """Steps of a device that needs no time to decode; its prefills are real."""
 
-    def __init__(self, token_ids: list[int], device: torch.device) -> None:
-        self._token_ids = torch.tensor(token_ids, device=device)
+    def __init__(self, model: Gemma, cache: KVCache, state: SlotState, text: list[int]) -> None:
+        super().__init__(model, cache, state)
+        self._token_ids = torch.tensor(text, device=model.device)
         self._step = 0
 
     def decode(self, slots: Tensor, features: Features) -> Tensor:
@@ -43,19 +49,15 @@ class StubSteps:
         self._step = (self._step + 1) % len(self._token_ids)
         return self._token_ids[self._step].expand(len(slots))
 
-    def choose(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
+    def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
         """The first token after a prompt."""
         return self.decode(slots, features)
 
 
 def make_engine(setup: Setup, slots: int) -> Engine:
-    """An engine whose decode steps are stubs; its prefills are real."""
-    engine = Engine(setup.model, setup.tokenizer, max_batch_size=slots)
-    runner = engine._core.runner
-    token_ids = setup.tokenizer.encode(TEXT, add_bos=False)
-    runner.steps = StubSteps(token_ids, setup.device)  # pyright: ignore[reportAttributeAccessIssue]
-    runner.graphs = None
-    return engine
+    """An engine whose decode steps are stubs."""
+    stubs = partial(StubSteps, text=setup.tokenizer.encode(TEXT, add_bos=False))
+    return Engine(setup.model, setup.tokenizer, max_batch_size=slots, make_steps=stubs)
 
 
 def time_generate(engine: Engine, batch: int, new_tokens: int) -> float:

@@ -1,16 +1,15 @@
-"""Captured steps: one CUDA graph for each kind of step and number of rows.
+"""CUDA graphs of steps: captured once, replayed from fixed input tensors.
 
-A graph is a step with everything in it decided but the contents of its input tensors.  Replaying it
+A graph is a step with everything in it decided except the contents of its inputs.  Replaying it
 costs the host some microseconds, however many kernels it launches.  The device still pays for each
 of them: on an H200 a kernel in a graph begins 0.4 to 0.5 us after the one before it has ended, and
-a decode step of 26 layers has about 190.  Batches are padded to the next size that has a graph,
-with rows that are inactive, and so are chunks of prompts (chunks.py).
+a decode step of 26 layers has about 190.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +24,13 @@ def graph_sizes(max_batch_size: int) -> list[int]:
     """Batch sizes that get a graph, the largest first: powers of two, then multiples of 16."""
     sizes = {1, 2, 4, 8, *range(ROWS, max_batch_size, ROWS), max_batch_size}
     return sorted((size for size in sizes if size <= max_batch_size), reverse=True)
+
+
+class Blank(NamedTuple):
+    """An input of a graph of which no row is active: its shape and the value that fills it."""
+
+    shape: tuple[int, ...]
+    value: int
 
 
 @dataclass
@@ -78,19 +84,29 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captured)
 
-    def run(self, key: object, step: Step, inputs: Sequence[Tensor], blank: Step) -> Tensor:
+    def run(
+        self,
+        key: object,
+        step: Step,
+        inputs: Sequence[Tensor],
+        blanks: Sequence[Blank],
+    ) -> Tensor:
         """What the step gives for these inputs; it is overwritten when the next one runs.
 
-        key tells apart steps that differ in anything but the contents of their inputs.  blank makes
-        inputs like these of which all rows are inactive.
+        key tells apart steps that differ in anything but the contents of their inputs.  Inputs may
+        be smaller than the graph's own, which are blank around them.
         """
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self.capture(step, [blank(x) for x in inputs])
+            fixed = [
+                torch.full(blank.shape, blank.value, dtype=given.dtype, device=given.device)
+                for given, blank in zip(inputs, blanks, strict=True)
+            ]
+            captured = self._captured[key] = self.capture(step, fixed)
         known = captured.given or (None,) * len(inputs)
-        for fixed, given, last in zip(captured.inputs, inputs, known, strict=True):
+        for fixed, given, last, blank in zip(captured.inputs, inputs, known, blanks, strict=True):
             if given is not last:  # the batch has changed: most steps copy nothing
-                fixed.copy_(given)
+                _write(fixed, given, blank.value)
         captured.given = inputs
         captured.replay()
         return captured.output
@@ -100,3 +116,11 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(inputs[0].device)
         return capture(step, inputs, self._pool, self._stream)
+
+
+def _write(fixed: Tensor, given: Tensor, blank: int) -> None:
+    """Copy an input into the first corner of a graph's own; the rest of it becomes blank."""
+    if given.shape != fixed.shape:
+        fixed.fill_(blank)
+        fixed = fixed[tuple(slice(size) for size in given.shape)]
+    fixed.copy_(given)

@@ -190,11 +190,7 @@ class Gemma:
             h = ops.add_rmsnorm_(residual, branch, layer.post_mlp_norm, self.next_norms[i], eps)
         return h
 
-    def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor, positions: Tensor) -> Tensor:
-        """Logits after one more token in each row: ids, slots, positions [B] -> [B, V] float32."""
-        return self.logits(self.decode_hidden(token_ids, cache, slots, positions))
-
-    def decode_hidden(
+    def decode(
         self,
         token_ids: Tensor,
         cache: KVCache,

@@ -18,9 +18,10 @@ GREEDY: Features = frozenset()
 RANDOM: Features = frozenset({"random"})
 FILTERED: Features = RANDOM | {"top_k", "top_p", "min_p"}
 FULL: Features = FILTERED | {"bias", "min_tokens", "penalties"}
+KINDS = (FULL, FILTERED, RANDOM, GREEDY)  # sets that get a graph, the most features first
 
 
-def choose(
+def sample_tokens(
     logits: Tensor,
     slots: Tensor,
     positions: Tensor,

@@ -1,65 +1,106 @@
-"""The steps of the device: each begins and ends in tensors, and what it needs of them is by slot.
+"""The steps of the device: each begins and ends in tensors, and finds what it needs by slot.
 
-    prefill  a chunk of a prompt, padded, goes through the model
-    decode   the newest token of each slot goes through the model, and the next one is chosen
-    verify   the same with drafts behind it: as many are kept as the model would have chosen itself
-    logits   the first half of decode, for whoever must see logits on the host before the choice
-    choose   the second half; and the end of a prefill
+    prefill  a chunk of a prompt goes through the model
+    decode   the newest token of each slot goes through the model, and the next one is sampled
+    verify   the same with a draft after it: the slot keeps what the model would have sampled itself
+    logits   the first half of decode, for a host that must see logits before the next token
+    sample   the second half of decode, and the end of a prefill
 
-On a GPU graph.py captures prefill, decode, verify and logits; on a CPU they are called plainly.
+`Steps` launches them kernel by kernel.  `GraphedSteps` (graphed_steps.py) replays CUDA graphs of
+them behind the same methods.
 """
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.sampler import GREEDY, Features, choose
-from gemcut.engine.execution.slot_state import INACTIVE, SlotState
+from gemcut.engine.execution.sampler import GREEDY, KINDS, Features, sample_tokens
+from gemcut.engine.execution.slot_state import INACTIVE, SlotState, upload
+from gemcut.engine.requests.sampling_params import MAX_DRAFT
 
-PLACE = 4  # numbers that say where a chunk stands
+PLACE = 4  # numbers that say where a chunk is: slot, first position, tokens, length of the prompt
+NO_DRAFT = -1  # pads a draft
 
 
 class Steps:
-    """A model, a cache and the state of its slots."""
+    """Steps over a model, a cache and the state of its slots.
 
-    def __init__(self, model: Gemma, cache: KVCache, state: SlotState) -> None:
+    Chunks of prompts are padded to the least of `prefill_sizes` that holds them, if one does.
+    """
+
+    captures = 0  # CUDA graphs
+    batch_sizes: Sequence[int] = (1,)  # that a warm-up runs, the largest first
+
+    def __init__(
+        self, model: Gemma, cache: KVCache, state: SlotState, prefill_sizes: Sequence[int] = ()
+    ) -> None:
         self.model, self.cache, self.state = model, cache, state
-        # an embedding may have more rows than the vocabulary has pieces: those are never chosen
+        self.prefill_sizes = sorted(prefill_sizes)
+        # an embedding may have more rows than the vocabulary has pieces: those are never sampled
         self._head = model.weights.lm_head.narrow(0, 0, state.vocab_size)
 
-    def prefill(self, chunk: Tensor) -> Tensor:
+    def batch_size(self, rows: int) -> int:
+        """Rows of the step that computes so many: padding is computed too."""
+        return rows
+
+    def draft_width(self, rows: int) -> int:
+        """Tokens of each of so many rows that one pass over the weights verifies.
+
+        The newest one is among them: 1 where there is no room for a draft.
+        """
+        return max(1, min(1 + MAX_DRAFT, ROWS // self.batch_size(rows)))
+
+    def prefill(self, token_ids: list[int], slot: int, start: int, length: int) -> Tensor:
+        """Normed hidden states of a chunk: T token ids -> [T, D].
+
+        Its first token has position `start`; `length` is that of the whole prompt.
+        """
+        count = len(token_ids)
+        size = next((size for size in self.prefill_sizes if size >= count), None)
+        if size is None:
+            chunk = upload(token_ids, self.model.device)
+            return self.model.prefill_chunk(chunk, self.cache, slot, start, length)
+        padded = [*token_ids, *[0] * (size - count), slot, start, count, length]
+        return self.prefill_padded(upload(padded, self.model.device))[:count]
+
+    def prefill_padded(self, chunk: Tensor) -> Tensor:
         """Normed hidden states of a chunk and its padding: chunk [T + 4] -> [T, D].
 
-        T token ids, then the `place` of Gemma.prefill_padded: one tensor, for one upload.
+        T token ids, then the `place` of Gemma.prefill_padded: one tensor, for one upload.  A chunk
+        of zeros has no token.
         """
         token_ids, place = chunk.split([chunk.shape[0] - PLACE, PLACE])
         return self.model.prefill_padded(token_ids, self.cache, place)
 
     def decode(self, slots: Tensor, features: Features) -> Tensor:
-        """One more token in each slot: slots [B] -> ids [B]; -1 where none could be chosen."""
+        """One more token in each slot: slots [B] -> ids [B]; -1 where none could be sampled."""
         tokens, positions = self._newest(slots)
-        hidden = self.model.decode_hidden(tokens, self.cache, slots, positions)
+        hidden = self.model.decode(tokens, self.cache, slots, positions)
         if features == GREEDY:
-            scores, chosen = self.model.ops.lm_head_argmax(
+            scores, sampled = self.model.ops.lm_head_argmax(
                 hidden, self._head, self.model.config.final_softcap, counters=self.cache.counters
             )
-            return self._advance(chosen, scores, slots)
-        return self._choose(self._logits(hidden), slots, positions + 1, features)
+            return self._advance(sampled, scores, slots)
+        return self._sample(self._logits(hidden), slots, positions + 1, features)
 
     def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
-        """What the model chooses after each draft: slots [B], drafts [B, T - 1] -> ids [B, T].
+        """What the model samples after each draft: slots [B], drafts [B, T - 1] -> ids [B, T].
 
-        Drafts are guesses of the next tokens, -1 where there are none.  Column t is the choice
-        after the newest token and t drafts; it holds as long as all drafts before it were chosen.
-        The slot goes on from the last choice that holds.
+        Drafts are guesses of the next tokens, NO_DRAFT where there are none.  Column t is sampled
+        after the newest token and t drafts; it holds as long as all drafts before it were sampled.
+        The slot goes on from the last column that holds.
         """
         state, (B, T) = self.state, (drafts.shape[0], drafts.shape[1] + 1)
         newest, positions = self._newest(slots)
         tokens = torch.cat([newest.unsqueeze(-1), drafts], dim=1)  # [B, T]
-        hidden = self.model.decode_hidden(tokens, self.cache, slots, positions)
+        hidden = self.model.decode(tokens, self.cache, slots, positions)
         following = positions.unsqueeze(-1) + torch.arange(1, T + 1, device=slots.device)
-        chosen, scores = choose(
+        sampled, scores = sample_tokens(
             self._logits(hidden),
             slots.repeat_interleave(T, output_size=B * T),
             following.flatten(),
@@ -67,25 +108,46 @@ class Steps:
             features,
             self.model.ops,
         )
-        chosen, scores = chosen.view(B, T), scores.view(B, T)
-        accepted = (chosen.narrow(1, 0, T - 1) == drafts).cumprod(1).sum(1, keepdim=True)  # [B, 1]
+        sampled, scores = sampled.view(B, T), scores.view(B, T)
+        accepted = (sampled.narrow(1, 0, T - 1) == drafts).cumprod(1).sum(1, keepdim=True)  # [B, 1]
         state.positions.index_copy_(
             0, slots, torch.where(positions < 0, INACTIVE, positions + accepted.squeeze(1))
         )
-        last = chosen.gather(1, accepted).squeeze(1), scores.gather(1, accepted).squeeze(1)
+        last = sampled.gather(1, accepted).squeeze(1), scores.gather(1, accepted).squeeze(1)
         self._advance(*last, slots)
         holds = (scores.abs() < torch.inf) & (positions >= 0).unsqueeze(-1)
-        return torch.where(holds, chosen, -1)
+        return torch.where(holds, sampled, -1)
 
     def logits(self, slots: Tensor) -> Tensor:
         """Logits of each slot's next token: slots [B] -> [B, V] float32."""
         tokens, positions = self._newest(slots)
-        return self._logits(self.model.decode_hidden(tokens, self.cache, slots, positions))
+        return self._logits(self.model.decode(tokens, self.cache, slots, positions))
 
-    def choose(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
-        """The choice from logits [B, V] of slots [B] -> ids [B]; -1 where there is none."""
+    def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
+        """Sample from logits [B, V] the next token of slots [B] -> ids [B]; -1 where none is."""
         positions = self.state.positions.index_select(0, slots)
-        return self._choose(logits, slots, positions + 1, features)
+        return self._sample(logits, slots, positions + 1, features)
+
+    def warm_up_calls(self) -> Iterator[Callable[[], Tensor]]:
+        """Calls that run every kind of step once, with no active row.
+
+        The largest come first: the others fit the memory that they have taken.
+        """
+        device, vocab_size = self.model.device, self.state.vocab_size
+        for size in reversed(self.prefill_sizes):
+            chunk = torch.zeros(size + PLACE, dtype=torch.int64, device=device)
+            yield partial(self.prefill_padded, chunk)
+        for size in self.batch_sizes:
+            slots = torch.full((size,), self.state.num_slots, device=device)
+            logits = torch.zeros(size, vocab_size, device=device)
+            width = self.draft_width(size)
+            drafts = torch.full((size, width - 1), NO_DRAFT, device=device)
+            yield partial(self.logits, slots)
+            for features in KINDS:
+                yield partial(self.decode, slots, features)
+                yield partial(self.sample, logits, slots, features)
+                if width > 1:
+                    yield partial(self.verify, slots, drafts, features)
 
     def _newest(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         tokens, positions = self.state.newest.index_select(1, slots).unbind()
@@ -94,14 +156,15 @@ class Steps:
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden).narrow(1, 0, self.state.vocab_size)
 
-    def _choose(
+    def _sample(
         self, logits: Tensor, slots: Tensor, positions: Tensor, features: Features
     ) -> Tensor:
-        chosen, scores = choose(logits, slots, positions, self.state, features, self.model.ops)
-        return self._advance(chosen, scores, slots)
+        ops = self.model.ops
+        sampled, scores = sample_tokens(logits, slots, positions, self.state, features, ops)
+        return self._advance(sampled, scores, slots)
 
-    def _advance(self, chosen: Tensor, scores: Tensor, slots: Tensor) -> Tensor:
+    def _advance(self, sampled: Tensor, scores: Tensor, slots: Tensor) -> Tensor:
         state = self.state
         return self.model.ops.advance_(
-            chosen, scores, slots, state.tokens, state.positions, state.limits, state.is_end
+            sampled, scores, slots, state.tokens, state.positions, state.limits, state.is_end
         )

@@ -1,23 +1,23 @@
-"""One step after the other: what the scheduler chose is launched, what was launched before is read.
+"""The step loop: it starts the steps that the scheduler chooses, and hands out their tokens.
 
     admit     a waiting sequence gets a slot, and what a slot holds of its prompt
-    prefill   one chunk of one prompt; where nobody decodes, a longer one, or several short prompts
-    decode    one token for all that have begun; or a draft and one token
+    prefill   one chunk of one prompt; while nothing decodes, a longer one, or several short prompts
+    decode    one token for every sequence that has begun; or a draft and one token
     collect   the tokens of the step before go to their callers
 
-On a GPU a step's tokens are read when the next step is under way.  A sequence that ended is noticed
-by then: what that step chose for it is dropped.  Where the host must know a token before the next
-step (logits processors, log-probabilities, drafts), and on a CPU, it is read at once.
+On a GPU the tokens of a step are read when the next step is under way; a sequence that has ended by
+then takes no more.  They are read at once on a CPU, and where the host must know a token before the
+next step (logits processors, log-probabilities, drafts).
 
-One thread at a time calls a core (worker.py).
+One thread at a time calls a step loop (worker.py).
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from gemcut.engine.execution.runner import Launch, Runner
+from gemcut.engine.execution.pending_tokens import PendingTokens, TokenCollector
+from gemcut.engine.execution.runner import Runner
 from gemcut.engine.requests.prompt_lookup import Lookup
 from gemcut.engine.requests.sequence import Request, TokenSequence
 from gemcut.engine.serving.metrics import EngineMetrics
@@ -30,16 +30,16 @@ class EngineFault(RuntimeError):
     """The device has failed, and with it every request; only a new process helps."""
 
 
-class Core:
-    """The scheduler, the runner, and the requests that are under way."""
+class StepLoop:
+    """A scheduler, a runner, and the requests under way; `step` is called again and again."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner, self.scheduler = runner, scheduler
         self.metrics = EngineMetrics()
         self.attended: set[Request] = set()  # unfinished ones, for which the thread makes steps
         self.fault: Exception | None = None
-        self.depth = int(runner.device.type == "cuda")  # launches that may stay unread
-        self._in_flight: deque[Launch] = deque()
+        self.depth = runner.depth  # steps whose tokens may stay unread
+        self._collector = TokenCollector(self._hand_out)
         self._owners: dict[TokenSequence, Request] = {}
 
     def add(self, request: Request) -> None:
@@ -60,7 +60,7 @@ class Core:
 
     def close(self) -> None:
         """End every request."""
-        self._in_flight.clear()
+        self._collector.clear()
         self._fail(self.scheduler.all(), RuntimeError("the engine was closed"))
 
     @property
@@ -73,26 +73,26 @@ class Core:
         self.metrics.steps += 1
         self._prefill()
         if self._must_be_read():
-            self._collect(0)
+            self._collector.collect(0)
         sequences = self.scheduler.decoding
         if sequences:
             self._guarded(sequences, lambda: self._decode(sequences))
         is_late = sequences and not self._must_be_read()
-        self._collect(self.depth if is_late else 0)
+        self._collector.collect(self.depth if is_late else 0)
 
     def warm_up(self, shown: Callable[[Iterable[Work]], Iterable[Work]] = iter) -> None:
         """Make every kind of step once, as `shown` yields them: none changes a slot in use.
 
         Their tensors are made here, by the driver: in the stream in which they are read.
         """
-        self._collect(0)
+        self._collector.collect(0)
         if (slot := self.scheduler.empty_slot()) is not None:
             end = self.runner.cache.max_seq_len
             longest = self.scheduler.chunk_at(0, end, others_decode=False)
             usual = self.scheduler.chunk_at(0, end, others_decode=True)
             self.runner.warm_up_prefill(slot, {longest, usual, 1})
-        for step in shown(self.runner.kinds_of_steps()):
-            step()
+        for run in shown(self.runner.steps.warm_up_calls()):
+            run()
 
     # The parts of a step
 
@@ -125,23 +125,22 @@ class Core:
     def _prefill_chunk(self, sequence: TokenSequence, count: int) -> None:
         self.metrics.prefill_chunks += 1
         self.metrics.prefill_tokens += count
-        launch = self.runner.prefill(sequence, count)
-        if launch is not None:
-            self._in_flight.append(launch)
+        first = self.runner.start_prefill(sequence, count)
+        if first is not None:
+            self._collector.add(first)
             if self.depth == 0:
-                self._collect(0)
+                self._collector.collect(0)
         elif sequence.score_only and sequence.is_prefilled:
             sequence.finish_scored()
 
     def _decode(self, sequences: list[TokenSequence]) -> None:
         self.metrics.decode_steps += 1
         self.metrics.decoded_rows += len(sequences)
-        launch = self.runner.decode(sequences, self._drafts(sequences))
-        self._in_flight.append(launch)
+        self._collector.add(self.runner.start_decode(sequences, self._drafts(sequences)))
 
     def _drafts(self, sequences: list[TokenSequence]) -> list[list[int]] | None:
         """A guess for each sequence that wants them, None where there is no guess at all."""
-        most = self.runner.draft_width(len(sequences)) - 1
+        most = self.runner.steps.draft_width(len(sequences)) - 1
         if most == 0 or any(s.needs_logits for s in sequences):
             return None
         drafts = [_draft(sequence, most) for sequence in sequences]
@@ -154,27 +153,21 @@ class Core:
             s.needs_logits or s.params.prompt_lookup_num_tokens for s in self.scheduler.running
         )
 
-    def _collect(self, keep: int) -> None:
-        """Hand out the tokens of what was launched, but for the latest `keep` launches."""
-        while len(self._in_flight) > keep:
-            launch = self._in_flight.popleft()
-            self._guarded(launch.sequences, lambda one=launch: self._hand_out(one))
+    def _hand_out(self, pending: PendingTokens) -> None:
+        """Give the sequences of a step their tokens."""
 
-    def _hand_out(self, launch: Launch) -> None:
-        rows = launch.read()
-        if launch.drafts:
-            self.metrics.accepted_tokens += sum(len(row) - 1 for row in rows)
-        for row, (sequence, token_ids) in enumerate(zip(launch.sequences, rows, strict=True)):
-            sequence.in_flight -= 1
-            if not sequence.finished:  # else it ended a step ago
-                logprobs = launch.logprobs[row] if launch.logprobs else None
-                self.metrics.generated_tokens += sequence.take(token_ids, logprobs)
+        def count() -> None:
+            taken, accepted = pending.hand_out()
+            self.metrics.generated_tokens += taken
+            self.metrics.accepted_tokens += accepted
+
+        self._guarded(pending.sequences, count)
 
     # Ends
 
     def recover(self) -> None:
         """Undo what an interrupted step had begun: the host says where each sequence stands."""
-        self._in_flight.clear()
+        self._collector.clear()
         for sequence in list(self._owners):
             sequence.fail_if_interrupted()
             self._settle(sequence)
@@ -224,7 +217,7 @@ class Core:
         """End every request, and all that come, with what broke the engine."""
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         self.fault = EngineFault(f"the engine is dead: {reason}")
-        self._in_flight.clear()
+        self._collector.clear()
         self._fail(self.scheduler.all(), self.fault)
 
 

@@ -24,7 +24,7 @@ import torch
 
 from gemcut.engine.execution.cuda_stream import StepStream
 from gemcut.engine.requests.sequence import Request
-from gemcut.engine.serving.step_loop import Core
+from gemcut.engine.serving.step_loop import StepLoop
 
 T = TypeVar("T")
 CLOSED = "the engine is closed"
@@ -37,10 +37,10 @@ class QueueFullError(RuntimeError):
 class Worker:
     """Owns a core.  Its thread begins when it is first needed and ends with `stop`."""
 
-    def __init__(self, core: Core, max_waiting: int | None = None) -> None:
-        self._core, self._max_waiting = core, max_waiting
-        self.inline = core.runner.device.type == "cpu"  # the main thread may drive
-        self.stream = StepStream(core.runner.device)
+    def __init__(self, step_loop: StepLoop, max_waiting: int | None = None) -> None:
+        self._loop, self._max_waiting = step_loop, max_waiting
+        self.inline = step_loop.runner.device.type == "cpu"  # the main thread may drive
+        self.stream = StepStream(step_loop.runner.device)
         self.stream.wait_for_caller()  # weights, cache and state were made in the caller's stream
         self._commands: deque[Callable[[], object]] = deque()
         # Held for moments.  Reentrant: the garbage collector may end an abandoned stream, which
@@ -60,7 +60,7 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Completions that have no slot yet."""
-        return self._submitted - self._core.scheduler.admitted
+        return self._submitted - self._loop.scheduler.admitted
 
     @property
     def drives_here(self) -> bool:
@@ -76,21 +76,21 @@ class Worker:
         """Queue all of these, or none: QueueFullError where they do not fit."""
         count = sum(len(request.sequences) for request in requests)
         with self._lock:
-            room = self._core.scheduler.free_slots - self.waiting
+            room = self._loop.scheduler.free_slots - self.waiting
             if self._max_waiting is not None and count > room + self._max_waiting:
                 raise QueueFullError(
                     f"{self.waiting} completions wait for a slot, and {count} more would pass "
                     f"max_waiting {self._max_waiting}"
                 )
             for request in requests:
-                self._put(partial(self._core.add, request))
+                self._put(partial(self._loop.add, request))
             self._submitted += count
         if any(request.attended for request in requests):
             self._wake_thread()
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """End these where they stand; their slots are free before the next step."""
-        self._commands.extend(partial(self._core.cancel, request) for request in requests)
+        self._commands.extend(partial(self._loop.cancel, request) for request in requests)
         if requests and not self.drives_here:
             self._wake_ups.put(True)
 
@@ -135,7 +135,7 @@ class Worker:
         with self._lock:
             is_first, self.stopped = not self.stopped, True
             if is_first:
-                self._commands.append(self._core.close)
+                self._commands.append(self._loop.close)
                 self._commands.append(self.stream.synchronize)  # then memory may go back
                 self._commands.append(partial(closed.put, True))
         if not is_first or self._driver is threading.current_thread():
@@ -153,22 +153,22 @@ class Worker:
         started = time.perf_counter()
         try:
             self._interrupted = True
-            self._core.step()
+            self._loop.step()
         except Exception as error:  # a mistake of ours: nobody may wait for ever
-            self._core.die(error)
+            self._loop.die(error)
         self._interrupted = False
-        self._core.metrics.busy_seconds += time.perf_counter() - started
+        self._loop.metrics.busy_seconds += time.perf_counter() - started
 
     def _drain(self) -> None:
         """Do what was asked for; what Ctrl-C has interrupted, a step or this, is mended first."""
         if self._interrupted:
-            self._core.recover()
+            self._loop.recover()
             self._interrupted = False
         while self._commands:
             try:
                 self._commands[0]()
             except Exception as error:  # a mistake of ours, as in `step`
-                self._core.die(error)
+                self._loop.die(error)
             self._commands.popleft()
 
     def _drive_for_caller(self, answer: "queue.SimpleQueue[T]") -> T:
@@ -193,7 +193,7 @@ class Worker:
     @torch.inference_mode()
     def _run(self) -> None:
         # the device on which Triton launches
-        with torch.accelerator.device_index(self._core.runner.device.index):
+        with torch.accelerator.device_index(self._loop.runner.device.index):
             while self._wake_ups.get():
                 self._turn.acquire()
                 self._driver = threading.current_thread()
@@ -203,7 +203,7 @@ class Worker:
     def _drive_while_wanted(self) -> None:
         while not self._leaves():
             self._drain()
-            if self._wants_steps and self._core.is_busy:
+            if self._wants_steps and self._loop.is_busy:
                 self.step()
             else:  # somebody has an answer and has not seen it yet
                 time.sleep(0)
@@ -211,7 +211,7 @@ class Worker:
     @property
     def _wants_steps(self) -> bool:
         """Whether someone waits for the thread: not whoever makes the steps of `Engine.step`."""
-        return bool(self._core.attended) or (self.inline and self._blocked > 0)
+        return bool(self._loop.attended) or (self.inline and self._blocked > 0)
 
     def _leaves(self) -> bool:
         """Give the turn back where nobody waits for another step."""

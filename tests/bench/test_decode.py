@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contests import CEILINGS, SIZES, TINY, demo_setup, one_token_off, plant, skip_ceilings
-from engines import PlainGraphs
+from engines import replay
 
 from gemcut.bench import cli
 from gemcut.bench.engines.contest import Entrant, make_prompts, run_case
@@ -312,8 +312,8 @@ def test_captures_after_the_warm_up_are_counted(setup, monkeypatch):
 
 
 def capture_one(engine: Engine, **options) -> None:
-    engine._core.runner.graphs = PlainGraphs()
-    engine._core.metrics.at_warmup = engine._costs()
+    replay(engine)
+    engine._loop.metrics.at_warmup = engine._costs()
 
 
 def test_a_failure_lets_go_of_the_contestant():

@@ -46,7 +46,7 @@ def test_a_row_for_each_batch_and_kind_of_caller(capsys, tmp_path, monkeypatch):
 def test_what_the_host_does_is_counted_and_the_device_is_not(monkeypatch, capsys):
     """A scheduler that sleeps shows, a model that sleeps does not."""
     with make_engine(host_work.choose_setup(cli._parser().parse_args(SMALL)), 1) as engine:
-        monkeypatch.setattr(engine.model, "decode_hidden", None)
+        monkeypatch.setattr(engine.model, "decode", None)
         next_ones = type(engine._scheduler).decoding.fget
         for caller in CALLERS.values():
             quick = caller(engine, 1, 20)

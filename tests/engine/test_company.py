@@ -137,7 +137,7 @@ class Rig:
         assert not engine.has_work
         assert engine._scheduler.all() == []
         assert engine._scheduler.free_slots == SLOTS
-        assert engine._core._owners == {}
+        assert engine._loop._owners == {}
         return {i: (tokens[i], reasons[i]) for i in tokens}
 
     def check(self, batch: list[Job]) -> None:

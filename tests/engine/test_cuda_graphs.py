@@ -9,8 +9,9 @@ from random_models import MODEL_TYPES
 from twins import poison
 
 from gemcut.engine import Engine, SamplingParams
-from gemcut.engine.execution import cuda_graphs, runner
+from gemcut.engine.execution import cuda_graphs, graphed_steps
 from gemcut.engine.execution.cuda_graphs import Graphs, graph_sizes
+from gemcut.engine.execution.graphed_steps import choose_steps
 from gemcut.engine.execution.steps import PLACE
 
 PROMPTS = ["It was a bright cold morning", "x", "Once upon a time there was", "The dog"]
@@ -39,13 +40,13 @@ def test_replayed_steps_give_what_plain_ones_give(folder, kind):
         folder, max_batch_size=3, reuse_prefixes=False, dtype="float32"
     ) as engine:
         expected = [output.token_ids for output in engine.generate(PROMPTS, params)]
-        graphs = replay(engine)
+        steps = replay(engine)
         replayed = [output.token_ids for output in engine.generate(PROMPTS, params)]
         assert replayed == expected
-        captured = len(graphs)
+        captured = steps.captures
         assert captured > 0
         assert [output.token_ids for output in engine.generate(PROMPTS, params)] == expected
-        assert len(graphs) == captured
+        assert steps.captures == captured
 
 
 def test_kinds_of_steps_have_graphs_of_their_own(folder):
@@ -122,7 +123,7 @@ def test_replayed_prefills_give_what_plain_ones_give(family, chunk):
     with Engine.from_pretrained(family, **options) as plain:
         expected = run(plain)
     with Engine.from_pretrained(family, **options) as engine:
-        graphs = replay(engine)
+        graphs = replay(engine)._graphs
         engine.warmup()
         sizes = {key[1] - PLACE for key in graphs._captured if key[0] == "prefill"}
         assert sizes == ({64, 128} if chunk == 512 else {8})
@@ -150,20 +151,20 @@ def test_frequencies_of_a_replayed_chunk_are_those_of_its_prompt(tmp_path, token
 
 def test_chunks_that_outlast_the_host_s_work_are_not_captured(folder):
     with Engine.from_pretrained(folder, max_batch_size=1, dtype="float32") as engine:
-        graphs = replay(engine)
-        engine._core.runner.prefill_sizes = [64]
+        steps = replay(engine)
+        steps.prefill_sizes = [64]
         engine.generate([2] * 64, SamplingParams(max_tokens=1))
-        assert len(graphs) == 1
+        assert steps.captures == 1
         engine.generate([3] * 65, SamplingParams(max_tokens=1))
-        assert len(graphs) == 1
+        assert steps.captures == 1
         assert engine.metrics()["prefill_chunks"] == 2
 
 
 @pytest.fixture
 def claims_to_be_a_gpu(monkeypatch):
     """Engines on a CPU that make graphs, and pad chunks, as if it were a GPU."""
-    monkeypatch.setattr(runner, "can_be_captured", lambda device, ops: True)
-    monkeypatch.setattr(runner, "Graphs", PlainGraphs)
+    monkeypatch.setattr(graphed_steps, "can_be_captured", lambda device, ops: True)
+    monkeypatch.setattr(graphed_steps, "Graphs", PlainGraphs)
 
 
 def test_an_engine_captures_unless_it_is_told_not_to(folder, claims_to_be_a_gpu, monkeypatch):
@@ -180,7 +181,7 @@ def test_an_engine_captures_unless_it_is_told_not_to(folder, claims_to_be_a_gpu,
     options |= {"dtype": "float32", "cuda_graphs": False}
     with again, Engine.from_pretrained(folder, **options) as other:
         for eager in (again, other):
-            assert eager._core.runner.prefill_sizes  # the same products as with graphs
+            assert eager._loop.runner.steps.prefill_sizes  # the same products as with graphs
             eager.warmup()
             assert [o.token_ids for o in eager.generate(prompts, params)] == expected
             assert eager.metrics()["graph_captures"] == 0
@@ -207,7 +208,8 @@ def test_a_captured_graph_gives_the_bits_of_the_eager_step(folder, kind):
     with Engine.from_pretrained(folder, **options) as engine:
         replayed = [output.token_ids for output in engine.generate(PROMPTS, params)]
         cache = [layer.k.clone() for layer in engine.cache.layers]
-        engine._core.runner.graphs = None
+        runner = engine._loop.runner
+        runner.steps = choose_steps(runner.model, runner.cache, runner.state, cuda_graphs=False)
         eager = [output.token_ids for output in engine.generate(PROMPTS, params)]
         assert eager == replayed
         for layer, k in zip(engine.cache.layers, cache, strict=True):

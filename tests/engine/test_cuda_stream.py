@@ -137,14 +137,14 @@ def test_steps_run_in_the_engine_s_stream_whoever_drives(engine, streams, call):
 
 def test_tensors_of_a_warm_up_are_made_where_they_are_read(engine, streams, monkeypatch):
     """With a progress bar all steps are known before the first is made."""
-    kinds = engine._core.runner.kinds_of_steps
+    calls = engine._loop.runner.steps.warm_up_calls
 
     def noted():
-        for step in kinds():
+        for call in calls():
             streams.work("work")
-            yield step
+            yield call
 
-    monkeypatch.setattr(engine._core.runner, "kinds_of_steps", noted)
+    monkeypatch.setattr(engine._loop.runner.steps, "warm_up_calls", noted)
     streams.log.clear()
     engine.warmup(use_tqdm=True)
     check_order(streams.log)
@@ -213,7 +213,8 @@ def test_no_memory_goes_back_before_the_device_is_done(folder, streams, ending):
     deltas = engine.stream("Once", ENDLESS)
     next(deltas)
     streams.log.clear()
-    engine._core.runner.decode = streams.noting("work", engine._core.runner.decode)
+    runner = engine._loop.runner
+    runner.start_decode = streams.noting("work", runner.start_decode)
     if ending == "close":
         engine.close()
     del engine, deltas

@@ -417,10 +417,11 @@ def test_threads_share_the_engine(engine):
 
 def test_a_queue_of_short_requests_does_not_stall_a_running_one(engine, monkeypatch):
     """Between two of its tokens a stream waits for one chunk of a prompt at most."""
-    runner, steps = engine._core.runner, []
-    prefill, decode = runner.prefill, runner.decode
-    monkeypatch.setattr(runner, "prefill", lambda *args: (steps.append("p"), prefill(*args))[1])
-    monkeypatch.setattr(runner, "decode", lambda *args: (steps.append("d"), decode(*args))[1])
+    runner, steps = engine._loop.runner, []
+    prefill, decode = runner.start_prefill, runner.start_decode
+    for name, mark, start in (("start_prefill", "p", prefill), ("start_decode", "d", decode)):
+        noted = lambda *args, m=mark, s=start: (steps.append(m), s(*args))[1]  # noqa: E731
+        monkeypatch.setattr(runner, name, noted)
     stream = engine.stream("x", SamplingParams(max_tokens=100, ignore_eos=True))
     next(stream)
     engine.score([PROMPTS[1]] * 10)  # each needs a slot for one step

@@ -36,10 +36,11 @@ def test_a_fault_in_a_prefill_ends_its_own_request(engine, monkeypatch):
     alone = engine.generate("x", PARAMS)
     other = engine.stream("x", PARAMS)
     text = next(other).text
-    runner = engine._core.runner
+    runner = engine._loop.runner
     with monkeypatch.context() as patch:
         error = torch.OutOfMemoryError("CUDA out of memory")
-        patch.setattr(runner, "prefill", failing(runner.prefill, error, when=lambda: True))
+        fails = failing(runner.start_prefill, error, when=lambda: True)
+        patch.setattr(runner, "start_prefill", fails)
         with pytest.raises(torch.OutOfMemoryError):
             engine.generate("Once upon a time there was a fox")
     assert text + "".join(delta.text for delta in other) == alone.text
@@ -48,7 +49,7 @@ def test_a_fault_in_a_prefill_ends_its_own_request(engine, monkeypatch):
 
 def test_a_fault_in_a_step_ends_those_that_took_part(engine, monkeypatch):
     """And not the one that waited for a slot."""
-    runner = engine._core.runner
+    runner = engine._loop.runner
     alone = engine.generate("z", PARAMS)
     streams = [engine.stream(prompt, SamplingParams(ignore_eos=True)) for prompt in "xy"]
     for stream in streams:
@@ -57,9 +58,8 @@ def test_a_fault_in_a_step_ends_those_that_took_part(engine, monkeypatch):
     error = RuntimeError("a step broke")
     waits = engine.add("z", PARAMS)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            runner, "decode", failing(runner.decode, error, when=lambda: next(broken, False))
-        )
+        fails = failing(runner.start_decode, error, when=lambda: next(broken, False))
+        patch.setattr(runner, "start_decode", fails)
         for stream in streams:
             with pytest.raises(RuntimeError, match="a step broke"):
                 list(stream)
@@ -77,8 +77,9 @@ def test_after_a_fault_of_the_device_everyone_learns_that_the_engine_is_dead(eng
         next(stream)
     waits = engine.add("z")
     error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
-    runner = engine._core.runner
-    monkeypatch.setattr(runner, "decode", failing(runner.decode, error, when=lambda: True))
+    runner = engine._loop.runner
+    fails = failing(runner.start_decode, error, when=lambda: True)
+    monkeypatch.setattr(runner, "start_decode", fails)
     message = "the engine is dead: CUDA error: an illegal memory access was encountered$"
     for stream in streams:
         with pytest.raises(EngineFault, match=message):
@@ -121,7 +122,7 @@ def test_a_real_fault_of_the_device(folder):
         "engine = Engine.from_pretrained(sys.argv[1], device='cuda')\n"
         "engine.generate('x')\n"
         "def breaks(*args): torch.cuda._sleep(1); torch.empty(1, device='cuda')[torch.tensor([10**9], device='cuda')]; torch.cuda.synchronize()\n"  # noqa: E501
-        "engine._core.runner.decode = breaks\n"
+        "engine._loop.runner.start_decode = breaks\n"
         "for _ in range(2):\n"
         "    try: engine.generate('x')\n"
         "    except EngineFault as error: print(error)\n"

@@ -79,7 +79,7 @@ def test_every_tensor_of_an_engine_is_in_the_estimate(folders, name, dtype):
             estimate = estimate_of(engine)
             assert tensor_bytes(engine.model.weights) == estimate.weights
             assert tensor_bytes(engine.cache) == estimate.kv_cache
-            assert tensor_bytes(engine._core.runner.state) == estimate.state
+            assert tensor_bytes(engine._loop.runner.state) == estimate.state
             lasting = estimate.weights + estimate.kv_cache + estimate.state
             assert lasting <= tensor_bytes(engine) <= lasting * (1 + SHARE)
 

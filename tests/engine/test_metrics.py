@@ -1,7 +1,7 @@
 """What an engine says of itself, read by Prometheus' own parser."""
 
 import pytest
-from engines import PlainGraphs, run_as_on_a_gpu
+from engines import replay, run_as_on_a_gpu
 from prometheus_client.parser import text_string_to_metric_families
 
 from gemcut.engine import Engine, SamplingParams
@@ -67,13 +67,13 @@ def test_prometheus_reads_every_value(engine):
 
 
 def test_captures_after_a_warm_up_are_told(engine):
-    engine._core.runner.graphs = PlainGraphs()
+    graphs = replay(engine)._graphs
     assert engine.metrics()["captures_after_warmup"] == 0  # there was no warm-up yet
     engine.warmup()
     captured = engine.metrics()["graph_captures"]
-    engine._core.runner.graphs._captured.popitem()
+    graphs._captured.popitem()
     engine.warmup()
-    engine._core.runner.graphs._captured["another"] = None
+    graphs._captured["another"] = None
     metrics = engine.metrics()
     assert (metrics["graph_captures"], metrics["captures_after_warmup"]) == (captured + 1, 1)
 

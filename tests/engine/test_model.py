@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from twins import (
     all_logits,
     assert_same_logits,
+    decoded_logits,
     gemcut_twin,
     greedy,
     new_cache,
@@ -184,7 +185,8 @@ def test_ring_gives_what_a_full_cache_gives(precise):
     for position in range(30, 100):  # seven turns of the ring
         step = (ids[position : position + 1], slots, torch.tensor([position]))
         torch.testing.assert_close(
-            precise.decode(step[0], ring, *step[1:]), precise.decode(step[0], full, *step[1:])
+            decoded_logits(precise, step[0], ring, *step[1:]),
+            decoded_logits(precise, step[0], full, *step[1:]),
         )
 
 
@@ -197,11 +199,13 @@ def test_each_row_of_a_ragged_batch_gets_what_it_gets_alone(precise):
         precise.prefill(ids, together, slot)
     tokens, positions = random_ids(len(prompts), 97), torch.tensor(lengths)
     slots = torch.arange(len(prompts))
-    batch = precise.decode(tokens, together, slots, positions)
+    batch = decoded_logits(precise, tokens, together, slots, positions)
     for row, ids in enumerate(prompts):
         alone = new_cache(precise, prefill_chunk=4)
         precise.prefill(ids, alone, slot=0)
-        one = precise.decode(tokens[row : row + 1], alone, torch.tensor([0]), positions[row, None])
+        one = decoded_logits(
+            precise, tokens[row : row + 1], alone, torch.tensor([0]), positions[row, None]
+        )
         torch.testing.assert_close(batch[row : row + 1], one)
 
 
@@ -270,7 +274,7 @@ def test_inactive_rows_change_nothing(precise):
     precise.prefill(random_ids(9, 97), cache, slot=0)
     before = [layer.k.clone() for layer in cache.layers]
     tokens, slots = torch.tensor([5, 5]), torch.tensor([1, 0])
-    precise.decode(tokens, cache, slots, torch.tensor([-1, -1]))
+    decoded_logits(precise, tokens, cache, slots, torch.tensor([-1, -1]))
     for layer, k in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.k.nan_to_num(123.0), k.nan_to_num(123.0))
 

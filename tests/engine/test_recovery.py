@@ -13,9 +13,12 @@ from engines import assert_serves
 
 from gemcut.engine import Engine, SamplingParams
 
-FOLDER = str(Path(sys.modules["gemcut.engine"].__file__).parent)
-NAMES = ("core", "runner", "scheduler", "slot_state", "sequence", "cache")
-FILES = {f"{FOLDER}/{name}.py" for name in NAMES}
+FOLDER = Path(sys.modules["gemcut.engine"].__file__).parent
+NAMES = """
+    serving/step_loop serving/scheduler execution/runner execution/pending_tokens
+    execution/slot_state execution/cache requests/sequence
+"""
+FILES = {str(FOLDER / f"{name}.py") for name in NAMES.split()}
 PLACING = {"admit", "place", "_prefill", "copy_prefix"}  # where a slot and its tokens change hands
 SETTINGS = {
     "greedy": {"temperature": 0},
@@ -44,14 +47,14 @@ class InterruptAt:
     def _call(self, frame, event, arg):
         if frame.f_code.co_filename not in FILES:
             return None
-        if frame.f_code.co_name in ("step", "add", "cancel") and "core" in frame.f_code.co_filename:
+        if frame.f_code.co_name in ("step", "add", "cancel") and _is_step_loop(frame):
             return self._line
         return self._line if self._within(frame) else None
 
     def _within(self, frame) -> bool:
         """Whether a step is being made: what a caller does before is its own affair."""
         while frame is not None:
-            if frame.f_code.co_filename.endswith("core.py"):
+            if _is_step_loop(frame):
                 return True
             frame = frame.f_back
         return False
@@ -64,6 +67,10 @@ class InterruptAt:
             if self.lines == self.n:
                 raise KeyboardInterrupt
         return self._line
+
+
+def _is_step_loop(frame) -> bool:
+    return frame.f_code.co_filename.endswith("step_loop.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The steps of one `generate`: from prompts in the cache to the last token of each row.
 
-A step is what an Engine's is, captured as one CUDA graph where there is a GPU: runner.py launches
-it, and TokenSequence says when a row ends.
+The steps are those of an Engine, CUDA graphs on a GPU: runner.py starts them, pending_tokens.py
+hands out their tokens, and TokenSequence says when a row ends.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config.config_file import as_token_ids
+from gemcut.engine.execution.graphed_steps import choose_steps
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.runner import Launch, Runner
+from gemcut.engine.execution.pending_tokens import PendingTokens, TokenCollector
+from gemcut.engine.execution.runner import Runner
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.requests.sampling_params import INT64_MAX, LogitsProcessor, SamplingParams
 from gemcut.engine.requests.sequence import TokenSequence
@@ -22,9 +24,11 @@ from gemcut.engine.transformers_api.models.forward import Batch, forward, rows_a
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
 from gemcut.tokenizer import Tokenizer
 
+Start = Callable[[list[TokenSequence]], PendingTokens]
+
 
 @dataclass
-class Prompt:
+class PromptBatch:
     """A batch of prompts: all of it, and what is to be computed of it."""
 
     whole: Batch
@@ -47,7 +51,7 @@ class Continuation:
         *,
         model: Gemma,
         config: GenerationConfig,
-        prompt: Prompt,
+        prompt: PromptBatch,
         cache: StaticCache,
         processors: list[LogitsProcessor],
         criteria: list[Callable[..., Any]],
@@ -122,12 +126,14 @@ class Continuation:
         runner = self._runner(cache)
         if self._streamer is not None and whole.token_ids is not None:
             self._streamer.put(self._result(0).cpu())
-        launch: Launch | None = runner.begin(self._sequences, states)
+        first = runner.start_first_token(self._sequences, states)
         if rows_are_plain(mask, held, end, window):
-            self._decode(runner, launch)
+            # a GPU computes the next step while the host reads the last
+            depth = 0 if self._criteria else runner.depth
+            self._run_steps(first, lambda rows: runner.start_decode(rows, None), depth)
             self._note_decoded(cache)
         else:
-            self._decode_by_mask(runner, launch, mask, cache)
+            self._run_steps(first, self._masked_steps(runner, mask, cache), depth=0)
         if self._streamer is not None:
             self._streamer.end()
         return self._result(max(len(s.output_ids) for s in self._sequences))
@@ -164,52 +170,47 @@ class Continuation:
         return last.repeat_interleave(self._times, dim=0), cache
 
     def _runner(self, cache: StaticCache) -> Runner:
-        """What launches steps over this cache; its graphs serve later calls too."""
+        """What starts steps over this cache; its graphs serve later calls too."""
         if cache.runner is None:
             assert cache.kv is not None
             state = SlotState(cache.kv.num_slots, self._model.config.vocab_size, self._model.device)
-            cache.runner = Runner(self._model, cache.kv, state, None)
+            cache.runner = Runner(choose_steps(self._model, cache.kv, state), tokenizer=None)
         return cache.runner
 
-    def _decode(self, runner: Runner, launch: Launch | None) -> None:
-        """Step by step to the end; a GPU makes the next one while the host reads the last."""
-        is_late = runner.graphs is not None and not self._criteria
-        while launch is not None:
-            ahead = self._next(runner) if is_late else None
-            self._take(launch)
-            launch = ahead or self._next(runner)
+    def _run_steps(self, first: PendingTokens, start: Start, depth: int) -> None:
+        """Start step after step, until no row wants another token; `depth` may stay unread."""
+        collector = TokenCollector(self._take)
+        collector.add(first)
+        collector.collect(depth)
+        while wanting := [s for s in self._sequences if s.wants_token]:
+            collector.add(start(wanting))
+            collector.collect(depth)
+        collector.collect(0)
 
-    def _next(self, runner: Runner) -> Launch | None:
-        wanting = [s for s in self._sequences if s.wants_token]
-        return runner.decode(wanting, None) if wanting else None
-
-    def _decode_by_mask(
-        self, runner: Runner, launch: Launch | None, mask: Tensor | None, cache: StaticCache
-    ) -> None:
-        """The same for rows that no kernel can tell from whole ones: each step is a `forward`."""
+    def _masked_steps(self, runner: Runner, mask: Tensor | None, cache: StaticCache) -> Start:
+        """Starts steps for rows that kernels would take for whole ones: each is a `forward`."""
         model, rows = self._model, len(self._sequences)
-        while launch is not None:
-            self._take(launch)
-            wanting = [s for s in self._sequences if s.wants_token]
-            if not wanting:
-                return
+
+        def start(wanting: list[TokenSequence]) -> PendingTokens:
+            nonlocal mask
             newest = torch.tensor([[s.output_ids[-1]] for s in self._sequences])
             goes_on = torch.tensor([[s.wants_token] for s in self._sequences])
             past = cache.get_seq_length()
             before = torch.ones(rows, past, dtype=torch.bool) if mask is None else mask
             mask = torch.cat([before, goes_on], dim=1)
             positions = torch.tensor([[s.length - 1] for s in self._sequences])
-            ids = newest.to(model.device)
-            batch = Batch(ids, None, (rows, 1), mask, positions, None)
+            batch = Batch(newest.to(model.device), None, (rows, 1), mask, positions, None)
             states = forward(model, batch, cache).last[:, 0]
             slots = torch.tensor([s.slot for s in wanting], device=model.device)
-            launch = runner.begin(wanting, states.index_select(0, slots))
+            return runner.start_first_token(wanting, states.index_select(0, slots))
 
-    def _take(self, launch: Launch) -> None:
+        return start
+
+    def _take(self, pending: PendingTokens) -> None:
+        """Hand out the tokens of a step, show them to the streamer, and ask the criteria."""
         before = max(len(s.output_ids) for s in self._sequences)
-        for sequence, ids in zip(launch.sequences, launch.read(), strict=True):
-            sequence.in_flight -= 1
-            sequence.take(ids, None)
+        pending.hand_out()
+        for sequence in pending.sequences:
             if sequence.error is not None:
                 raise sequence.error
         count = max(len(s.output_ids) for s in self._sequences)
@@ -218,10 +219,11 @@ class Continuation:
         if self._streamer is not None:
             self._streamer.put(self._result(count)[:, -1].cpu())
         for criterion in self._criteria:
-            verdict = torch.as_tensor(criterion(self._result(count), None)).cpu()
-            verdict = verdict.expand(len(self._sequences))
-            for sequence, ends in zip(self._sequences, verdict, strict=True):
-                if ends and not sequence.finished:
+            ends = torch.as_tensor(criterion(self._result(count), None)).cpu()
+            for sequence, ends_here in zip(
+                self._sequences, ends.expand(len(self._sequences)), strict=True
+            ):
+                if ends_here and not sequence.finished:
                     sequence.finish_reason = "stop"
 
     def _note_decoded(self, cache: StaticCache) -> None:

@@ -179,7 +179,7 @@ def _step(
         ranks = _upload(torch.tensor(held)[rows], model)
         ids = batch.token_ids.flatten().index_select(0, where)
         tables = _rope_tables(model, batch, rows)
-        last.index_copy_(0, where, model.decode_hidden(ids, kv, where, ranks, tables))
+        last.index_copy_(0, where, model.decode(ids, kv, where, ranks, tables))
 
 
 def _real_columns(batch: Batch, row: int, past: int) -> Tensor:

@@ -12,7 +12,7 @@ from gemcut.engine.config.config_file import as_token_ids
 from gemcut.engine.requests.sampling_params import LogitsProcessor
 from gemcut.engine.transformers_api.models.arrays import convert, converter_to_kind_of
 from gemcut.engine.transformers_api.models.caches import StaticCache
-from gemcut.engine.transformers_api.models.continuation import Continuation, Prompt
+from gemcut.engine.transformers_api.models.continuation import Continuation, PromptBatch
 from gemcut.engine.transformers_api.models.forward import Batch
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
 from gemcut.engine.transformers_api.models.inputs import check_is_stored, read_batch
@@ -119,7 +119,7 @@ class GenerativeModel(PreTrainedModel):
 
     def _read_prompt(
         self, ids: Any, mask: Any, embeds: Any, cache: StaticCache, config: GenerationConfig
-    ) -> Prompt:
+    ) -> PromptBatch:
         """The prompt of all rows, and the part of it that is not in the cache."""
         past, core = cache.get_seq_length(), self._core
         empty = StaticCache(self.config)
@@ -150,7 +150,7 @@ class GenerativeModel(PreTrainedModel):
             check_is_stored(whole.mask, cache)
         elif any(length != past for length in cache.lengths):
             raise ValueError("the cache was filled with padding: give attention_mask here too")
-        return Prompt(whole, new)
+        return PromptBatch(whole, new)
 
 
 def _mask_of_padding(ids: Tensor, config: GenerationConfig) -> Tensor | None:

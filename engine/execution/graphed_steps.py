@@ -1,0 +1,85 @@
+"""Steps of a GPU: each is the replay of a CUDA graph, captured when it is first asked for.
+
+A graph has one batch size, one width of drafts and one set of sampling features.  A batch is padded
+with inactive rows to the next size that has a graph, drafts to its width, and the features are
+rounded up to the least set that holds them: a neutral setting gives the same token as none.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.cuda_graphs import Blank, Graphs, can_be_captured, graph_sizes
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.prefill_chunks import padded_sizes
+from gemcut.engine.execution.sampler import KINDS, Features
+from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.execution.steps import NO_DRAFT, Steps
+
+
+def choose_steps(
+    model: Gemma, cache: KVCache, state: SlotState, *, cuda_graphs: bool = True
+) -> Steps:
+    """The steps that suit the model's device: graphs on a GPU, unless `cuda_graphs` is False."""
+    if not can_be_captured(model.device, model.ops):
+        return Steps(model, cache, state)
+    # padded without graphs too, so that cuBLAS computes the same with them and without
+    sizes = padded_sizes(model.config, cache.prefill_chunk, cache.max_seq_len)
+    return (GraphedSteps if cuda_graphs else Steps)(model, cache, state, sizes)
+
+
+class GraphedSteps(Steps):
+    """`Steps` whose calls replay graphs; what a call returns is overwritten by the next one."""
+
+    def __init__(
+        self, model: Gemma, cache: KVCache, state: SlotState, prefill_sizes: Sequence[int] = ()
+    ) -> None:
+        super().__init__(model, cache, state, prefill_sizes)
+        self.batch_sizes = graph_sizes(state.num_slots)
+        self._graphs = Graphs()
+
+    @property
+    def captures(self) -> int:
+        return len(self._graphs)
+
+    def batch_size(self, rows: int) -> int:
+        return next(size for size in reversed(self.batch_sizes) if size >= rows)
+
+    def prefill_padded(self, chunk: Tensor) -> Tensor:
+        size = len(chunk)
+        step, blank = super().prefill_padded, Blank((size,), 0)
+        return self._graphs.run(("prefill", size), step, (chunk,), (blank,))
+
+    def decode(self, slots: Tensor, features: Features) -> Tensor:
+        features = _rounded(features)
+        step = partial(super().decode, features=features)
+        return self._run(("decode", features), step, slots)
+
+    def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
+        features = _rounded(features)
+        step = partial(super().verify, features=features)
+        return self._run(("verify", features), step, slots, drafts)
+
+    def logits(self, slots: Tensor) -> Tensor:
+        return self._run("logits", super().logits, slots)
+
+    def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
+        """No graph: logits processors may have made its logits on the host."""
+        return super().sample(logits, slots, _rounded(features))
+
+    def _run(self, kind: object, step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Replay a step of slots [B], and drafts [B, T - 1] where it verifies some -> [B, ...]."""
+        rows = len(inputs[0])
+        size = self.batch_size(rows)
+        slots = Blank((size,), self.state.num_slots)
+        drafts = Blank((size, self.draft_width(size) - 1), NO_DRAFT)
+        blanks = (slots, drafts)[: len(inputs)]
+        output = self._graphs.run((kind, size), step, inputs, blanks)
+        return output if size == rows else output[:rows]
+
+
+def _rounded(features: Features) -> Features:
+    """The least of the sets that have graphs which holds these."""
+    return next(kind for kind in reversed(KINDS) if features <= kind)
