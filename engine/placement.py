@@ -1,13 +1,14 @@
 """What `auto` means for device, dtype and ops: what the machine has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from gemcut import kernels
+from gemcut.engine.checks import shorten
 from gemcut.kernels import reference
 from gemcut.kernels.gpu_arch import part
 
@@ -38,6 +39,20 @@ def choose_device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices")
     return chosen
+
+
+def choose_device_map(device_map: Any) -> torch.device:
+    """The one device that transformers' device_map means: None is the CPU, a number a GPU."""
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise NotImplementedError(
+                f"device_map {shorten(device_map)}: a model lies on one device; give its name"
+            )
+        device_map = device_map[""]
+    if isinstance(device_map, int) and not isinstance(device_map, bool):
+        device_map = f"cuda:{device_map}"
+    place: Any = "cpu" if device_map is None else device_map
+    return choose_device(place)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -53,7 +53,7 @@ class SlotState:
         last = len(sequence.prompt_ids) - 1
         first_end = len(sequence.prompt_ids) + params.min_tokens
         top_k = max(int(params.top_k), 0)
-        # the order of `gather`; float: a number of NumPy is none to torch
+        # in the order of `integers` and `floats`; float(): torch takes no number of NumPy
         integers = [newest, sequence.length - 1, last + sequence.max_tokens]
         integers += [top_k, sequence.seed, first_end]
         floats = [params.temperature, params.top_p, params.min_p]

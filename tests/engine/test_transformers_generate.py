@@ -235,9 +235,9 @@ def test_steps_replayed_and_read_late_as_on_a_gpu(pair):
     settings = {**GREEDY, "eos_token_id": with_eos(ours, ids), "pad_token_id": 0}
     expected = ours.generate(ids, **settings)
     for cache in (StaticCache(), StaticCache()):
-        cache.prepare(ours._core.config, BATCH, 60, ours.device, ours.dtype)
+        cache.prepare(ours._gemma.config, BATCH, 60, ours.device, ours.dtype)
         state = SlotState(BATCH, VOCAB, ours.device)
-        cache.runner = Runner(replayed_steps(ours._core, cache.kv, state), None)
+        cache.runner = Runner(replayed_steps(ours._gemma, cache.kv, state), None)
         cache.runner.depth = 1
         assert torch.equal(ours.generate(ids, past_key_values=cache, **settings), expected)
         assert cache.get_seq_length() == expected.shape[1] - 1

@@ -149,7 +149,7 @@ class TestOutputs:
     def test_a_loss_alone_computes_no_logits_for_the_output(self, model, monkeypatch):
         output = model(IDS, labels=IDS)
         asked = []
-        monkeypatch.setattr(model._core, "logits", lambda h: asked.append(len(h)) or h)
+        monkeypatch.setattr(model._gemma, "logits", lambda h: asked.append(len(h)) or h)
         assert "on request" in repr(output)
         assert asked == []
         _ = output.logits, output.logits
@@ -281,7 +281,7 @@ class TestPlaces:
         assert load(tmp_path / "low").float().dtype == torch.float32
         again = load(tmp_path).to("cpu", torch.bfloat16)
         assert torch.equal(again(IDS).logits, low(IDS).logits)
-        tied = again._core.weights
+        tied = again._gemma.weights
         assert tied.lm_head is tied.embedding
 
     def test_moving_forgets_what_was_captured(self, tmp_path, model):
@@ -300,7 +300,7 @@ class TestPlaces:
                 continue
             mine = type(model).from_pretrained(tmp_path, device_map=place)
             assert mine.device == torch.device("cpu")
-            assert mine._core.ops is reference
+            assert mine._gemma.ops is reference
 
     @pytest.mark.parametrize(
         ("model_type", "mask"),
@@ -314,7 +314,7 @@ class TestPlaces:
         ours.save_pretrained(tmp_path)
         place = {"device_map": "auto"} if torch.cuda.is_available() else {}
         mine = type(ours).from_pretrained(tmp_path, ops="triton", **place)
-        assert mine._core.ops is not reference
+        assert mine._gemma.ops is not reference
         ids, seen = IDS.to(mine.device), MASKS[mask].to(mine.device)
         past = mine(ids[:, :14], attention_mask=seen[:, :14]).past_key_values
         actual = mine(ids[:, 14:], attention_mask=seen, past_key_values=past).logits

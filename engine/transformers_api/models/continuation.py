@@ -5,7 +5,6 @@ hands out their tokens, and TokenSequence says when a row ends.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,25 +21,10 @@ from gemcut.engine.requests.sequence import TokenSequence
 from gemcut.engine.transformers_api.models.caches import StaticCache
 from gemcut.engine.transformers_api.models.forward import Batch, forward, rows_are_plain
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
+from gemcut.engine.transformers_api.models.prompt_batch import PromptBatch
 from gemcut.tokenizer import Tokenizer
 
 Start = Callable[[list[TokenSequence]], PendingTokens]
-
-
-@dataclass
-class PromptBatch:
-    """A batch of prompts: all of it, and what is to be computed of it."""
-
-    whole: Batch
-    new: Batch
-
-    def ids_of(self, row: int) -> list[int]:
-        """The ids of a row without its padding; zeros where only embeddings are known."""
-        mask = self.whole.mask
-        if self.whole.token_ids is None:
-            return [0] * (self.whole.shape[1] if mask is None else int(mask[row].sum()))
-        ids = self.whole.token_ids[row].cpu()
-        return (ids if mask is None else ids[mask[row]]).tolist()
 
 
 class Continuation:

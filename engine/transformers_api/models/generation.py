@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.checks import shorten
-from gemcut.engine.config.config_file import as_token_ids
 from gemcut.engine.requests.sampling_params import LogitsProcessor
 from gemcut.engine.transformers_api.models.arrays import convert, converter_to_kind_of
 from gemcut.engine.transformers_api.models.caches import StaticCache
-from gemcut.engine.transformers_api.models.continuation import Continuation, PromptBatch
-from gemcut.engine.transformers_api.models.forward import Batch
+from gemcut.engine.transformers_api.models.continuation import Continuation
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
-from gemcut.engine.transformers_api.models.inputs import check_is_stored, read_batch
 from gemcut.engine.transformers_api.models.outputs import GenerateDecoderOnlyOutput
 from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel, on_its_device
+from gemcut.engine.transformers_api.models.prompt_batch import read_prompts
 from gemcut.tokenizer import Tokenizer
 
 
@@ -84,11 +82,11 @@ class GenerativeModel(PreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}; give init_cache(batch_size, "
                 f"max_length) or gemcut.engine.DynamicCache()"
             )
-        prompt = self._read_prompt(input_ids, attention_mask, inputs_embeds, cache, config)
+        prompt = read_prompts(self._gemma, cache, input_ids, attention_mask, inputs_embeds, config)
         if past_key_values is None:
             cache = self._kept_cache()
         continuation = Continuation(
-            model=self._core,
+            model=self._gemma,
             config=config,
             prompt=prompt,
             cache=cache,
@@ -116,50 +114,6 @@ class GenerativeModel(PreTrainedModel):
     def _set_up(self, *parts: Any, **named: Any) -> None:
         super()._set_up(*parts, **named)
         self.__dict__.pop("_generation_cache", None)  # of another device or dtype
-
-    def _read_prompt(
-        self, ids: Any, mask: Any, embeds: Any, cache: StaticCache, config: GenerationConfig
-    ) -> PromptBatch:
-        """The prompt of all rows, and the part of it that is not in the cache."""
-        past, core = cache.get_seq_length(), self._core
-        empty = StaticCache(self.config)
-        whole = read_batch(core, empty, ids, mask, None, embeds, may_be_packed=False)
-        (B, T) = whole.shape
-        if past >= T:
-            raise ValueError(
-                f"the prompt has {T} columns, of which the cache holds {past}: give all of them, "
-                f"and at least one more"
-            )
-        if whole.mask is None and whole.token_ids is not None:
-            whole.mask = _mask_of_padding(whole.token_ids, config)
-        if whole.mask is not None:
-            if not (rows := whole.mask[:, past:].any(1)).all():
-                row = int((~rows).nonzero()[0])
-                raise ValueError(f"row {row} of the prompt has no token that is not masked")
-            # ranks, as transformers has them in generate
-            whole.position_ids = (whole.mask.long().cumsum(-1) - 1).clamp(min=0)
-        new = Batch(
-            None if whole.token_ids is None else whole.token_ids[:, past:],
-            None if whole.embeds is None else whole.embeds[:, past:],
-            (B, T - past),
-            whole.mask,
-            whole.position_ids[:, past:],
-            None,
-        )
-        if past and whole.mask is not None:
-            check_is_stored(whole.mask, cache)
-        elif any(length != past for length in cache.lengths):
-            raise ValueError("the cache was filled with padding: give attention_mask here too")
-        return PromptBatch(whole, new)
-
-
-def _mask_of_padding(ids: Tensor, config: GenerationConfig) -> Tensor | None:
-    """What a mask would say, guessed from pad_token_id: [B, T] bool on the host."""
-    pad = config.pad_token_id
-    if pad is None or pad in as_token_ids(config.eos_token_id):
-        return None
-    real = (ids != pad).cpu()
-    return None if real.all() else real
 
 
 def _for_one_row(processor: Callable[[Tensor, Tensor], Tensor]) -> LogitsProcessor:

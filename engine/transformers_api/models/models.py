@@ -85,7 +85,7 @@ class WithHead(PreTrainedModel):
     def model(self) -> TextModel:
         """The decoder alone, on the same weights."""
         base = self.base_class.__new__(self.base_class)
-        vars(base).update(config=self.config, _core=self._core, _ops_name=self._ops_name)
+        vars(base).update(config=self.config, _gemma=self._gemma, _ops_name=self._ops_name)
         return base
 
 
@@ -127,14 +127,14 @@ class CausalLM(WithHead, GenerativeModel):
         kept = _keep(run.states.last, chosen)
         if targets is None:
             return run.answer(CausalLMOutputWithPast, logits=self._logits(kept))
-        loss = causal_lm_loss(self._core, kept, targets)
+        loss = causal_lm_loss(self._gemma, kept, targets)
         return run.answer(
             CausalLMOutputWithPast, loss=loss, logits=lambda: run.kind(self._logits(kept))
         )
 
     @on_its_device
     def _logits(self, states: Tensor) -> Tensor:
-        flat = self._core.logits(states.reshape(-1, states.shape[-1]))
+        flat = self._gemma.logits(states.reshape(-1, states.shape[-1]))
         return flat.view(*states.shape[:-1], -1)
 
     def _read_targets(self, labels: Any, chosen: Tensor, run: Run) -> Tensor:
@@ -190,7 +190,7 @@ class SequenceClassifier(WithHead):
         return run.answer(SequenceClassifierOutputWithPast, loss=loss, logits=logits)
 
     def _score(self) -> Tensor:
-        score = self._core.weights.score
+        score = self._gemma.weights.score
         assert score is not None
         return score
 
@@ -268,7 +268,7 @@ class TokenClassifier(WithHead):
             use_cache,
             **options,
         )
-        weights = self._core.weights
+        weights = self._gemma.weights
         assert weights.score is not None
         targets = None
         if labels is not None:

@@ -16,14 +16,19 @@ from gemcut.engine.checkpoints.huggingface import is_head, load_checkpoint, save
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import Weights, empty_weights, parts
-from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_passing_thread
+from gemcut.engine.placement import (
+    choose_device,
+    choose_device_map,
+    choose_dtype,
+    choose_ops,
+    in_passing_thread,
+)
 from gemcut.engine.transformers_api.models.arrays import converter_to_kind_of
 from gemcut.engine.transformers_api.models.caches import StaticCache
 from gemcut.engine.transformers_api.models.configs import PreTrainedConfig
 from gemcut.engine.transformers_api.models.forward import Run
 from gemcut.engine.transformers_api.models.inputs import check_cache_position, read_batch, read_ids
 from gemcut.engine.transformers_api.models.keywords import refuse_unknown
-from gemcut.engine.transformers_api.models.places import device_of, dtype_of
 
 M = TypeVar("M", bound="PreTrainedModel")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,7 +74,7 @@ class PreTrainedModel:
                 f"not {type(config).__name__}"
             )
         model_config, target = self._model_config(config), choose_device(device)
-        chosen = dtype_of(dtype or torch.float32, config, target)
+        chosen = _choose_dtype(dtype or torch.float32, config, target)
         weights = empty_weights(model_config, device=target, dtype=chosen)
         for part in parts(model_config):
             _initialise(part.name, part.of(weights), config.initializer_range)
@@ -82,7 +87,7 @@ class PreTrainedModel:
     ) -> None:
         self.config = config
         self._ops_name = ops
-        self._core = Gemma(model_config, weights, choose_ops(ops, weights.embedding.device))
+        self._gemma = Gemma(model_config, weights, choose_ops(ops, weights.embedding.device))
 
     @classmethod
     def from_pretrained(
@@ -128,8 +133,8 @@ class PreTrainedModel:
             raise ValueError(
                 f"config is a {type(config).__name__}, not {cls.config_class.__name__}"
             )
-        target = device_of(device_map)
-        chosen = dtype_of(dtype or torch_dtype or "auto", config, target)
+        target = choose_device_map(device_map)
+        chosen = _choose_dtype(dtype or torch_dtype or "auto", config, target)
         choose_ops(ops, target)  # a refusal comes before the weights
         model_config = cls._model_config(config)
         made: list[str] = []
@@ -180,7 +185,7 @@ class PreTrainedModel:
         save_checkpoint(
             save_directory,
             self._model_config(self.config),
-            self._core.weights,
+            self._gemma.weights,
             max_shard_bytes=max_shard_size,
             more_config={name: values[name] for name in more if name in values},
         )
@@ -195,19 +200,19 @@ class PreTrainedModel:
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self._core.device
+        return self._gemma.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are stored in, and hidden states computed in."""
-        return self._core.dtype
+        return self._gemma.dtype
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The names of a checkpoint, and the weights that they stand for."""
         prefix = "model." if self.is_bare else ""
-        for part in parts(self._core.config):
+        for part in parts(self._gemma.config):
             if not (self.is_bare and is_head(part.name)):
-                yield part.name.removeprefix(prefix), part.of(self._core.weights)
+                yield part.name.removeprefix(prefix), part.of(self._gemma.weights)
 
     def parameters(self) -> Iterator[Tensor]:
         """The weights."""
@@ -238,7 +243,7 @@ class PreTrainedModel:
 
     def get_input_embeddings(self) -> "Embedding":
         """What makes `inputs_embeds` of ids: it scales the table's rows, as the model does."""
-        return Embedding(self._core)
+        return Embedding(self._gemma)
 
     def to(self: M, *places: Any, device: Any = None, dtype: Any = None) -> M:
         """Move the model to a device, convert it to a dtype, or both."""
@@ -249,8 +254,8 @@ class PreTrainedModel:
                 device = place
         target = self.device if device is None else choose_device(device)
         chosen = self.dtype if dtype is None else choose_dtype(dtype, target)
-        weights = self._core.weights.to(target, chosen)
-        self._set_up(self.config, self._core.config, weights, self._ops_name)
+        weights = self._gemma.weights.to(target, chosen)
+        self._set_up(self.config, self._gemma.config, weights, self._ops_name)
         return self
 
     def cuda(self: M) -> M:
@@ -292,7 +297,7 @@ class PreTrainedModel:
     def init_cache(self, batch_size: int, max_length: int) -> StaticCache:
         """An empty cache for so many rows of so many columns, in memory that is taken now."""
         cache = StaticCache(self.config, max_length, batch_size)
-        cache.prepare(self._core.config, batch_size, 0, self.device, self.dtype)
+        cache.prepare(self._gemma.config, batch_size, 0, self.device, self.dtype)
         return cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -321,7 +326,7 @@ class PreTrainedModel:
         **unknown: Any,
     ) -> Run:
         """A call, once all that it was given has been checked."""
-        core, config = self._core, self.config
+        core, config = self._gemma, self.config
         refuse_unknown(f"{type(self).__name__}.forward", unknown, self._keywords())
 
         def wanted(asked: bool | None, default: bool) -> bool:
@@ -365,16 +370,18 @@ class Embedding:
     """The input embeddings of a model: ids [B, T] -> [B, T, D], scaled."""
 
     def __init__(self, core: Gemma) -> None:
-        self._core = core
+        self._gemma = core
 
     @property
     def weight(self) -> Tensor:
         """The table [V, D], not scaled."""
-        return self._core.weights.embedding
+        return self._gemma.weights.embedding
 
     def __call__(self, input_ids: Any) -> Any:
-        ids = read_ids("input_ids", input_ids, self._core)
-        return converter_to_kind_of(input_ids)(self._core.embed(ids.flatten()).view(*ids.shape, -1))
+        ids = read_ids("input_ids", input_ids, self._gemma)
+        return converter_to_kind_of(input_ids)(
+            self._gemma.embed(ids.flatten()).view(*ids.shape, -1)
+        )
 
 
 def _initialise(name: str, tensor: Tensor, std: float) -> None:
@@ -383,3 +390,8 @@ def _initialise(name: str, tensor: Tensor, std: float) -> None:
         tensor.zero_()
     else:
         tensor.normal_(0.0, std)
+
+
+def _choose_dtype(dtype: Any, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype asked for; "auto" is that of the stored weights."""
+    return choose_dtype(config.dtype or torch.float32 if dtype == "auto" else dtype, device)

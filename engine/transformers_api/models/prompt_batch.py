@@ -1,0 +1,76 @@
+"""The prompts of one `generate`: a batch of them, and the columns that are not in the cache yet."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gemcut.engine.config.config_file import as_token_ids
+from gemcut.engine.execution.model import Gemma
+from gemcut.engine.transformers_api.models.caches import StaticCache
+from gemcut.engine.transformers_api.models.forward import Batch
+from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
+from gemcut.engine.transformers_api.models.inputs import check_is_stored, read_batch
+
+
+@dataclass
+class PromptBatch:
+    """A batch of prompts: all of it, and what is to be computed of it."""
+
+    whole: Batch
+    new: Batch
+
+    def ids_of(self, row: int) -> list[int]:
+        """The ids of a row without its padding; zeros where only embeddings are known."""
+        mask = self.whole.mask
+        if self.whole.token_ids is None:
+            return [0] * (self.whole.shape[1] if mask is None else int(mask[row].sum()))
+        ids = self.whole.token_ids[row].cpu()
+        return (ids if mask is None else ids[mask[row]]).tolist()
+
+
+def read_prompts(
+    model: Gemma, cache: StaticCache, ids: Any, mask: Any, embeds: Any, config: GenerationConfig
+) -> PromptBatch:
+    """The prompts that these arrays are, where the cache may hold their first columns.
+
+    ValueError says what is wrong with an array, or that it does not fit the cache.
+    """
+    past = cache.get_seq_length()
+    whole = read_batch(model, StaticCache(), ids, mask, None, embeds, may_be_packed=False)
+    (B, T) = whole.shape
+    if past >= T:
+        raise ValueError(
+            f"the prompt has {T} columns, of which the cache holds {past}: give all of them, "
+            f"and at least one more"
+        )
+    if whole.mask is None and whole.token_ids is not None:
+        whole.mask = _mask_of_padding(whole.token_ids, config)
+    if whole.mask is not None:
+        if not (rows := whole.mask[:, past:].any(1)).all():
+            row = int((~rows).nonzero()[0])
+            raise ValueError(f"row {row} of the prompt has no token that is not masked")
+        # ranks, as transformers has them in generate
+        whole.position_ids = (whole.mask.long().cumsum(-1) - 1).clamp(min=0)
+    new = Batch(
+        None if whole.token_ids is None else whole.token_ids[:, past:],
+        None if whole.embeds is None else whole.embeds[:, past:],
+        (B, T - past),
+        whole.mask,
+        whole.position_ids[:, past:],
+        None,
+    )
+    if past and whole.mask is not None:
+        check_is_stored(whole.mask, cache)
+    elif any(length != past for length in cache.lengths):
+        raise ValueError("the cache was filled with padding: give attention_mask here too")
+    return PromptBatch(whole, new)
+
+
+def _mask_of_padding(ids: Tensor, config: GenerationConfig) -> Tensor | None:
+    """What a mask would say, guessed from pad_token_id: [B, T] bool on the host."""
+    pad = config.pad_token_id
+    if pad is None or pad in as_token_ids(config.eos_token_id):
+        return None
+    real = (ids != pad).cpu()
+    return None if real.all() else real
