@@ -1,0 +1,83 @@
+"""The pages: their Python runs, their links lead somewhere, and they name every file."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+FOLDERS = ("kernels", "engine", "tokenizer", "bench", "tools")
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(page for folder in (*FOLDERS, "tests") for page in (ROOT / folder).rglob("*.md")),
+]
+LINKS = [
+    pytest.param(page, link, id=f"{page.relative_to(ROOT)}-{link}")
+    for page in PAGES
+    for link in sorted(set(re.findall(r"\]\(([^)\s]+)\)", page.read_text())))
+    if not link.startswith("http")
+]
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def run_blocks(page: Path) -> tuple[dict[str, object], int]:
+    """The names that a page's Python leaves, as one program, and how many blocks ran here."""
+    names: dict[str, object] = {}
+    ran = 0
+    for block in blocks_of(page):
+        if "cuda" not in block or torch.cuda.is_available():
+            exec(compile(block, str(page), "exec"), names)
+            ran += 1
+    return names, ran
+
+
+def test_its_python_runs_from_top_to_bottom(capsys):
+    """One program, except what needs a GPU."""
+    names, ran = run_blocks(README)
+    assert ran >= len(blocks_of(README)) - 1
+    lines = capsys.readouterr().out.splitlines()
+    ends = [line.split()[:2] for line in lines if re.match(r"[abc] (stop|length|abort) ", line)]
+    assert sorted(name for name, _ in ends) == ["a", "b", "c"]
+    names["engine"].close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_python_of_the_documented_classes_runs():
+    names, ran = run_blocks(ROOT / "engine" / "transformers_api" / "README.md")
+    assert ran == 1
+    assert names["second"].logits.shape[:2] == (1, 1)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_its_links_lead_somewhere(page, link):
+    path, _, heading = link.partition("#")
+    target = page.parent / path if path else page
+    assert target.exists()
+    if heading:
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        assert heading in {re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_file_stands_in_its_tree(folder):
+    """In the README of its folder, by its room where it has one."""
+    text = (ROOT / folder / "README.md").read_text()
+    for file in (ROOT / folder).rglob("*.py"):
+        if file.name != "__init__.py":
+            assert re.search(rf"\b{file.name}\b", text), f"{file.relative_to(ROOT)}"
+
+
+def test_the_first_page_is_read_in_minutes():
+    assert len(README.read_text().splitlines()) <= 200
+
+
+def test_no_file_is_too_long_or_too_short():
+    for folder in (*FOLDERS, "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            lines = len(file.read_text().splitlines())
+            assert lines <= 400, f"{file.relative_to(ROOT)} has {lines} lines"
+            assert lines >= 20 or file.name == "__init__.py", f"{file.relative_to(ROOT)}: {lines}"
