@@ -22,7 +22,7 @@ from gemcut.bench.measure.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checks import check_int
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
-from gemcut.engine.execution.weights import parts
+from gemcut.engine.execution.weights import checkpoint_tensors
 
 GEMCUT = "gemcut"
 
@@ -250,7 +250,7 @@ def _shared_model(setup: Setup) -> Any:
 
     _silence_transformers()
     weights = setup.model.weights
-    tensors = {part.name: part.of(weights) for part in parts(setup.config)}
+    tensors = {tensor.name: tensor.of(weights) for tensor in checkpoint_tensors(setup.config)}
     zero = torch.zeros((), dtype=setup.dtype)
     values = setup.config.to_dict()
     # VaultGemma's code makes a mask of a window even where no layer has one

@@ -14,7 +14,7 @@ import torch
 from gemcut.bench.measure.report_file import print_table
 from gemcut.bench.ops.prefill_cases import visible_pairs
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import Part, parts
+from gemcut.engine.execution.weights import CheckpointTensor, checkpoint_tensors
 
 # biases go with their products; of the embedding see above
 KINDS = {
@@ -68,10 +68,10 @@ def decode_account(
     weight; its scales are left out.
     """
     sizes = dict.fromkeys(Account.__dataclass_fields__, 0)
-    for part in parts(config):
-        if (kind := _kind(part, config)) is not None:
-            bits = weight_bits if weight_bits and len(part.shape) == 2 else 8 * dtype.itemsize
-            sizes[kind] += math.prod(part.shape) * bits // 8
+    for tensor in checkpoint_tensors(config):
+        if (kind := _kind(tensor, config)) is not None:
+            bits = weight_bits if weight_bits and len(tensor.shape) == 2 else 8 * dtype.itemsize
+            sizes[kind] += math.prod(tensor.shape) * bits // 8
     a_token = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # of one layer
     seen = sum(min(context, window_of(config, layer)) for layer in range(config.num_layers))
     sizes |= {
@@ -83,10 +83,10 @@ def decode_account(
     return Account(**sizes)
 
 
-def _kind(part: Part, config: ModelConfig) -> str | None:
-    if part.field == "embedding":
+def _kind(tensor: CheckpointTensor, config: ModelConfig) -> str | None:
+    if tensor.field == "embedding":
         return "head" if config.tie_word_embeddings else None
-    return KINDS.get(part.field, "norms")
+    return KINDS.get(tensor.field, "norms")
 
 
 def window_of(config: ModelConfig, layer: int) -> float:
@@ -103,9 +103,9 @@ def prefill_flops(config: ModelConfig, *, batch: int, tokens: int) -> int:
     value.  The head is asked for the last token alone.
     """
     matrices = sum(
-        math.prod(part.shape)
-        for part in parts(config)
-        if part.layer is not None and len(part.shape) == 2
+        math.prod(tensor.shape)
+        for tensor in checkpoint_tensors(config)
+        if tensor.layer is not None and len(tensor.shape) == 2
     )
     pairs = sum(
         visible_pairs(0, tokens, int(min(tokens, window_of(config, layer))))

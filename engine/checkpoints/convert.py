@@ -34,7 +34,7 @@ from gemcut.engine.checkpoints.huggingface import (
 from gemcut.engine.checkpoints.stored_tensors import Entry, Slot, name_of, read_rows, same_bits
 from gemcut.engine.config.config_file import key_of, read_json_object
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
-from gemcut.engine.execution.weights import Part, parts
+from gemcut.engine.execution.weights import CheckpointTensor, checkpoint_tensors
 from gemcut.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
@@ -64,10 +64,10 @@ class Source:
     slots: dict[str, tuple[Slot, int]]  # by part: where it stands, and its first row there
     left_aside: int  # tensors of the files that are no part of the language model
 
-    def entry(self, part: Part) -> Entry:
+    def entry(self, part: CheckpointTensor) -> Entry:
         return self.entries[self.slots[part.name][0].name]
 
-    def read(self, part: Part, dtype: torch.dtype) -> Tensor:
+    def read(self, part: CheckpointTensor, dtype: torch.dtype) -> Tensor:
         slot, start = self.slots[part.name]
         stop = start + part.shape[0]
         entry = self.entries[slot.name]
@@ -278,7 +278,9 @@ def _choose_dtypes(path: Path, source: Source, asked: torch.dtype | None) -> dic
         raise ValueError(f"dtype {name_of(asked)} is refused: give bfloat16 or float32")
     scaled = any(entry.scaler is not None for entry in source.entries.values())
     chosen = asked or (torch.bfloat16 if scaled else None)
-    dtypes = {part.name: chosen or source.entry(part).dtype for part in parts(source.config)}
+    dtypes = {
+        part.name: chosen or source.entry(part).dtype for part in checkpoint_tensors(source.config)
+    }
     for name, dtype in dtypes.items():
         if dtype == torch.float16:
             raise ValueError(
@@ -324,8 +326,8 @@ def _verify(
         raise ValueError(f"{target}: cannot be read back; nothing was kept ({error})") from None
     if written.config != config:
         raise ValueError(f"{target}: {CONFIG} reads back as another config; nothing was kept")
-    with _bar("verifying", sum(map(_nbytes(dtypes), parts(config)))) as bar:
-        for part in parts(config):
+    with _bar("verifying", sum(map(_nbytes(dtypes), checkpoint_tensors(config)))) as bar:
+        for part in checkpoint_tensors(config):
             meant = source.read(part, dtypes[part.name])
             if not same_bits(written.read(part, written.entry(part).dtype), meant):
                 raise ValueError(
@@ -335,7 +337,7 @@ def _verify(
             bar.update(meant.nbytes)
 
 
-def _nbytes(dtypes: Mapping[str, torch.dtype]) -> Callable[[Part], int]:
+def _nbytes(dtypes: Mapping[str, torch.dtype]) -> Callable[[CheckpointTensor], int]:
     return lambda part: torch.Size(part.shape).numel() * dtypes[part.name].itemsize
 
 

@@ -30,7 +30,7 @@ from gemcut.engine.checkpoints.stored_tensors import (
     same_bits,
 )
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import parts
+from gemcut.engine.execution.weights import checkpoint_tensors
 
 SINGLE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 SHARD = "flax_model-{:05d}-of-{:05d}.msgpack"
@@ -56,7 +56,7 @@ _INTS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}  # of sizes, which have no sign
 
 def slots(config: ModelConfig) -> Iterator[Slot]:
     """Every tensor of the model, under its path in the tree."""
-    for part in parts(config):
+    for part in checkpoint_tensors(config):
         path, _, kind = part.name.rpartition(".")
         matrix = path.endswith("_proj") or path == "lm_head"
         if path.endswith("embed_tokens"):

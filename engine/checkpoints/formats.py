@@ -12,7 +12,7 @@ from torch import Tensor
 from gemcut.engine.checkpoints import flax, gemma_pytorch, huggingface
 from gemcut.engine.checkpoints.stored_tensors import FLOATS, Entry, Slot
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import parts
+from gemcut.engine.execution.weights import checkpoint_tensors
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _match_huggingface(path: Path, opened: Any, config: ModelConfig) -> dict[str
 
 
 def _huggingface_slots(config: ModelConfig) -> Iterator[Slot]:
-    return (Slot(part.name, part.shape, (part,)) for part in parts(config))
+    return (Slot(part.name, part.shape, (part,)) for part in checkpoint_tensors(config))
 
 
 def _write_huggingface(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:

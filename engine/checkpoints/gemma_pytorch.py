@@ -30,7 +30,7 @@ from gemcut.engine.checkpoints.stored_tensors import (
     read_shards,
 )
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import Part, parts
+from gemcut.engine.execution.weights import CheckpointTensor, checkpoint_tensors
 
 SINGLE, INDEX = "model.ckpt", "pytorch_model.bin.index.json"
 SHARD = "pytorch_model-{:05d}-of-{:05d}.bin"
@@ -58,8 +58,8 @@ def slots(config: ModelConfig) -> Iterator[Slot]:
         raise ValueError(
             "tie_word_embeddings is false, but in the original format the embedding is the head"
         )
-    fused: list[Part] = []
-    for part in parts(config):
+    fused: list[CheckpointTensor] = []
+    for part in checkpoint_tensors(config):
         if part.field != "qkv":
             yield Slot(_name(part), part.shape, (part,))
             continue
@@ -126,7 +126,7 @@ def write(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
     torch.save({STATE: state} if file.name == SINGLE else state, file)
 
 
-def _name(part: Part) -> str:
+def _name(part: CheckpointTensor) -> str:
     if part.field == "embedding":
         return "embedder.weight"
     return part.name.replace(".q_norm.", ".query_norm.").replace(".k_norm.", ".key_norm.")

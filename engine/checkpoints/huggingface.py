@@ -26,7 +26,12 @@ from tqdm import tqdm
 from gemcut.engine.checks import check_int, shorten
 from gemcut.engine.config.config_file import LFS_POINTER, as_token_ids, read_json_object
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import Part, Weights, empty_weights, parts
+from gemcut.engine.execution.weights import (
+    CheckpointTensor,
+    Weights,
+    checkpoint_tensors,
+    empty_weights,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
@@ -81,7 +86,7 @@ def load_checkpoint(
     folder = Path(path)
     may_lack = new_head is not None
     stored = match_tensors(folder, read_headers(folder), config, any_head or may_lack, may_lack)
-    expected = {part.name: part for part in parts(config)}
+    expected = {part.name: part for part in checkpoint_tensors(config)}
     new = [part for name, part in expected.items() if name not in stored]
 
     try:
@@ -91,7 +96,7 @@ def load_checkpoint(
         raise MemoryError(
             f"the weights take {size / 1e9:.2f} GB in {dtype}, which {device} does not have"
         ) from error
-    by_file: dict[Path, list[tuple[str, Part]]] = {}
+    by_file: dict[Path, list[tuple[str, CheckpointTensor]]] = {}
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append((tensor.key, expected[name]))
     size = sum(torch.Size(x.shape).numel() * FLOATS[x.dtype] for x in stored.values())
@@ -167,7 +172,7 @@ def save_checkpoint(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     views: dict[str, Tensor] = {}
-    for part in parts(config):
+    for part in checkpoint_tensors(config):
         view = part.of(weights)
         if view.shape != part.shape:
             raise ValueError(f"{part.name} is {tuple(view.shape)}, the config says {part.shape}")
@@ -305,12 +310,12 @@ def match_tensors(
     any_head: bool = False,
     may_lack_head: bool = False,
 ) -> dict[str, StoredTensor]:
-    """The tensors of the language model by the names of `parts`: exactly those, or ValueError.
+    """The tensors of the language model by name: exactly those of `config`, or ValueError.
 
     With `any_head` other heads may stand there too; with `may_lack_head` the own may be missing.
     """
     stored = _by_model_name(tensors, config)
-    expected = {part.name: part for part in parts(config)}
+    expected = {part.name: part for part in checkpoint_tensors(config)}
     if any_head:
         stored = {name: x for name, x in stored.items() if name in expected or not is_head(name)}
     elif config.tie_word_embeddings:
@@ -322,7 +327,7 @@ def match_tensors(
 
 
 def _by_model_name(tensors: list[StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of the language model by the names that `parts` gives them."""
+    """The tensors of the language model by the names that `checkpoint_tensors` gives them."""
     stored: dict[str, StoredTensor] = {}
     for tensor in tensors:
         if _BUFFER.search(tensor.key):
@@ -352,7 +357,9 @@ def _check_tied_head(stored: dict[str, StoredTensor]) -> None:
     raise ValueError(f"{head} differs from the embedding, but tie_word_embeddings is true")
 
 
-def _check(folder: Path, stored: dict[str, StoredTensor], expected: dict[str, Part]) -> None:
+def _check(
+    folder: Path, stored: dict[str, StoredTensor], expected: dict[str, CheckpointTensor]
+) -> None:
     if missing := [name for name in expected if name not in stored]:
         raise ValueError(f"{folder}: {first_of(missing)} missing")
     if extra := [str(stored[name]) for name in stored if name not in expected]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.checkpoints.huggingface import check_index, first_of, pieces, read_weight_map
-from gemcut.engine.execution.weights import Part
+from gemcut.engine.execution.weights import CheckpointTensor
 
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
@@ -24,7 +24,7 @@ class Slot:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[CheckpointTensor, ...]
     transposed: bool = False  # stored [in, out]; rows are those of its transpose
 
 

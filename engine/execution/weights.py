@@ -1,7 +1,8 @@
-"""Weights: a model's tensors as the kernels read them, and where a checkpoint keeps each of them.
+"""A model's weights as the kernels read them, and the checkpoint tensors that fill them.
 
 Checkpoints hold q, k and v, and gate and up, apart; here each group is one matrix, read by one
-product.  `parts` is the only list of names and shapes: loading, checking and saving follow it.
+product.  `checkpoint_tensors` is the only list of names and shapes: loading, checking and saving
+follow it.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from gemcut.engine.config.model_config import ModelConfig
 
 @dataclass
 class LayerWeights:
-    """One layer; a tensor that the family lacks is None."""
+    """The tensors of one layer; one that the family lacks is None."""
 
     input_norm: Tensor  # [D]
     qkv: Tensor  # [(HQ + 2 HK) * K, D], rows of q, then k, then v
@@ -34,7 +35,7 @@ class LayerWeights:
 
 @dataclass
 class Weights:
-    """One model; `lm_head` is the `embedding` itself where it is tied, and in a classifier."""
+    """One model's tensors; `lm_head` is the `embedding` itself if tied, and in a classifier."""
 
     embedding: Tensor  # [V, D]
     layers: list[LayerWeights]
@@ -44,7 +45,7 @@ class Weights:
     score_bias: Tensor | None = None  # [num_labels], where it classifies tokens
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Weights":
-        """The same weights elsewhere, or in another dtype; tied ones stay tied."""
+        """The same weights on `device` in `dtype`; tied ones stay tied."""
 
         def moved(x: Any) -> Any:
             return x.to(device=device, dtype=dtype) if isinstance(x, Tensor) else x
@@ -59,8 +60,11 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One tensor of a checkpoint, and the rows that it takes of a tensor in Weights."""
+class CheckpointTensor:
+    """One tensor of a checkpoint, and the rows that it takes of a tensor in Weights.
+
+    Names and shapes are those of Hugging Face's files.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -69,7 +73,7 @@ class Part:
     start: int = 0
 
     def of(self, weights: Weights) -> Tensor:
-        """The view of `weights` that holds this part, of `shape`."""
+        """The view of `weights` that holds this tensor, of `shape`."""
         owner = weights if self.layer is None else weights.layers[self.layer]
         return getattr(owner, self.field)[self.start : self.start + self.shape[0]]
 
@@ -87,59 +91,60 @@ _SANDWICH_NORMS = {
 }
 
 
-def parts(config: ModelConfig) -> Iterator[Part]:
+def checkpoint_tensors(config: ModelConfig) -> Iterator[CheckpointTensor]:
     """Every tensor that a checkpoint of this model holds, in the order of the computation."""
     table = (config.vocab_size, config.hidden_size)
-    yield Part("model.embed_tokens.weight", table, "embedding")
+    yield CheckpointTensor("model.embed_tokens.weight", table, "embedding")
     for layer in range(config.num_layers):
-        yield from _layer_parts(config, layer)
-    yield Part("model.norm.weight", (config.hidden_size,), "norm")
+        yield from _layer_tensors(config, layer)
+    yield CheckpointTensor("model.norm.weight", (config.hidden_size,), "norm")
     if config.classifier is not None:
-        yield Part("score.weight", (config.num_labels, config.hidden_size), "score")
+        yield CheckpointTensor("score.weight", (config.num_labels, config.hidden_size), "score")
         if config.classifier == "token":
-            yield Part("score.bias", (config.num_labels,), "score_bias")
+            yield CheckpointTensor("score.bias", (config.num_labels,), "score_bias")
     elif not config.tie_word_embeddings:
-        yield Part("lm_head.weight", table, "lm_head")
+        yield CheckpointTensor("lm_head.weight", table, "lm_head")
 
 
-def _layer_parts(config: ModelConfig, layer: int) -> Iterator[Part]:
+def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[CheckpointTensor]:
     D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_q_heads * K, config.num_kv_heads * K
 
-    def part(name: str, shape: tuple[int, ...], field: str, start: int = 0) -> Part:
-        return Part(f"model.layers.{layer}.{name}", shape, field, layer, start)
+    def tensor(name: str, shape: tuple[int, ...], field: str, start: int = 0) -> CheckpointTensor:
+        return CheckpointTensor(f"model.layers.{layer}.{name}", shape, field, layer, start)
 
     for field, name in _NORMS.get(config.model_type, _SANDWICH_NORMS).items():
-        yield part(f"{name}.weight", (D,), field)
+        yield tensor(f"{name}.weight", (D,), field)
     for name, rows, start in (
         ("q_proj", q_size, 0),
         ("k_proj", kv_size, q_size),
         ("v_proj", kv_size, q_size + kv_size),
     ):
-        yield part(f"self_attn.{name}.weight", (rows, D), "qkv", start)
+        yield tensor(f"self_attn.{name}.weight", (rows, D), "qkv", start)
         if config.attention_bias:
-            yield part(f"self_attn.{name}.bias", (rows,), "qkv_bias", start)
-    yield part("self_attn.o_proj.weight", (D, q_size), "o")
+            yield tensor(f"self_attn.{name}.bias", (rows,), "qkv_bias", start)
+    yield tensor("self_attn.o_proj.weight", (D, q_size), "o")
     if config.attention_bias:
-        yield part("self_attn.o_proj.bias", (D,), "o_bias")
+        yield tensor("self_attn.o_proj.bias", (D,), "o_bias")
     if config.has_qk_norm:
-        yield part("self_attn.q_norm.weight", (K,), "q_norm")
-        yield part("self_attn.k_norm.weight", (K,), "k_norm")
-    yield part("mlp.gate_proj.weight", (F, D), "gate_up")
-    yield part("mlp.up_proj.weight", (F, D), "gate_up", F)
-    yield part("mlp.down_proj.weight", (D, F), "down")
+        yield tensor("self_attn.q_norm.weight", (K,), "q_norm")
+        yield tensor("self_attn.k_norm.weight", (K,), "k_norm")
+    yield tensor("mlp.gate_proj.weight", (F, D), "gate_up")
+    yield tensor("mlp.up_proj.weight", (F, D), "gate_up", F)
+    yield tensor("mlp.down_proj.weight", (D, F), "down")
 
 
 def empty_weights(
     config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> Weights:
-    """Uninitialised tensors of the model's shapes, fused; every one is covered by `parts`."""
+    """Uninitialised fused tensors of the model's shapes; `checkpoint_tensors` covers them all."""
     shapes: dict[tuple[int | None, str], tuple[int, ...]] = {}
-    for part in parts(config):
-        shapes[part.layer, part.field] = (part.start + part.shape[0], *part.shape[1:])
+    for tensor in checkpoint_tensors(config):
+        rows = tensor.start + tensor.shape[0]
+        shapes[tensor.layer, tensor.field] = (rows, *tensor.shape[1:])
 
     def allocate(layer: int | None, field: str) -> Any:
-        """A tensor, or None for what the model lacks: only what may be absent does."""
+        """A tensor, or None for a field that the model lacks."""
         if (layer, field) not in shapes:
             return None
         return torch.empty(shapes[layer, field], device=device, dtype=dtype)

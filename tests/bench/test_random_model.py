@@ -12,7 +12,7 @@ from gemcut.bench.engines.setup import Setup
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.weights import parts
+from gemcut.engine.execution.weights import checkpoint_tensors
 from gemcut.kernels import reference
 
 CPU = torch.device("cpu")
@@ -46,9 +46,9 @@ def test_a_seed_gives_the_same_weights():
     first, again, other = (
         random_weights(config, device=CPU, dtype=torch.bfloat16, seed=seed) for seed in (1, 1, 2)
     )
-    for part in parts(config):
-        assert torch.equal(part.of(first), part.of(again))
-        assert not torch.equal(part.of(first), part.of(other))
+    for tensor in checkpoint_tensors(config):
+        assert torch.equal(tensor.of(first), tensor.of(again))
+        assert not torch.equal(tensor.of(first), tensor.of(other))
 
 
 def repeats(model):
@@ -84,9 +84,9 @@ def test_transformers_reads_the_very_tensors(name):
     setup = Setup(name, small_config(name, 1), CPU, torch.bfloat16)
     stage = Stage(setup, Workload(1, 4, 4))
     theirs = dict(stage.transformers_model.named_parameters(remove_duplicate=False))
-    for part in parts(setup.config):
-        assert theirs[part.name].data_ptr() == part.of(setup.model.weights).data_ptr()
-        assert theirs[part.name].shape == part.shape
+    for tensor in checkpoint_tensors(setup.config):
+        assert theirs[tensor.name].data_ptr() == tensor.of(setup.model.weights).data_ptr()
+        assert theirs[tensor.name].shape == tensor.shape
     assert theirs["lm_head.weight"].data_ptr() == setup.model.weights.lm_head.data_ptr()
     assert not any(buffer.is_meta for buffer in stage.transformers_model.buffers())
 

@@ -36,7 +36,7 @@ from gemcut.engine.checkpoints import hub
 from gemcut.engine.checkpoints.convert import convert
 from gemcut.engine.cli import main
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import parts
+from gemcut.engine.execution.weights import checkpoint_tensors
 
 
 @pytest.fixture
@@ -74,7 +74,11 @@ def test_hugging_face_to_itself(tmp_path, target, model_type, limit):
     model = small_model(model_type)
     model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
     done = convert(tmp_path / "source", target, max_shard_bytes=limit)
-    assert (done.tensors, done.left_aside, done.nonfinite) == (len(list(parts(done.config))), 0, ())
+    assert (done.tensors, done.left_aside, done.nonfinite) == (
+        len(list(checkpoint_tensors(done.config))),
+        0,
+        (),
+    )
     assert (len(done.files) == 1) is (limit == 10**9)
     assert all((target / file).stat().st_size < max(limit, 40_000) + 10**4 for file in done.files)
     assert_same_model(target, model)

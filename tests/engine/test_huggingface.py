@@ -29,7 +29,7 @@ from gemcut.engine.checkpoints.huggingface import (
     stop_token_ids,
 )
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
-from gemcut.engine.execution.weights import Weights, empty_weights, parts
+from gemcut.engine.execution.weights import Weights, checkpoint_tensors, empty_weights
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
@@ -37,7 +37,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
 
 
 def all_weights(config: ModelConfig, weights: Weights) -> dict[str, torch.Tensor]:
-    return {part.name: part.of(weights) for part in parts(config)}
+    return {tensor.name: tensor.of(weights) for tensor in checkpoint_tensors(config)}
 
 
 def assert_equal(weights: Weights, config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
@@ -80,7 +80,7 @@ def test_transformers_to_here_and_back(tmp_path, model_type, overrides, shard):
     weights = load(tmp_path / "theirs")
     assert_equal(weights, config, model.state_dict())
     assert (weights.lm_head is weights.embedding) is config.tie_word_embeddings
-    size = sum(part.of(weights).numel() for part in parts(config))
+    size = sum(tensor.of(weights).numel() for tensor in checkpoint_tensors(config))
     assert size == config.num_parameters() == model.num_parameters()
 
     limit = 10**9 if shard == "1GB" else 40_000
@@ -142,9 +142,9 @@ def test_without_bias_there_is_none(saved):
 def test_parts_of_the_published_models(name):
     config = PUBLISHED[name]
     weights = empty_weights(config, device="meta", dtype=torch.bfloat16)
-    for part in parts(config):
-        assert part.of(weights).shape == part.shape
-    assert sum(p.of(weights).numel() for p in parts(config)) == config.num_parameters()
+    for tensor in checkpoint_tensors(config):
+        assert tensor.of(weights).shape == tensor.shape
+    assert sum(p.of(weights).numel() for p in checkpoint_tensors(config)) == config.num_parameters()
 
 
 def test_dtype_is_converted_on_the_way(saved):

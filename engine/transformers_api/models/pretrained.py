@@ -15,7 +15,7 @@ from gemcut.engine.checkpoints.hub import FILES, resolve_checkpoint
 from gemcut.engine.checkpoints.huggingface import is_head, load_checkpoint, save_checkpoint
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.weights import Weights, empty_weights, parts
+from gemcut.engine.execution.weights import Weights, checkpoint_tensors, empty_weights
 from gemcut.engine.placement import (
     choose_device,
     choose_device_map,
@@ -76,8 +76,8 @@ class PreTrainedModel:
         model_config, target = self._model_config(config), choose_device(device)
         chosen = _choose_dtype(dtype or torch.float32, config, target)
         weights = empty_weights(model_config, device=target, dtype=chosen)
-        for part in parts(model_config):
-            _initialise(part.name, part.of(weights), config.initializer_range)
+        for tensor in checkpoint_tensors(model_config):
+            _initialise(tensor.name, tensor.of(weights), config.initializer_range)
         if config.pad_token_id is not None:
             weights.embedding[config.pad_token_id] = 0
         self._set_up(config, model_config, weights, ops)
@@ -210,9 +210,9 @@ class PreTrainedModel:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The names of a checkpoint, and the weights that they stand for."""
         prefix = "model." if self.is_bare else ""
-        for part in parts(self._gemma.config):
-            if not (self.is_bare and is_head(part.name)):
-                yield part.name.removeprefix(prefix), part.of(self._gemma.weights)
+        for tensor in checkpoint_tensors(self._gemma.config):
+            if not (self.is_bare and is_head(tensor.name)):
+                yield tensor.name.removeprefix(prefix), tensor.of(self._gemma.weights)
 
     def parameters(self) -> Iterator[Tensor]:
         """The weights."""
