@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checkpoints.huggingface import load_checkpoint, stop_token_ids
+from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.checks import check_bool, check_int
+from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.graphed_steps import choose_steps

@@ -9,7 +9,8 @@ import torch
 
 from gemcut import kernels
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checkpoints.huggingface import find_nonfinite, load_checkpoint, stop_token_ids
+from gemcut.engine.checkpoints.load import find_nonfinite, load_checkpoint
+from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.config.rope_parameters import RopeParameters
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemcut.engine.checkpoints.huggingface import load_checkpoint
+from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.model import Gemma

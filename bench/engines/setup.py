@@ -9,7 +9,7 @@ import torch
 
 from gemcut.bench.engines.random_model import published_config, random_tokenizer, random_weights
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checkpoints.huggingface import load_checkpoint
+from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.memory import free_bytes

@@ -1,4 +1,4 @@
-"""Flax checkpoints as transformers 4 wrote them: nested dictionaries of arrays in msgpack.
+"""Flax's format as transformers 4 wrote it: nested dictionaries of arrays in msgpack.
 
     model/embed_tokens/embedding [V, D]     model/layers/0/self_attn/q_proj/kernel [in, out]
     model/norm/weight [D]                   lm_head/kernel [D, V], where it is not tied
@@ -21,14 +21,14 @@ from typing import Any, BinaryIO, TypeGuard
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoints.huggingface import check_file
 from gemcut.engine.checkpoints.stored_tensors import (
-    Entry,
-    Slot,
-    check_entries,
-    read_shards,
+    StoredTensor,
+    TensorSpec,
+    check_stored,
+    name_of,
     same_bits,
 )
+from gemcut.engine.checkpoints.weight_files import check_file, read_shards
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weights import checkpoint_tensors
 
@@ -54,20 +54,6 @@ _FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 _INTS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}  # of sizes, which have no sign
 
 
-def slots(config: ModelConfig) -> Iterator[Slot]:
-    """Every tensor of the model, under its path in the tree."""
-    for part in checkpoint_tensors(config):
-        path, _, kind = part.name.rpartition(".")
-        matrix = path.endswith("_proj") or path == "lm_head"
-        if path.endswith("embed_tokens"):
-            kind = "embedding"
-        elif matrix and kind == "weight":
-            kind = "kernel"
-        transposed = kind == "kernel"
-        shape = part.shape[::-1] if transposed else part.shape
-        yield Slot(f"{path}.{kind}".replace(".", "/"), shape, (part,), transposed)
-
-
 def find_files(path: Path) -> list[Path]:
     """The file that `path` is, or the file or the index in that folder; perhaps none."""
     if not path.is_dir():
@@ -75,35 +61,51 @@ def find_files(path: Path) -> list[Path]:
     return [file for file in (path / SINGLE, path / INDEX) if file.exists()][:1]
 
 
-def open_tensors(path: Path) -> dict[str, Entry]:
+def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every array in file or folder `path`, by its path with `model` at the front."""
     files = find_files(path)
     if not files:
         raise ValueError(f"{path}: holds neither {SINGLE} nor {INDEX}")
     is_index = files[0].name == INDEX
     found = read_shards(files[0], "msgpack", _read_arrays) if is_index else _read_arrays(files[0])
-    # FlaxGemmaModel, without a head, saves what stands under `model` alone.
+    # FlaxGemmaModel, which has no head, saves only what is under `model`.
     bare = not any(name.startswith("model/") for name in found)
-    return {f"model/{name}" if bare else name: entry for name, entry in found.items()}
+    return {f"model/{name}" if bare else name: tensor for name, tensor in found.items()}
 
 
-def match(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
-    """The entries that are the tensors of `config`: exactly those, or ValueError.
+def match_tensors(
+    path: Path, opened: dict[str, StoredTensor], config: ModelConfig
+) -> dict[str, StoredTensor]:
+    """The tensors of `config` by name: exactly those, or ValueError.
 
     A head that repeats the tied embedding is left out.
     """
-    head, embedding = entries.get("lm_head/kernel"), entries.get("model/embed_tokens/embedding")
+    head, embedding = opened.get("lm_head/kernel"), opened.get("model/embed_tokens/embedding")
     if config.tie_word_embeddings and head is not None and embedding is not None:
         if head.shape != embedding.shape[::-1] or not same_bits(head.load().T, embedding.load()):
             raise ValueError(
                 f"{path}: {head.place} differs from the embedding, but tie_word_embeddings is true"
             )
-        entries = {name: entry for name, entry in entries.items() if entry is not head}
-    check_entries(path, entries, slots(config))
-    return entries
+        opened = {name: tensor for name, tensor in opened.items() if tensor is not head}
+    check_stored(path, opened, tensor_specs(config))
+    return opened
 
 
-def write(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
+def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
+    """Every tensor of the model, under its path in the tree."""
+    for tensor in checkpoint_tensors(config):
+        path, _, kind = tensor.name.rpartition(".")
+        matrix = path.endswith("_proj") or path == "lm_head"
+        if path.endswith("embed_tokens"):
+            kind = "embedding"
+        elif matrix and kind == "weight":
+            kind = "kernel"
+        transposed = kind == "kernel"
+        shape = tensor.shape[::-1] if transposed else tensor.shape
+        yield TensorSpec(f"{path}.{kind}".replace(".", "/"), shape, (tensor,), transposed)
+
+
+def write_file(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
     """Write one file, a tensor at a time; a name is a path in the tree."""
     tree: dict[str, Any] = {}
     for name, make in tensors.items():
@@ -118,7 +120,7 @@ def write(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
 
 @dataclass(frozen=True)
 class _Array:
-    """Where the bytes of an array lie in a file; several pieces where flax has cut it."""
+    """The place of an array's bytes in a file; several pieces where flax has cut it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -136,7 +138,7 @@ class _Array:
         return target.view(self.shape)
 
 
-def _read_arrays(file: Path) -> dict[str, Entry]:
+def _read_arrays(file: Path) -> dict[str, StoredTensor]:
     """Every array of one file, by its path in the tree."""
     check_file(file)
     with file.open("rb") as raw:
@@ -154,7 +156,7 @@ def _read_arrays(file: Path) -> dict[str, Entry]:
     except ValueError as error:
         raise ValueError(f"{file}: damaged, or no Flax checkpoint ({error})") from None
     return {
-        "/".join(path): Entry(
+        "/".join(path): StoredTensor(
             f"{file.name}: {'/'.join(path)}", array.shape, array.dtype, array.load
         )
         for path, array in arrays.items()
@@ -204,7 +206,7 @@ def _is_size(value: Any) -> TypeGuard[int]:
 
 @dataclass
 class _Reader:
-    """Reads msgpack between two offsets of a file; ValueError for whatever has no place there."""
+    """Reads msgpack between two offsets of a file; ValueError for anything unexpected."""
 
     data: mmap.mmap
     at: int
@@ -212,7 +214,7 @@ class _Reader:
     entries: int = 0
 
     def tree(self, depth: int) -> Any:
-        """A dictionary, an array, or what may stand beside the chunks of one."""
+        """A dictionary, an array, or a number or bool that may accompany the chunks of one."""
         kind, value = self.head()
         if kind == "map":
             if depth == 0:
@@ -274,7 +276,7 @@ class _Reader:
         return value
 
     def head(self) -> tuple[str, int]:
-        """The kind of the next object, and its length, or its value where it is a number."""
+        """The kind of the next object, and its length or, for a number, its value."""
         byte = self.data[self.take(1)]
         if byte < 0x80:
             return "int", byte
@@ -295,7 +297,7 @@ class _Reader:
         raise ValueError(f"byte 0x{byte:02x} at {self.at - 1}")
 
     def take(self, size: int) -> int:
-        """The offset of the next `size` bytes, which are passed over."""
+        """The offset of the next `size` bytes, after which reading goes on."""
         if size > self.end - self.at:
             raise ValueError(f"{size} bytes at byte {self.at}, of which {self.end - self.at} exist")
         start = self.at
@@ -330,7 +332,7 @@ def _write_leaf(out: BinaryIO, tensor: Tensor) -> None:
 
 def _write_array(out: BinaryIO, tensor: Tensor) -> None:
     start = _head("array", 3) + _head("array", tensor.dim()) + b"".join(map(_int, tensor.shape))
-    start += _text(str(tensor.dtype).removeprefix("torch.")) + _head("bin", tensor.nbytes)
+    start += _text(name_of(tensor.dtype)) + _head("bin", tensor.nbytes)
     size = len(start) + tensor.nbytes
     fixed = {length: byte for byte, length in _FIXED_EXT.items()}
     out.write(bytes([fixed[size]]) if size in fixed else _head("ext", size))

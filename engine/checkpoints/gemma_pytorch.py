@@ -1,6 +1,6 @@
-"""The original checkpoints of Gemma 1, 2 and 3, as google/gemma_pytorch reads them.
+"""The original format of Gemma 1, 2 and 3: torch pickles, as google/gemma_pytorch reads them.
 
-A torch pickle, `{"model_state_dict": {name: tensor}}` in one file, or plain `{name: tensor}` in
+A pickle is `{"model_state_dict": {name: tensor}}` in one file, or plain `{name: tensor}` in
 shards with an index.  q, k and v are one matrix, rows of q, then k, then v; the embedding is
 `embedder.weight`, in multimodal files `text_token_embedder.weight`, and is always the head too.
 Quantised files hold int8 matrices, each with a `weight_scaler` for its rows.
@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoints.huggingface import check_file
 from gemcut.engine.checkpoints.stored_tensors import (
     FLOATS,
-    Entry,
-    Slot,
-    check_entries,
+    StoredTensor,
+    TensorSpec,
+    check_stored,
     name_of,
-    read_shards,
 )
+from gemcut.engine.checkpoints.weight_files import check_file, read_shards
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weights import CheckpointTensor, checkpoint_tensors
 
@@ -46,7 +45,58 @@ _SCALER = ".weight_scaler"
 _GLOBAL = re.compile(r"(?:GLOBAL|class) ([\w.]+)")  # what a refused pickle asks for
 
 
-def slots(config: ModelConfig) -> Iterator[Slot]:
+def find_files(path: Path) -> list[Path]:
+    """The pickle that `path` is, or the pickles or the index in that folder; perhaps none."""
+    if not path.is_dir():
+        return [path] if path.suffix in SUFFIXES else []
+    found = [path / INDEX] if (path / INDEX).exists() else []
+    found += sorted(path.glob("*.ckpt"))
+    return found or [file for file in [path / "pytorch_model.bin"] if file.exists()]
+
+
+def open_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor in file or folder `path`, those of the language model by their names here."""
+    files = find_files(path)
+    if not files:
+        raise ValueError(f"{path}: holds neither {INDEX} nor a .ckpt file")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{path}: holds several original checkpoints ({names}); give one file")
+    is_index = files[0].name == INDEX
+    found = read_shards(files[0], "bin", _read_tensors) if is_index else _read_tensors(files[0])
+    stored: dict[str, StoredTensor] = {}
+    for key, tensor in found.items():
+        name = _BARE.sub("model.", _MULTIMODAL.sub("embedder.", key))
+        if name in stored:
+            raise ValueError(f"{stored[name].place} and {tensor.place} are the same weight")
+        stored[name] = tensor
+    return stored
+
+
+def match_tensors(
+    path: Path, opened: dict[str, StoredTensor], config: ModelConfig
+) -> dict[str, StoredTensor]:
+    """The tensors of `config` by name: exactly those, or ValueError.
+
+    Left aside are tables that are computed anyway and, of Gemma 3, the vision part.
+    """
+    expected = list(tensor_specs(config))
+    if "model.embed_tokens.weight" in opened:
+        raise ValueError(
+            f"{path}: a pickle of transformers, not the original's: its names are Hugging Face's"
+        )
+    multimodal = config.model_type == "gemma3_text"
+    stored = {
+        name: tensor
+        for name, tensor in opened.items()
+        if not (_COMPUTED.match(name) or (multimodal and _VISION.match(name)))
+    }
+    stored = _with_scalers(path, stored)
+    check_stored(path, stored, expected)
+    return stored
+
+
+def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor of the original format; ValueError for a model that it cannot hold."""
     if config.model_type == "vaultgemma":
         raise ValueError("vaultgemma has no original (gemma_pytorch) format")
@@ -59,102 +109,53 @@ def slots(config: ModelConfig) -> Iterator[Slot]:
             "tie_word_embeddings is false, but in the original format the embedding is the head"
         )
     fused: list[CheckpointTensor] = []
-    for part in checkpoint_tensors(config):
-        if part.field != "qkv":
-            yield Slot(_name(part), part.shape, (part,))
+    for tensor in checkpoint_tensors(config):
+        if tensor.field != "qkv":
+            yield TensorSpec(_name(tensor), tensor.shape, (tensor,))
             continue
-        fused.append(part)
+        fused.append(tensor)
         if len(fused) == 3:
             rows = sum(each.shape[0] for each in fused)
-            name = f"model.layers.{part.layer}.self_attn.qkv_proj.weight"
-            yield Slot(name, (rows, *part.shape[1:]), tuple(fused))
+            name = f"model.layers.{tensor.layer}.self_attn.qkv_proj.weight"
+            yield TensorSpec(name, (rows, *tensor.shape[1:]), tuple(fused))
             fused = []
 
 
-def find_files(path: Path) -> list[Path]:
-    """The pickle that `path` is, or the pickles or the index in that folder; perhaps none."""
-    if not path.is_dir():
-        return [path] if path.suffix in SUFFIXES else []
-    found = [path / INDEX] if (path / INDEX).exists() else []
-    found += sorted(path.glob("*.ckpt"))
-    return found or [file for file in [path / "pytorch_model.bin"] if file.exists()]
-
-
-def open_tensors(path: Path) -> dict[str, Entry]:
-    """Every tensor in file or folder `path`, those of the language model by their names here."""
-    files = find_files(path)
-    if not files:
-        raise ValueError(f"{path}: holds neither {INDEX} nor a .ckpt file")
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ValueError(f"{path}: holds several original checkpoints ({names}); give one file")
-    is_index = files[0].name == INDEX
-    found = read_shards(files[0], "bin", _read_tensors) if is_index else _read_tensors(files[0])
-    entries: dict[str, Entry] = {}
-    for key, entry in found.items():
-        name = _BARE.sub("model.", _MULTIMODAL.sub("embedder.", key))
-        if name in entries:
-            raise ValueError(f"{entries[name].place} and {entry.place} are the same weight")
-        entries[name] = entry
-    return entries
-
-
-def match(path: Path, entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
-    """The entries that are the tensors of `config`: exactly those, or ValueError.
-
-    Left aside are tables that are computed anyway and, of Gemma 3, the vision part.
-    """
-    expected = list(slots(config))
-    if "model.embed_tokens.weight" in entries:
-        raise ValueError(
-            f"{path}: a pickle of transformers, not the original's: its names are Hugging Face's"
-        )
-    multimodal = config.model_type == "gemma3_text"
-    entries = {
-        name: entry
-        for name, entry in entries.items()
-        if not (_COMPUTED.match(name) or (multimodal and _VISION.match(name)))
-    }
-    entries = _with_scalers(path, entries)
-    check_entries(path, entries, expected)
-    return entries
-
-
-def write(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Write one pickle: a shard, or the whole where `file` bears that name."""
+def write_file(file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Write one pickle: a shard, or the whole checkpoint where `file` has that name."""
     state = {name: make() for name, make in tensors.items()}
     torch.save({STATE: state} if file.name == SINGLE else state, file)
 
 
-def _name(part: CheckpointTensor) -> str:
-    if part.field == "embedding":
+def _name(tensor: CheckpointTensor) -> str:
+    if tensor.field == "embedding":
         return "embedder.weight"
-    return part.name.replace(".q_norm.", ".query_norm.").replace(".k_norm.", ".key_norm.")
+    return tensor.name.replace(".q_norm.", ".query_norm.").replace(".k_norm.", ".key_norm.")
 
 
-def _read_tensors(file: Path) -> dict[str, Entry]:
+def _read_tensors(file: Path) -> dict[str, StoredTensor]:
     state, record_sizes = _unpickle(file)
     if isinstance(state, dict) and STATE in state:
         state = state[STATE]
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{file}: holds {type(state).__name__}, not named tensors")
-    entries = {name: _entry(file, name, value) for name, value in state.items()}
+    stored = {name: _stored(file, name, value) for name, value in state.items()}
     # A memory-mapped tensor reaches as far as the pickle says: past a record that is too short,
     # into its neighbour.
-    storages = [entry.load().untyped_storage() for entry in entries.values()]
+    storages = [tensor.load().untyped_storage() for tensor in stored.values()]
     sizes = Counter({each.data_ptr(): each.nbytes() for each in storages if each.nbytes()}.values())
     if sizes - record_sizes:
         raise ValueError(f"{file}: damaged (tensors and the bytes stored for them differ)")
-    return entries
+    return stored
 
 
-def _entry(file: Path, name: Any, value: Any) -> Entry:
+def _stored(file: Path, name: Any, value: Any) -> StoredTensor:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         raise ValueError(f"{file}: {name!r} is {type(value).__name__}, not a tensor")
     if value.layout != torch.strided or value.device.type != "cpu":
         raise ValueError(f"{file}: {name} is not a plain tensor with data")
     tensor = value.detach()
-    return Entry(f"{file.name}: {name}", tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return StoredTensor(f"{file.name}: {name}", tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def _unpickle(file: Path) -> tuple[Any, Counter[int]]:
@@ -186,11 +187,11 @@ def _unpickle(file: Path) -> tuple[Any, Counter[int]]:
         raise ValueError(f"{file}: damaged ({reason})") from None
 
 
-def _with_scalers(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The entries with each scaler joined to the int8 matrix whose rows it scales."""
-    joined = {name: entry for name, entry in entries.items() if not name.endswith(_SCALER)}
-    for name in entries.keys() - joined.keys():
-        scaler, owner = entries[name], name.removesuffix(_SCALER) + ".weight"
+def _with_scalers(path: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors with each scaler joined to the int8 matrix whose rows it scales."""
+    joined = {name: tensor for name, tensor in stored.items() if not name.endswith(_SCALER)}
+    for name in stored.keys() - joined.keys():
+        scaler, owner = stored[name], name.removesuffix(_SCALER) + ".weight"
         if owner not in joined:
             raise ValueError(f"{path}: {scaler.place} scales no weight")
         weight = joined[owner]
@@ -204,9 +205,9 @@ def _with_scalers(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
                 f"{path}: {scaler.place} is {name_of(scaler.dtype)} {list(scaler.shape)}, "
                 f"not a float for each of {weight.shape[0]} rows"
             )
-        joined[owner] = Entry(weight.place, weight.shape, weight.dtype, weight.load, scaler)
-    for name, entry in joined.items():
-        if entry.dtype == torch.int8 and entry.scaler is None:
+        joined[owner] = StoredTensor(weight.place, weight.shape, weight.dtype, weight.load, scaler)
+    for name, tensor in joined.items():
+        if tensor.dtype == torch.int8 and tensor.scaler is None:
             scaler_name = name.removesuffix(".weight") + _SCALER
-            raise ValueError(f"{path}: {entry.place} is int8, but {scaler_name} is missing")
+            raise ValueError(f"{path}: {tensor.place} is int8, but {scaler_name} is missing")
     return joined

@@ -1,8 +1,8 @@
-"""Layouts of checkpoints: where each tensor of the model stands in a format's files.
+"""Tensors in the files of any format: the place of each, its header, its rows in memory.
 
 A format names, fuses and transposes tensors in its own way, and may hold them as scaled integers.
-A slot is one tensor that a format has a place for; an entry is one tensor that a file really holds,
-known by its header and not yet read.
+A TensorSpec is a tensor that a format has a place for; a StoredTensor is a tensor that a file
+holds, known by its header and not yet read.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,76 +12,69 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoints.huggingface import check_index, first_of, pieces, read_weight_map
 from gemcut.engine.execution.weights import CheckpointTensor
 
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+PIECE = 2**25  # elements copied or examined at a time
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One tensor of a format, and the parts whose rows it holds, one after another."""
+class TensorSpec:
+    """One tensor of a format, and the checkpoint tensors whose rows it holds, one after another."""
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[CheckpointTensor, ...]
+    members: tuple[CheckpointTensor, ...]
     transposed: bool = False  # stored [in, out]; rows are those of its transpose
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """One tensor of a file."""
 
     place: str  # file and name, for messages
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
-    scaler: "Entry | None" = None  # [rows]: the weight is int8 * scaler[:, None]
+    scaler: "StoredTensor | None" = None  # [rows]: the weight is int8 * scaler[:, None]
 
 
-def check_entries(path: Path, entries: Mapping[str, Entry], slots: Iterable[Slot]) -> None:
+def check_stored(
+    path: Path, stored: Mapping[str, StoredTensor], specs: Iterable[TensorSpec]
+) -> None:
     """Nothing, or ValueError that names a missing, extra, misshapen or unreadable tensor."""
-    expected = {slot.name: slot for slot in slots}
-    if missing := [name for name in expected if name not in entries]:
+    expected = {spec.name: spec for spec in specs}
+    if missing := [name for name in expected if name not in stored]:
         raise ValueError(f"{path}: {first_of(missing)} missing")
-    if extra := [entry.place for name, entry in entries.items() if name not in expected]:
+    if extra := [tensor.place for name, tensor in stored.items() if name not in expected]:
         raise ValueError(f"{path}: {first_of(extra)} not part of the model")
-    for name, entry in entries.items():
-        if entry.shape != expected[name].shape:
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{path}: {entry.place} is {list(entry.shape)}, "
+                f"{path}: {tensor.place} is {list(tensor.shape)}, "
                 f"the config says {list(expected[name].shape)}"
             )
-        if entry.scaler is None and entry.dtype not in FLOATS:
+        if tensor.scaler is None and tensor.dtype not in FLOATS:
             raise ValueError(
-                f"{path}: {entry.place} is {name_of(entry.dtype)}; "
+                f"{path}: {tensor.place} is {name_of(tensor.dtype)}; "
                 f"supported are {', '.join(map(name_of, FLOATS))}"
             )
 
 
-def read_shards(
-    index: Path, suffix: str, read: Callable[[Path], dict[str, Entry]]
-) -> dict[str, Entry]:
-    """Every tensor of the files that an index names, which must agree with it."""
-    weight_map = read_weight_map(index, suffix)
-    found: dict[str, Entry] = {}
-    for name in sorted(set(weight_map.values())):
-        for key, entry in read(index.parent / name).items():
-            if key in found:
-                raise ValueError(f"{index.parent}: {found[key].place} and {entry.place} repeat")
-            found[key] = entry
-    held = {key: entry.place.partition(":")[0] for key, entry in found.items()}
-    check_index(index, weight_map, held)
-    return found
+def first_of(names: list[str]) -> str:
+    """The first of some names, how many more there are, and the verb."""
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{names[0]} and {len(names) - 1} more are"
 
 
 def read_rows(
-    entry: Entry, start: int, stop: int, dtype: torch.dtype, *, transposed: bool = False
+    stored: StoredTensor, start: int, stop: int, dtype: torch.dtype, *, transposed: bool = False
 ) -> Tensor:
     """Rows start..stop of a tensor, in memory of their own and in `dtype`."""
-    source = entry.load()
+    source = stored.load()
     source = (source.T if transposed else source)[start:stop]
-    scaler = None if entry.scaler is None else entry.scaler.load()[start:stop].float()
+    scaler = None if stored.scaler is None else stored.scaler.load()[start:stop].float()
     target = torch.empty(source.shape, dtype=dtype)
     at = 0
     for piece, place in zip(pieces(source), pieces(target), strict=True):
@@ -90,6 +83,13 @@ def read_rows(
             at += len(piece)
         place.copy_(piece)
     return target
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of some rows each: they bound the buffer of a converting copy or of a test."""
+    rows = torch.atleast_1d(tensor)  # a foreign file may hold a scalar, or no rows
+    row_size = max(1, rows.numel() // max(1, rows.shape[0]))
+    return rows.split(max(1, PIECE // row_size))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

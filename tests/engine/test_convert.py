@@ -31,9 +31,11 @@ from safetensors.torch import load_file, save_file
 
 from gemcut.engine import cli, commands
 from gemcut.engine.checkpoints import convert as driver
-from gemcut.engine.checkpoints import formats as checkpoint_formats
 from gemcut.engine.checkpoints import hub
+from gemcut.engine.checkpoints import source as source_module
+from gemcut.engine.checkpoints import target as target_module
 from gemcut.engine.checkpoints.convert import convert
+from gemcut.engine.checkpoints.formats import FORMATS
 from gemcut.engine.cli import main
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weights import checkpoint_tensors
@@ -180,19 +182,18 @@ def spoil(file: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [10**9, 40_000], ids=["whole", "shards"])
-@pytest.mark.parametrize("to", checkpoint_formats.FORMATS)
+@pytest.mark.parametrize("to", FORMATS)
 def test_a_write_gone_wrong_is_noticed(source, target, monkeypatch, to, limit):
-    form = checkpoint_formats.FORMATS[to]
+    write_file = FORMATS[to].write_file
     spoilt = []
 
     def write(file, tensors):
-        form.write(file, tensors)
+        write_file(file, tensors)
         if not spoilt:
             spoil(file)
             spoilt.append(file)
 
-    changed = driver.replace(form, write=write)
-    monkeypatch.setitem(checkpoint_formats.FORMATS, to, changed)
+    monkeypatch.setattr(FORMATS[to], "write_file", write)
     kept = "nothing was kept"
     with pytest.raises(ValueError, match=f"reads back otherwise .*{kept}|read back; {kept}"):
         convert(source, target, to=to, max_shard_bytes=limit)
@@ -206,7 +207,7 @@ def test_a_config_gone_wrong_is_noticed(source, target, monkeypatch):
             values = values | {"rms_norm_eps": 1e-5}
         file.write_text(json.dumps(values))
 
-    monkeypatch.setattr(driver, "write_json", write_json)
+    monkeypatch.setattr(target_module, "write_json", write_json)
     with pytest.raises(ValueError, match=r"config.json reads back as another config"):
         convert(source, target)
     assert not target.exists()
@@ -220,7 +221,7 @@ def test_what_fails_leaves_the_target_as_it_was(source, target, monkeypatch, fai
     def fail(*args):
         raise failure
 
-    monkeypatch.setattr(driver, "_verify", fail)
+    monkeypatch.setattr(driver, "verify", fail)
     with pytest.raises(type(failure)):
         convert(source, target, to="flax", overwrite=True)
     assert snapshot(target) == before
@@ -253,7 +254,7 @@ def test_several_formats_in_one_folder(tmp_path, target, formats):
         assert_same_model(target, small_model("gemma2"))
 
 
-@pytest.mark.parametrize("name", checkpoint_formats.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_format_that_is_not_there(tmp_path, target, name):
     fill(tmp_path / "source")
     with pytest.raises(ValueError, match=r"holds no weights that are known here: .*ckpt"):
@@ -372,7 +373,7 @@ def test_overwriting_leaves_one_model(source, target):
         target.mkdir(exist_ok=True)
         (target / "notes.txt").write_text("mine")
         done = convert(source, target, to=to, max_shard_bytes=limit, overwrite=True)
-        index = {checkpoint_formats.FORMATS[to].index} if limit == 40_000 else set()
+        index = {FORMATS[to].INDEX} if limit == 40_000 else set()
         names = {*done.files, *index, "config.json", "notes.txt", "tokenizer.model"}
         assert {file.name for file in target.iterdir()} - {"generation_config.json"} == names
     assert_same_model(target, small_model("gemma2"))
@@ -401,13 +402,13 @@ def test_a_target_that_cannot_be(source, target, tmp_path):
 
 def test_too_little_space(source, target, monkeypatch):
     usage = shutil.disk_usage(source)._replace(free=1000)
-    monkeypatch.setattr(driver.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(target_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"target: the result takes 0.00 GB, 0.00 GB are free"):
         convert(source, target)
     assert not target.exists()
 
 
-@pytest.mark.parametrize("to", checkpoint_formats.FORMATS)
+@pytest.mark.parametrize("to", FORMATS)
 def test_a_disk_that_fills_up(source, target, to):
     """A limit on a file's size stands for it: the write comes back short."""
     limited = ["sh", "-c", 'ulimit -f 150; exec "$@"', "sh", *COMMAND]
@@ -539,7 +540,7 @@ def test_the_demo_there_and_back(tmp_path, to):
 def test_memory_is_bounded_by_a_shard(source, target, monkeypatch):
     """Tensors are made when their file is written, and let go before the next one."""
     alive, most = 0, 0
-    read_rows = driver.read_rows
+    read_rows = source_module.read_rows
 
     class Counted(torch.Tensor):
         def __del__(self):
@@ -552,8 +553,8 @@ def test_memory_is_bounded_by_a_shard(source, target, monkeypatch):
         most = max(most, alive)
         return read_rows(*args, **kwargs).as_subclass(Counted)
 
-    monkeypatch.setattr(driver, "read_rows", counting)
-    monkeypatch.setattr(driver, "_verify", lambda *args: None)
+    monkeypatch.setattr(source_module, "read_rows", counting)
+    monkeypatch.setattr(driver, "verify", lambda *args: None)
     done = convert(source, target, max_shard_bytes=40_000)
     per_file = max(len(load_file(target / file)) for file in done.files)
     assert most <= per_file < done.tensors / 3

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from gemcut.engine.checkpoints import flax
 from gemcut.engine.checkpoints.convert import convert
-from gemcut.engine.checkpoints.flax import _head, _int, _text, open_tensors, write
+from gemcut.engine.checkpoints.flax import _head, _int, _text, open_tensors, write_file
 
 UNTIED = {"attention_bias": True, "tie_word_embeddings": False}
 
@@ -142,7 +142,7 @@ def test_flax_itself(source, target, tmp_path, monkeypatch, dtype, chunk):
 def test_written_bytes_are_those_of_msgpack(tmp_path):
     state = flax_state(small_model("gemma2"))
     save_msgpack(state, tmp_path / "theirs")
-    write(tmp_path / "ours", {name: lambda t=tensor: t for name, tensor in state.items()})
+    write_file(tmp_path / "ours", {name: lambda t=tensor: t for name, tensor in state.items()})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
@@ -153,7 +153,7 @@ def test_tensors_are_made_one_at_a_time_as_they_are_written(tmp_path):
         written.append((tmp_path / "file").stat().st_size)
         return torch.full((2**16,), float(number))
 
-    write(tmp_path / "file", {f"a/{i}": lambda i=i: make(i) for i in range(4)})
+    write_file(tmp_path / "file", {f"a/{i}": lambda i=i: make(i) for i in range(4)})
     assert [size // 2**18 for size in written] == [0, 1, 2, 3]
 
 
@@ -172,11 +172,11 @@ def test_heads_are_those_of_msgpack(size):
 def test_arrays_of_every_length(tmp_path, elements):
     """Extension headers change with the length."""
     tensor = torch.arange(elements, dtype=torch.float32)
-    write(tmp_path / "ours.msgpack", {"a/b": lambda: tensor})
+    write_file(tmp_path / "ours.msgpack", {"a/b": lambda: tensor})
     save_msgpack({"a/b": tensor}, tmp_path / "theirs")
     assert (tmp_path / "ours.msgpack").read_bytes() == (tmp_path / "theirs").read_bytes()
-    (entry,) = open_tensors(tmp_path / "ours.msgpack").values()
-    assert torch.equal(entry.load(), tensor)
+    (stored,) = open_tensors(tmp_path / "ours.msgpack").values()
+    assert torch.equal(stored.load(), tensor)
 
 
 def test_a_written_out_tied_head_is_left_aside(source, target):
@@ -334,10 +334,10 @@ def test_a_changed_byte_is_refused_or_harmless(small_file, tmp_path_factory, dat
     file = tmp_path_factory.getbasetemp() / "changed.msgpack"
     file.write_bytes(changed)
     try:
-        entries = open_tensors(file)
+        stored = open_tensors(file)
     except ValueError:
         return
-    assert sum(entry.load().nbytes for entry in entries.values()) <= len(changed)
+    assert sum(tensor.load().nbytes for tensor in stored.values()) <= len(changed)
 
 
 @pytest.mark.parametrize(

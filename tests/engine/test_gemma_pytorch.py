@@ -23,8 +23,9 @@ from foreign_files import (
 from safetensors.torch import load_file
 
 from gemcut.engine.checkpoints import gemma_pytorch
-from gemcut.engine.checkpoints.convert import _open, convert
+from gemcut.engine.checkpoints.convert import convert
 from gemcut.engine.checkpoints.formats import FORMATS
+from gemcut.engine.checkpoints.source import open_source
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 
 
@@ -173,12 +174,12 @@ def test_computed_tables_of_gemma_1_and_the_samplers_embedding(source, target):
 def test_a_published_size_is_known_by_its_shapes(source, name):
     file = source / "model.ckpt"
     one = torch.zeros(1, dtype=torch.bfloat16)  # a single stored element, whatever the shape
-    slots = list(gemma_pytorch.slots(PUBLISHED[name]))
-    save_ckpt(file, {slot.name: one.expand(slot.shape) for slot in slots})
-    opened, inferred = _open(source, FORMATS["original"], None)
-    assert (inferred, opened.config) == (name, PUBLISHED[name])
-    again, inferred = _open(source, FORMATS["original"], name)
-    assert (inferred, again.config) == (None, opened.config)
+    specs = list(gemma_pytorch.tensor_specs(PUBLISHED[name]))
+    save_ckpt(file, {spec.name: one.expand(spec.shape) for spec in specs})
+    opened = open_source(source, FORMATS["original"], None)
+    assert (opened.inferred, opened.config) == (name, PUBLISHED[name])
+    again = open_source(source, FORMATS["original"], name)
+    assert (again.inferred, again.config) == (None, opened.config)
 
 
 @pytest.mark.parametrize(

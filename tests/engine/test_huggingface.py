@@ -19,15 +19,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from gemcut.engine.checkpoints import hub, huggingface
+from gemcut.engine.checkpoints import hub, stored_tensors
+from gemcut.engine.checkpoints import load as load_module
+from gemcut.engine.checkpoints import save as save_module
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checkpoints.huggingface import (
-    find_nonfinite,
-    load_checkpoint,
-    read_generation_config,
-    save_checkpoint,
-    stop_token_ids,
-)
+from gemcut.engine.checkpoints.load import find_nonfinite, load_checkpoint
+from gemcut.engine.checkpoints.save import save_checkpoint
+from gemcut.engine.config.generation_file import read_generation_config, stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.weights import Weights, checkpoint_tensors, empty_weights
 
@@ -155,7 +153,7 @@ def test_dtype_is_converted_on_the_way(saved):
 
 def test_a_large_tensor_is_copied_in_pieces(saved, monkeypatch):
     whole = load(saved)
-    monkeypatch.setattr(huggingface, "PIECE", 7)
+    monkeypatch.setattr(stored_tensors, "PIECE", 7)
     config = ModelConfig.from_file(saved)
     assert_equal(
         load(saved), config, all_weights(config, whole) | {"lm_head.weight": whole.lm_head}
@@ -225,7 +223,7 @@ def test_target_dtype_is_refused(saved, dtype):
 )
 def test_bad_tensor_is_refused_before_allocation(saved, monkeypatch, change, message):
     rewrite(saved, change)
-    monkeypatch.setattr(huggingface, "empty_weights", lambda *a, **k: pytest.fail("allocated"))
+    monkeypatch.setattr(load_module, "empty_weights", lambda *a, **k: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=message) as error:
         load(saved)
     assert "\n" not in str(error.value)
@@ -465,7 +463,7 @@ def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(huggingface, "save_file", fail)
+    monkeypatch.setattr(save_module, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(saved, config, weights)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before

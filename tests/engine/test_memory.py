@@ -18,7 +18,8 @@ from gemcut.bench.engines.random_model import published_config, random_weights
 from gemcut.engine import PUBLISHED, Engine, memory
 from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes
 from gemcut.engine.checkpoints import hub
-from gemcut.engine.checkpoints.huggingface import load_checkpoint, save_checkpoint
+from gemcut.engine.checkpoints.load import load_checkpoint
+from gemcut.engine.checkpoints.save import save_checkpoint
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.slot_state import SlotState

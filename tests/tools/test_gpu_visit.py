@@ -266,7 +266,7 @@ def test_reports_are_kept_by_device(whole, tmp_path):
 
 def test_stored_texts_are_what_the_oracles_choose():
     from gemcut.engine.checkpoints.hub import DEMO
-    from gemcut.engine.checkpoints.huggingface import load_checkpoint
+    from gemcut.engine.checkpoints.load import load_checkpoint
     from gemcut.engine.config.model_config import ModelConfig
     from gemcut.engine.execution.model import Gemma
     from gemcut.kernels import reference

@@ -19,7 +19,7 @@ from gemcut.bench.measure.timing import capture
 from gemcut.bench.ops.cases import Grid, Shapes
 from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.engine.checkpoints.hub import DEMO
-from gemcut.engine.checkpoints.huggingface import load_checkpoint
+from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.model import Gemma

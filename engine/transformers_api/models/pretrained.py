@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.checkpoints.hub import FILES, resolve_checkpoint
-from gemcut.engine.checkpoints.huggingface import is_head, load_checkpoint, save_checkpoint
+from gemcut.engine.checkpoints.huggingface import is_head
+from gemcut.engine.checkpoints.load import load_checkpoint
+from gemcut.engine.checkpoints.save import save_checkpoint
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import Weights, checkpoint_tensors, empty_weights
