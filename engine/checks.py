@@ -1,6 +1,8 @@
-"""Checks of numbers that come from outside: one line that names the value and the limit."""
+"""Checks of a caller's numbers and keywords: one line that names the value and the limit."""
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Integral, Real
 from reprlib import repr as shorten  # a hostile value must not flood the message
 from typing import Any
@@ -43,3 +45,13 @@ def check_number(
         raise ValueError(f"{name} {shorten(value)} must be at least {at_least}")
     if number >= below:
         raise ValueError(f"{name} {shorten(value)} must be below {below}")
+
+
+def refuse_unknown(taker: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Nothing, or TypeError that names the first of `given` that is not known to `taker`."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+            raise TypeError(f"{taker} takes no {name!r}; {hint}")

@@ -33,8 +33,7 @@ from gemcut.engine.execution.steps import Steps
 from gemcut.engine.memory import Build
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_passing_thread
 from gemcut.engine.requests.outputs import Delta, RequestOutput, ScoreOutput
-from gemcut.engine.requests.prompts import Prompt
-from gemcut.engine.requests.request_builder import RequestBuilder
+from gemcut.engine.requests.request_builder import Prompt, RequestBuilder
 from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.serving import output_queues
 from gemcut.engine.serving.metrics import costs, prometheus_text, snapshot

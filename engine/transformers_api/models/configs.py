@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checks import check_int, shorten
+from gemcut.engine.checks import check_int, refuse_unknown, shorten
 from gemcut.engine.config.config_file import check_model_type, read_json_object
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.transformers_api.models.keywords import refuse_unknown
 
 C = TypeVar("C", bound="PreTrainedConfig")
 

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gemcut.engine.checks import check_int, shorten
+from gemcut.engine.checks import check_int, refuse_unknown, shorten
 from gemcut.engine.config.config_file import as_token_ids
 from gemcut.engine.config.generation_file import read_generation_config
 from gemcut.engine.transformers_api.models.configs import PreTrainedConfig
-from gemcut.engine.transformers_api.models.keywords import refuse_unknown
 
 # What transformers knows beside, and the values at which it changes nothing: others are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

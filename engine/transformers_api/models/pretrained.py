@@ -15,6 +15,7 @@ from gemcut.engine.checkpoints.hub import FILES, resolve_checkpoint
 from gemcut.engine.checkpoints.huggingface import is_head
 from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.checkpoints.save import save_checkpoint
+from gemcut.engine.checks import refuse_unknown
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import Weights, checkpoint_tensors, empty_weights
@@ -30,7 +31,6 @@ from gemcut.engine.transformers_api.models.caches import StaticCache
 from gemcut.engine.transformers_api.models.configs import PreTrainedConfig
 from gemcut.engine.transformers_api.models.forward import Run
 from gemcut.engine.transformers_api.models.inputs import check_cache_position, read_batch, read_ids
-from gemcut.engine.transformers_api.models.keywords import refuse_unknown
 
 M = TypeVar("M", bound="PreTrainedModel")
 F = TypeVar("F", bound=Callable[..., Any])
