@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
-from reprlib import repr as shorten  # a hostile value must not flood the message
+from reprlib import repr as shorten  # a hostile value must not fill the message
 from typing import Any
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> None:
-    """Nothing, or ValueError where `value` is no integer of low..high (a bool is none)."""
+    """Nothing, or ValueError where `value` is no integer in low..high (a bool is none)."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"{name} {shorten(value)} is not an integer")
     if not low <= int(value) <= high:

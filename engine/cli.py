@@ -1,6 +1,6 @@
-"""The `gemcut` command: its arguments, and what becomes of its errors.
+"""The `gemcut` command: its arguments, and the exit codes and messages of its errors.
 
-commands.py holds what each command does.
+commands.py holds the commands themselves.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-INTERRUPTED = 128 + 2  # what a shell reports for a program that SIGINT or SIGPIPE has killed
+INTERRUPTED = 128 + 2  # a shell's exit codes for a program killed by SIGINT or SIGPIPE
 PIPE_CLOSED = 128 + 13
 
 EPILOG = """\
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(_parser().parse_args(argv))
         finally:
-            sys.stdout.flush()  # here, and not at the interpreter's exit, to see it fail
+            sys.stdout.flush()  # here, not at the interpreter's exit, so that a failure is seen
     except KeyboardInterrupt:
-        # The terminal stands behind "^C" or half an answer.
+        # The cursor is after "^C" or half an answer.
         print(file=sys.stdout if sys.stdout.isatty() else sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Not at the top: this brings torch, two seconds for which --help and a typo should not wait.
+    # Not at the top: this imports torch, which takes two seconds; --help and a typo must not wait.
     from gemcut.engine import commands
 
     run = {
@@ -81,12 +81,12 @@ def _prepare_streams() -> None:
         if getattr(sys, name) is None:  # the caller had closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open to the end
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character gets its number, as on standard error.
+        # A terminal that cannot show a character shows its number, as on standard error.
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _drop_output() -> None:
-    """Flush what standard output still holds; where that fails, let it go nowhere.
+    """Flush standard output; where that fails, discard what it holds.
 
     The interpreter flushes once more at its exit, and would complain.
     """
@@ -179,7 +179,7 @@ _MODEL = "demo (the default), a folder, or a Hugging Face id"
 
 def _add_model(parser: argparse.ArgumentParser, text: str) -> None:
     either = parser.add_mutually_exclusive_group()
-    # SUPPRESS: a MODEL that is not there must not undo --model
+    # SUPPRESS: a MODEL that is not given must not undo --model
     either.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=text)
     either.add_argument("--model", dest="model", default="demo", help="the same, as an option")
 

@@ -1,4 +1,4 @@
-"""What each `gemcut` command does with its parsed arguments; they yield exit codes."""
+"""The `gemcut` commands: each takes its parsed arguments and returns an exit code."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ import torch
 
 from gemcut.engine.checkpoints.convert import convert as convert_checkpoint
 from gemcut.engine.engine import Engine
-from gemcut.engine.info import describe, find_config, find_problems, rows
+from gemcut.engine.info import describe, find_config, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
 from gemcut.tokenizer import render_chat
@@ -26,7 +26,7 @@ Messages = list[dict[str, str]]
 
 
 def generate(args: argparse.Namespace) -> int:
-    """0, once the completions of the prompt are printed."""
+    """Print the completions of the prompt; 0."""
     if args.logprobs is not None and not args.json:
         raise ValueError("--logprobs has no place in plain text; add --json")
     params = _sampling_params(args)
@@ -49,7 +49,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def chat(args: argparse.Namespace) -> int:
-    """0 when the person has left; 1 where a turn from a file or pipe was refused."""
+    """Talk until the user leaves; 0, or 1 where a turn from a file or pipe was refused."""
     params = _sampling_params(args)
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
@@ -72,14 +72,14 @@ def chat(args: argparse.Namespace) -> int:
                 elif text.strip():
                     turn = {"role": "user", "content": text}
                     messages = _converse(engine, [*messages, turn], params, on_terminal)
-            except ValueError as error:  # about this turn alone: the conversation goes on
+            except ValueError as error:  # it concerns this turn only: the conversation goes on
                 _note(f"error: {error}")
                 refused = True
     return int(refused and not on_terminal)
 
 
 def info(args: argparse.Namespace) -> int:
-    """0, or 1 where --check has found a problem, once all is printed."""
+    """Print the facts of a model; 0, or 1 where --check has found a problem."""
     device = choose_device(args.device)
     config = find_config(args.model)
     dtype = choose_dtype(args.dtype, device)
@@ -90,7 +90,7 @@ def info(args: argparse.Namespace) -> int:
         values = {"model": args.model, **asdict(facts), "config": config.to_dict(), **checked}
         _print_json(values)
         return int(bool(problems))
-    for label, value in rows(args.model, config, facts):
+    for label, value in lines(args.model, config, facts):
         print(f"{label:<13} {value}")
     if problems is not None:
         for problem in problems or ["names, shapes and values are right"]:
@@ -99,7 +99,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """0, once the converted model is in its place and a line says what was verified."""
+    """Convert a checkpoint and print what was verified; 0."""
     done = convert_checkpoint(
         args.source,
         args.target,
@@ -145,10 +145,10 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
 def _converse(
     engine: Engine, messages: Messages, params: SamplingParams, on_terminal: bool
 ) -> Messages:
-    """The conversation with the model's answer, which is printed as it comes.
+    """The conversation with the model's answer, which is printed as it is generated.
 
-    Ctrl-C on a terminal ends the answer where it stands.  ValueError where the conversation does
-    not fit the slot.
+    Ctrl-C on a terminal ends the answer at once.  ValueError where the conversation does not fit
+    the slot.
     """
     length = len(render_chat(engine.tokenizer, messages, merge_system=True))
     if length >= engine.max_seq_len:
@@ -175,14 +175,14 @@ def _converse(
 
 
 def _read_prompt() -> str:
-    """Standard input, less the one newline with which echo and editors end a text."""
+    """Standard input without the one newline that echo and editors put at the end."""
     if sys.stdin.isatty():
         _note("reading the prompt; Ctrl-D ends it")
     return _decode(sys.stdin.buffer.read())
 
 
 def _ask() -> str | None:
-    """A line that a person typed; None at Ctrl-D."""
+    """A line typed at the prompt; None at Ctrl-D."""
     try:
         return input(">>> ")
     except EOFError:
@@ -197,8 +197,8 @@ def _next_line() -> str | None:
 
 
 def _decode(data: bytes) -> str:
-    """The text of bytes from standard input; ValueError where they are none."""
-    # Not sys.stdin.read(): in the C locale it lets broken bytes pass, and it alters "\r\n".
+    """The text of bytes from standard input; ValueError where they cannot be decoded."""
+    # Not sys.stdin.read(): in the C locale it accepts broken bytes, and it alters "\r\n".
     try:
         return re.sub(r"\r?\n\Z", "", data.decode(sys.stdin.encoding))
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What `gemcut info` knows of a model: its shape, its bytes, and what fits on a device."""
+"""Facts about a model for `gemcut info`: its shape, its bytes, and what fits on a device."""
 
 import os
 from collections.abc import Iterator
@@ -50,19 +50,19 @@ class Room:
     dtype: str
     free_bytes: int
     weight_bytes: int
-    slots: int  # of the model's own limit, beside weights and activations
+    slots: int  # that fit beside weights and activations, each of the model's own limit
     longest_slot: dict[int, int]  # slots -> tokens in each; 0 where there is no room
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The engine that would be made now, of these sizes, and the bytes that it would take."""
+class EngineSize:
+    """The sizes of the engine that would be made now, and the bytes that it would take."""
 
     max_batch_size: int
     max_seq_len: int
     prefill_chunk: int
     bytes: dict[str, int]  # by kind; "total" is their sum
-    problem: str | None  # why it would not be made
+    problem: str | None  # the reason that it would not be made
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ModelInfo:
     slot_bytes: int  # of the model's own limit
     full_slot_bytes: int  # the same if local layers kept all tokens
     room: Room
-    engine: Plan
+    engine: EngineSize
 
 
 def find_config(model: str) -> ModelConfig:
@@ -102,7 +102,7 @@ def describe(
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
-    ValueError names a size out of range; one that does not fit is the plan's problem.
+    ValueError names a size out of range; one that does not fit is reported in `engine.problem`.
     """
     ops = reference if device.type == "cpu" else kernels
     build = Build(config, device, dtype, ops)
@@ -115,7 +115,7 @@ def describe(
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
         room=_room(build),
-        engine=_plan(build, max_batch_size, max_seq_len),
+        engine=_engine_size(build, max_batch_size, max_seq_len),
     )
 
 
@@ -132,7 +132,9 @@ def _room(build: Build) -> Room:
     )
 
 
-def _plan(build: Build, max_batch_size: int | str, max_seq_len: int | str | None) -> Plan:
+def _engine_size(
+    build: Build, max_batch_size: int | str, max_seq_len: int | str | None
+) -> EngineSize:
     problem = None
     try:
         slots, length = build.choose(max_batch_size, max_seq_len)
@@ -142,11 +144,11 @@ def _plan(build: Build, max_batch_size: int | str, max_seq_len: int | str | None
         length = SHORTEST if max_seq_len is None or is_auto(max_seq_len) else int(max_seq_len)
     estimate = build.estimate(slots, length)
     sizes = asdict(estimate) | {"total": estimate.total}
-    return Plan(slots, length, build.prefill_chunk, sizes, problem)
+    return EngineSize(slots, length, build.prefill_chunk, sizes, problem)
 
 
-def rows(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[str, str]]:
-    """Label and value of each line that a person reads."""
+def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[str, str]]:
+    """The label and the value of each line that is printed."""
     limit = config.context_length
     yield "model", model
     yield "family", f"{FAMILIES[config.model_type]} ({config.model_type})"
@@ -168,11 +170,11 @@ def rows(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[str
     if info.slot_bytes < info.full_slot_bytes:
         slot += f"; {readable(info.full_slot_bytes)} if local layers were no rings"
     yield "", slot
-    yield from _room_rows(info.room, limit)
-    yield from _plan_rows(info.engine)
+    yield from _room_lines(info.room, limit)
+    yield from _engine_lines(info.engine)
 
 
-def _room_rows(room: Room, limit: int) -> Iterator[tuple[str, str]]:
+def _room_lines(room: Room, limit: int) -> Iterator[tuple[str, str]]:
     free, weights = readable(room.free_bytes), readable(room.weight_bytes)
     yield f"on {room.device}", f"{free} free, {weights} for weights in {room.dtype}"
     if room.longest_slot[1] == 0:
@@ -183,11 +185,11 @@ def _room_rows(room: Room, limit: int) -> Iterator[tuple[str, str]]:
     yield "", f"longest slot, in tokens: {longest}"
 
 
-def _plan_rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    sizes = f"{plan.max_batch_size} x {plan.max_seq_len} tokens"
-    yield "an engine", plan.problem or f"{sizes} take {readable(plan.bytes['total'])}"
-    kinds = [kind for kind, size in plan.bytes.items() if size and kind != "total"]
-    shown = (f"{readable(plan.bytes[kind])} {KINDS[kind]}" for kind in kinds)
+def _engine_lines(size: EngineSize) -> Iterator[tuple[str, str]]:
+    sizes = f"{size.max_batch_size} x {size.max_seq_len} tokens"
+    yield "an engine", size.problem or f"{sizes} take {readable(size.bytes['total'])}"
+    kinds = [kind for kind, nbytes in size.bytes.items() if nbytes and kind != "total"]
+    shown = (f"{readable(size.bytes[kind])} {KINDS[kind]}" for kind in kinds)
     yield "", ", ".join(shown)
 
 
@@ -215,12 +217,12 @@ def _rotation(rope: RopeParameters) -> str:
 
 
 def find_problems(model: str, config: ModelConfig) -> list[str]:
-    """What keeps the files of `model` from being used, a line each; reads every weight."""
+    """The problems in the files of `model`, a line each; reads every weight."""
     if _is_published(model):
         raise ValueError(f"{model} is known by its size alone: --check needs a folder or a Hub id")
     folder = resolve_checkpoint(model)
     problems = [*_weight_problems(folder, config), *_token_problems(folder, config)]
-    return list(dict.fromkeys(problems))  # a damaged file shows twice
+    return list(dict.fromkeys(problems))  # a damaged file is reported twice
 
 
 def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:

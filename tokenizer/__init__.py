@@ -1,4 +1,4 @@
-"""Text to token ids and back, chat turns, and text as it comes."""
+"""Text to token ids and back, chat turns, and streamed text."""
 
 from gemcut.tokenizer.chat import render_chat
 from gemcut.tokenizer.codec import Tokenizer

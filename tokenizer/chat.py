@@ -1,4 +1,4 @@
-"""Chat messages to the ids of Gemma's turns.
+"""Chat messages rendered as the ids of Gemma's turns.
 
     <bos><start_of_turn>user
     {content}<end_of_turn>
@@ -21,7 +21,7 @@ ROLES = {"user": "user", "model": "model", "assistant": "model"}
 
 
 class TurnVocabulary(Protocol):
-    """What a chat needs of a vocabulary; `encode` yields no special token for a literal in text."""
+    """The vocabulary of a chat; `encode` yields no special token for a literal in text."""
 
     bos_id: int
     start_of_turn_id: int | None
@@ -41,7 +41,7 @@ def render_chat(
 
     A message is a mapping with `role` ("user", or "model", also called "assistant") and `content`.
     Gemma has no system role: a first system message is refused, or with `merge_system` goes before
-    the first user content, a blank line between, as Gemma 3's template has it.
+    the first user content with a blank line between, as in Gemma 3's template.
 
     `add_generation_prompt` opens a model turn whatever the last message is, as the template does:
     after a model message that is a second model turn in a row, not a continuation of the first.

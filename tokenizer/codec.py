@@ -1,4 +1,4 @@
-"""Text to token ids and back, over a Gemma vocabulary.
+"""Tokenizer: text to token ids and back, by a Gemma vocabulary.
 
 SentencePiece finds the ids. Two rules are added to it:
 
@@ -43,14 +43,14 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes, source: str = "vocabulary", *, dropout: float = 0.0):
-        """Of the bytes of a tokenizer.model; `source` names them in errors.
+        """From the bytes of a tokenizer.model; `source` names them in errors.
 
         `dropout` is the share of BPE's merges that each encoding skips at random (Provilkov et al.,
         2020): the ids of a text then differ from call to call, and all of them decode to it.
         """
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout {dropout!r} is no share from 0 to 1")
-        # nbest_size -1: SentencePiece wants it said, though BPE has no list of the best
+        # nbest_size -1: SentencePiece requires it, though BPE has no list of the best
         sampling = {"enable_sampling": True, "nbest_size": -1, "alpha": dropout}
         self._options = sampling if dropout else {}
         try:
@@ -93,7 +93,7 @@ class Tokenizer:
         longest_first = sorted(self._id_of_literal, key=len, reverse=True)
         self._literal = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         # SentencePiece never matches a control piece in text: only the others need a cut, in the
-        # empty place behind their first letter. (?!) matches nowhere.
+        # empty place after their first letter. (?!) matches nowhere.
         matched = [self._pieces[i] for i in markers if not is_control[i]]
         inside = [f"(?<={marker[0]})(?={marker[1:]})" for marker in matched]
         self._inside_marker = re.compile("|".join(inside) or "(?!)")
@@ -149,7 +149,7 @@ class Tokenizer:
         ids: list[int] = []
         if parse_special:
             for i, part in enumerate(self._literal.split(text)):
-                is_literal = i % 2 == 1  # what the pattern captured stands between plain parts
+                is_literal = i % 2 == 1  # plain parts and captured literals alternate
                 ids += [self._id_of_literal[part]] if is_literal else self._merged(part)
         else:
             for part in self._inside_marker.split(text):
@@ -169,7 +169,7 @@ class Tokenizer:
         add_eos: bool = False,
         parse_special: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [B, T] int64, padded with `pad_id`, and mask [B, T] bool, true where a token stands.
+        """Ids [B, T] int64, padded with `pad_id`, and mask [B, T] bool, true at tokens.
 
         Left padding, the default, puts every row's next token in the same column. An empty list is
         refused: no model takes a batch of no rows.

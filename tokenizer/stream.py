@@ -1,4 +1,4 @@
-"""Text as it becomes certain, one token at a time, and the stop strings that end it.
+"""Streamed text, as soon as it is certain, and the stop strings that end it.
 
 Both classes hold back only what the next piece can still change, and what they yield does not
 depend on how their input was cut.

@@ -1,1 +1,1 @@
-"""Weights on disk: where they are, their formats, and the conversion between them."""
+"""Checkpoints on disk: their folders and formats, loading, saving and conversion."""

@@ -6,9 +6,9 @@
 An array is msgpack's extension type 1, whose data is again msgpack: [shape, dtype name, bytes].
 From a gibibyte on, flax cuts it into a dictionary of flat chunks.
 
-The files are indexed here rather than unpacked: a general reader copies every array on its way to
-the one that is asked for.  Only what such a file needs is understood (maps with string keys, arrays
-as above); any other type is refused, as is a size that passes the end of the file.
+The files are indexed here rather than unpacked: a general reader copies every array before the one
+that is asked for.  Only the types of such a file are read (maps with string keys, arrays as above);
+any other type is refused, as is a size that passes the end of the file.
 """
 
 import math

@@ -36,13 +36,13 @@ SHARD = "pytorch_model-{:05d}-of-{:05d}.bin"
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
 STATE = "model_state_dict"
 
-# Rotary tables and the sampler's second view of the embedding: computed, not learnt.
+# Rotary tables, and the sampler's second view of the embedding: computed, not learnt.
 _COMPUTED = re.compile(r"^(model\.)?((local_|global_)?freqs_cis$|sampler\.)")
 _VISION = re.compile(r"^(siglip_vision_model|mm_soft_embedding_norm|mm_input_projection)\.")
 _MULTIMODAL = re.compile(r"^text_token_embedder\.")
 _BARE = re.compile(r"^(?=(layers|norm)\.)")
 _SCALER = ".weight_scaler"
-_GLOBAL = re.compile(r"(?:GLOBAL|class) ([\w.]+)")  # what a refused pickle asks for
+_GLOBAL = re.compile(r"(?:GLOBAL|class) ([\w.]+)")  # the name in the error of a refused pickle
 
 
 def find_files(path: Path) -> list[Path]:
@@ -140,8 +140,8 @@ def _read_tensors(file: Path) -> dict[str, StoredTensor]:
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{file}: holds {type(state).__name__}, not named tensors")
     stored = {name: _stored(file, name, value) for name, value in state.items()}
-    # A memory-mapped tensor reaches as far as the pickle says: past a record that is too short,
-    # into its neighbour.
+    # A memory-mapped tensor reaches as far as the pickle says: past the end of a record that is
+    # too short, into the next one.
     storages = [tensor.load().untyped_storage() for tensor in stored.values()]
     sizes = Counter({each.data_ptr(): each.nbytes() for each in storages if each.nbytes()}.values())
     if sizes - record_sizes:
@@ -159,7 +159,7 @@ def _stored(file: Path, name: Any, value: Any) -> StoredTensor:
 
 
 def _unpickle(file: Path) -> tuple[Any, Counter[int]]:
-    """What the pickle holds, and how many records of tensors there are of each size."""
+    """The content of the pickle, and the number of its tensors' records of each size."""
     check_file(file)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -182,7 +182,7 @@ def _unpickle(file: Path) -> tuple[Any, Counter[int]]:
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # whatever a damaged pickle makes the reader stumble over
+    except Exception as error:  # a damaged pickle can raise any error in the reader
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{file}: damaged ({reason})") from None
 

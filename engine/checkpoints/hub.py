@@ -1,4 +1,4 @@
-"""Where a model's files are: bundled, in a local folder, or fetched from the Hugging Face Hub."""
+"""The folder of a model's files: bundled, local, or fetched from the Hugging Face Hub."""
 
 import os
 import re
@@ -31,13 +31,13 @@ def resolve_checkpoint(model: str | Path, *, files: Sequence[str] = FILES) -> Pa
 
     "demo" is the bundled model (a local folder of that name is "./demo"), an existing folder is
     itself, and owner/name is a model on the Hugging Face Hub, of which `files` are fetched into its
-    cache; HF_HUB_OFFLINE keeps to the cache.  ValueError says why a model cannot be had.
+    cache; with HF_HUB_OFFLINE only the cache is read.  ValueError says why a model is not found.
     """
     if not isinstance(model, str | Path):
         raise ValueError(f"model must be a name or a path, got {type(model).__name__}")
     if model == "demo":
         return DEMO
-    folder = os.path.expanduser(model)  # os.path: a name that no file can bear is just not there
+    folder = os.path.expanduser(model)  # os.path: a name too long for a file is just missing
     if os.path.isdir(folder):
         return Path(folder)
     if os.path.isfile(folder):

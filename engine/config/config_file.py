@@ -1,10 +1,9 @@
 """config.json: its keys, its defaults and its two generations, translated to ModelConfig's fields.
 
-Defaults are those of the transformers classes (5.23), since a file holds only what its writer
-thought worth saying.  A key that would change the computation and is not supported is refused by
-name.  Any other key that is not read here is carried along in `extra` and written back:
-transformers adds bookkeeping keys in every release, and refusing them would refuse tomorrow's files
-for nothing.
+Defaults are those of the transformers classes (5.23), since a file may leave out any key.  A key
+that would change the computation and is not supported is refused by name.  Any other key that is
+not read here is kept in `extra` and written back: transformers adds bookkeeping keys in every
+release, and refusing them would refuse tomorrow's files for nothing.
 """
 
 import json
@@ -19,7 +18,7 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 LFS_POINTER = b"version https://git-lfs"
 MAX_LAYERS = 1000
 
-# Field -> key, where they differ.  Messages use the file's spelling.
+# Field -> key, where they differ.  Messages use the key.
 _KEYS = {
     "num_layers": "num_hidden_layers",
     "num_q_heads": "num_attention_heads",
@@ -93,7 +92,7 @@ def key_of(field: str) -> str:
 
 
 def check_model_type(model_type: Any) -> None:
-    """Nothing, or ValueError that lists the model types there are."""
+    """Nothing, or ValueError that lists the supported model types."""
     if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise ValueError(
             f"model_type {shorten(model_type)} is not supported; "
@@ -102,7 +101,7 @@ def check_model_type(model_type: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError names a file that is missing or holds none."""
+    """The object in a JSON file; ValueError where the file is missing or holds none."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -124,7 +123,7 @@ def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ModelConfig that a parsed config.json describes, their ranges unchecked."""
     if not isinstance(values, Mapping):
         raise ValueError(f"a config is a JSON object, not {shorten(values)}")
-    left = _text_part(values)  # keys leave it as they are read; the rest is carried along
+    left = _text_part(values)  # keys are removed as they are read; the rest goes to `extra`
     model_type = left.pop("model_type", None)
     check_model_type(model_type)
     _refuse_unsupported(left)
@@ -157,7 +156,7 @@ def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json in the new spelling; read_fields and transformers read the same model in it."""
+    """A config.json in the new spelling; read_fields and transformers read the same model."""
     model_type = fields["model_type"]
     values = dict(fields["extra"])
     values |= {"model_type": model_type, "architectures": list(fields["architectures"])}
@@ -165,10 +164,10 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     ids = fields["eos_token_ids"]
     values["eos_token_id"] = ids[0] if len(ids) == 1 else list(ids) or None
     if model_type == "gemma":
-        values["hidden_act"] = fields["hidden_activation"]  # all that transformers 5 looks at
+        values["hidden_act"] = fields["hidden_activation"]  # the only one that transformers 5 reads
     else:
         values["layer_types"] = list(fields["layer_types"])
-        scalar = fields["query_pre_attn_scalar"]  # transformers insists on an int
+        scalar = fields["query_pre_attn_scalar"]  # transformers requires an int
         values["query_pre_attn_scalar"] = int(scalar) if int(scalar) == scalar else scalar
     rope, rope_local = fields["rope"], fields["rope_local"]
     values["rope_parameters"] = (
@@ -188,10 +187,10 @@ def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
     text = values.get("text_config")
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config {shorten(text)} of a gemma3 config is not an object")
-    # These stand beside text_config; what text_config says itself is more specific.
+    # These may be beside text_config; text_config's own values win.
     shared = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id")
     outer = {key: values[key] for key in shared if values.get(key) is not None}
-    tied = values.get("tie_word_embeddings", True)  # transformers looks at this one alone
+    tied = values.get("tie_word_embeddings", True)  # transformers reads this one only
     return {"model_type": "gemma3_text"} | outer | dict(text) | {"tie_word_embeddings": tied}
 
 
@@ -217,7 +216,7 @@ def _pop_activation(model_type: str, values: dict[str, Any]) -> Any:
     activation = values.pop("hidden_activation", None)
     if model_type == "gemma":
         # The published files say `hidden_act: gelu` and mean the approximation.  In
-        # `hidden_activation`, which came later and decides where it is set, gelu is the exact one.
+        # `hidden_activation`, a later key that wins where it is set, gelu is the exact one.
         legacy = values.pop("hidden_act", None)
         activation = activation or ("gelu_pytorch_tanh" if legacy == "gelu" else legacy)
     if activation is None or activation in TANH_GELUS:
@@ -272,6 +271,6 @@ def _pop_labels(values: dict[str, Any]) -> Any:
 
 def _nested_rope(rope: RopeParameters, rope_local: RopeParameters) -> dict[str, Any]:
     nested: dict[str, Any] = {GLOBAL: rope.to_dict(), LOCAL: rope_local.to_dict()}
-    if "yarn" in (rope.rope_type, rope_local.rope_type):  # where transformers looks for it
+    if "yarn" in (rope.rope_type, rope_local.rope_type):  # transformers reads it here
         nested["truncate"] = rope.truncate and rope_local.truncate
     return nested

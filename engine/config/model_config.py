@@ -1,7 +1,7 @@
 """ModelConfig: the shape and the constants of one Gemma model, validated.
 
 The names are gemcut's; config_file.py translates from and to config.json.  The dataclass's
-`__post_init__` is the only validation, so that no config out of range exists.
+`__post_init__` is the only validation, so no config out of range exists.
 """
 
 import math
@@ -28,7 +28,7 @@ from gemcut.engine.config.rope_parameters import RopeParameters
 
 __all__ = ["PUBLISHED", "ModelConfig", "RopeParameters"]
 
-# Far above every published model, far below what a corrupt file can ask memory for.
+# Far above every published model, far below the memory that a corrupt file could ask for.
 MAX_SIZES = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
@@ -63,21 +63,21 @@ class ModelConfig:
     sliding_window: int | None
     layer_types: tuple[str, ...]  # "sliding_attention" (local) or "full_attention" (global)
     rope: RopeParameters  # of global layers
-    rope_local: RopeParameters  # of local layers; another than `rope` in Gemma 3 only
+    rope_local: RopeParameters  # of local layers; differs from `rope` in Gemma 3 only
     tie_word_embeddings: bool
     hidden_activation: str
     pad_token_id: int | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
-    # Without influence on inference; kept for those who train or write the model back.
+    # Without influence on inference; kept for training and for writing the model back.
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
     dtype: str | None = None  # of the stored weights
     architectures: tuple[str, ...] = ()  # default: the family's causal language model
     id2label: Mapping[int, str] | None = field(default=None, hash=False)
-    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # other keys, as they came
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # other keys, unchanged
 
     def __post_init__(self) -> None:
         check_model_type(self.model_type)
@@ -214,7 +214,7 @@ class ModelConfig:
 
     @property
     def classifier(self) -> str | None:
-        """What stands in place of the head: a classifier of a "sequence", of a "token", or None."""
+        """The kind of classifier in place of the head: "sequence", "token", or None."""
         for kind in ("sequence", "token"):
             if self.architectures[0].endswith(f"For{kind.title()}Classification"):
                 return kind
@@ -222,7 +222,7 @@ class ModelConfig:
 
     @property
     def num_labels(self) -> int:
-        """Classes of a classifier; two where nothing is said."""
+        """Classes of a classifier; two where the config names none."""
         return 2 if self.id2label is None else len(self.id2label)
 
     def is_local(self, layer: int) -> bool:
@@ -264,7 +264,7 @@ class ModelConfig:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json in the new spelling: from_dict and transformers read this model in it."""
+        """A config.json in the new spelling; from_dict and transformers read this model from it."""
         return write_fields({f.name: getattr(self, f.name) for f in fields(self)})
 
 
@@ -283,7 +283,7 @@ def _gemma3(**values: Any) -> ModelConfig:
     )
 
 
-# The published sizes; whatever stands nowhere here is the default of the family's class.
+# The published sizes; keys that are left out have the defaults of the family's class.
 PUBLISHED: dict[str, ModelConfig] = {
     "gemma-2b": ModelConfig.from_dict(
         {
@@ -319,7 +319,7 @@ PUBLISHED: dict[str, ModelConfig] = {
             "query_pre_attn_scalar": 144,
         }
     ),
-    # From public notes; the class's defaults (windows, softcaps, 2304 wide) are not this model.
+    # From public notes; the class's defaults (windows, softcaps, width 2304) are not this model's.
     "vaultgemma-1b": ModelConfig.from_dict(
         {
             "model_type": "vaultgemma",

@@ -1,4 +1,4 @@
-"""RopeParameters: which rotation a layer uses, and how config.json spells it.
+"""RopeParameters: the rotation of a layer, and its keys in config.json.
 
 New files hold `rope_parameters`, one object (Gemma 3: one for each layer type).  Old ones spread
 the same over `rope_theta`, `rope_scaling` and, in Gemma 3, `rope_local_base_freq`.  rope.py turns
@@ -40,7 +40,7 @@ class RopeParameters:
     rope_theta: float = 10_000.0
     factor: float | None = None  # yarn, longrope: None means max_position / original_max_position
     original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None  # None: what the type's paper recommends
+    attention_factor: float | None = None  # None: the value that the type's paper recommends
     beta_fast: float | None = None  # None: 32
     beta_slow: float | None = None  # None: 1
     mscale: float | None = None
@@ -106,13 +106,13 @@ class RopeParameters:
             raise ValueError(f"rope_type dynamic needs head_dim of at least 4, not {head_dim}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that stands in `rope_parameters`; keys that are None are left out."""
+        """The object for `rope_parameters`; keys that are None are left out."""
         values: dict[str, Any] = {"rope_type": self.rope_type, "rope_theta": self.rope_theta}
         for name in _REQUIRED[self.rope_type] + _OPTIONAL.get(self.rope_type, ()):
             if (value := getattr(self, name)) is not None:
                 values[name] = list(value) if name in _LISTS else value
         if self.rope_type == "yarn":
-            values.setdefault("factor", None)  # transformers demands the key, and reads null right
+            values.setdefault("factor", None)  # transformers requires the key, and accepts null
             values["truncate"] = self.truncate
         return values
 
@@ -131,7 +131,7 @@ _NUMBERS = (
 
 
 def pop_rope(values: dict[str, Any], max_length: Any) -> RopeParameters:
-    """The one rotation of a Gemma 1, Gemma 2 or VaultGemma file; its keys leave `values`."""
+    """The one rotation of a Gemma 1, Gemma 2 or VaultGemma file, removed from `values`."""
     theta = values.pop("rope_theta", 10_000.0)
     scaling = _object("rope_scaling", values.pop("rope_scaling", None))
     rope = dict(scaling or _object("rope_parameters", values.pop("rope_parameters", None)))
@@ -139,7 +139,7 @@ def pop_rope(values: dict[str, Any], max_length: Any) -> RopeParameters:
     for key in ("full_attention", "sliding_attention"):
         if key in rope:
             raise ValueError(f"rope_parameters has {key}; only gemma3_text rotates by layer type")
-    # transformers lets the key beside the rope object win over the one within it
+    # in transformers the key beside the rope object wins over the one within it
     if (original := values.get("original_max_position_embeddings")) is not None:
         rope["original_max_position_embeddings"] = original
     return _parse(rope, theta, max_length, truncate=rope.get("truncate", True))
@@ -148,7 +148,7 @@ def pop_rope(values: dict[str, Any], max_length: Any) -> RopeParameters:
 def pop_rope_by_layer_type(
     values: dict[str, Any], max_length: Any
 ) -> tuple[RopeParameters, RopeParameters]:
-    """The rotations of global and of local layers of a Gemma 3 file; their keys leave `values`."""
+    """The rotations of a Gemma 3 file's global and local layers, removed from `values`."""
     rope = _object("rope_parameters", values.pop("rope_parameters", None))
     if "rope_type" in rope or "rope_theta" in rope:
         raise ValueError(
@@ -162,7 +162,7 @@ def pop_rope_by_layer_type(
         ("sliding_attention", "rope_local_base_freq", 10_000.0),
     ):
         own = dict(_object(f"rope_parameters.{key}", rope.get(key)))
-        if key == "full_attention":  # scaling of old files is for global layers alone
+        if key == "full_attention":  # scaling of old files is for global layers only
             own |= _object("rope_scaling", values.pop("rope_scaling", None))
         both.append(_parse(own, values.pop(theta_key, theta), max_length, truncate))
     return both[0], both[1]
@@ -171,17 +171,17 @@ def pop_rope_by_layer_type(
 def _parse(rope: dict[str, Any], theta: Any, max_length: Any, truncate: Any) -> RopeParameters:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        return RopeParameters(rope_type=kind)  # which refuses it
+        return RopeParameters(rope_type=kind)  # it refuses the type
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(
             f"partial_rotary_factor {shorten(rope['partial_rotary_factor'])} is not supported; "
             f"Gemma rotates whole heads"
         )
-    # Keys of another type are left behind, as transformers does (it warns).
+    # Keys of another type are dropped, as transformers does (it warns).
     names = _REQUIRED[kind] + _OPTIONAL.get(kind, ())
     fields = {name: rope[name] for name in names if rope.get(name) is not None}
     for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-        if fields.get(name) == 0:  # there, zero means absent
+        if fields.get(name) == 0:  # in transformers, zero means absent
             del fields[name]
     if "original_max_position_embeddings" in names:
         fields.setdefault("original_max_position_embeddings", max_length)

@@ -1,1 +1,1 @@
-"""What a request is: its prompt, its settings, its sequences as the host sees them, its outputs."""
+"""Requests: prompts, settings, sequences as the host sees them, and outputs."""

@@ -1,4 +1,4 @@
-"""What the engine gives back."""
+"""The results that the engine returns: outputs, deltas of a stream, log-probabilities, metrics."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Logprob:
-    """How likely the model thought one token, before temperature, filters and penalties."""
+    """The log-probability of one token, before temperature, filters and penalties."""
 
     logprob: float  # natural logarithm
     rank: int  # 1 is the likeliest
@@ -67,7 +67,7 @@ class RequestOutput:
 
 @dataclass
 class Delta:
-    """What one more token added to a stream; joined, the texts are the completion's text.
+    """The text that one more token added to a stream; joined, they are the completion's text.
 
     A token may add no text: its bytes begin a character, or its text may begin a stop string.
     """
@@ -84,7 +84,7 @@ class Delta:
 
 @dataclass
 class ScoreOutput:
-    """How likely the model thinks a text."""
+    """The log-probabilities of a text."""
 
     prompt: str | None
     token_ids: list[int]

@@ -1,20 +1,20 @@
-"""Prompt-lookup drafts: what followed the newest tokens when they last stood in the same text.
+"""Prompt-lookup drafts: the tokens that followed the newest ones where the text had them before.
 
 Saxena, 2023, "Prompt Lookup Decoding".  Summaries, edits and answers about a document repeat it, so
-what came next there is a guess for what comes next here, and costs no second model.
+its next tokens are a guess for the next tokens here, and cost no second model.
 """
 
 from collections.abc import Sequence
 
-LENGTHS = (3, 2, 1)  # of the newest tokens that must stand alike; the longest match wins
+LENGTHS = (3, 2, 1)  # of the newest tokens that must match; the longest match wins
 
 
 class Lookup:
-    """The tokens of one text, by what stands before them."""
+    """The tokens of one text, indexed by the tokens before them."""
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids: list[int] = []
-        self._following: dict[tuple[int, ...], int] = {}  # tokens -> index of the one behind them
+        self._following: dict[tuple[int, ...], int] = {}  # tokens -> index of the one after them
         self.extend(token_ids)
 
     def __len__(self) -> int:
@@ -30,9 +30,9 @@ class Lookup:
             known.append(token_id)
 
     def draft(self, count: int) -> list[int]:
-        """A guess of the next `count` tokens; none where the newest one never stood there before.
+        """A guess of the next `count` tokens; none where the newest one never occurred before.
 
-        A guess that reaches the end of the text goes on with itself: what repeats, repeats again.
+        A guess that reaches the end of the text repeats itself.
         """
         for length in LENGTHS:
             start = self._following.get(tuple(self._token_ids[-length:]))

@@ -1,4 +1,4 @@
-"""SamplingParams: how the tokens of one request are chosen, and when it ends."""
+"""SamplingParams: the settings that choose the tokens of one request, and end it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 INT64_MAX = 2**63 - 1
 MAX_N = 1024
 MAX_MIN_TOKENS = 2**31
-MAX_DRAFT = 7  # tokens: with the newest one, what decode attention takes of a row
+MAX_DRAFT = 7  # with the newest token, the most that decode attention takes of one row
 LIMIT = 1e30  # of numbers that are multiplied with logits in float32
 LISTS = list | tuple | set | frozenset | None
 COLLECTIONS = {
@@ -38,7 +38,7 @@ class SamplingParams:
     top_k: int = 0  # the k likeliest tokens; 0 or -1: all
     top_p: float = 1.0  # the fewest tokens that hold this much probability, of what top_k left
     min_p: float = 0.0  # tokens at least this likely, as a share of the likeliest
-    max_tokens: int | None = None  # None: to the end of the slot
+    max_tokens: int | None = None  # None: up to the end of the slot
     min_tokens: int = 0  # before them no EOS and no stop token id; stop strings still end the text
     stop: str | Sequence[str] | None = None  # not shown in the text
     stop_token_ids: Sequence[int] | None = None  # in token_ids, not in the text
@@ -48,7 +48,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
     repetition_penalty: float = 1.0  # > 1 discourages tokens of prompt and output
     presence_penalty: float = 0.0  # > 0 discourages tokens of the output
-    frequency_penalty: float = 0.0  # the same, for each time they stand there
+    frequency_penalty: float = 0.0  # the same, for each time they occur
     logit_bias: Mapping[int, float] | None = None  # added to logits; -inf bans a token
     skip_special_tokens: bool = True  # no <bos>, <end_of_turn>, ... in the text
     logits_processors: Sequence[LogitsProcessor] | None = None
@@ -93,7 +93,7 @@ class SamplingParams:
             if not isinstance(value, kind):
                 what = "mapping" if name == "logit_bias" else "list"
                 raise ValueError(f"{name} {shorten(value)} is not a {what}")
-            if value is not None and not isinstance(value, str):  # later changes must not reach us
+            if value is not None and not isinstance(value, str):  # its owner may change it later
                 copied = dict(value) if isinstance(value, Mapping) else tuple(value)
                 object.__setattr__(self, name, copied)
         for stop in self.stop_strings:
@@ -110,7 +110,7 @@ class SamplingParams:
                 raise ValueError(f"logits_processors: {shorten(processor)} cannot be called")
 
     def features(self) -> frozenset[str]:
-        """What the choice of a token must compute for these settings (sampler.py)."""
+        """The features of the choice of a token that these settings need (sampler.py)."""
         used = {
             "random": self.temperature > 0,
             "top_k": self.temperature > 0 and self.top_k > 0,

@@ -1,4 +1,4 @@
-"""Requests and their sequences, as the host sees them: ids and text so far, and why they end."""
+"""Requests and their sequences on the host: ids and text so far, and the reason of their end."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,23 +19,23 @@ from gemcut.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 
 def _drop(_: object) -> None:
-    """For whoever asks only when all is over."""
+    """Ignore a delta or an end: the caller waits for the whole output."""
 
 
 @dataclass(eq=False)
 class TokenSequence:
-    """One completion of a prompt on its way."""
+    """One completion of a prompt, while it is generated."""
 
     prompt_ids: list[int]
     params: SamplingParams
-    tokenizer: Tokenizer | None  # None: ids are all that is wanted
+    tokenizer: Tokenizer | None  # None: only ids are wanted
     eos_ids: frozenset[int]  # tokens that end it, unless ignore_eos
     max_seq_len: int  # tokens of prompt and output together
     seed: int
     index: int = 0
     request_id: str = ""
-    score_only: bool = False  # its prompt's log-probabilities are wanted, and no token
-    deliver: Callable[[Delta], object] = _drop  # called with what each token adds
+    score_only: bool = False  # only its prompt's log-probabilities are wanted, no token
+    deliver: Callable[[Delta], object] = _drop  # called with each token's text
 
     slot: int | None = None
     reused: int = 0  # tokens of the prompt that the slot held already
@@ -67,7 +67,7 @@ class TokenSequence:
         self.end_ids = eos_ids | self._stop_token_ids
         room = self.max_seq_len - len(self.prompt_ids)
         self.max_tokens = min(room, self.params.max_tokens or room)
-        self.uses = self.params.features()  # what sampler.py must compute for it
+        self.uses = self.params.features()  # the features that sampler.py must compute for it
 
     @property
     def is_prefilled(self) -> bool:
@@ -75,12 +75,12 @@ class TokenSequence:
 
     @property
     def wants_token(self) -> bool:
-        """Whether a step should choose one more, beside those that are on their way."""
+        """Whether a step should choose one more token, beside those in flight."""
         return not self.finished and len(self.output_ids) + self.in_flight < self.max_tokens
 
     @property
     def may_reuse(self) -> bool:
-        """Whether a prefix of the prompt may be left out: not if something is asked of it."""
+        """Whether a prefix of the prompt may be skipped: not if its logprobs are wanted."""
         return not self.score_only and self.params.prompt_logprobs is None
 
     @property
@@ -94,7 +94,7 @@ class TokenSequence:
         self.prefilled, self.written = reused, written
 
     def held(self) -> Held:
-        """What its slot can offer to others: all tokens but the newest, which is not computed."""
+        """The tokens of its slot that others can reuse: all except the newest, not yet computed."""
         return Held(self.prompt_ids[: self.prefilled] + self.output_ids[:-1], self.written)
 
     @property
@@ -111,7 +111,7 @@ class TokenSequence:
         return self.finish_reason is not None or self.error is not None
 
     def take(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None) -> int:
-        """Take the tokens that were chosen, up to the last; how many that were.
+        """Append the chosen tokens, up to the one that ends the sequence; returns how many.
 
         -1 stands for a token that could not be chosen: it ends the sequence with an error.
         """
@@ -129,7 +129,7 @@ class TokenSequence:
         return count
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """Take the token that was chosen; it may be the last."""
+        """Append the chosen token, which may end the sequence, and deliver its text."""
         self.last_token_at = time.perf_counter()
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at
@@ -153,11 +153,11 @@ class TokenSequence:
         self._emit(text, [token_id], None if logprobs is None else [logprobs])
 
     def finish_scored(self) -> None:
-        """End a sequence of which only the prompt's log-probabilities were wanted."""
+        """End a sequence of which only the prompt's log-probabilities are wanted."""
         self.finish_reason = "length"
 
     def abort(self) -> None:
-        """End it where it stands, for instance because its consumer left."""
+        """End it at once, for instance because its consumer left."""
         if not self.finished:
             self.finish_reason = "abort"
             self._emit(self._rest(), [], None)
@@ -168,13 +168,13 @@ class TokenSequence:
             self.error = error
 
     def fail_if_interrupted(self) -> None:
-        """End it if it was taking a token: nobody knows what of it has been delivered."""
+        """End it if it was taking a token: how much of it was delivered is unknown."""
         if self.is_taking:
             self.finish_reason = None
             self.error = RuntimeError("interrupted in the midst of a token")
 
     def _rest(self) -> str:
-        """Text that was held back: it can no longer become a character or a stop string."""
+        """The text held back, which can no longer become a character or a stop string."""
         if isinstance(self.stop_reason, str):
             return ""
         text, matched = self._stops.push("" if self._decoder is None else self._decoder.flush())
@@ -210,7 +210,7 @@ class Request:
     prompt: str | None
     sequences: list[TokenSequence]
     ended: Callable[["Request"], object] = _drop  # called once, when all sequences have ended
-    attended: bool = True  # a caller waits for it; else someone else makes the steps
+    attended: bool = True  # the stepping thread makes its steps; False: its caller does
     arrived_at: float = field(default_factory=time.perf_counter)
 
     @property
@@ -233,7 +233,7 @@ class Request:
         )
 
     def score(self) -> ScoreOutput:
-        """What a request that is scored yields."""
+        """The output of a request that is scored."""
         (sequence,) = self.sequences
         return ScoreOutput(self.prompt, sequence.prompt_ids, sequence.scores)
 

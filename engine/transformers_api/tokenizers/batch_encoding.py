@@ -1,4 +1,4 @@
-"""What a tokenizer yields for a model: named rows of integers, as lists or as tensors."""
+"""BatchEncoding, a tokenizer's result: named rows of integers, as lists or as tensors."""
 
 from collections import UserDict
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ TENSORS = ("pt", "np", "jax")
 
 
 class BatchEncoding(UserDict):
-    """A mapping of input_ids, attention_mask and what else was asked for: `model(**encoding)`.
+    """A mapping of input_ids, attention_mask and other rows asked for: `model(**encoding)`.
 
-    `encoding.input_ids` is `encoding["input_ids"]`, a slice of it takes rows of everything, and
+    `encoding.input_ids` is `encoding["input_ids"]`, a slice takes these rows of all entries, and
     `data` is the plain dict.  It holds no record of words and characters: `word_ids` and its like
     are refused, and `return_offsets_mapping` gives the characters of each token.
     """
@@ -40,7 +40,7 @@ class BatchEncoding(UserDict):
         raise KeyError(f"{key!r} is neither a name nor a slice; names are {sorted(self.data)}")
 
     def __getattr__(self, name: str) -> Any:
-        # not self.data: while a copy or a pickle is being made there is none, and no end
+        # not self.data: during a copy or an unpickling there is none yet, and this would recurse
         data = self.__dict__.get("data", {})
         if name in data:
             return data[name]
@@ -59,7 +59,7 @@ class BatchEncoding(UserDict):
         return self._sequence_ids[batch_index]
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Refused: Gemma's vocabulary knows pieces and no words."""
+        """Refused: Gemma's vocabulary has pieces and no words."""
         raise NotImplementedError(
             f"word_ids({batch_index}) is not supported; return_offsets_mapping=True gives each "
             "token's characters"
@@ -93,7 +93,7 @@ class BatchEncoding(UserDict):
     def to(self, device: Any, *, non_blocking: bool = False) -> "BatchEncoding":
         """Itself, its torch tensors moved to a device in place.
 
-        A torch.dtype is taken too, and is for floating tensors alone, as with transformers'
+        A torch.dtype is accepted too, and changes floating tensors only, as in transformers'
         feature extractors: ids stay integers.
         """
         for name, value in self.data.items():
@@ -118,7 +118,7 @@ def check_tensor_type(tensor_type: Any) -> None:
 
 
 def _with_lists(rows: Any) -> Any:
-    """The same rows, tensors in them as lists."""
+    """The same rows, with tensors in them as lists."""
     if isinstance(rows, list | tuple):
         return [_with_lists(row) for row in rows]
     return rows.tolist() if hasattr(rows, "tolist") else rows

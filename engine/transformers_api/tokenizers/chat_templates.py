@@ -1,9 +1,9 @@
 """A checkpoint's jinja chat template, rendered so that no message can write a special token.
 
 A template joins messages and turn markers into one string, in which a user's "<start_of_turn>"
-looks like the template's own.  So before rendering every special literal in a message is marked
-behind its first letter; where a mark stands in the result the text is cut, and its parts are
-encoded apart.  What escapes is a literal that the template itself puts together ('<' + role + '>').
+looks like the template's own.  So before rendering, every special literal in a message is marked
+after its first letter; the result is cut at the marks, and its parts are encoded apart.  A literal
+that the template itself puts together ('<' + role + '>') escapes this.
 """
 
 import json
@@ -25,9 +25,9 @@ def render(
     continue_final: str | None = None,
     **variables: Any,
 ) -> list[str]:
-    """The rendered chat, cut into parts that are to be encoded apart.
+    """The rendered chat, cut into parts that must be encoded apart.
 
-    Without `inside_literal`, which finds where literals are cut, there is one part.
+    Without `inside_literal`, the pattern of places to cut, there is one part.
     `continue_final` names the field of the last message after which the text ends.
     """
     used = _used_variables(template)
@@ -60,7 +60,7 @@ _ALWAYS_GIVEN = (*_SPECIAL_NAMES, "add_generation_prompt")
 
 
 def by_name(template: Any) -> str | dict[str, str] | None:
-    """A template, or those of a checkpoint that has several, by their names."""
+    """A template, or several by name where a checkpoint has several."""
     if template is None or isinstance(template, str):
         return template
     if isinstance(template, Mapping):
@@ -71,7 +71,7 @@ def by_name(template: Any) -> str | dict[str, str] | None:
 
 
 def _plain(value: Any) -> Any:
-    """The same value of plain JSON types: a template is a stranger's code."""
+    """The same value in plain JSON types: a template is untrusted code."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -95,7 +95,7 @@ def _with_marks(value: Any, inside_literal: re.Pattern[str], mark: str) -> Any:
 
 def _mark_end(messages: list[dict[str, Any]], name: str, mark: str) -> None:
     final = messages[-1].get(name)
-    # the space shows whether the template strips what stands before it
+    # the space shows whether the template strips the text before it
     if isinstance(final, str):
         messages[-1][name] = f"{final}{mark} "
         return
@@ -108,12 +108,12 @@ def _mark_end(messages: list[dict[str, Any]], name: str, mark: str) -> None:
 
 
 def _before_end(text: str, mark: str, name: str) -> str:
-    before, found, behind = text.rpartition(mark)
+    before, found, after = text.rpartition(mark)
     if not found:
         raise ValueError(
             f"continue_final_message: the chat template leaves out the last message's {name!r}"
         )
-    return before if behind.startswith(" ") else before.rstrip()
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _render(template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
@@ -140,7 +140,7 @@ def _compiled(template: str) -> tuple[Any, type[Exception], frozenset[str]]:
         raise ImportError("a chat template needs jinja2: pip install jinja2") from error
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} marks the model's own words for training; here it is just its body."""
+        """{% generation %} marks the model's own words for training; here its body is rendered."""
 
         tags = {"generation"}  # noqa: RUF012  jinja2's own declaration
 

@@ -1,19 +1,19 @@
-"""One row of a batch: pieces of text cut to a length, joined with special tokens, and padded."""
+"""Rows of a batch: texts cut to a length, joined with special tokens, and padded."""
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-NO_MAXIMUM = int(1e30)  # transformers' mark for a tokenizer that knows no maximum
-LARGEST_MAXIMUM = int(1e20)  # above it a model_max_length counts as none there
+NO_MAXIMUM = int(1e30)  # transformers' value for a tokenizer without a maximum
+LARGEST_MAXIMUM = int(1e20)  # transformers treats a larger model_max_length as none
 PADDINGS = ("longest", "max_length", "do_not_pad")
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 SIDES = ("left", "right")
 
 
-class Part(NamedTuple):
-    """The ids of one text and the characters of each, as (start, end)."""
+class Segment(NamedTuple):
+    """The ids of one text, and the range of characters of each, as (start, end)."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
 @dataclass
 class Row:
-    """Aligned lists; `sequences` is 0 or 1 for the text that a token is from, None where added."""
+    """Aligned lists; `sequences` has 0 or 1, the text that a token is from, or None if added."""
 
     ids: list[int] = field(default_factory=list)
     type_ids: list[int] = field(default_factory=list)
@@ -35,26 +35,26 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How rows come to their length; `max_length` is None where none is needed."""
+class PaddingRule:
+    """How rows are padded and cut; `max_length` is None where no number is needed."""
 
     padding: str
     truncation: str
     max_length: int | None
 
 
-def plan(
+def padding_rule(
     padding: Any,
     truncation: Any,
     max_length: int | None,
     *,
     pad_to_multiple_of: int | None,
     model_max_length: int,
-) -> Plan:
-    """The plan that transformers' arguments ask for.
+) -> PaddingRule:
+    """The rule that transformers' arguments ask for.
 
-    `max_length` alone truncates.  "max_length" and truncation without a `max_length` go by
-    `model_max_length`, and where the tokenizer has none they do nothing, as is documented there.
+    `max_length` alone truncates.  "max_length" and truncation without a `max_length` use
+    `model_max_length`, and do nothing where the tokenizer has none, as transformers documents.
     """
     for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
         is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -89,36 +89,36 @@ def plan(
             f"max_length {max_length} is no multiple of pad_to_multiple_of {multiple}, "
             "so rows cannot be cut to one and padded to the other"
         )
-    return Plan(pad, cut, max_length)
+    return PaddingRule(pad, cut, max_length)
 
 
-def truncated(parts: Sequence[Part], room: int, strategy: str, side: str) -> list[Part]:
-    """The parts cut to `room` ids together, from `side`; ValueError where the strategy cannot."""
+def truncated(segments: Sequence[Segment], room: int, strategy: str, side: str) -> list[Segment]:
+    """The segments cut at `side` to `room` ids together; ValueError where the strategy cannot."""
     check_side("truncation_side", side)
-    lengths = [len(part.ids) for part in parts]
+    lengths = [len(segment.ids) for segment in segments]
     excess = sum(lengths) - room
     if excess <= 0:
-        return list(parts)
+        return list(segments)
     if room < 0:
         raise ValueError(f"max_length leaves no room: the special tokens alone pass it by {-room}")
     if room == 0:
-        kept = [0] * len(parts)
+        kept = [0] * len(segments)
     elif strategy == "longest_first":
         kept = _longest_first(lengths, room)
     else:
         index = int(strategy == "only_second")
-        if index >= len(parts):
+        if index >= len(segments):
             raise ValueError("truncation 'only_second' needs a text_pair")
         if lengths[index] <= excess:
             raise ValueError(
                 f"truncation {strategy!r} must remove {excess} tokens of a text of {lengths[index]}"
             )
         kept = [n - excess if i == index else n for i, n in enumerate(lengths)]
-    return [_cut(part, n, side) for part, n in zip(parts, kept, strict=True)]
+    return [_cut(segment, n, side) for segment, n in zip(segments, kept, strict=True)]
 
 
 def _longest_first(lengths: list[int], room: int) -> list[int]:
-    """What is left of each text when tokens go one by one from the longer one."""
+    """The length of each text after tokens are removed one by one from the longer one."""
     if len(lengths) == 1:
         return [room]
     short, long = sorted(lengths)
@@ -128,36 +128,36 @@ def _longest_first(lengths: list[int], room: int) -> list[int]:
     return [short, long] if lengths[0] <= lengths[1] else [long, short]
 
 
-def _cut(part: Part, length: int, side: str) -> Part:
-    kept = slice(len(part.ids) - length, None) if side == "left" else slice(length)
-    return Part(part.ids[kept], part.offsets[kept])
+def _cut(segment: Segment, length: int, side: str) -> Segment:
+    kept = slice(len(segment.ids) - length, None) if side == "left" else slice(length)
+    return Segment(segment.ids[kept], segment.offsets[kept])
 
 
-def joined(parts: Sequence[Part], prefix: Sequence[int], suffix: Sequence[int]) -> Row:
-    """A row of the parts, each between the special tokens of `prefix` and `suffix`."""
+def joined(segments: Sequence[Segment], prefix: Sequence[int], suffix: Sequence[int]) -> Row:
+    """A row of the segments, each between the special tokens of `prefix` and `suffix`."""
     row = Row()
-    for sequence, part in enumerate(parts):
+    for sequence, segment in enumerate(segments):
         nowhere = (0, 0)
-        row.ids += [*prefix, *part.ids, *suffix]
-        row.offsets += [*[nowhere] * len(prefix), *part.offsets, *[nowhere] * len(suffix)]
+        row.ids += [*prefix, *segment.ids, *suffix]
+        row.offsets += [*[nowhere] * len(prefix), *segment.offsets, *[nowhere] * len(suffix)]
         added_before, added_after = [None] * len(prefix), [None] * len(suffix)
-        row.sequences += [*added_before, *[sequence] * len(part.ids), *added_after]
-        row.type_ids += [sequence] * (len(prefix) + len(part.ids) + len(suffix))
+        row.sequences += [*added_before, *[sequence] * len(segment.ids), *added_after]
+        row.type_ids += [sequence] * (len(prefix) + len(segment.ids) + len(suffix))
     row.mask = [1] * len(row.ids)
     return row
 
 
-def padded_width(lengths: Sequence[int], plan: Plan, pad_to_multiple_of: int | None) -> int:
+def padded_width(lengths: Sequence[int], rule: PaddingRule, pad_to_multiple_of: int | None) -> int:
     """The width that rows are padded to; a longer row stays as it is."""
-    if plan.padding == "do_not_pad":
+    if rule.padding == "do_not_pad":
         return 0
-    width = max(lengths) if plan.padding == "longest" else plan.max_length or 0
+    width = max(lengths) if rule.padding == "longest" else rule.max_length or 0
     multiple = pad_to_multiple_of or 1
     return -(-width // multiple) * multiple
 
 
 def padded(values: Sequence[Any], width: int, side: str, filler: Any) -> list[Any]:
-    """The values with fillers before or behind them, `width` in all."""
+    """The values with fillers before or after them, `width` in all."""
     check_side("padding_side", side)
     fillers = [filler] * (width - len(values))
     return [*fillers, *values] if side == "left" else [*values, *fillers]

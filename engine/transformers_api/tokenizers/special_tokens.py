@@ -1,4 +1,4 @@
-"""Special tokens by name, pieces by id, and what stands around an encoded text."""
+"""Special tokens by name, pieces by id, and the tokens put around an encoded text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
@@ -55,8 +55,8 @@ class SpecialTokens:
     """The part of a tokenizer that knows pieces and ids, but no text.
 
     `bos_token` and its like can be set, as can `bos_token_id`: to pieces of the vocabulary only,
-    for Gemma's embedding has no row for a new one.  What stands around a text follows when
-    `update_post_processor()` is called, as transformers' fast tokenizers have it.
+    for Gemma's embedding has no row for a new one.  The tokens put around a text change when
+    `update_post_processor()` is called, as in transformers' fast tokenizers.
     """
 
     bos_token, bos_token_id = _NamedToken(), _NamedId()
@@ -90,7 +90,7 @@ class SpecialTokens:
 
     @property
     def vocab_size(self) -> int:
-        """The number of pieces, without tokens that a tokenizer.json adds behind them."""
+        """The number of pieces, without tokens that a tokenizer.json adds after them."""
         return self._vocabulary.base_size
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class SpecialTokens:
         return self.unk_token_id if found is None else found
 
     def piece_of(self, token_id: Any) -> str:
-        """The piece of an id, or ValueError where it is none."""
+        """The piece of an id, or ValueError where the vocabulary has no such id."""
         size = len(self)
         index = token_id.item() if hasattr(token_id, "item") else token_id
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < size:
@@ -173,7 +173,7 @@ class SpecialTokens:
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
     ) -> int:
-        """0, the number of new pieces, after naming special tokens that the vocabulary has."""
+        """Name special tokens that the vocabulary has; 0, the number of new pieces."""
         for name, value in special_tokens_dict.items():
             if name in NAMES:
                 self.named[name] = self.known(name, value)
@@ -185,7 +185,7 @@ class SpecialTokens:
         return 0
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """0, the number of new pieces: those that the vocabulary has; a new one is refused."""
+        """0, the number of new pieces: each must be in the vocabulary, or it is refused."""
         is_one = isinstance(new_tokens, str | Mapping) or not isinstance(new_tokens, Iterable)
         pieces = [self.known("token", t) for t in ([new_tokens] if is_one else new_tokens)]
         if special_tokens:
@@ -194,7 +194,7 @@ class SpecialTokens:
 
     @property
     def add_bos_token(self) -> bool:
-        """Whether `bos_token` stands before each text; setting it takes effect at once."""
+        """Whether `bos_token` is put before each text; setting it takes effect at once."""
         return self._add_bos_token
 
     @add_bos_token.setter
@@ -204,7 +204,7 @@ class SpecialTokens:
 
     @property
     def add_eos_token(self) -> bool:
-        """Whether `eos_token` stands behind each text; setting it takes effect at once."""
+        """Whether `eos_token` is put after each text; setting it takes effect at once."""
         return self._add_eos_token
 
     @add_eos_token.setter
@@ -213,7 +213,7 @@ class SpecialTokens:
         self.update_post_processor()
 
     def update_post_processor(self) -> None:
-        """Encodings begin and end with the present `bos_token` and `eos_token` from now on."""
+        """Make encodings begin and end with the present `bos_token` and `eos_token` from now on."""
         bos, eos = self.bos_token_id, self.eos_token_id
         for name, wanted, token in (
             ("bos", self.add_bos_token, bos),
@@ -232,13 +232,13 @@ class SpecialTokens:
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
         """The ids of one text, or of a pair, with the tokens around each."""
-        parts = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
-        return [i for part in parts for i in [*self._prefix, *part, *self._suffix]]
+        texts = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
+        return [i for ids in texts for i in [*self._prefix, *ids, *self._suffix]]
 
     def create_token_type_ids_from_sequences(
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
-        """0 for each token of the first text and 1 for each of its pair, those around included."""
+        """0 for each token of the first text, 1 for each of its pair; those around are included."""
         around = self.num_special_tokens_to_add()
         second = [] if token_ids_1 is None else [1] * (len(token_ids_1) + around)
         return [0] * (len(token_ids_0) + around) + second
@@ -249,12 +249,12 @@ class SpecialTokens:
         token_ids_1: Sequence[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """1 for each special token, 0 for others: of these ids, or of what is built of them."""
+        """1 for each special token, 0 for others: of these ids, or of the text built of them."""
         if already_has_special_tokens:
             if token_ids_1 is not None:
                 raise ValueError("token_ids_1 has no place where already_has_special_tokens is set")
             special = set(self.all_special_ids)
             return [int(int(i) in special) for i in token_ids_0]
-        before, behind = [1] * len(self._prefix), [1] * len(self._suffix)
-        parts = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
-        return [flag for part in parts for flag in [*before, *[0] * len(part), *behind]]
+        before, after = [1] * len(self._prefix), [1] * len(self._suffix)
+        texts = [token_ids_0] if token_ids_1 is None else [token_ids_0, token_ids_1]
+        return [flag for ids in texts for flag in [*before, *[0] * len(ids), *after]]

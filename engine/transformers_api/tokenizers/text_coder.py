@@ -1,4 +1,4 @@
-"""Texts to batches of ids, and ids to text: the calls of a tokenizer."""
+"""A tokenizer's calls: texts to batches of ids, and ids to text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from gemcut.engine.transformers_api.tokenizers.batch_encoding import (
     check_tensor_type,
 )
 from gemcut.engine.transformers_api.tokenizers.padding import (
-    Part,
     Row,
+    Segment,
     joined,
     padded,
     padded_width,
-    plan,
+    padding_rule,
     truncated,
 )
 from gemcut.engine.transformers_api.tokenizers.special_tokens import SpecialTokens
@@ -52,8 +52,8 @@ class TextCoder(SpecialTokens):
     ) -> BatchEncoding:
         """The encoding of a text, of a pair, or of lists of them.
 
-        A literal "<bos>" in a text is the token, unless `split_special_tokens`; BOS is added
-        before it all the same, as transformers adds it.  `options` are those of `batch`.
+        A literal "<bos>" in a text is the token, unless `split_special_tokens`; BOS is still added
+        before it, as transformers does.  `options` are those of `batch`.
         """
         options = dict(tokenizer_kwargs or {}) | options
         for name, value in (
@@ -70,18 +70,18 @@ class TextCoder(SpecialTokens):
         )
         offsets = bool(options.get("return_offsets_mapping"))
         samples, is_batch = _samples(text, text_pair)
-        parts = [[self._part(t, not as_text, offsets) for t in sample] for sample in samples]
-        return self.batch(parts, is_batch, add_special_tokens=add_special_tokens, **options)
+        encoded = [[self._segment(t, not as_text, offsets) for t in sample] for sample in samples]
+        return self.batch(encoded, is_batch, add_special_tokens=add_special_tokens, **options)
 
-    def _part(self, text: str, parse_special: bool, offsets: bool) -> Part:
+    def _segment(self, text: str, parse_special: bool, offsets: bool) -> Segment:
         if offsets:
             return self._vocabulary.encode_with_offsets(text, parse_special=parse_special)
         ids = self._vocabulary.encode(text, add_bos=False, parse_special=parse_special)
-        return Part(ids, [(0, 0)] * len(ids))
+        return Segment(ids, [(0, 0)] * len(ids))
 
     def batch(
         self,
-        samples: Sequence[Sequence[Part]],
+        samples: Sequence[Sequence[Segment]],
         is_batch: bool,
         *,
         add_special_tokens: bool,
@@ -96,17 +96,17 @@ class TextCoder(SpecialTokens):
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
-        verbose: bool = True,  # nothing is printed, whatever it is
+        verbose: bool = True,  # ignored: nothing is printed
     ) -> BatchEncoding:
-        """The encoding of texts whose ids are known, each sample of one or two parts.
+        """The encoding of texts whose ids are known, each sample of one or two segments.
 
         `padding` is True or "longest", "max_length", or False; `truncation` is True or
-        "longest_first", "only_first", "only_second", or False.  Without `max_length` they go by
+        "longest_first", "only_first", "only_second", or False.  Without `max_length` they use
         `model_max_length`; a tokenizer that has none neither pads nor truncates to it.
         """
         if return_tensors is not None:
             check_tensor_type(return_tensors)
-        lengths = plan(
+        rule = padding_rule(
             padding,
             truncation,
             max_length,
@@ -115,14 +115,14 @@ class TextCoder(SpecialTokens):
         )
         around = (self._prefix, self._suffix) if add_special_tokens else ([], [])
         rows: list[Row] = []
-        for parts in samples:
-            if lengths.truncation != "do_not_truncate" and lengths.max_length is not None:
-                taken = len(parts) * (len(around[0]) + len(around[1]))
-                room = lengths.max_length - taken
-                parts = truncated(parts, room, lengths.truncation, self.truncation_side)
-            rows.append(joined(parts, *around))
+        for segments in samples:
+            if rule.truncation != "do_not_truncate" and rule.max_length is not None:
+                taken = len(segments) * (len(around[0]) + len(around[1]))
+                room = rule.max_length - taken
+                segments = truncated(segments, room, rule.truncation, self.truncation_side)
+            rows.append(joined(segments, *around))
 
-        width = padded_width([len(row.ids) for row in rows], lengths, pad_to_multiple_of)
+        width = padded_width([len(row.ids) for row in rows], rule, pad_to_multiple_of)
         pad_id = self._pad_id() if width else 0
         side = self.padding_side if padding_side is None else padding_side
 
@@ -174,7 +174,7 @@ class TextCoder(SpecialTokens):
         add_special_tokens: bool = False,
         **options: Any,
     ) -> list[str]:
-        """The pieces of a text, "▁" where a space is, as the vocabulary spells them."""
+        """The pieces of a text as the vocabulary spells them, with "▁" for a space."""
         return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
 
     def pad(
@@ -186,12 +186,12 @@ class TextCoder(SpecialTokens):
         padding_side: str | None = None,
         return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
-        verbose: bool = True,  # nothing is printed, whatever it is
+        verbose: bool = True,  # ignored: nothing is printed
     ) -> BatchEncoding:
         """One encoding, or a list or mapping of several, with rows of one length.
 
         input_ids, attention_mask, token_type_ids and special_tokens_mask are padded; other entries
-        (labels) stay as they are.  Tensors that come in go out as tensors.
+        (labels) stay as they are.  Tensors are returned for tensors.
         """
         if isinstance(encoded_inputs, Sequence) and encoded_inputs:
             encoded_inputs = {k: [one[k] for one in encoded_inputs] for k in encoded_inputs[0]}
@@ -208,15 +208,15 @@ class TextCoder(SpecialTokens):
             raise ValueError(f"the entries differ in their number of rows: {counts}")
 
         lengths = [len(ids) for ids in data["input_ids"]]
-        # max_length alone would truncate, and pad does not
-        by = plan(
+        # max_length alone would truncate, which pad does not do
+        rule = padding_rule(
             padding,
             False,
             max_length if padding == "max_length" else None,
             pad_to_multiple_of=pad_to_multiple_of,
             model_max_length=self.model_max_length,
         )
-        width = padded_width(lengths, by, pad_to_multiple_of)
+        width = padded_width(lengths, rule, pad_to_multiple_of)
         if return_attention_mask is None or return_attention_mask:
             data.setdefault("attention_mask", [[1] * length for length in lengths])
         side = self.padding_side if padding_side is None else padding_side
@@ -254,9 +254,10 @@ class TextCoder(SpecialTokens):
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool | None = None,
     ) -> list[str]:
-        """What `decode` yields, as a list even of one text; an empty batch has none.
+        """The texts that `decode` yields, as a list even of one; of an empty batch, none.
 
-        So since transformers 5.24, where `decode` still reads it as one empty text.
+        transformers has done so since 5.24, while its `decode` still reads an empty batch as one
+        empty text.
         """
         if hasattr(sequences, "__len__") and len(sequences) == 0:
             return []
@@ -280,7 +281,7 @@ class TextCoder(SpecialTokens):
         return self.clean_up_tokenization(text) if wanted else text
 
     def _runs(self, pieces: Sequence[str]) -> list[list[str]]:
-        """Each special token by itself, and what stands between two of them together."""
+        """Each special token by itself, and the pieces between two of them together."""
         special = {self._vocabulary.pieces[i] for i in self._skipped()}
         runs: list[list[str]] = []
         for i, piece in enumerate(pieces):
@@ -302,14 +303,14 @@ class TextCoder(SpecialTokens):
 
 
 def plain(values: Any) -> Any:
-    """Tensors, and lists of them, as lists of numbers."""
+    """`values` with each tensor in it as a list of numbers."""
     if isinstance(values, list | tuple):
         return [plain(value) for value in values]
     return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _tensor_type(values: Any) -> str | None:
-    """The kind of tensor that rows are, or hold; None for lists."""
+    """The kind of tensor that rows are or hold; None for lists."""
     while isinstance(values, list | tuple) and values:
         values = values[0]
     return {"torch": "pt", "numpy": "np", "jaxlib": "jax"}.get(

@@ -1,8 +1,8 @@
-"""GemmaTokenizer as the Hugging Face documents have it, on gemcut's own codec.
+"""GemmaTokenizer, the class of the Hugging Face documents, on gemcut's own codec.
 
-Code written against transformers runs with the import line changed.  Three rules differ, each for
-a reason: no message of a chat can write a special token (apply_chat_template); a special token
-must be a piece of the vocabulary (special_tokens); ids that the vocabulary lacks are errors.
+Code written against transformers runs with the import line changed.  Three rules differ: no
+message of a chat can write a special token (apply_chat_template); a special token must be a piece
+of the vocabulary (special_tokens); ids that the vocabulary lacks are errors.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from typing import Any
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
 from gemcut.engine.checks import check_int, check_number
 from gemcut.engine.transformers_api.tokenizers import chat_templates, tokenizer_files
-from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, Part, check_side
+from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, Segment, check_side
 from gemcut.engine.transformers_api.tokenizers.special_tokens import NAMES
 from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
 from gemcut.engine.transformers_api.tokenizers.vocabularies import (
@@ -43,12 +43,12 @@ class GemmaTokenizer(TextCoder):
     """Text to ids and back, with the arguments, attributes and results of transformers' class.
 
     `vocab_file` is a tokenizer.model, `tokenizer_file` a tokenizer.json (read by the tokenizers
-    package), the first preferred.  `sp_model_kwargs` may hold enable_sampling, nbest_size (-1, or
-    more than 1, which means the same for BPE) and alpha, the share of merges skipped at random.
+    package); the first is preferred.  `sp_model_kwargs` may hold enable_sampling, nbest_size (-1,
+    or more than 1, which means the same for BPE) and alpha, the share of merges skipped at random.
     `mask_token`'s default is None where the vocabulary has no "<mask>".  With
-    `spaces_between_special_tokens` decoded special tokens stand apart, and with
-    `clean_up_tokenization_spaces` decoded text loses the spaces before its punctuation, which
-    transformers 5 leaves to be asked for twice.
+    `spaces_between_special_tokens` decoded special tokens are set apart by spaces, and with
+    `clean_up_tokenization_spaces` decoded text loses the spaces before its punctuation (in
+    transformers 5 this must be asked for twice).
     """
 
     is_fast = True  # offsets can be had
@@ -125,7 +125,7 @@ class GemmaTokenizer(TextCoder):
 
     @property
     def codec(self) -> Tokenizer | None:
-        """Gemcut's own tokenizer, as `Engine` has one; None where this is of a tokenizer.json."""
+        """The gemcut.tokenizer.Tokenizer, as in `Engine`; None for a tokenizer.json."""
         return getattr(self._vocabulary, "codec", None)
 
     @classmethod
@@ -135,8 +135,8 @@ class GemmaTokenizer(TextCoder):
         """The tokenizer of "demo", of a folder, or of a model on the Hugging Face Hub.
 
         tokenizer.model is preferred to tokenizer.json, unless the checkpoint adds tokens that it
-        lacks.  Settings come from tokenizer_config.json, and `overrides` go before them; keys of
-        that file that are none of this class's are carried, and written by `save_pretrained`.
+        lacks.  Settings come from tokenizer_config.json unless `overrides` sets them; keys of that
+        file that this class does not know are kept, and written by `save_pretrained`.
         """
         for name, defaults in _HUB_DEFAULTS.items():
             value = overrides.pop(name, defaults[0])
@@ -211,14 +211,14 @@ class GemmaTokenizer(TextCoder):
             raise ValueError(f"save_directory {str(folder)!r} is no folder")
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         path = folder / f"{prefix}{self._vocabulary.file_name}"
-        before, behind = map(self.convert_ids_to_tokens, (self._prefix, self._suffix))
-        self._vocabulary.save(path, before, behind)
+        before, after = map(self.convert_ids_to_tokens, (self._prefix, self._suffix))
+        self._vocabulary.save(path, before, after)
         return (str(path),)
 
     def get_chat_template(
         self, chat_template: str | None = None, tools: Sequence[Any] | None = None
     ) -> str | None:
-        """The template that a chat is rendered by: jinja, or None for Gemma's own turns."""
+        """The jinja template that renders a chat, or None for Gemma's own turns."""
         named = self.chat_template if isinstance(self.chat_template, dict) else {}
         if chat_template is not None:
             return named.get(chat_template, chat_template)
@@ -248,15 +248,16 @@ class GemmaTokenizer(TextCoder):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
-        """The encoding of a conversation, or of a list of them, with no BOS but the chat's own.
+        """The encoding of a conversation, or of a list of them, with no BOS except the chat's own.
 
-        Without a template the turns are Gemma's own (gemcut.tokenizer.render_chat; `merge_system`
-        is taken there), in which contents are encoded apart from markers.  A jinja template yields
+        Without a template the turns are Gemma's own (gemcut.tokenizer.render_chat, which takes
+        `merge_system`), in which contents are encoded apart from markers.  A jinja template yields
         one string, so literals of special tokens are marked in the messages first and stay text
-        (chat_templates).  Either way a user who types "<start_of_turn>" opens no turn, where
-        transformers needs `sanitize_control_tokens` for it; what is not guarded is a literal that
-        a template builds from pieces, and the string that `tokenize=False` yields, which must not
-        be encoded again.  `variables` are the template's; one that it never reads is refused.
+        (chat_templates).  Either way a user who types "<start_of_turn>" opens no turn;
+        transformers needs `sanitize_control_tokens` for that.  Two things are not guarded: a
+        literal that a template builds from pieces, and the string that `tokenize=False` yields,
+        which must not be encoded again.  `variables` are the template's; one that it never reads
+        is refused.
         """
         if not sanitize_control_tokens:
             raise ValueError("sanitize_control_tokens=False: messages never write special tokens")
@@ -295,7 +296,7 @@ class GemmaTokenizer(TextCoder):
         if not tokenize:
             return texts if is_batch else texts[0]
         encoding = self.batch(
-            [[Part(ids, [(0, 0)] * len(ids))] for ids in rows],
+            [[Segment(ids, [(0, 0)] * len(ids))] for ids in rows],
             is_batch,
             add_special_tokens=False,
             padding=padding,
@@ -325,8 +326,8 @@ class GemmaTokenizer(TextCoder):
             merge_system=bool(variables.get("merge_system")),
         )
         if continue_final:
-            behind = [i for i, token in enumerate(ids) if token == self._vocabulary.end_of_turn_id]
-            ids = ids[: behind[-1]]
+            ends = [i for i, token in enumerate(ids) if token == self._vocabulary.end_of_turn_id]
+            ids = ids[: ends[-1]]
         first = [] if self.bos_token_id is None else [self.bos_token_id]
         return [*first, *ids[1:]]
 
@@ -358,7 +359,7 @@ _SAVED = sorted(_SETTINGS - {*NAMES, "chat_template", "additional_special_tokens
 
 
 def _dropout(options: Mapping[str, Any] | None) -> float:
-    """The share of merges to skip that SentencePiece's arguments ask for."""
+    """The share of merges to skip, from SentencePiece's arguments."""
     options = dict(options or {})
     if unknown := sorted(set(options) - {"enable_sampling", "nbest_size", "alpha"}):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A tokenizer's files in a checkpoint's folder, as transformers writes and reads them."""
+"""The files of a tokenizer in a checkpoint's folder, as transformers writes and reads them."""
 
 import json
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ FILES = (
     TEMPLATE_FILE,
     "chat_template.json",
 )
-# of tokenizer_config.json: written anew, or said by the vocabulary itself
+# keys of tokenizer_config.json that are written anew, or that the vocabulary itself holds
 _NOT_CARRIED = {"tokenizer_class", "added_tokens_decoder", "name_or_path", "tokenizer_file"}
 _NOT_CARRIED |= {"vocab_file", "special_tokens_map_file", "init_inputs", "auto_map"}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What tokenizer_config.json, special_tokens_map.json and the template files say together."""
+    """The settings in tokenizer_config.json, special_tokens_map.json and the template files."""
     settings = _read_json(folder / MAP_FILE) | _read_json(folder / CONFIG_FILE)
     settings = {key: _token(value) for key, value in settings.items() if key not in _NOT_CARRIED}
     named = settings.pop("additional_special_tokens", None)
@@ -45,7 +45,7 @@ def read_added_tokens(folder: Path) -> dict[int, str]:
 
 
 def token_content(name: str, token: Any) -> str:
-    """The piece of a special token: a string, an AddedToken, or what JSON holds of one."""
+    """The piece of a special token: a string, an AddedToken, or its JSON object."""
     if isinstance(token, Mapping):
         token = token.get("content")
     content = token if isinstance(token, str) else getattr(token, "content", None)
@@ -55,13 +55,13 @@ def token_content(name: str, token: Any) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """The mapping as transformers lays it out: sorted, two spaces, no escapes."""
+    """Write a mapping as transformers formats it: sorted, two spaces, no escapes."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _token(value: Any) -> Any:
-    """A value of the config, special tokens in it as strings."""
+    """A value of the config, with special tokens in it as strings."""
     if isinstance(value, dict) and "content" in value:
         return token_content("special token", value)
     return [_token(item) for item in value] if isinstance(value, list) else value

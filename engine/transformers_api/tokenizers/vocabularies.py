@@ -1,7 +1,8 @@
-"""Gemma's vocabulary behind one small interface, from tokenizer.model or from tokenizer.json.
+"""Gemma's vocabularies, read from tokenizer.model or from tokenizer.json, with one interface.
 
-Both yield the same ids, but for text with a run of five spaces or more or with "▁" itself, which
-the tokenizers package cuts otherwise than SentencePiece (tests/test_codec.py has the cases).
+Both yield the same ids, except for text that has a run of five spaces or more or "▁" itself: the
+tokenizers package cuts that otherwise than SentencePiece (tests/tokenizer/test_codec.py has the
+cases).
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gemcut.engine.transformers_api.tokenizers.padding import Part
+from gemcut.engine.transformers_api.tokenizers.padding import Segment
 from gemcut.tokenizer import Tokenizer
 from gemcut.tokenizer.codec import END_OF_TURN, MARK_EACH_BYTE, START_OF_TURN, check_text
 
@@ -19,14 +20,14 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Vocabulary(Protocol):
-    """Pieces and ids; `special_ids` are those whose literals `parse_special` turns into ids.
+    """Pieces and ids; `parse_special` turns the literals of `special_ids` into their ids.
 
-    Without `parse_special` no text yields a special id: that is what a chat stands on.
+    Without `parse_special` no text yields a special id: a chat relies on that.
     """
 
     file_name: str
     pieces: list[str]
-    base_size: int  # without the tokens that a tokenizer.json adds behind the others
+    base_size: int  # without the tokens that a tokenizer.json adds after the others
     special_ids: frozenset[int]
     bos_id: int
     start_of_turn_id: int | None
@@ -36,9 +37,9 @@ class Vocabulary(Protocol):
 
     def encode(self, text: str, *, add_bos: bool, parse_special: bool = False) -> list[int]: ...
 
-    def encode_with_offsets(self, text: str, *, parse_special: bool) -> Part: ...
+    def encode_with_offsets(self, text: str, *, parse_special: bool) -> Segment: ...
 
-    def save(self, path: Path, before: Sequence[str], behind: Sequence[str]) -> None: ...
+    def save(self, path: Path, before: Sequence[str], after: Sequence[str]) -> None: ...
 
 
 class SentencePieceVocabulary:
@@ -61,17 +62,17 @@ class SentencePieceVocabulary:
     def encode(self, text: str, *, add_bos: bool, parse_special: bool = False) -> list[int]:
         return self.codec.encode(text, add_bos=add_bos, parse_special=parse_special)
 
-    def encode_with_offsets(self, text: str, *, parse_special: bool) -> Part:
+    def encode_with_offsets(self, text: str, *, parse_special: bool) -> Segment:
         ids = self.encode(text, add_bos=False, parse_special=parse_special)
-        return Part(ids, _offsets(text, [self.pieces[i] for i in ids]))
+        return Segment(ids, _offsets(text, [self.pieces[i] for i in ids]))
 
-    def save(self, path: Path, before: Sequence[str], behind: Sequence[str]) -> None:
-        # what stands around a text is said by tokenizer_config.json
+    def save(self, path: Path, before: Sequence[str], after: Sequence[str]) -> None:
+        # tokenizer_config.json says which tokens are put around a text
         path.write_bytes(self.codec.serialized())
 
 
 class JsonVocabulary:
-    """A tokenizer.json, read by the tokenizers package, whose special tokens are those it marks."""
+    """A tokenizer.json, read by the tokenizers package; its special tokens are those it marks."""
 
     file_name = "tokenizer.json"
 
@@ -108,7 +109,7 @@ class JsonVocabulary:
         ids = self.encode_with_offsets(text, parse_special=parse_special).ids
         return [self.bos_id, *ids] if add_bos else ids
 
-    def encode_with_offsets(self, text: str, *, parse_special: bool) -> Part:
+    def encode_with_offsets(self, text: str, *, parse_special: bool) -> Segment:
         check_text(text)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -118,24 +119,24 @@ class JsonVocabulary:
             ids += encoding.ids
             offsets += [(start + begin, start + end) for begin, end in encoding.offsets]
             start += len(part)
-        return Part(ids, offsets)
+        return Segment(ids, offsets)
 
     def text_of(self, ids: Sequence[int]) -> str:
         return text_of([self.pieces[i] for i in ids])
 
     def added_around(self) -> tuple[bool, bool]:
-        """Whether the file's own post-processor puts a token before and behind a text."""
+        """Whether the file's own post-processor puts a token before a text, and one after it."""
         ids = self._backend.encode("a", add_special_tokens=True).ids
         inner = self._backend.encode("a", add_special_tokens=False).ids
         return ids[: len(inner)] != inner, ids[-len(inner) :] != inner
 
-    def save(self, path: Path, before: Sequence[str], behind: Sequence[str]) -> None:
-        """The file written, with a post-processor that puts these pieces around each text."""
+    def save(self, path: Path, before: Sequence[str], after: Sequence[str]) -> None:
+        """Write the file, with a post-processor that puts these pieces around each text."""
         first, second = (
             [
                 *({"SpecialToken": {"id": piece, "type_id": i}} for piece in before),
                 {"Sequence": {"id": "AB"[i], "type_id": i}},
-                *({"SpecialToken": {"id": piece, "type_id": i}} for piece in behind),
+                *({"SpecialToken": {"id": piece, "type_id": i}} for piece in after),
             ]
             for i in range(2)
         )
@@ -146,7 +147,7 @@ class JsonVocabulary:
             "pair": first + second,
             "special_tokens": {
                 piece: {"id": piece, "ids": [self.id_of(piece)], "tokens": [piece]}
-                for piece in (*before, *behind)
+                for piece in (*before, *after)
             },
         }
         text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -154,7 +155,7 @@ class JsonVocabulary:
 
 
 def text_of(pieces: Sequence[str]) -> str:
-    """The text that pieces spell: bytes are joined first, and U+FFFD stands for each bad one."""
+    """The text that pieces spell: bytes are joined first, and each bad one becomes U+FFFD."""
     found = [(piece, _BYTE.fullmatch(piece)) for piece in pieces]
     data = [
         bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
@@ -164,18 +165,18 @@ def text_of(pieces: Sequence[str]) -> str:
 
 
 def _inside(literal: str) -> str:
-    """A pattern of the empty place behind a literal's first letter."""
+    """A pattern of the empty place after a literal's first letter."""
     return f"(?<={re.escape(literal[0])})(?={re.escape(literal[1:])})"
 
 
 def inside_special_literals(vocabulary: Vocabulary) -> re.Pattern[str]:
-    """The empty places in a text where a special token's literal is to be cut."""
+    """A pattern of the empty places in a text where a special token's literal must be cut."""
     literals = [vocabulary.pieces[i] for i in sorted(vocabulary.special_ids)]
     return re.compile("|".join(map(_inside, literals)) or "(?!)")
 
 
 def _offsets(text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
-    """The characters of each piece; every byte piece of a character has that character."""
+    """The range of characters of each piece; every byte piece of a character has that character."""
     offsets: list[tuple[int, int]] = []
     start = bytes_left = 0
     for piece in pieces:
