@@ -19,7 +19,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def describe_tokens(
-    logits: Tensor, token_ids: Tensor, top: int, tokenizer: Tokenizer | None | None
+    logits: Tensor, token_ids: Tensor, top: int, tokenizer: Tokenizer | None
 ) -> list[TokenLogprobs]:
     """Each row's token and the `top` likeliest ones: logits [M, V], token_ids [M] -> M entries."""
     logprobs = logits.log_softmax(-1)
@@ -56,7 +56,7 @@ def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float
 
 
 def prompt_logprobs(
-    model: Gemma, hidden: Tensor, following: Tensor, top: int, tokenizer: Tokenizer | None | None
+    model: Gemma, hidden: Tensor, following: Tensor, top: int, tokenizer: Tokenizer | None
 ) -> list[TokenLogprobs]:
     """The same with the likeliest tokens: one entry for each of `following`."""
     blocks = _blocks(model, hidden, following)
