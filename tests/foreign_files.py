@@ -1,4 +1,4 @@
-"""Checkpoints in foreign formats, made from transformers models without gemcut's help."""
+"""Checkpoints in foreign formats, made from transformers models, and their conversion checked."""
 
 import functools
 import json
@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import pytest
 import torch
 from random_models import random_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from twins import all_logits, assert_same_logits, load_model, random_ids
 
+from gemcut.engine.checkpoints.convert import convert
 from gemcut.kernels import reference
 
 ORIGINAL_TYPES = ["gemma", "gemma2", "gemma3_text"]
-
 small_model = functools.cache(random_model)
 
 
@@ -161,3 +162,17 @@ def assert_same_model(folder: Path, model: PreTrainedModel) -> None:
     assert_same_logits(
         all_logits(load_model(folder, reference, torch.float32, "cpu"), ids), expected[0]
     )
+
+
+def write_config(folder: Path, model) -> Path:
+    model.config.save_pretrained(folder)
+    return folder / "config.json"
+
+
+def refused(source: Path, target: Path, message: str, **options) -> str:
+    """The message, of one line, with which a conversion was refused; nothing was written."""
+    with pytest.raises(ValueError, match=message) as error:
+        convert(source, target, **options)
+    assert "\n" not in str(error.value)
+    assert not target.exists()
+    return str(error.value)

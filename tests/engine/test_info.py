@@ -1,24 +1,206 @@
-"""What `gemcut info` says of an engine that is not made yet."""
+"""`gemcut info`: sizes, room, the engine that is not made yet, and checks of files."""
 
 import inspect
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from gemcut.engine import Engine, cli, memory
+from gemcut.engine import PUBLISHED, Engine, cli, info, memory
+from gemcut.engine.checkpoints import hub
+from gemcut.kernels import reference
 
 
 @pytest.fixture
-def run(capsys):
-    """Run `gemcut` in this process: exit code, standard output, standard error."""
+def folder(tmp_path) -> Path:
+    """A copy of the demo checkpoint."""
+    return Path(shutil.copytree(hub.DEMO, tmp_path / "model"))
 
-    def run(*args: str) -> tuple[int, str, str]:
-        code = cli.main(args)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
 
-    return run
+@pytest.mark.parametrize(
+    ("model", "parameters", "kib_per_token"),
+    [  # GEMMA.md's table
+        ("gemma-2b", 2.506e9, 18),
+        ("gemma-7b", 8.538e9, 448),
+        ("gemma-2-2b", 2.614e9, 104),
+        ("gemma-2-9b", 9.242e9, 336),
+        ("gemma-2-27b", 27.227e9, 368),
+        ("vaultgemma-1b", 1.039e9, 104),
+    ],
+)
+def test_info_of_a_published_size_asks_nobody(run, monkeypatch, model, parameters, kib_per_token):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    code, out, err = run("info", model, "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    facts = json.loads(out)
+    assert facts["parameters"] == pytest.approx(parameters, rel=1e-3)
+    assert facts["weight_bytes"]["bfloat16"] == 2 * facts["parameters"]
+    assert facts["weight_bytes"]["float32"] == 4 * facts["parameters"]
+    assert facts["kv_bytes_per_token"] == kib_per_token * 1024
+    assert facts["config"]["num_hidden_layers"] == PUBLISHED[model].num_layers
+
+
+@pytest.fixture
+def set_free(monkeypatch):
+    """A way to say how many bytes are free."""
+
+    def set_free(free: float) -> None:
+        for module in (info, memory):
+            monkeypatch.setattr(module, "free_bytes", lambda device: int(free))
+
+    return set_free
+
+
+def test_info_for_people(run, set_free):
+    set_free(60e9)
+    code, out, err = run("info", "gemma-2-9b", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert out == (
+        "model         gemma-2-9b\n"
+        "family        Gemma 2 (gemma2)\n"
+        "parameters    9,241,705,984\n"
+        "weights       18.48 GB in bfloat16, 36.97 GB in float32\n"
+        "layers        42: 21 local (window 4096), 21 global\n"
+        "hidden size   3584, MLP 14336\n"
+        "heads         16 query, 8 key and value, head_dim 256, scale 0.0625\n"
+        "vocabulary    256000, embedding and head tied\n"
+        "softcaps      attention 50, logits 30\n"
+        "rope          base 10,000\n"
+        "longest text  8192 tokens\n"
+        "KV cache      336 KiB a token in bfloat16\n"
+        "              2.20 GB a slot of 8192 tokens; 2.82 GB if local layers were no rings\n"
+        "on cpu        60.00 GB free, 36.97 GB for weights in float32\n"
+        "              room for 2 slots of 8192 tokens\n"
+        "              longest slot, in tokens: 8192 at batch 1, 1964 at batch 8\n"
+        "an engine     8 x 1964 tokens take 48.00 GB\n"
+        "              36.97 GB weights, 10.81 GB KV cache, 23.04 MB sampling state, "
+        "194.73 MB activations\n"
+    )
+
+
+def test_info_of_a_model_with_two_rotations(run):
+    out = run("info", "gemma-3-1b")[1]
+    assert "layers        26: 22 local (window 512), 4 global\n" in out
+    assert "softcaps      none\n" in out
+    assert "rope          base 1,000,000; local layers base 10,000\n" in out
+
+
+def test_room_is_exact(set_free):
+    config = PUBLISHED["gemma-2-2b"]
+    weights = 4 * config.num_parameters()
+    budget = weights + 6e9
+    set_free(budget / 0.8)
+    room = info.describe(config, torch.device("cpu"), torch.float32).room
+    build = memory.Build(config, torch.device("cpu"), torch.float32, reference)
+
+    def size(slots: int, length: int) -> int:
+        return build.estimate(slots, length).total
+
+    assert room.weight_bytes == weights
+    assert 1 < room.slots < 8
+    assert size(room.slots, 8192) <= budget < size(room.slots + 1, 8192)
+    for slots, length in room.longest_slot.items():
+        assert size(slots, length) <= budget
+        assert length == 8192 or size(slots, length + 1) > budget
+    assert room.longest_slot[1] == 8192 > room.longest_slot[8] > 0
+
+
+def test_a_model_larger_than_the_memory_does_not_fit(run, set_free):
+    set_free(1e9)
+    assert "              does not fit\n" in run("info", "gemma-2-9b", "--device", "cpu")[1]
+    facts = json.loads(run("info", "gemma-2-9b", "--device", "cpu", "--json")[1])
+    room = facts["room"]
+    assert (room["slots"], room["longest_slot"]) == (0, {"1": 0, "8": 0})
+    assert "cpu has 1.00 GB free" in facts["engine"]["problem"]
+    assert facts["engine"]["problem"].endswith("no size of this model would fit")
+
+
+def test_rings_are_as_long_as_the_engine_makes_them():
+    parameters = inspect.signature(Engine.from_pretrained).parameters
+    assert parameters["prefill_chunk"].default == info.PREFILL_CHUNK
+
+
+def test_info_fetches_the_config_alone(run, folder, monkeypatch):
+    asked = []
+
+    def fetch(model, allow_patterns):
+        asked.append((model, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    assert run("info", "owner/name")[0] == 0
+    assert asked == [("owner/name", ["config.json"])]
+    assert run("info", "owner/name", "--check")[0] == 0
+    assert "*.safetensors" in asked[-1][1]
+
+
+def test_a_folder_is_read_though_it_bears_the_name_of_a_published_size(run, folder, monkeypatch):
+    folder.rename(folder.with_name("gemma-2b"))
+    monkeypatch.chdir(folder.parent)
+    assert json.loads(run("info", "gemma-2b", "--json")[1])["config"]["vocab_size"] < 256000
+    assert run("info", "gemma-2b", "--check")[0] == 0
+
+
+def test_check_of_a_sound_model(run):
+    code, out, err = run("info", "--check")
+    assert (code, err) == (0, "")
+    assert out.endswith("check         names, shapes and values are right\n")
+    assert json.loads(run("info", "--check", "--json")[1])["problems"] == []
+
+
+def spoil(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_nan_and_infinity(tensors: dict) -> None:
+    tensors["model.norm.weight"][1] = float("nan")
+    tensors["model.layers.0.mlp.down_proj.weight"][2, 3] = float("-inf")
+
+
+def test_check_names_every_tensor_with_nan_or_infinity(run, folder):
+    spoil(folder, add_nan_and_infinity)
+    code, out, err = run("info", str(folder), "--check")
+    assert (code, err) == (1, "")
+    assert [line for line in out.splitlines() if line.startswith("check")] == [
+        f"check         {folder}: {name} holds a NaN or an infinity"
+        for name in ("model.layers.0.mlp.down_proj.weight", "model.norm.weight")
+    ]
+    assert len(json.loads(run("info", str(folder), "--check", "--json")[1])["problems"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing", id="gone"
+        ),
+        pytest.param(lambda t: t.update(a=torch.ones(1)), "a is not part of the model", id="extra"),
+        pytest.param(
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}), "is [3]", id="misshapen"
+        ),
+    ],
+)
+def test_check_finds_a_wrong_tensor(run, folder, change, message):
+    spoil(folder, change)
+    code, out, _ = run("info", str(folder), "--check")
+    assert code == 1
+    (line,) = [line for line in out.splitlines() if line.startswith("check")]
+    assert message in line
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model"])
+def test_check_finds_a_damaged_file_once(run, folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+    code, out, _ = run("info", str(folder), "--check", "--json")
+    assert code == 1
+    (problem,) = json.loads(out)["problems"]
+    assert name in problem
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from foreign_files import (
     nested,
     pack,
     packed,
+    refused,
     save_msgpack,
     save_shards,
     small_model,
@@ -34,18 +35,6 @@ def source(tmp_path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     return folder
-
-
-@pytest.fixture
-def target(tmp_path) -> Path:
-    return tmp_path / "target"
-
-
-def refused(source: Path, target: Path, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        convert(source, target)
-    assert "\n" not in str(error.value)
-    assert not target.exists()
 
 
 def save_single(folder: Path, state) -> None:
