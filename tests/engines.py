@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from random_models import random_model
 from torch import Tensor
@@ -84,3 +85,12 @@ def assert_serves(engine: Engine) -> None:
     """The engine answers, and every slot is free."""
     assert len(engine.generate("Once").token_ids) > 0
     assert engine._scheduler.all() == []
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """The message of an error, which is one line of at most 300 characters."""
+    message = str(error.value)
+    assert message.strip()
+    assert "\n" not in message
+    assert len(message) < 300
+    return message

@@ -60,7 +60,7 @@ def quantised(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dequantised(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with the weights that its quantised state stands for."""
+    """A model with the weights that its quantised state encodes."""
     copy = random_model(model.config.model_type)
     with torch.no_grad():
         for parameter in copy.parameters():
@@ -73,7 +73,7 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Harmful:
-    """What a hostile pickle holds: reading it makes a folder."""
+    """The content of a hostile pickle: reading it makes a folder."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -149,7 +149,7 @@ def save_msgpack(state: dict[str, Tensor], file: Path) -> None:
 
 @torch.no_grad()
 def assert_same_model(folder: Path, model: PreTrainedModel) -> None:
-    """Transformers and gemcut read in `folder` what `model` is: every bit, and the logits."""
+    """Transformers and gemcut read `model` from `folder`: every bit, and the logits."""
     again, report = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )

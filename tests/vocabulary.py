@@ -1,4 +1,4 @@
-"""A small vocabulary of Gemma's kind, its Hugging Face twin, and the texts to try on them."""
+"""A small vocabulary like Gemma's, its Hugging Face twin, and the texts to try on them."""
 
 from pathlib import Path
 

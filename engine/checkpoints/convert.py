@@ -79,7 +79,7 @@ def convert(
     companions = find_companions(path, tokenizer)
     opened = open_source(path, FORMATS[source_format], config)
 
-    new = lay_out(folder, FORMATS[to], path, opened, dtype, max_shard_bytes)
+    new = lay_out(opened, folder, FORMATS[to], dtype, max_shard_bytes)
     with staging_folder(folder) as stage:
         nonfinite = write_files(stage, new, opened, companions)
         verify(stage, new, opened)

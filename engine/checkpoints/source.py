@@ -43,6 +43,7 @@ BOOKKEEPING = {
 class Source:
     """An open checkpoint whose tensors are exactly those of its config."""
 
+    path: Path
     config: ModelConfig
     inferred: str | None  # the published size that the shapes gave
     stored: dict[str, StoredTensor]  # by the format's names
@@ -106,7 +107,7 @@ def open_source(path: Path, form: Format, config: str | Path | None = None) -> S
             places[tensor.name] = (spec, start)
             start += tensor.shape[0]
     used = sum(1 if tensor.scaler is None else 2 for tensor in stored.values())
-    return Source(chosen, inferred, stored, places, left_aside=len(opened) - used)
+    return Source(path, chosen, inferred, stored, places, left_aside=len(opened) - used)
 
 
 def _choose_config(path: Path, given: str | Path | None) -> ModelConfig | None:

@@ -47,18 +47,18 @@ class Target:
 
 
 def lay_out(
-    folder: Path, form: Format, path: Path, source: Source, dtype: torch.dtype | None, limit: int
+    source: Source, folder: Path, form: Format, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> Target:
-    """The target for `source`, which is at `path`, in shards of at most `limit` bytes."""
-    dtypes = _choose_dtypes(path, source, dtype)
+    """The target for the tensors of `source`, in `folder` and in format `form`."""
+    dtypes = _choose_dtypes(source, dtype)
     config = replace(source.config, dtype=name_of(next(iter(dtypes.values()))))
     specs = {spec.name: spec for spec in form.tensor_specs(source.config)}
     sizes = _sizes(specs, dtypes)
-    shards = divide_into_shards(sizes, limit, form.SINGLE, form.SHARD)
+    shards = divide_into_shards(sizes, max_shard_bytes, form.SINGLE, form.SHARD)
     return Target(folder, form, config, dtypes, specs, sizes, shards)
 
 
-def _choose_dtypes(path: Path, source: Source, asked: torch.dtype | None) -> dict[str, torch.dtype]:
+def _choose_dtypes(source: Source, asked: torch.dtype | None) -> dict[str, torch.dtype]:
     """The dtype in which each checkpoint tensor is written, the embedding's first."""
     if asked is not None and asked not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype {name_of(asked)} is refused: give bfloat16 or float32")
@@ -71,7 +71,7 @@ def _choose_dtypes(path: Path, source: Source, asked: torch.dtype | None) -> dic
     for name, dtype in dtypes.items():
         if dtype == torch.float16:
             raise ValueError(
-                f"{path}: {name} is float16, which Gemma's activations overflow; "
+                f"{source.path}: {name} is float16, which Gemma's activations overflow; "
                 f"give --dtype bfloat16 or float32"
             )
     return dtypes

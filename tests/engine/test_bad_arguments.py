@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from engines import save_random_model
+from engines import one_line, save_random_model
 from safetensors.torch import load_file, save_file
 from vocabulary import train_vocabulary
 
@@ -17,14 +17,6 @@ from gemcut.engine import Engine, SamplingParams
 def damaged(folder, tmp_path):
     """A copy of the checkpoint, to be damaged."""
     return shutil.copytree(folder, tmp_path / "damaged")
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    message = str(error.value)
-    assert message.strip()
-    assert "\n" not in message
-    assert len(message) < 300
-    return message
 
 
 BAD_ARGUMENTS = {

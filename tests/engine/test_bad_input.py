@@ -2,11 +2,10 @@
 
 import _thread
 import re
-import shutil
 
 import numpy as np
 import pytest
-from engines import assert_serves, run_as_on_a_gpu, save_random_model
+from engines import assert_serves, one_line, run_as_on_a_gpu, save_random_model
 
 from gemcut.engine import Engine, SamplingParams
 
@@ -19,20 +18,6 @@ def engine(folder, request):
         if request.param == "read-late":
             run_as_on_a_gpu(engine)
         yield engine
-
-
-@pytest.fixture
-def damaged(folder, tmp_path):
-    """A copy of the checkpoint, to be damaged."""
-    return shutil.copytree(folder, tmp_path / "damaged")
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    message = str(error.value)
-    assert message.strip()
-    assert "\n" not in message
-    assert len(message) < 300
-    return message
 
 
 BAD_PROMPTS = {

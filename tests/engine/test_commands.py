@@ -1,4 +1,4 @@
-"""`gemcut generate` and `gemcut chat`: what they print where."""
+"""`gemcut generate` and `gemcut chat`: their texts on standard output, their notes on error."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The bundled model: what its card promises, and the tool that made it."""
+"""The bundled model: the promises of its card, and the tool that made it."""
 
 import math
 import re
@@ -61,7 +61,7 @@ def test_the_card_states_its_bits_per_byte():
 
 
 def test_its_words_are_mostly_words_of_its_training(demo):
-    """What it writes is made of English words: two in five are among a hundred common ones."""
+    """Its text is made of English words: two in five are among a hundred common ones."""
     params = SamplingParams(temperature=0.7, top_p=0.9, seed=1, max_tokens=200)
     words = re.findall(r"[a-z]+", demo.generate("It was", params).text.lower())
     common = set(re.findall(r"[a-z]+", COMMON_WORDS))

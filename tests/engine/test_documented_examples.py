@@ -1,6 +1,6 @@
 """Every example of Hugging Face's documents of Gemma and VaultGemma, its import line changed.
 
-Names of published models stand for small random checkpoints here: `published` puts a folder of that
+Names of published models mean small random checkpoints here: `published` puts a folder of that
 name under the working directory, which is where a name is looked for first.  Sizes that a test
 cannot hold are cut down in the config, and nowhere else.  Not here: bitsandbytes' quantised
 example, which is refused by name (test_transformers_bad_input.py), and AttentionMaskVisualizer,
@@ -38,7 +38,7 @@ SMALL = {
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, tokenizer_file):
-    """Makes the checkpoint that a published name stands for."""
+    """A function that makes the checkpoint for a published name."""
     monkeypatch.chdir(tmp_path)
 
     def make(name: str, model_type: str, auto_class=transformers.AutoModelForCausalLM, **sizes):
@@ -364,7 +364,7 @@ def test_vault_gemma_auto_model(published):
     ],
 )
 def test_text_through_a_pipe(published, model, text):
-    """The page's `echo -e ... | transformers run`, as gemcut's command has it."""
+    """The page's `echo -e ... | transformers run`, with gemcut's command."""
     published(model, "vaultgemma" if "vault" in model else "gemma")
     gemcut = Path(sys.executable).with_name("gemcut")
     command = f'echo -e "{text}" | {gemcut} generate --model {model} --max-tokens 5'

@@ -1,4 +1,4 @@
-"""`gemcut info`: sizes, room, the engine that is not made yet, and checks of files."""
+"""`gemcut info`: sizes, room, the engine that would be made, and checks of files."""
 
 import inspect
 import json
@@ -46,7 +46,7 @@ def test_info_of_a_published_size_asks_nobody(run, monkeypatch, model, parameter
 
 @pytest.fixture
 def set_free(monkeypatch):
-    """A way to say how many bytes are free."""
+    """A function that sets the number of free bytes."""
 
     def set_free(free: float) -> None:
         for module in (info, memory):

@@ -1,4 +1,4 @@
-"""config.json in both generations: what it means, and what is refused."""
+"""config.json in both generations: its meaning, and the values that are refused."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def test_what_is_written_reads_as_the_same_model(model_type):
     again = CONFIG_CLASSES[model_type].from_dict(ours.to_dict())
     for key, value in theirs.to_dict().items():
         if key in ("rope_parameters", "architectures"):
-            continue  # ours spells defaults out; what they mean is compared below
+            continue  # ours writes defaults out; their meaning is compared below
         assert again.to_dict()[key] == value, key
     assert ModelConfig.from_dict(again.to_dict()).rope == ours.rope
 
@@ -193,7 +193,7 @@ def test_softcaps_are_absent_where_none_is_applied():
     )
     gemma3 = read("gemma3_text", **capped)
     assert (gemma3.attn_softcap, gemma3.final_softcap) == (None, 30.0)
-    assert gemma3.to_dict()["attn_logit_softcapping"] == 50.0  # carried along
+    assert gemma3.to_dict()["attn_logit_softcapping"] == 50.0  # kept in `extra`
     assert read("gemma2", attn_logit_softcapping=None).attn_softcap is None
 
 

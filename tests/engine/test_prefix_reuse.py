@@ -1,4 +1,4 @@
-"""What a slot holds is not computed again, and never what it has lost."""
+"""Prefix reuse: tokens that a slot still holds are not computed again; lost ones are."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -38,7 +38,7 @@ def test_common_length(a, b):
     window=st.integers(1, 9), chunk=st.integers(8, 12),
 )  # fmt: skip
 def test_reusable_by_writing_a_ring_token_by_token(held, garbage, asked, window, chunk):
-    """The ring is filled as the cache is; what the next query sees must be there."""
+    """The ring is filled as the cache is; every key that the next query sees must be there."""
     capacity = window + chunk
     ring: dict[int, int] = {}
     for position in range(held + garbage):
@@ -49,7 +49,7 @@ def test_reusable_by_writing_a_ring_token_by_token(held, garbage, asked, window,
     longest = min(held, asked - 1)
     seen = range(max(0, longest - window + 1), longest)
     is_there = all(ring[position % capacity] == position for position in seen)
-    if seen:  # of an empty one nothing can be lost
+    if seen:  # an empty one has nothing to lose
         assert reused == (longest if is_there else 0)
     assert reused in (0, longest)
 
@@ -65,7 +65,7 @@ def turns(engine: Engine, count: int) -> list:
 
 
 def test_a_second_turn_prefills_the_new_turn_alone(tmp_path, tokenizer_file):
-    """But for tokens of the answer that its text does not give back, from the first of them on."""
+    """Except tokens of the answer that its text does not give back, from the first of them on."""
     save_random_model(tmp_path, tokenizer_file, max_position_embeddings=512)
     with (
         Engine.from_pretrained(tmp_path, prefill_chunk=64, dtype="float32") as engine,

@@ -1,4 +1,4 @@
-"""Drafts from the text itself, and decoding that verifies them."""
+"""Prompt-lookup drafts, and decoding that verifies them."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from gemcut.engine.requests.prompt_lookup import Lookup
 
 
 def naive(tokens: list[int], count: int) -> list[int]:
-    """The same by search: the latest place where the last 3, 2 or 1 tokens stand, with one behind.
+    """The same by search: the latest place of the last 3, 2 or 1 tokens that has one after them.
 
     Beyond the end of the text the guess repeats itself.
     """
@@ -105,7 +105,7 @@ def test_a_draft_stops_at_the_end_of_the_slot(engine):
 
 
 def test_a_draft_ends_where_the_text_does(engine, tokenizer):
-    """An end among accepted tokens: nothing behind it counts."""
+    """An end among accepted tokens: nothing after it counts."""
     stop = 41
     params = SamplingParams(
         temperature=0, max_tokens=60, prompt_lookup_num_tokens=7,

@@ -18,7 +18,7 @@ from processes import COMMAND, ENVIRONMENT, PATIENCE
 
 @contextmanager
 def process(*arguments: str):
-    """A running `gemcut`, that is killed where the test fails."""
+    """A running `gemcut`, killed at the end of the test."""
     started = subprocess.Popen(
         [*COMMAND, *arguments],
         stdout=subprocess.PIPE,
@@ -71,10 +71,10 @@ def test_a_full_disk_is_an_error():
 
 
 class Terminal:
-    """A `gemcut` on a pseudo-terminal, as a person sees it."""
+    """A `gemcut` on a pseudo-terminal: keys are typed, and the shown bytes read."""
 
     def __init__(self, *arguments: str):
-        self._person, terminal = pty.openpty()
+        self._keyboard, terminal = pty.openpty()
         self.process = subprocess.Popen(
             [*COMMAND, *arguments],
             stdin=terminal,
@@ -88,7 +88,7 @@ class Terminal:
         self.shown = b""
 
     def type(self, keys: bytes) -> None:
-        os.write(self._person, keys)
+        os.write(self._keyboard, keys)
 
     def wait_until_it_waits(self) -> None:
         """Return when the process sleeps, for input.
@@ -103,7 +103,7 @@ class Terminal:
             time.sleep(0.01)
 
     def expect(self, pattern: bytes) -> bytes:
-        """What was shown since the last call, up to the end of the pattern."""
+        """The bytes shown since the last call, up to the end of the pattern."""
         deadline = time.monotonic() + PATIENCE
         while (match := re.search(pattern, self.shown, re.DOTALL)) is None:
             self._read(deadline, waiting_for=pattern)
@@ -111,23 +111,23 @@ class Terminal:
         return shown
 
     def end(self) -> tuple[int, bytes]:
-        """The exit code, and what was shown since the last call."""
+        """The exit code, and the bytes shown since the last call."""
         deadline = time.monotonic() + PATIENCE
         try:
             while True:
                 self._read(deadline, waiting_for=b"the end")
-        except OSError:  # EIO: nobody holds the other end any more
+        except OSError:  # EIO: the other end is closed
             return self.process.wait(PATIENCE), self.shown
 
     def _read(self, deadline: float, *, waiting_for: bytes) -> None:
-        ready, _, _ = select.select([self._person], [], [], max(0, deadline - time.monotonic()))
+        ready, _, _ = select.select([self._keyboard], [], [], max(0, deadline - time.monotonic()))
         assert ready, f"no {waiting_for!r} in {self.shown!r}"
-        self.shown += os.read(self._person, 4096)
+        self.shown += os.read(self._keyboard, 4096)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self._person)
+        os.close(self._keyboard)
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_chat_on_a_terminal(terminal):
     chat.type(b"\x04")
     code, shown = chat.end()
     assert code == 0
-    assert shown.endswith(b"\r\n")  # the shell's prompt stands on a line of its own
+    assert shown.endswith(b"\r\n")  # the shell's prompt gets a line of its own
     assert b"Traceback" not in shown
 
 

@@ -1,4 +1,4 @@
-"""Turns, beside the published chat template as transformers renders and tokenises it."""
+"""Chat turns against the published chat template, rendered and tokenised by transformers."""
 
 import re
 
@@ -9,7 +9,7 @@ from vocabulary import TURN_MARKERS, plain_texts, texts, train_vocabulary
 
 from gemcut.tokenizer import Tokenizer, render_chat
 
-# what the templates of Gemma 1 to 3 say for text messages in the right order
+# the templates of Gemma 1 to 3, for text messages in the right order
 CHAT_TEMPLATE = """\
 {{ bos_token }}\
 {% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}\

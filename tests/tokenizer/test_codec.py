@@ -1,4 +1,4 @@
-"""Ids and texts, beside SentencePiece itself and transformers' GemmaTokenizer."""
+"""Encoding and decoding, against SentencePiece itself and transformers' GemmaTokenizer."""
 
 import pickle
 import re
@@ -132,7 +132,7 @@ class TestEncode:
         assert ids == [tokenizer.bos_id, *a, tokenizer.id_of(literal), *b]
 
     def test_one_bos(self, tokenizer):
-        """Two BOS hurt a Gemma model as none does."""
+        """Two BOS hurt a Gemma model as much as none."""
         bos, a = tokenizer.bos_id, tokenizer.id_of("a")
         assert tokenizer.encode("<bos>a", parse_special=True) == [bos, a]
         assert tokenizer.encode("<bos>a", add_bos=False, parse_special=True) == [bos, a]

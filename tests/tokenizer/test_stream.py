@@ -1,4 +1,4 @@
-"""Text as it comes: nothing is lost, nothing is shown too early, whatever the cuts."""
+"""Streamed text: nothing is lost and nothing is shown too early, whatever the cuts."""
 
 import pytest
 from hypothesis import example, given

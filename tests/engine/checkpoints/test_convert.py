@@ -1,4 +1,4 @@
-"""Conversion: what is written, how it is verified, and how much of it is in memory."""
+"""Conversion: the tensors written, their verification, and the memory used."""
 
 import json
 import shutil

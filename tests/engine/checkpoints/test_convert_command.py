@@ -1,4 +1,4 @@
-"""`gemcut convert`: its options, what it prints, and its errors."""
+"""`gemcut convert`: its options, its output and its errors."""
 
 import fcntl
 import os

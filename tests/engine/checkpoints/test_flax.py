@@ -1,4 +1,4 @@
-"""Flax's msgpack: against files of msgpack and of flax itself, and hostile ones."""
+"""Flax's msgpack, against files of msgpack and of flax itself, and hostile ones."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_to_hugging_face(source, target, layout):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_tensor_that_a_model_can_have(source, target, model_type):
-    """Flax knew Gemma 1 alone; its tree has a place for the others' tensors, a head and biases."""
+    """Flax had Gemma 1 only; its tree has a place for the others' tensors, a head and biases."""
     model = small_model(model_type, **UNTIED)
     save_single(source, flax_state(model))
     model.config.save_pretrained(source)
@@ -88,7 +88,7 @@ def test_there_and_back(source, target, tmp_path, model_type, overrides, limit):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("chunk", [2**30, 1000], ids=["whole", "cut"])
 def test_flax_itself(source, target, tmp_path, monkeypatch, dtype, chunk):
-    """What flax writes is read here, and what is written here flax reads, bit for bit."""
+    """Flax's files are read here, and files written here by flax, bit for bit."""
     serialization = pytest.importorskip("flax.serialization")
     jax = pytest.importorskip("jax")
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", chunk)
@@ -316,7 +316,7 @@ def test_every_cut_is_noticed(small_file, tmp_path):
 
 @given(st.data())
 def test_a_changed_byte_is_refused_or_harmless(small_file, tmp_path_factory, data):
-    """Nothing but ValueError comes out, and no array is larger than the file."""
+    """Only ValueError is raised, and no array is larger than the file."""
     changed = bytearray(small_file)
     for _ in range(data.draw(st.integers(1, 3))):
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))

@@ -53,7 +53,7 @@ def test_to_hugging_face(source, target, model_type, layout):
     model = small_model(model_type)
     LAYOUTS[layout](source, original_state(model))
     write_config(source, model)
-    path = next(source.glob("*.pth"), source)  # of files with that ending there are many kinds
+    path = next(source.glob("*.pth"), source)  # many kinds of files have that ending
     done = convert(path, target)
     assert (done.source_format, done.config.dtype) == ("original", "float32")
     assert done.nbytes == sum(p.nbytes for p in model.parameters())

@@ -195,7 +195,7 @@ def test_damaged_file(source, target, harm, message):
 
 
 def test_storage_that_ends_early_is_not_read_past(source, target):
-    """Its tensor would reach into whatever lies behind it; torch looks at the file's end alone."""
+    """Its tensor would reach into the bytes after it; torch checks only the file's end."""
     model = small_model("gemma")
     file = save_ckpt(source / "model.ckpt", original_state(model))
     write_config(source, model)

@@ -90,7 +90,7 @@ def test_too_little_space(source, target, monkeypatch):
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_disk_that_fills_up(source, target, to):
-    """A limit on a file's size stands for it: the write comes back short."""
+    """A limit on a file's size imitates it: the write comes back short."""
     limited = ["sh", "-c", 'ulimit -f 150; exec "$@"', "sh", *COMMAND]
     code, out, err = gemcut("convert", source, target, "--to", to, command=limited)
     assert (code, out) == (1, "")

@@ -9,7 +9,7 @@ from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
 @pytest.fixture(scope="module")
 def theirs(tokenizer_file):
-    """A twin of our own: these tests alter its settings."""
+    """A separate twin: these tests alter its settings."""
     twin = hugging_face_twin(tokenizer_file)
     twin.extra_special_tokens = list(TURN_MARKERS)
     twin.add_bos_token = True

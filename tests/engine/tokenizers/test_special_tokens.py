@@ -26,7 +26,7 @@ class TestSpecialTokens:
         assert GemmaTokenizer(tmp_path / "tokenizer.model").mask_token is None
 
     def test_update_post_processor(self, ours, theirs):
-        """As the fast tokenizer's documents say: the first token follows only then."""
+        """As documented for the fast tokenizer: the first token changes only then."""
         theirs = copy.deepcopy(theirs)
         for tokenizer in (ours, theirs):
             tokenizer.bos_token = "<unused0>"

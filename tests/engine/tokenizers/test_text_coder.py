@@ -21,7 +21,7 @@ class TestEncode:
     @settings(max_examples=1000)
     @given(same)
     def test_is_transformers(self, shared, theirs, text):
-        """Literals in the text become tokens; BOS comes before them all the same."""
+        """Literals in the text become tokens; BOS still comes before them."""
         assert shared.encode(text) == theirs.encode(text)
 
     @settings(max_examples=200)
