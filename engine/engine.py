@@ -2,7 +2,7 @@
 
 A call checks its prompts, makes a request of each and waits for what becomes of it:
 
-    prompt -> prompts.encode -> Request -> worker -> core.step -> scheduler -> runner
+    prompt -> request_builder -> Request -> worker -> core.step -> scheduler -> runner
            -> steps (model, sampler) -> sequence.take -> delivery -> caller
 
 Any number of threads and asyncio tasks may call one engine.  Their requests share the decode batch;
