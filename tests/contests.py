@@ -22,7 +22,7 @@ def skip_ceilings(monkeypatch):
     """What the machine can do at most, without measuring it."""
     for module in ("contest", "serve_sim"):
         monkeypatch.setattr(
-            f"gemcut.bench.{module}.measure_ceilings", lambda device, dtype: dict(CEILINGS)
+            f"gemcut.bench.engines.{module}.measure_ceilings", lambda device, dtype: dict(CEILINGS)
         )
 
 

@@ -5,7 +5,7 @@ has its grid and sizes as well.  No GPU is needed.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -25,7 +25,8 @@ from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.execution.weights import empty_weights
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
-from gemcut.kernels import gpu_arch
+from gemcut.kernels import gpu_arch, tiles
+from gemcut.kernels.tiles import Key, Tile
 
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
@@ -108,6 +109,11 @@ def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]
     ):
         yield found
     gpu_arch._generation.cache_clear()
+
+
+def applied(part: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
+    """Launchers that find this tile, and no other."""
+    return mock.patch.dict(tiles.TUNED, {part: {key: tile}}, clear=True)
 
 
 class _Ops(TorchDispatchMode):

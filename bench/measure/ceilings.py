@@ -9,12 +9,12 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from gemcut.bench.measure.timing import Call, Spread, cache_bytes, prepare_runs, time_runs
-from gemcut.bench.ops.cases import Cost
 
 if sys.platform == "linux":  # Triton is built for Linux
     from gemcut.bench.measure.read_kernel import read
@@ -23,6 +23,20 @@ ROUNDS = 5
 GPU_BYTES, GPU_WIDTH = 2 << 30, 8192
 CPU_BYTES, CPU_WIDTH = 256 << 20, 1024
 READERS = ((2, 8192), (4, 8192), (4, 4096), (8, 4096))  # programs a multiprocessor, elements a tile
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an op must do at least."""
+
+    read_bytes: int
+    written_bytes: int
+    flops: int
+    multiplies: bool = False  # matrices: tensor cores bound it, and not how fast elements move
+
+    @property
+    def nbytes(self) -> int:
+        return self.read_bytes + self.written_bytes
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

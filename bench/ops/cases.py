@@ -12,25 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcut.bench.measure.ceilings import Cost
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, layer_capacity
 from gemcut.kernels import reference
 
 Arguments = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an op must do at least."""
-
-    read_bytes: int
-    written_bytes: int
-    flops: int
-    multiplies: bool = False  # matrices: tensor cores bound it, and not how fast elements move
-
-    @property
-    def nbytes(self) -> int:
-        return self.read_bytes + self.written_bytes
 
 
 @dataclass(frozen=True)

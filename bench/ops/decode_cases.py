@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcut.bench.measure.ceilings import Cost
 from gemcut.bench.ops.cases import (
     Arguments,
     Case,
-    Cost,
     Grid,
     Shapes,
     add_norm_case,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gemcut.bench.measure.ceilings import floor_us, measure_ceilings
+from gemcut.bench.measure.ceilings import Cost, floor_us, measure_ceilings
 from gemcut.bench.measure.machine import installed_versions
 from gemcut.bench.measure.report_file import (
     FAILED,
@@ -33,7 +33,7 @@ from gemcut.bench.measure.report_file import (
 )
 from gemcut.bench.measure.timing import Runs, Spread, Timing, input_sets, prepare_runs, time_runs
 from gemcut.bench.ops import torch_ops
-from gemcut.bench.ops.cases import CPU_GRID, GPU_GRID, Arguments, Case, Cost, Grid, Shapes
+from gemcut.bench.ops.cases import CPU_GRID, GPU_GRID, Arguments, Case, Grid, Shapes
 from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.bench.ops.library_peers import library_peers
 from gemcut.bench.ops.op_check import Check

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from gemcut.bench.measure.ceilings import Cost
 from gemcut.bench.ops.cases import (
     Arguments,
     Case,
-    Cost,
     Grid,
     Shapes,
     add_norm_case,

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from gemcut import kernels
 from gemcut.kernels.tiles import Tile
-from gemcut.tools.launches import Made, recorded
+from gemcut.tools.launches import Made, applied, recorded
 from gemcut.tools.prediction.fit_machine import PRODUCTS, Pair, Profile
 from gemcut.tools.prediction.machine import Machine
 from gemcut.tools.prediction.predicted_step import PredictedStep, compile_all
-from gemcut.tools.tuning.search_space import applied
 
 OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "skinny_linear": kernels.skinny_linear,

@@ -14,11 +14,11 @@ from gemcut import kernels
 from gemcut.kernels import tiles
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.compile_report import compile_launch
-from gemcut.tools.launches import Launch, Made, recorded
+from gemcut.tools.launches import Launch, Made, applied, recorded
 from gemcut.tools.prediction.launch_time import launch_us, main_loop
 from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import Cells
-from gemcut.tools.tuning.search_space import Subject, applied
+from gemcut.tools.tuning.search_space import Subject
 
 
 def rank(

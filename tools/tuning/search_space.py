@@ -27,7 +27,7 @@ from gemcut.engine.info import find_config
 from gemcut.kernels import tiles
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import Key, Tile
-from gemcut.tools.launches import Launch, recorded
+from gemcut.tools.launches import Launch, applied, recorded
 
 # rows of a decode step and tokens in the cache; tokens of a prompt, alone and as its last chunk
 DECODE = Grid((1, 16), (1024, 8192), (), 1, PREFILL_CHUNK)
@@ -140,11 +140,6 @@ def dry_run(part: str) -> AbstractContextManager[set[Launch]]:
 def _uninterpreted() -> Iterator[set[Launch]]:
     with FakeTensorMode(), mock.patch.object(InterpretedFunction, "run"):
         yield set()
-
-
-def applied(part: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
-    """Launchers that find this tile, and no other."""
-    return mock.patch.dict(tiles.TUNED, {part: {key: tile}}, clear=True)
 
 
 def find_launches(subject: Subject, tried: Sequence[Tile], part: str) -> list[set[Launch]]:

@@ -18,7 +18,8 @@ from gemcut.bench.ops.cases import Arguments, Case
 from gemcut.bench.ops.kernels import MEMORY_ERRORS, choose_input_sets
 from gemcut.bench.ops.op_check import Check
 from gemcut.kernels.gpu_arch import part
-from gemcut.tools.tuning.search_space import Candidate, Subject, Times, applied
+from gemcut.tools.launches import applied
+from gemcut.tools.tuning.search_space import Candidate, Subject, Times
 
 HEAT = 6  # candidates beside the rule
 HEAT_ROUNDS = 5

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 
 from gemcut import kernels
-from gemcut.bench.measure.ceilings import measure_ceilings
+from gemcut.bench.measure.ceilings import Cost, measure_ceilings
 from gemcut.bench.measure.timing import Call
-from gemcut.bench.ops.cases import Arguments, Case, Cost
+from gemcut.bench.ops.cases import Arguments, Case
 from gemcut.bench.ops.kernels import Bench, measure_case
 from gemcut.bench.ops.prefill_cases import visible_pairs
 from gemcut.bench.ops.torch_peers import Peer, torch_peers
@@ -21,8 +21,8 @@ from gemcut.kernels import decode_attention
 from gemcut.kernels.gpu_arch import part
 from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.kernels.tiles import Tile
-from gemcut.tools.launches import Launch, recorded
-from gemcut.tools.tuning.search_space import applied, looked_up
+from gemcut.tools.launches import Launch, applied, recorded
+from gemcut.tools.tuning.search_space import looked_up
 from gemcut.tools.visit.block import Visit
 from gemcut.tools.visit.ops import shapes_of
 from gemcut.tools.visit.report import CEILINGS, ceilings_of
