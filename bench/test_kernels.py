@@ -47,12 +47,12 @@ def test_kernel(
     benchmark.group = case.name
     bench = replace(bench, ceilings=measured_ceilings)
     peer = contestants(case, bench)[contestant]
-    (row,) = measure_case(case, bench, {contestant: peer}, time)
+    (record,) = measure_case(case, bench, {contestant: peer}, time)
 
-    if row["status"] == NO_MEMORY or (row["status"] != OK and contestant != GEMCUT):
-        pytest.skip(f"{row['status']}: {row['detail']}")
-    assert row["status"] == OK, row["detail"]
-    for key, value in row.items():
+    if record["status"] == NO_MEMORY or (record["status"] != OK and contestant != GEMCUT):
+        pytest.skip(f"{record['status']}: {record['detail']}")
+    assert record["status"] == OK, record["detail"]
+    for key, value in record.items():
         benchmark.extra_info[key] = value["median"] if isinstance(value, dict) else value
 
 

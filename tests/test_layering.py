@@ -27,7 +27,7 @@ ROOMS = {
 LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/engines/peers.py", "transformers")}
 LATE |= {("engine/placement.py", "gemcut.kernels.interpreter")}
 LATE |= {
-    ("bench/cli.py", "gemcut.bench.report.report_page"),
+    ("bench/cli.py", "gemcut.bench.report.markdown_page"),
     ("bench/engines/compiled_gemma.py", "torchao"),
 }
 LATE |= {("bench/engines/peers.py", "gemcut.bench.engines.compiled_gemma")}

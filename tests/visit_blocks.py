@@ -29,7 +29,7 @@ def run(visit: Visit) -> None:
         visit.add("a case")  # a second try
         visit.skip("another", "nobody asked for it")
     if visit.block == "wrong":
-        visit.judge("a check", False, "error 2, where 1 is allowed")
+        visit.check("a check", False, "error 2, where 1 is allowed")
         with visit.attempt("a failure"):
             raise TypeError("first line\nsecond line")
     if visit.block == "raises":

@@ -30,7 +30,7 @@ from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools.prediction.fit_machine import Residual, fit, read_profile
 from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import PredictedStep, predict_steps
-from gemcut.tools.prediction.product_times import is_list, pair, read_rows
+from gemcut.tools.prediction.product_times import is_list, pair, read_products
 
 PART = "sm_90"  # whose machine code can be read
 
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.part != PART:
         raise ValueError(f"part {arguments.part!r}: machine code is read of {PART} alone")
     machine = constants(arguments.set)
-    lists = [read_rows(file) for file in arguments.fit if is_list(file)]
+    lists = [read_products(file) for file in arguments.fit if is_list(file)]
     profiles = [read_profile(file) for file in arguments.fit if not is_list(file)]
     models = arguments.models or ([] if arguments.fit else list(PUBLISHED))
     for model in [*models, *(profile.model for profile in profiles)]:
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     steps = predict_steps(wanted, PART, arguments.jobs)
     fitting, steps = steps[: len(profiles)], steps[len(profiles) :]
     pairs = list(zip(profiles, fitting, strict=True))
-    pairs += [pair(rows, PART, arguments.jobs, machine) for rows in lists]
+    pairs += [pair(products, PART, arguments.jobs, machine) for products in lists]
     if pairs:
         machine, residuals = fit(pairs, machine)
         print_fit(machine, residuals)

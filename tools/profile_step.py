@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
-from gemcut.bench.engines.step_bytes import decode_account
+from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.bench.measure.machine import describe_machine
 from gemcut.bench.measure.report_file import metric, print_table
 from gemcut.bench.measure.timing import Spread, capture, synchronize, time_replays
@@ -217,8 +217,8 @@ def measure(
     replay()
     step_us = time_replays(replay, steps, ROUNDS, setup.device, step.reset)
     spans = profile_steps(replay, steps, setup.device, trace, step.reset)
-    account = decode_account(setup.config, batch=batch, context=context, dtype=setup.dtype)
-    return Profile(step_us, break_down(spans, steps), account.total)
+    counted = decode_bytes(setup.config, batch=batch, context=context, dtype=setup.dtype)
+    return Profile(step_us, break_down(spans, steps), counted.total)
 
 
 def breakdown(setup: Setup, batch: int, context: int, profile: Profile) -> dict[str, Any]:

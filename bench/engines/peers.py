@@ -61,7 +61,7 @@ class Generation:
         return later / (self.seconds - self.first_token_seconds)
 
 
-class Contestant(Protocol):
+class LoadedEngine(Protocol):
     @property
     def version(self) -> str: ...
 
@@ -87,7 +87,7 @@ class Stage:
         config, rows = self.setup.config, self.workload.batch * self.workload.length
         return rows * config.kv_bytes_per_token(self.setup.dtype.itemsize)
 
-    def kept_weight_bytes(self, peer: "Peer") -> int:
+    def kept_weight_bytes(self, peer: "EnginePeer") -> int:
         """Of the model that is loaded before a contestant, what it would need if it were alone."""
         if peer.quantization is None:
             return self.setup.weight_bytes
@@ -294,10 +294,10 @@ WEIGHT_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
-class Peer:
+class EnginePeer:
     """How a contestant is loaded, and where it takes part unasked."""
 
-    load: Callable[[Stage], Contestant]
+    load: Callable[[Stage], LoadedEngine]
     packages: tuple[str, ...] = ()
     model: Callable[[Stage], Any] = lambda stage: stage.setup.model  # loaded before
     compiles: bool = False  # which takes longer on a CPU than what is measured
@@ -313,11 +313,11 @@ class Peer:
 
 
 TRANSFORMERS = partial(
-    Peer, packages=("transformers",), model=lambda stage: stage.transformers_model
+    EnginePeer, packages=("transformers",), model=lambda stage: stage.transformers_model
 )
-GPT_FAST = partial(Peer, compiles=True)
-CONTESTANTS: dict[str, Peer] = {
-    GEMCUT: Peer(Gemcut),
+GPT_FAST = partial(EnginePeer, compiles=True)
+CONTESTANTS: dict[str, EnginePeer] = {
+    GEMCUT: EnginePeer(Gemcut),
     "transformers": TRANSFORMERS(partial(Transformers, cache="dynamic")),
     "transformers-static": TRANSFORMERS(partial(Transformers, cache="static")),
     "transformers-compiled": TRANSFORMERS(

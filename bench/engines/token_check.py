@@ -45,7 +45,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """What became of a contestant; `status` is one of results.py's."""
 
     status: str
@@ -57,7 +57,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Finding:
+class LogitGaps:
     """How far each token of a text lies below the greatest logit there, and how far it may."""
 
     gaps: list[float]
@@ -69,7 +69,7 @@ class Finding:
         return next((i for i, gap in enumerate(self.gaps) if not gap <= self.budget), None)
 
 
-class Judge:
+class TokenCheck:
     """Holds what contestants made of the same prompts against a model's exact logits.
 
     What was found of a text is kept: each is judged once.
@@ -77,20 +77,20 @@ class Judge:
 
     def __init__(self, model: Gemma, prompts: Rows, new_tokens: int) -> None:
         self.model, self.prompts, self.new_tokens = model, prompts, new_tokens
-        self._found: dict[tuple[int, Text, int | None], Finding] = {}
+        self._found: dict[tuple[int, Text, int | None], LogitGaps] = {}
 
     @torch.inference_mode()
-    def verdicts(self, answers: Mapping[str, Answer], own: Rows | None) -> dict[str, Verdict]:
+    def findings(self, answers: Mapping[str, Answer], own: Rows | None) -> dict[str, Finding]:
         """The verdict on each answer; `own` are the tokens that others are counted beside."""
-        verdicts = {
-            name: Verdict(WRONG, problem)
+        findings = {
+            name: Finding(WRONG, problem)
             for name, answer in answers.items()
             if (problem := self._malformed(answer.rows)) is not None
         }
-        sound = {name: answer for name, answer in answers.items() if name not in verdicts}
+        sound = {name: answer for name, answer in answers.items() if name not in findings}
         for row in range(len(self.prompts)):
-            self._weigh(row, sound.values())
-        return verdicts | {name: self._verdict(one, own) for name, one in sound.items()}
+            self._read_new(row, sound.values())
+        return findings | {name: self._finding(one, own) for name, one in sound.items()}
 
     def _malformed(self, rows: Rows) -> str | None:
         """What keeps an answer from being read at all."""
@@ -104,7 +104,7 @@ class Judge:
         strange = [token for row in rows for token in row if not 0 <= token < limit]
         return f"token id {strange[0]} is outside 0..{limit - 1}" if strange else None
 
-    def _weigh(self, row: int, answers: Iterable[Answer]) -> None:
+    def _read_new(self, row: int, answers: Iterable[Answer]) -> None:
         """Judge the texts of one prompt that are new."""
         keys = dict.fromkeys((row, tuple(a.rows[row]), a.weight_bits) for a in answers)
         new = [key for key in keys if key not in self._found]
@@ -118,7 +118,7 @@ class Judge:
             states = exact.states(text), plain[bits].states(text)
             self._found[key] = self._compare(*states, text, bits)
 
-    def _compare(self, exact: Tensor, plain: Tensor, text: Text, bits: int | None) -> Finding:
+    def _compare(self, exact: Tensor, plain: Tensor, text: Text, bits: int | None) -> LogitGaps:
         """What is found of a text from the states before each of its tokens: [T, D] each."""
         config, head = self.model.config, self.model.weights.lm_head
         tokens = torch.tensor(text, device=exact.device)
@@ -136,26 +136,26 @@ class Judge:
             here = ((tokens >= start) & (tokens < start + len(rows))).nonzero().squeeze(-1)
             chosen[here] = logits[here, tokens[here] - start]
         ulp = torch.finfo(self.model.dtype).eps * greatest
-        return Finding((best - chosen).tolist(), (2 * error + 2 * ulp).item())
+        return LogitGaps((best - chosen).tolist(), (2 * error + 2 * ulp).item())
 
-    def _verdict(self, answer: Answer, own: Rows | None) -> Verdict:
-        findings = [
+    def _finding(self, answer: Answer, own: Rows | None) -> Finding:
+        gaps_of_rows = [
             self._found[row, tuple(tokens), answer.weight_bits]
             for row, tokens in enumerate(answer.rows)
         ]
-        for row, finding in enumerate(findings):
-            if (token := finding.first_wrong) is not None:
-                return Verdict(
+        for row, found in enumerate(gaps_of_rows):
+            if (token := found.first_wrong) is not None:
+                return Finding(
                     WRONG,
                     f"row {row}, token {token}: {answer.rows[row][token]} lies "
-                    f"{finding.gaps[token]:.2e} below the best logit, {finding.budget:.2e} allowed",
+                    f"{found.gaps[token]:.2e} below the best logit, {found.budget:.2e} allowed",
                 )
-        worst = max(findings, key=lambda one: max(one.gaps) / one.budget)
+        worst = max(gaps_of_rows, key=lambda one: max(one.gaps) / one.budget)
         detail = f"no token more than {max(worst.gaps):.1e} below the best logit, "
         detail += f"{worst.budget:.1e} allowed"
         if answer.weight_bits is not None:
             detail += f" for {answer.weight_bits}-bit weights"
-        return Verdict(OK, detail + _agreement(answer.rows, own))
+        return Finding(OK, detail + _agreement(answer.rows, own))
 
 
 def _agreement(rows: Rows, own: Rows | None) -> str:

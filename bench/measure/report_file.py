@@ -30,7 +30,7 @@ SCHEMA = 1
 OK, WRONG, FAILED, NO_MEMORY = "ok", "wrong", "failed", "no memory"
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as a shell has it
 REQUIRED = ("benchmark", "arguments", "machine", "ceilings", "interrupted", "rows")
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 def metric(values: Sequence[float]) -> dict[str, Any]:
@@ -63,12 +63,12 @@ class Results:
         }
 
     @property
-    def rows(self) -> list[Row]:
+    def records(self) -> list[Record]:
         return self.report["rows"]
 
-    def add(self, *rows: Row) -> None:
+    def add(self, *records: Record) -> None:
         """Keep rows, on disk too."""
-        self.rows.extend(rows)
+        self.records.extend(records)
         self._write()
 
     def set_ceilings(self, ceilings: dict[str, float]) -> None:

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from gemcut.bench.measure.timing import Call
 from gemcut.bench.ops.cases import Arguments, Case
-from gemcut.bench.ops.torch_peers import Peer, compile_, gathered
+from gemcut.bench.ops.torch_peers import OpPeer, compile_, gathered
 
 PAGE = 16  # keys of a page of FlashInfer's cache
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documents recommend
 GROUP = 128  # columns that share an int4 scale
 
 
-def library_peers(case: Case) -> dict[str, Peer]:
+def library_peers(case: Case) -> dict[str, OpPeer]:
     """The contestants of other packages by name, whether or not these are installed."""
-    on_gpu = partial(Peer, needs_gpu=True)
+    on_gpu = partial(OpPeer, needs_gpu=True)
     liger, flashinfer = partial(on_gpu, "liger-kernel"), partial(on_gpu, "flashinfer-python")
     peers = {
         "rmsnorm": {
@@ -39,7 +39,7 @@ def library_peers(case: Case) -> dict[str, Peer]:
             "flashinfer": flashinfer("single_prefill_with_kv_cache", _flashinfer_prefill)
         },
         "skinny_linear": {
-            "torchao-int8": Peer(
+            "torchao-int8": OpPeer(
                 "torchao",
                 "Int8WeightOnlyConfig",
                 partial(_torchao, name="Int8WeightOnlyConfig"),

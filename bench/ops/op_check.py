@@ -18,7 +18,7 @@ from gemcut.bench.measure.timing import Call
 from gemcut.bench.ops import torch_ops
 from gemcut.bench.ops.cases import Arguments, Case
 from gemcut.bench.ops.library_peers import GROUP, quantize_int4, quantize_int8
-from gemcut.bench.ops.torch_peers import Peer
+from gemcut.bench.ops.torch_peers import OpPeer
 from gemcut.kernels import reference
 
 Build = Callable[[Arguments], Call]
@@ -33,7 +33,7 @@ WRITTEN = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Accuracy:
     """The greatest error of an output beside what it may be; of several, the worst."""
 
     error: float
@@ -50,17 +50,17 @@ class Check:
     def __init__(self, case: Case, arguments: Arguments) -> None:
         self.case, self.arguments = case, arguments
 
-    def gemcut(self, build: Build) -> Verdict:
+    def gemcut(self, build: Build) -> Accuracy:
         """The verdict on gemcut's own implementation."""
-        return self._verdict(build, {}, None, strict=True)
+        return self._accuracy(build, {}, None, strict=True)
 
-    def peer(self, peer: Peer) -> Verdict:
+    def peer(self, peer: OpPeer) -> Accuracy:
         """The verdict on a peer, which may compute as if some arguments were others."""
-        return self._verdict(peer.build, peer.computes or {}, peer.weight_bits, strict=False)
+        return self._accuracy(peer.build, peer.computes or {}, peer.weight_bits, strict=False)
 
-    def _verdict(
+    def _accuracy(
         self, build: Build, computes: Arguments, weight_bits: int | None, *, strict: bool
-    ) -> Verdict:
+    ) -> Accuracy:
         actual = self._outputs(lambda **a: build(a)(), self.arguments)
         changed = thinned(self.arguments | computes)
         oracle = getattr(reference, self.case.op)
@@ -72,12 +72,12 @@ class Check:
             rounded = changed | {"weight": rounded_weight(changed["weight"], weight_bits)}
             allowed.append(self._outputs(oracle, rounded, whole=False))
 
-        verdicts = []
+        found = []
         for i, value in enumerate(actual):
             ulp = torch.finfo(value.dtype).eps * _greatest(exact[i])
             own = max(_distance(outputs[i], exact[i]) for outputs in allowed)
-            verdicts.append(Verdict(_distance(value, exact[i]), 2 * own + 2 * ulp))
-        return max(verdicts, key=lambda v: math.inf if math.isnan(v.error) else v.error - v.budget)
+            found.append(Accuracy(_distance(value, exact[i]), 2 * own + 2 * ulp))
+        return max(found, key=lambda v: math.inf if math.isnan(v.error) else v.error - v.budget)
 
     def _outputs(
         self, compute: Callable[..., Any], arguments: Arguments, whole: bool = True

@@ -23,7 +23,7 @@ Compute = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Peer:
+class OpPeer:
     """One way to compute an op, and how it says what it is."""
 
     package: str
@@ -34,31 +34,31 @@ class Peer:
     needs_gpu: bool = False
 
 
-def torch_peers(case: Case, device: torch.device) -> dict[str, Peer]:
+def torch_peers(case: Case, device: torch.device) -> dict[str, OpPeer]:
     """Torch's contestants by name: eager, compiled, and its kernel for just this op."""
     op = getattr(torch_ops, case.op)
     compiled = partial(compile_, op, device)
     peers = {
-        "torch": Peer("torch", "eager", lambda a: partial(op, **a)),
-        "torch.compile": Peer(
+        "torch": OpPeer("torch", "eager", lambda a: partial(op, **a)),
+        "torch.compile": OpPeer(
             "torch", _compile_settings(device), lambda a: partial(compiled(), **a)
         ),
     }
     if case.op in ("linear", "skinny_linear"):
-        peers["blas"] = Peer("torch", f"{_blas(device)}, F.linear", _blas_linear)
+        peers["blas"] = OpPeer("torch", f"{_blas(device)}, F.linear", _blas_linear)
         del peers["torch"]
     if case.op == "linear":  # gemcut's own product is the library's
         del peers["torch.compile"]
     if case.op == "lm_head":
-        peers["blas"] = Peer(
+        peers["blas"] = OpPeer(
             "torch", f"{_blas(device)}, the bare product", _bare_head, {"softcap": None}
         )
     if case.op == "rmsnorm":
-        peers["rms_norm"] = Peer("torch", "F.rms_norm by 1 + w", _rms_norm)
+        peers["rms_norm"] = OpPeer("torch", "F.rms_norm by 1 + w", _rms_norm)
     if case.op.startswith("attention"):
         if case.facts["softcap"] is None:
-            peers["sdpa"] = Peer("torch", "scaled_dot_product_attention", _sdpa)
-        peers["flex"] = Peer(
+            peers["sdpa"] = OpPeer("torch", "scaled_dot_product_attention", _sdpa)
+        peers["flex"] = OpPeer(
             "torch", "flex_attention, compiled, block mask", partial(_flex, device=device)
         )
     return peers

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 
 import torch
 
-from gemcut.bench.engines.step_bytes import decode_account
+from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.launches import Launch, Made, step_launches
@@ -72,10 +72,8 @@ class PredictedStep:
     def step_bytes(self) -> int:
         """What the step must move, whatever the kernels: bench/engines/step_bytes.py."""
         config = PUBLISHED[self.model]
-        account = decode_account(
-            config, batch=self.batch, context=self.context, dtype=torch.bfloat16
-        )
-        return account.total
+        counted = decode_bytes(config, batch=self.batch, context=self.context, dtype=torch.bfloat16)
+        return counted.total
 
     def share(self, machine: Machine) -> float:
         """The step's share of the bandwidth."""

@@ -35,7 +35,7 @@ OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class TimedProduct:
     """A product that was timed."""
 
     kernel: str
@@ -69,30 +69,30 @@ def is_list(file: Path) -> bool:
         return False
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_products(file: Path) -> list[TimedProduct]:
     """The rows of a file; ValueError where one is none."""
-    rows = []
+    products = []
     for number, found in enumerate(json.loads(file.read_text())):
         try:
             tile = {str(name): int(value) for name, value in found["tile"].items()}
-            row = Row(
+            product = TimedProduct(
                 str(found["kernel"]), int(found["N"]), int(found["D"]), tile, float(found["us"])
             )
-            if row.kernel not in OPS:
-                raise ValueError(f"{row.kernel!r} is not {', '.join(OPS)}")
-            if not row.us > 0:
+            if product.kernel not in OPS:
+                raise ValueError(f"{product.kernel!r} is not {', '.join(OPS)}")
+            if not product.us > 0:
                 raise ValueError("us must be above 0")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{file}: row {number}: {type(error).__name__}: {error}") from None
-        rows.append(row)
-    if not rows:
+        products.append(product)
+    if not products:
         raise ValueError(f"{file} holds no rows")
-    return rows
+    return products
 
 
-def pair(rows: Sequence[Row], part: str, jobs: int, machine: Machine) -> Pair:
+def pair(products: Sequence[TimedProduct], part: str, jobs: int, machine: Machine) -> Pair:
     """What `fit` takes: times without the gap between launches, and the launches' code."""
-    made = [row.made(part) for row in rows]
-    times = {row.name: (1.0, row.us - machine.launch_gap_us) for row in rows}
+    made = [product.made(part) for product in products]
+    times = {product.name: (1.0, product.us - machine.launch_gap_us) for product in products}
     step = PredictedStep(PRODUCTS, 1, 1, dict.fromkeys(made, 1), compile_all(made, jobs))
     return Profile(PRODUCTS, 1, 1, times, 0.0), step

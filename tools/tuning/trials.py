@@ -21,8 +21,8 @@ from gemcut.kernels.gpu_arch import part
 from gemcut.tools.launches import applied
 from gemcut.tools.tuning.search_space import Candidate, Subject, Times
 
-HEAT = 6  # candidates beside the rule
-HEAT_ROUNDS = 5
+TRIAL = 6  # candidates beside the rule
+TRIAL_ROUNDS = 5
 FINALISTS = 4
 FINAL_ROUNDS = 12
 LEAST_GAIN = 0.01  # two processes of the same code differ by about as much
@@ -42,17 +42,17 @@ def tune(subject: Subject, device: torch.device, share_ends: float, ends: float)
     """
     candidates, longest = subject.left(), 0.0
     try:
-        for first in range(0, len(candidates), HEAT):
+        for first in range(0, len(candidates), TRIAL):
             began = clock()
             if first and began + 2 * longest > share_ends:  # the heat, and the final after it
                 break
-            run_heat(subject, candidates[first : first + HEAT], HEAT_ROUNDS, device, ends)
+            run_trial(subject, candidates[first : first + TRIAL], TRIAL_ROUNDS, device, ends)
             longest = max(longest, clock() - began)
         timed = [c for c in candidates if c.status == OK]
         faster = [c for c in timed if median(c.ratios) < 1]
         finalists = sorted(faster, key=lambda c: median(c.ratios))[:FINALISTS]
         if finalists:
-            run_heat(subject, finalists, FINAL_ROUNDS, device, ends)
+            run_trial(subject, finalists, FINAL_ROUNDS, device, ends)
         if timed:
             subject.winner = choose_winner(subject.rule, finalists)
     except OutOfTimeError:
@@ -71,7 +71,7 @@ def choose_winner(rule: Candidate, finalists: Sequence[Candidate]) -> Candidate:
     return min(better, key=lambda c: median(c.ratios), default=rule)
 
 
-def run_heat(
+def run_trial(
     subject: Subject,
     candidates: Sequence[Candidate],
     rounds: int,
@@ -119,11 +119,11 @@ def time_case(
         reset_counters(inputs)
         build = builder(subject, case, candidate, device)
         try:
-            verdict = check.gemcut(build)
-            if verdict.passed:
+            accuracy = check.gemcut(build)
+            if accuracy.passed:
                 runs[candidate.name] = prepare([build(a) for a in inputs], device)
             else:
-                error = f"error {verdict.error:.2e}, where {verdict.budget:.2e} is allowed"
+                error = f"error {accuracy.error:.2e}, where {accuracy.budget:.2e} is allowed"
                 candidate.status, candidate.detail = WRONG, f"{case.name}: {error}"
         except MEMORY_ERRORS:
             raise

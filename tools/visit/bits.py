@@ -115,7 +115,7 @@ def compare_replays(
         replay()
     count = int(differing.item())
     told = f"{count} of {replays} replays differ from the eager call"
-    visit.judge(case, count == 0, told, line=f"{case}: {replays} equal the eager call bit for bit")
+    visit.check(case, count == 0, told, line=f"{case}: {replays} equal the eager call bit for bit")
 
 
 def compare_steps(visit: Visit) -> None:
@@ -160,7 +160,7 @@ def compare_text(visit: Visit, prompt: str, dtype: torch.dtype) -> None:
     case = f"text {prompt!r} {str(dtype).removeprefix('torch.')}"
     told = f"{text!r} instead of {expected[: len(text)]!r}"
     line = f"{case}: {'as stored' if same else f'leaves the stored text at token {common}'}"
-    visit.judge(case, same or dtype != torch.float32, told, line=line)
+    visit.check(case, same or dtype != torch.float32, told, line=line)
 
 
 def generate(model: Gemma, prompt_ids: list[int], count: int) -> list[int]:
@@ -246,7 +246,7 @@ def check_late(visit: Visit) -> None:
         if waits:
             told = f"{count} of {replays} replays read what the producer had not yet written"
             line = f"a late producer: consumers that wait are right in {replays} replays"
-            visit.judge("a late producer", count == 0, told, line=line)
+            visit.check("a late producer", count == 0, told, line=line)
         else:
             line = f"without the wait {count} of {replays} are wrong: so much does this check see"
             visit.add("a late producer, no wait", line=line)

@@ -55,11 +55,11 @@ class Visit:
 
     def add(self, case: str, status: str = OK, **facts: Any) -> None:
         """Keep a row: `line` is what the table says of it, `detail` what is wrong."""
-        row = {"case": case, "status": status, **facts}
-        report.append(self.out / "rows" / f"{self.block}.jsonl", row)
+        record = {"case": case, "status": status, **facts}
+        report.append(self.out / "rows" / f"{self.block}.jsonl", record)
         print(f"{case} {status} {facts.get('line', '')} {facts.get('detail', '')}", flush=True)
 
-    def judge(self, case: str, passed: bool, detail: str, **facts: Any) -> None:
+    def check(self, case: str, passed: bool, detail: str, **facts: Any) -> None:
         """A row of a check: right, or wrong with what is."""
         wrong = {} if passed else {"detail": detail}
         self.add(case, OK if passed else WRONG, **facts, **wrong)

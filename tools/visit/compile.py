@@ -133,7 +133,7 @@ def find_again(visit: Visit, model: str) -> None:
     case = f"found by the launcher: {model}"
     told = f"compiled again: {', '.join(_counted(missed))}"
     line = f"{case}: steps of {launched} rows compiled nothing"
-    visit.judge(case, not missed, told, line=line)
+    visit.check(case, not missed, told, line=line)
 
 
 def launch_steps(config: ModelConfig, model: Gemma) -> str:

@@ -47,7 +47,7 @@ def run(visit: Visit) -> None:
     told = next((x for x in done.stdout.splitlines() if "Invalid" in x or "Error" in x), "")
     told = told or f"exit code {done.returncode}, see logs/memcheck.log"
     line = f"memcheck finds no error in {', '.join(OPS)}"
-    visit.judge("memcheck", done.returncode == 0, told, line=line)
+    visit.check("memcheck", done.returncode == 0, told, line=line)
 
 
 def find_cases(device: torch.device) -> list[Case]:

@@ -128,13 +128,13 @@ def call_poisoned(name: str, arguments: Arguments) -> Any:
 def check(visit: Visit, case: Case, worst: Worst) -> None:
     """A row of one op at one size."""
     torch.manual_seed(0)
-    verdict = Check(case, case.make()).gemcut(lambda a: partial(call_poisoned, case.op, a))
+    accuracy = Check(case, case.make()).gemcut(lambda a: partial(call_poisoned, case.op, a))
     worst.checked += 1
-    share = verdict.error / verdict.budget if verdict.budget else 0.0
+    share = accuracy.error / accuracy.budget if accuracy.budget else 0.0
     if share > worst.share:
         worst.share, worst.case = share, case.name
-    told = f"error {verdict.error:.2e}, where {verdict.budget:.2e} is allowed"
-    visit.judge(case.name, verdict.passed, told, error=verdict.error, budget=verdict.budget)
+    told = f"error {accuracy.error:.2e}, where {accuracy.budget:.2e} is allowed"
+    visit.check(case.name, accuracy.passed, told, error=accuracy.error, budget=accuracy.budget)
 
 
 def check_advance(visit: Visit, model: str) -> None:
@@ -157,7 +157,7 @@ def check_advance(visit: Visit, model: str) -> None:
         ids = ops.advance_(chosen, scores, slots, **own, is_end=is_end)
         found.append([ids, *own.values()])
     same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    visit.judge(f"advance_/{model}", same, "differs from its oracle")
+    visit.check(f"advance_/{model}", same, "differs from its oracle")
 
 
 # Bits
@@ -172,7 +172,7 @@ def compare_rows(visit: Visit, model: str) -> None:
         with visit.attempt(name):
             differing = [rows for rows in companies(most) if not same_bits(case, *rows)]
             told = "; ".join(f"rows {a} to {b - 1} differ" for a, b in differing)
-            visit.judge(name, not differing, told)
+            visit.check(name, not differing, told)
             right.append(case.op)
             wrong += bool(differing)
     visit.add(
@@ -280,4 +280,4 @@ def compare_drafts(visit: Visit, model: str) -> None:
             if not torch.equal(bits(found[:, 0]), bits(whole[:, t])):
                 differing.append(f"token {t} at {context}, window {window}")
     told = f"{len(differing)} tokens differ, the first: {', '.join(differing[:3])}"
-    visit.judge(f"drafts/{model}", not differing, told)
+    visit.check(f"drafts/{model}", not differing, told)

@@ -118,7 +118,7 @@ class Chain:
         error = (y.double() - exact).abs().max().item()
         told = f"error {error:.2e}, where {budget:.2e} is allowed"
         facts = {"error": error, "budget": budget}
-        self.visit.judge(f"{case}, checked", error <= budget, told, **facts)
+        self.visit.check(f"{case}, checked", error <= budget, told, **facts)
         self.compare_ends(case, product)
 
     def compare_ends(self, case: str, product: Product) -> None:
@@ -143,7 +143,7 @@ class Chain:
         plain = self.ends.setdefault(tile, ends[0])
         differing = sum(not torch.equal(end, plain) for end in ends)
         told = f"{differing} of {len(ends)} replays end in other bits than the plain chain"
-        self.visit.judge(f"{case}, the chain's end", differing == 0, told)
+        self.visit.check(f"{case}, the chain's end", differing == 0, told)
 
     def time(self, case: str, product: Product) -> None:
         """A row of what a product of the chain takes; a CPU's would say nothing."""
