@@ -4,8 +4,8 @@
     pytest bench/ --benchmark-compare --benchmark-compare-fail=median:10%
     pytest bench/ --benchmark-histogram
 
-A round is one run of many calls (timing.py).  What pytest-benchmark takes for its clock is the sum
-of the device's own times, each divided by the calls of its run: so a median is seconds a call.
+A round is one run of many calls (timing.py).  pytest-benchmark's clock is the sum of the device's
+own times, each divided by the calls of its run: so a median is seconds per call.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from gemcut.bench.ops.kernels import GEMCUT, Bench, contestants, measure_case
 
 
 class DeviceClock:
-    """A clock that stands still but for what runs add to it."""
+    """A clock that moves only when a run adds to it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -1,4 +1,4 @@
-"""Contestants that were never installed, to try what a benchmark makes of them."""
+"""Planted contestants, and a small setup, for the tests of engine benchmarks."""
 
 import argparse
 from dataclasses import replace
@@ -19,7 +19,7 @@ def demo_setup(**options):
 
 
 def skip_ceilings(monkeypatch):
-    """What the machine can do at most, without measuring it."""
+    """Replace the measured ceilings by constants."""
     for module in ("case_runner", "serve_sim"):
         monkeypatch.setattr(
             f"gemcut.bench.engines.{module}.measure_ceilings", lambda device, dtype: dict(CEILINGS)

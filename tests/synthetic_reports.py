@@ -1,4 +1,4 @@
-"""Reports of runs that never were, in the form of bench/measure/report_file.py."""
+"""Made-up reports in the form of bench/measure/report_file.py."""
 
 import json
 from functools import partial
@@ -23,13 +23,13 @@ CEILINGS = {"read_gbps": 4000.0, "copy_gbps": 3800.0, "matmul_tflops": 700.0}
 
 
 def report(benchmark, records, machine=GPU, interrupted=False, **arguments) -> dict[str, Any]:
-    """A report with these rows, of a GPU."""
+    """A report with these records, of a GPU."""
     values = [SCHEMA, benchmark, arguments, machine, CEILINGS, interrupted, list(records)]
     return dict(zip(("schema", *REQUIRED), values, strict=True))
 
 
 def record(case, contestant="gemcut", status=OK, detail="", **values) -> dict[str, Any]:
-    """A row; a list among its values is a metric, round by round."""
+    """A record; a list among its values is a metric, round by round."""
     rounds = {name: metric(v) if isinstance(v, list) else v for name, v in values.items()}
     named = {"case": case, "contestant": contestant, "version": "1", "settings": "default"}
     return {**named, "status": status, "detail": detail, **rounds}
@@ -38,7 +38,7 @@ def record(case, contestant="gemcut", status=OK, detail="", **values) -> dict[st
 def decode_record(
     model, contestant="gemcut", *, rate, share=0.5, batch=1, quantization=None, **values
 ):
-    """A row of `decode`; `rate` are tokens a second, round by round."""
+    """A record of `decode`; `rate` are tokens a second, round by round."""
     facts = {"dtype": "bfloat16", "context": 512, "prompt_tokens": 384, "new_tokens": 128, **values}
     own = f"/{quantization}" if contestant == "gemcut" and quantization else ""
     case = f"{model}/batch={batch}/context={facts['context']}{own}"
@@ -51,7 +51,7 @@ def decode_record(
 
 
 def kernel_record(op, contestant="gemcut", *, us, model="gemma-2-9b", phase="decode", **values):
-    """A row of `kernels`; `us` are microseconds with cold caches, round by round."""
+    """A record of `kernels`; `us` are microseconds with cold caches, round by round."""
     facts = {"dtype": "bfloat16", "read_bytes": 8_000_000, "written_bytes": 2_000_000, **values}
     facts = {"op": op, "model": model, "phase": phase, "flops": 10_000_000, **facts}
     named = ("batch", "tokens", "context", "layer", "weight", "variant")

@@ -1,7 +1,7 @@
-"""What a model launches, written down instead of made: the real model runs, on fake tensors.
+"""The launches of a model, recorded without a GPU: the real model runs on fake tensors.
 
 A `Launch` is a kernel as the compiler sees it, so that equal ones are compiled once; a `Made` one
-has its grid and sizes as well.  No GPU is needed.
+has its grid and sizes as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Made:
-    """A launch with what only its maker knows; of torch's own ops the name alone."""
+    """A launch with its grid and sizes; of torch's own ops the name alone."""
 
     name: str
     launch: Launch | None = None
@@ -86,7 +86,7 @@ def launches(
 
 @contextmanager
 def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]:
-    """Fake tensors on a part, and what is launched on them: written down instead of made.
+    """Fake tensors on a part, and what is launched on them: recorded instead of made.
 
     `made` takes every launch in order, with its grid, and torch's own ops among them.
     """
@@ -112,7 +112,7 @@ def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]
 
 
 def applied(part: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
-    """Launchers that find this tile, and no other."""
+    """A context in which launchers find this tile, and no other."""
     return mock.patch.dict(tiles.TUNED, {part: {key: tile}}, clear=True)
 
 

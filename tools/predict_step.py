@@ -1,4 +1,4 @@
-"""Predicts the time of a decode step kernel by kernel, without a GPU; fits constants to profiles.
+"""Predicted time of a decode step, kernel by kernel, without a GPU; constants fitted to profiles.
 
     python -P -m gemcut.tools.predict_step --models gemma-2-2b --batch 1 --context 1024
     python -P -m gemcut.tools.predict_step --markdown               every published model
@@ -36,7 +36,7 @@ PART = "sm_90"  # whose machine code can be read
 
 
 def print_step(step: PredictedStep, machine: Machine) -> None:
-    """A table of the step's kernels, and what they amount to."""
+    """Print a table of the step's kernels, and their sum."""
     lines, step_us = step.lines(machine), step.step_us(machine)
     rows = [
         [
@@ -75,7 +75,7 @@ def markdown(steps: Sequence[PredictedStep], machine: Machine) -> str:
 
 
 def print_fit(machine: Machine, residuals: Sequence[Residual]) -> None:
-    """What a fit changed, and what is left of each kernel."""
+    """Print the constants that a fit changed, and each kernel's residual."""
     changed = []
     for field in fields(machine):
         old, new = getattr(H200, field.name), getattr(machine, field.name)
@@ -106,7 +106,7 @@ def print_fit(machine: Machine, residuals: Sequence[Residual]) -> None:
 
 
 def constants(settings: Sequence[str]) -> Machine:
-    """The machine with `name=value` in place of its estimates; ValueError for no such constant."""
+    """The machine with `name=value` in place of its estimates; ValueError for another name."""
     machine, names = H200, {f.name for f in fields(H200)} - {"latencies", "small_us"}
     for setting in settings:
         name, _, value = setting.partition("=")

@@ -1,6 +1,6 @@
-"""One case: contestants are loaded, warmed up, judged, and then timed in turn.
+"""The cases of an engine benchmark: contestants are loaded, warmed up, checked, timed in turn.
 
-Whoever fails at any of that is told with the reason, and the others go on.
+A contestant that fails at any of that is reported with the reason, and the others go on.
 """
 
 import argparse
@@ -55,7 +55,7 @@ Ceilings = dict[str, float]
 
 @dataclass
 class Contestant:
-    """A contestant on its way through a case; without a verdict, nothing is wrong so far."""
+    """The state of a contestant in a case; without a finding, nothing is wrong so far."""
 
     name: str
     version: str = ""
@@ -85,14 +85,14 @@ class Contestant:
 
 @dataclass
 class Result:
-    """What a case has yielded so far; a round holds a Generation of everyone who took part."""
+    """The results of a case so far; a round holds a Generation of each contestant in it."""
 
     setup: Setup
     workload: Workload
     contestants: list[Contestant]  # gemcut first
     rounds: list[dict[str, Generation]] = field(default_factory=list)
     interrupted: bool = False
-    after_warmup: dict[str, int] = field(default_factory=dict)  # what gemcut's engine says
+    after_warmup: dict[str, int] = field(default_factory=dict)  # as gemcut's engine counts
 
     @property
     def timed(self) -> list[Contestant]:
@@ -119,7 +119,7 @@ class Result:
         )
 
     def record(self, contestant: Contestant, case: str) -> Record:
-        """What every row of a report begins with."""
+        """The fields that every record begins with."""
         finding = contestant.finding or Finding(OK, "")
         return {
             "case": case,
@@ -136,7 +136,7 @@ class Result:
 
 
 def make_prompts(tokenizer: Tokenizer, workload: Workload) -> list[list[int]]:
-    """Prompts of equal length: BOS, then a passage that each row begins at another token."""
+    """Prompts [B][T] of ids: BOS, then a passage that each row begins at another token."""
     rows = range(workload.batch)
     return [make_prompt(tokenizer, workload.prompt_tokens, start=row) for row in rows]
 
@@ -150,7 +150,7 @@ def make_prompt(tokenizer: Tokenizer, length: int, start: int) -> list[int]:
 
 
 def run_case(setup: Setup, workload: Workload, peers: Sequence[str], repeats: int) -> Result:
-    """Gemcut beside these peers in so many rounds; Ctrl-C keeps whole rounds."""
+    """Measure gemcut beside these peers in `repeats` rounds; Ctrl-C keeps whole rounds."""
     result = Result(setup, workload, [Contestant(name) for name in (GEMCUT, *peers)])
     try:
         prompts = make_prompts(setup.tokenizer, workload)
@@ -188,7 +188,7 @@ def _allocated(device: torch.device) -> int:
 
 
 def _measure(result: Result, prompts: Rows, repeats: int) -> None:
-    """Judge the answers, and time whoever is right in rounds."""
+    """Check the answers, and time the contestants that are right, in rounds."""
     answers = {one.name: one.answer for one in result.contestants if one.answer is not None}
     if not answers:
         return
@@ -245,7 +245,7 @@ def _let_go(result: Result) -> None:
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say who runs, how many prompts at a time, and how often."""
+    """The options for the batch, the rounds and the peers."""
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1], metavar="N", help="prompts at a time (1)"
     )
@@ -303,7 +303,7 @@ def run_cases(
 
 
 def check_fits(setup: Setup, workload: Workload) -> None:
-    """Nothing, or ValueError where the model has no room for prompt and continuation."""
+    """ValueError where the model has no room for prompt and continuation."""
     limit = setup.config.context_length
     if workload.length > limit:
         raise ValueError(
@@ -313,13 +313,13 @@ def check_fits(setup: Setup, workload: Workload) -> None:
 
 
 def report_settings(arguments: argparse.Namespace, setup: Setup) -> dict[str, Any]:
-    """The arguments as a report has them: it names no folder."""
+    """The arguments as a report holds them: without the names of folders."""
     settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "json")}
     return settings | {"model": setup.name, "dtype": setup.dtype_name}
 
 
 def _print_result(result: Result, records: Sequence[Record], repeats: int) -> None:
-    """How a case was run, who took part, and what was found of each."""
+    """Print how a case was run, its contestants, and the finding on each."""
     print(
         f"{records[0]['case']}: {result.workload.prompt_tokens} prompt tokens and "
         f"{result.workload.new_tokens} new, {result.setup.dtype_name} on "
@@ -332,7 +332,7 @@ def _print_result(result: Result, records: Sequence[Record], repeats: int) -> No
 
 
 def print_fastest(records: Sequence[Record], does: str) -> None:
-    """How gemcut does beside the fastest peer, where both were timed."""
+    """Print how fast gemcut is beside the fastest peer, where both were timed."""
     fastest = records[0]["fastest_peer"]
     for record in records:
         if record["contestant"] == fastest and "ratio" in record:
@@ -341,12 +341,12 @@ def print_fastest(records: Sequence[Record], does: str) -> None:
 
 
 def describe(quantity: Record) -> str:
-    """A metric of a row as tables have it: median (range)."""
+    """A metric as tables show it: median (range)."""
     return "{median:.2f} ({low:.2f} - {high:.2f})".format(**quantity)
 
 
 def _exit_code(records: Sequence[Record], peers: Sequence[str]) -> int:
-    """1 where anyone is wrong, or gemcut or all peers were never timed."""
+    """1 where a contestant is wrong, or gemcut or all peers were never timed."""
     timed = {record["contestant"] for record in records if record["status"] == OK}
     lacking = GEMCUT not in timed or (bool(peers) and timed == {GEMCUT})
     return int(lacking or any(record["status"] == WRONG for record in records))

@@ -1,13 +1,13 @@
-"""How many tokens a second does gemcut decode, beside other stacks and beside the memory's limit?
+"""Decoding speed in tokens a second, beside other stacks and beside the memory's limit.
 
     gemcut-bench decode --threads 1
     gemcut-bench decode --random gemma-2-9b --batch 1 16 --context 1024 4096
 
 Each contestant continues the same prompts greedily by the same number of tokens, through its public
-API, end to end.  Decoding is every step after the first token; the time to the first token stands
-apart.  Every token is judged before anything is timed: whoever computes something else is reported,
-and not timed.  A step must move so many bytes (account.py); its share is how much of its time
-moving them at the bandwidth of reading would take.
+API, end to end.  Decoding is every step after the first token, whose time is reported apart.  Every
+token is checked before anything is timed: a contestant that computes something else is reported and
+not timed.  A share is how much of a step's time moving its bytes (step_bytes.py) at the bandwidth
+of reading would take.
 """
 
 import argparse
@@ -65,16 +65,16 @@ def rate_of(generation: Generation) -> float:
 
 
 def case_name(result: Result) -> str:
-    """What tells a case from the others of a run."""
+    """The name of a case, by what differs within a run."""
     workload = result.workload
     return f"{result.setup.name}/batch={workload.batch}/context={workload.prompt_tokens}"
 
 
 def make_records(result: Result, ceilings: Ceilings) -> list[Record]:
-    """A row for each contestant.
+    """A record for each contestant.
 
-    `ratio` is gemcut's tokens a second over the peer's in the same round; gemcut's own row names
-    the fastest peer.
+    `ratio` is gemcut's tokens a second over the peer's in the same round; gemcut's own record
+    names the fastest peer.
     """
     records = []
     for one in result.contestants:
@@ -131,7 +131,7 @@ def _metrics(result: Result, name: str) -> Record:
 
 
 def print_case(result: Result, records: list[Record], ceilings: Ceilings) -> None:
-    """A case as a table, and what a step of it must move."""
+    """Print a case as a table, and the bytes that a step of it must move."""
     table = [
         [
             record["contestant"],
@@ -151,7 +151,7 @@ def print_case(result: Result, records: list[Record], ceilings: Ceilings) -> Non
 
 
 def _print_step_bytes(setup: Setup, workload: Workload, read_gbps: float) -> None:
-    """What gemcut's step must move; of a model that was cut, beside what the whole one must."""
+    """Print the bytes of gemcut's step; of a model that was cut, also those of the whole one."""
     count = partial(
         decode_bytes, batch=workload.batch, context=mean_context(workload), dtype=setup.dtype
     )

@@ -1,12 +1,12 @@
-"""How long does the host work between two decode steps?
+"""Host time of a decode step, beside a device that takes no time.
 
     gemcut-bench host-work
     gemcut-bench host-work --batch 1 16 --new-tokens 1000
 
-The device's part of a step is replaced by one that takes no time: it yields tokens of a text.  What
-is left is all that stands between two steps: scheduling, the launch, reading tokens, text, stop
-conditions, delivery to the callers, and the callers themselves.  On a GPU it runs beside the step
-before, so only what exceeds a step's own time costs anything.
+The device's part of a step is a stub that yields tokens of a text.  What is left is everything
+between two steps: scheduling, starting the step, reading tokens, text, stop conditions, delivery to
+the callers, and the callers themselves.  On a GPU it runs beside the step before, so only what
+exceeds a step's own time costs anything.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""How long until the first token, by the length of the prompt, beside other stacks?
+"""Time to the first token by the length of the prompt, beside other stacks.
 
     gemcut-bench prefill --tokens 64 256 --threads 1
     gemcut-bench prefill --random gemma-2-9b --tokens 512 4096 8192
 
 Each contestant is given the same prompts and asked for one token of each, through its public API,
-from the call to its return.  The token is judged before anything is timed.  A prefill must do so
-many operations (account.py); its share is how much of its time they would take at the measured rate
-of large products.
+from the call to its return.  The token is checked before anything is timed.  A share is how much of
+a prefill's time its operations (step_bytes.py) would take at the measured rate of large products.
 """
 
 import argparse
@@ -56,10 +55,10 @@ def rate_of(generation: Generation) -> float:
 
 
 def make_records(result: Result, ceilings: Ceilings) -> list[Record]:
-    """A row for each contestant; `tokens_per_second` are tokens of the prompts.
+    """A record for each contestant; `tokens_per_second` are tokens of the prompts.
 
-    `ratio` is the peer's time over gemcut's in the same round; gemcut's own row names the fastest
-    peer.
+    `ratio` is the peer's time over gemcut's in the same round; gemcut's own record names the
+    fastest peer.
     """
     batch, tokens = result.workload.batch, result.workload.prompt_tokens
     flops = prefill_flops(result.setup.config, batch=batch, tokens=tokens)
@@ -82,7 +81,7 @@ def make_records(result: Result, ceilings: Ceilings) -> list[Record]:
 
 
 def print_case(result: Result, records: list[Record], ceilings: Ceilings) -> None:
-    """A case as a table."""
+    """Print a case as a table."""
     table = [
         [
             record["contestant"],

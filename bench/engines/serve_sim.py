@@ -1,4 +1,4 @@
-"""How long do the users of one engine wait, when their requests arrive at random?
+"""Latencies of one engine whose requests arrive at random.
 
     gemcut-bench serve-sim --rate 4 --requests 64 --batch 8
     gemcut-bench serve-sim --random gemma-2-2b --rate 20 --prompt-tokens 512 --new-tokens 128
@@ -13,7 +13,7 @@ count from the arrival in the trace: a late thread counts too, and so does the w
     queue_ms            from a request's arrival until one of the engine's slots is free for it
     tokens_per_second   of the whole trace, from its first arrival to its last token
 
-`all` holds one value for each request, in the order of arrival; p50, p90 and p99 stand beside it.
+`all` holds one value for each request, in the order of arrival; p50, p90 and p99 are beside it.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def draw_trace(
 
 
 def replay(engine: Engine, trace: Sequence[Arrival], served: list[Served]) -> None:
-    """Let the requests of a trace arrive; `served` gets one entry each, whatever interrupts it."""
+    """Let the requests of a trace arrive; `served` gets an entry for each, even if interrupted."""
     served += [Served(arrival) for arrival in trace]
     prompts = [
         make_prompt(engine.tokenizer, arrival.prompt_tokens, start=i)
@@ -122,7 +122,7 @@ def replay(engine: Engine, trace: Sequence[Arrival], served: list[Served]) -> No
 def _serve(
     engine: Engine, prompt: list[int], served: Served, started: float, stopped: threading.Event
 ) -> None:
-    """One request, from its arrival to its end."""
+    """Make one request, from its arrival to its end."""
     wanted = served.arrival.new_tokens
     if stopped.wait(max(0.0, started + served.arrival.at - clock())):
         return
@@ -253,7 +253,7 @@ def make_engine(setup: Setup, trace: Sequence[Arrival], slots: int) -> Engine:
 
 
 def measured(served: Sequence[Served], slots: int) -> Record:
-    """What the requests that ended well tell, and what the others died of."""
+    """The metrics of the requests that ended well, and the errors of the others."""
     ended = [one for one in served if one.ended_at is not None]
     failed = [one for one in ended if one.error is not None]
     well = [one for one in ended if one.error is None]
@@ -282,7 +282,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def print_record(record: Record) -> None:
-    """A replay as a table."""
+    """Print a replay as a table."""
     print(
         f"{record['case']}: {record['requests']} requests, {record['batch']} slots, in the mean "
         f"{record['prompt_tokens']} prompt tokens and {record['new_tokens']} new, {record['dtype']}"

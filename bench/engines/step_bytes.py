@@ -1,4 +1,4 @@
-"""What one decode step must move and one prefill must compute, counted from the config alone.
+"""Bytes of a decode step and operations of a prefill, counted from the config alone.
 
 A decode step reads every weight once, whatever the batch: of the embedding only a row for each
 sequence, but a tied table whole, as the head.  It reads the keys and values that each layer sees,
@@ -46,7 +46,7 @@ class StepBytes:
 
     @property
     def weights(self) -> int:
-        """Bytes of weights but for rows of the embedding."""
+        """Bytes of weights, without rows of the embedding."""
         return self.norms + self.qkv + self.o + self.gate_up + self.down + self.head
 
     @property
@@ -62,7 +62,7 @@ def decode_bytes(
     dtype: torch.dtype,
     weight_bits: int | None = None,
 ) -> StepBytes:
-    """The account of a step of `batch` sequences whose new token sees `context`, itself included.
+    """The bytes of a step of `batch` sequences whose new token sees `context`, itself included.
 
     `context` may be a fraction, as a mean over steps is.  `weight_bits` is the size of a quantised
     weight; its scales are left out.
@@ -119,9 +119,9 @@ def prefill_flops(config: ModelConfig, *, batch: int, tokens: int) -> int:
 def print_step_bytes(
     step_bytes: StepBytes, read_gbps: float, whole: tuple[str, StepBytes] | None = None
 ) -> None:
-    """The account with each kind's share, and its time at the bandwidth of reading.
+    """Print the bytes with each kind's share, and its time at the bandwidth of reading.
 
-    `whole` is the account of a model that this one was cut from, and how to call it.
+    `whole` is the name and the bytes of the model that this one was cut from.
     """
     counted = [step_bytes] if whole is None else [step_bytes, whole[1]]
     header = ["bytes of a decode step"]

@@ -1,15 +1,15 @@
-"""Is what a contestant generated right?  Every token of every contestant is judged.
+"""The check of generated tokens: every token of every contestant against exact logits.
 
-The judge is gemcut's model on the oracles' ops in higher precision, one weight at a time: bfloat16
-becomes float32, float32 float64.  It reads a prompt with a contestant's own tokens behind it, and
-has the exact logits at each of them.  A greedy token is right where its logit lies below the
+Exact logits come from gemcut's model on the oracles' ops in higher precision, one weight at a time:
+bfloat16 becomes float32, float32 float64.  It reads a prompt followed by a contestant's own tokens,
+and has the exact logits at each of them.  A greedy token is right where its logit is below the
 greatest by no more than
 
     2 * error + 2 units in the last place
 
 where the error is the greatest in the logits of that text by the same ops in the contestants' own
-dtype: the rule that kernels are held to, and near ties pass it.  Whoever quantises the weights
-computes another function; its error is that of the same ops on weights rounded to so many bits.
+dtype: the rule that kernels are held to, and near ties pass it.  With quantised weights another
+function is computed; its error is that of the same ops on weights rounded to so many bits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contestant generated, and how many bits its weights have, where they are quantised."""
+    """The tokens of a contestant, and the bits of its weights where they are quantised."""
 
     rows: Rows
     weight_bits: int | None = None
@@ -46,7 +46,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a contestant; `status` is one of results.py's."""
+    """What the check found of a contestant; `status` is one of report_file.py's."""
 
     status: str
     detail: str
@@ -58,7 +58,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LogitGaps:
-    """How far each token of a text lies below the greatest logit there, and how far it may."""
+    """How far each token of a text is below the greatest logit at its place, and may be."""
 
     gaps: list[float]
     budget: float
@@ -70,9 +70,9 @@ class LogitGaps:
 
 
 class TokenCheck:
-    """Holds what contestants made of the same prompts against a model's exact logits.
+    """The check of several contestants' continuations of the same prompts.
 
-    What was found of a text is kept: each is judged once.
+    The gaps of a text are kept: each text is read once.
     """
 
     def __init__(self, model: Gemma, prompts: Rows, new_tokens: int) -> None:
@@ -81,7 +81,7 @@ class TokenCheck:
 
     @torch.inference_mode()
     def findings(self, answers: Mapping[str, Answer], own: Rows | None) -> dict[str, Finding]:
-        """The verdict on each answer; `own` are the tokens that others are counted beside."""
+        """The finding on each answer; `own` are gemcut's tokens, which others are compared with."""
         findings = {
             name: Finding(WRONG, problem)
             for name, answer in answers.items()
@@ -93,7 +93,7 @@ class TokenCheck:
         return findings | {name: self._finding(one, own) for name, one in sound.items()}
 
     def _malformed(self, rows: Rows) -> str | None:
-        """What keeps an answer from being read at all."""
+        """Why an answer cannot be read; None where it can."""
         counts = [len(row) for row in rows]
         if counts != [self.new_tokens] * len(self.prompts):
             return (
@@ -105,7 +105,7 @@ class TokenCheck:
         return f"token id {strange[0]} is outside 0..{limit - 1}" if strange else None
 
     def _read_new(self, row: int, answers: Iterable[Answer]) -> None:
-        """Judge the texts of one prompt that are new."""
+        """Read the texts of one prompt that are new, and keep their gaps."""
         keys = dict.fromkeys((row, tuple(a.rows[row]), a.weight_bits) for a in answers)
         new = [key for key in keys if key not in self._found]
         if not new:
@@ -119,7 +119,7 @@ class TokenCheck:
             self._found[key] = self._compare(*states, text, bits)
 
     def _compare(self, exact: Tensor, plain: Tensor, text: Text, bits: int | None) -> LogitGaps:
-        """What is found of a text from the states before each of its tokens: [T, D] each."""
+        """The gaps of a text, from both models' states before each of its tokens: [T, D]."""
         config, head = self.model.config, self.model.weights.lm_head
         tokens = torch.tensor(text, device=exact.device)
         best = exact.new_full((len(text),), -torch.inf)
@@ -173,7 +173,7 @@ def _agreement(rows: Rows, own: Rows | None) -> str:
 
 
 class Reading:
-    """A model's states over a prompt, and over any text behind it: the prompt is read once."""
+    """A model's states over a prompt and any text after it: the prompt is read once."""
 
     def __init__(self, model: Gemma, prompt: list[int], new_tokens: int) -> None:
         self.model, self.prompt = model, prompt
@@ -198,11 +198,11 @@ class Reading:
         return self.model.prefill(ids, self.cache, slot=0, start=start)
 
 
-# The models that the judge reads with
+# The models that read the texts
 
 
 def exact_model(model: Gemma) -> Gemma:
-    """The model without roundings but for that of the embedding's scale, which is part of it."""
+    """The model without roundings except that of the embedding's scale, which is part of it."""
     dtype = HIGHER[model.dtype]
 
     def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:

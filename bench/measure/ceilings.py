@@ -1,4 +1,6 @@
-"""What a machine can do at most, measured in the same run as all that is held to it.
+"""Ceilings of a machine: read and copy bandwidth, and the rate of large products.
+
+They are measured in the same run as the contestants that are held to them.
 
     read_gbps       of a kernel that only reads, the best of a few
     copy_gbps       of the device's own copy; bytes read and written both count
@@ -27,12 +29,12 @@ READERS = ((2, 8192), (4, 8192), (4, 4096), (8, 4096))  # programs a multiproces
 
 @dataclass(frozen=True)
 class Cost:
-    """What an op must do at least."""
+    """The least that an op must read, write and compute."""
 
     read_bytes: int
     written_bytes: int
     flops: int
-    multiplies: bool = False  # matrices: tensor cores bound it, and not how fast elements move
+    multiplies: bool = False  # matrices: the rate of tensor cores may bind; else memory alone does
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +70,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
 
 
 def floor_us(cost: Cost, ceilings: Mapping[str, float]) -> tuple[float, str]:
-    """Microseconds that the cost takes at least, and what binds: "memory" or "compute".
+    """The least microseconds that a cost can take, and what binds it: "memory" or "compute".
 
     A byte written costs what a copy takes beyond its reading, so that an op that only reads is held
     to the read bandwidth and one that writes as much as it reads to the copy's.

@@ -1,11 +1,11 @@
-"""How fast is each op beside its peers, and how close to what the hardware allows?
+"""Times of each op beside its peers, and their shares of what the hardware allows.
 
     gemcut-bench kernels --models gemma-2-2b gemma-2-9b --json kernels.json
     gemcut-bench kernels --op rmsnorm geglu --peer liger torch.compile
 
 Every op is called at the shapes that the models launch it with, on random inputs.  All contestants
 of a case get the same inputs; each is first held to the oracle, and one that computes something
-else is reported and not timed.  Its share is how much of its time the measured ceilings allow.
+else is reported and not timed.  A share is the least time by the measured ceilings over its time.
 """
 
 import argparse
@@ -65,7 +65,7 @@ COPIES_OF_A_CHECK, COPIES_OF_A_SET = 8, 3
 
 @dataclass(frozen=True)
 class Bench:
-    """What every case of a run is measured with."""
+    """The settings that all cases of a run share."""
 
     device: torch.device
     dtype: torch.dtype
@@ -81,7 +81,7 @@ def model_cases(shapes: Shapes, grid: Grid) -> list[Case]:
 
 
 def contestants(case: Case, bench: Bench) -> dict[str, OpPeer]:
-    """Who takes part in a case, by name: gemcut first, then the peers that are asked for."""
+    """The contestants of a case by name: gemcut first, then the peers asked for."""
     ops = bench.ops
     settings = "reference ops" if ops is reference else "kernels"
     own = OpPeer("gemcut", settings, lambda a: partial(getattr(ops, case.op), **a))
@@ -97,7 +97,7 @@ def contestants(case: Case, bench: Bench) -> dict[str, OpPeer]:
 def measure_case(
     case: Case, bench: Bench, by_name: Mapping[str, OpPeer], time: Timer = time_runs
 ) -> list[Record]:
-    """One row for each contestant of a case, timed where it computes the op right."""
+    """One record for each contestant of a case, timed where it computes the op right."""
     records = {name: _describe(case, name, peer, bench) for name, peer in by_name.items()}
     try:
         sets = choose_input_sets(case, bench.device)
@@ -167,7 +167,7 @@ def _checked(check: Check, name: str, peer: OpPeer) -> Record:
 
 @contextmanager
 def _failures_in(record: Record) -> Iterator[None]:
-    """Whatever a peer may raise is its own failure, and the run goes on."""
+    """Note what a contestant raises as its own failure; the run goes on."""
     try:
         yield
     except Exception as error:
@@ -182,7 +182,7 @@ def _failure(error: Exception) -> Record:
 
 
 def _cost(case: Case, peer: OpPeer, arguments: Arguments) -> Cost:
-    """What the case costs this contestant: quantised weights have fewer bytes."""
+    """The case's cost for this contestant: quantised weights have fewer bytes."""
     if peer.weight_bits is None:
         return case.cost
     weight = arguments["weight"]
@@ -229,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure the cases that are asked for; 1 where gemcut's own op is wrong or fails."""
+    """Measure the cases asked for; the exit code, 1 where gemcut's own op is wrong or fails."""
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     ops = choose_ops(arguments.ops, device)
@@ -312,7 +312,7 @@ def print_ceilings(ceilings: Mapping[str, float], dtype: torch.dtype) -> None:
 
 
 def print_records(records: Sequence[Record]) -> None:
-    """One case, a line for each contestant."""
+    """Print one case, a line for each contestant."""
     print(records[0]["case"])
     for line in _lines(records):
         print(f"    {line}", flush=True)

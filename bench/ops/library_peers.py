@@ -1,6 +1,6 @@
-"""Peers of other packages: Liger-Kernel, FlashInfer, GemLite, torchao.
+"""The peers of each op from other packages: Liger-Kernel, FlashInfer, GemLite, torchao.
 
-Each package is imported by the peer that takes part, and only there.
+A package is imported only by a peer that takes part.
 """
 
 from functools import lru_cache, partial
@@ -20,7 +20,7 @@ GROUP = 128  # columns that share an int4 scale
 
 
 def library_peers(case: Case) -> dict[str, OpPeer]:
-    """The contestants of other packages by name, whether or not these are installed."""
+    """The peers of a case from other packages by name, installed or not."""
     on_gpu = partial(OpPeer, needs_gpu=True)
     liger, flashinfer = partial(on_gpu, "liger-kernel"), partial(on_gpu, "flashinfer-python")
     peers = {
@@ -152,7 +152,7 @@ def _flashinfer_decode(a: Arguments) -> Call:
 
 
 def _flashinfer_sample(a: Arguments) -> Call:
-    """The temperature is applied in its call, as a server must."""
+    """Top-k, then top-p; the call divides by the temperature, as a server must."""
     flashinfer: Any = import_module("flashinfer")
     temperature, top_k = a["temperature"].unsqueeze(-1), a["top_k"].int()
     return lambda: flashinfer.sampling.top_k_top_p_sampling_from_logits(

@@ -21,7 +21,7 @@ from gemcut.engine.execution.cache import layer_capacity
 
 
 def prefill_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:
-    """What a prefill launches, op by op."""
+    """The ops of a prefill, at every length of the grid."""
     s = shapes
     for tokens in grid.tokens:
         if tokens > s.config.context_length:

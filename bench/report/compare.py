@@ -1,17 +1,17 @@
-"""How many times as fast is one report as another, beyond what noise explains?
+"""A comparison of two reports: how many times as fast the second is, beyond what noise explains.
 
 Machines drift between runs, and within one.  The drift hits all contestants of a round alike, so a
-row is taken beside its peers: what a round took, over the geometric mean of what the contestants
-that both files share took in it.  Gemcut is nobody's peer.  Bytes do not drift and are taken as
-they are, and so is a row without a peer, where drift cannot be told from a change.  Where the peers
-themselves changed threefold, the machine was another, and slowed nobody alike: no verdict.
+record is taken beside its peers: its time in a round over the geometric mean of the times in it of
+the contestants that both files share, gemcut excepted.  Bytes do not drift and are taken as they
+are, and so is a record without a peer, where drift cannot be told from a change.  Where the peers
+themselves changed threefold, the machine was another, which slows each differently: no verdict.
 
 Of all ratios between a round of one file and a round of the other, the median estimates the change
 (Hodges and Lehmann), and the k-th least and greatest bound it: k comes from the distribution of
-Mann and Whitney's U, whatever the distribution of the noise.  A row is called faster or slower
-where this interval lies beyond 1 and the estimate beyond the threshold.  The threshold stands for
-what no round can tell: two processes of the same code differ too, by where their memory lies.
-Under noise of 5 % ten rounds find a change of 20 % among 30 rows nearly always, seven mostly.
+Mann and Whitney's U, whatever the distribution of the noise.  A record is called faster or slower
+where this interval is beyond 1 and the estimate beyond the threshold.  The threshold is for
+what no round can show: two processes of the same code differ too, by where their memory is.
+Under noise of 5 % ten rounds find a change of 20 % among 30 records nearly always, seven mostly.
 """
 
 import math
@@ -39,7 +39,7 @@ NOTED = ("device", "cpu", "threads", "driver", "power_limit_w", "cuda", "commit"
 
 @dataclass(frozen=True)
 class Change:
-    """One metric of one row: how many times as fast the second file is."""
+    """One metric of one record: how many times as fast the second file is."""
 
     case: str
     contestant: str
@@ -48,7 +48,7 @@ class Change:
     interval: tuple[float, float] | None  # None: too few rounds for the level
     alpha: float  # 1 - the level that the interval has
     rounds: tuple[int, int]
-    peers: tuple[str, ...]  # that the row was taken beside
+    peers: tuple[str, ...]  # that the record was taken beside
     verdict: str
 
 
@@ -58,7 +58,7 @@ class Comparison:
 
     notes: list[str]
     changes: list[Change]
-    statuses: list[tuple[Record, Record]]  # rows whose status changed: before, after
+    statuses: list[tuple[Record, Record]]  # records whose status changed: before, after
     gone: list[Record]
     new: list[Record]
 
@@ -125,7 +125,7 @@ def _by_name(report: Report) -> Records:
 
 
 def _timed(record: Record, metric: str) -> bool:
-    """Whether a row has a metric that a ratio can be taken of."""
+    """Whether a record has a metric that a ratio can be taken of."""
     value = record.get(metric)
     return record["status"] == OK and isinstance(value, dict) and min(value["all"]) > 0
 
@@ -168,7 +168,7 @@ def _change(
 
 
 def _common_peers(record: Record, metric: str, before: Records, after: Records) -> tuple[str, ...]:
-    """Those that both files timed in the row's case and rounds, unchanged from one to the other."""
+    """The peers that both files timed in the record's case and rounds, unchanged between them."""
     if metric.endswith("_bytes"):
         return ()
 
@@ -192,7 +192,7 @@ def _identity(peer: Record) -> tuple[object, object]:
 
 
 def _speeds(record: Record, metric: str) -> np.ndarray:
-    """Logarithms of how fast a row was, round by round; means of them are geometric."""
+    """Logarithms of how fast a record was, round by round; means of them are geometric."""
     return direction(metric) * np.log(record[metric]["all"])
 
 
@@ -257,21 +257,21 @@ def _dtypes(report: Report) -> str:
 
 
 def print_comparison(comparison: Comparison, a: str, b: str) -> None:
-    """The comparison as a table; below it what has no ratio, and gemcut's sum."""
+    """Print the comparison as a table; below it what has no ratio, and gemcut's sum."""
     print(f"A: {a}")
     print(f"B: {b}")
     for note in comparison.notes:
         print(f"note: {note}")
     print("how many times as fast B is as A: above 1, B is better (of bytes: it needs fewer)")
     header = ["case", "contestant", "metric", "B / A", "interval", "rounds", "beside", "verdict"]
-    records = []
+    rows = []
     for one in comparison.changes:
         interval = "" if one.interval is None else " - ".join(f"{x:.3f}" for x in one.interval)
         rounds = "{} | {}".format(*one.rounds)
         cells = [one.case, one.contestant, one.metric, f"{one.estimate:.3f}", interval, rounds]
-        records.append([*cells, " ".join(one.peers) or "nobody", one.verdict])
-    if records:
-        print_table(header, records)
+        rows.append([*cells, " ".join(one.peers) or "nobody", one.verdict])
+    if rows:
+        print_table(header, rows)
     for before, after in comparison.statuses:
         detail = f" ({after['detail']})" if after.get("detail") else ""
         print(f"{_name(before)}: {before['status']} -> {after['status']}{detail}")

@@ -1,8 +1,8 @@
-"""Is gemcut as fast as it set out to be?  Its 14 goals, and what reports say to each.
+"""The 14 goals for gemcut's speed, and what reports measured of each.
 
-A goal speaks of a set of cases, and its worst case counts.  Ratios within a case are taken round by
+A goal covers a set of cases, and its worst case counts.  Ratios within a case are taken round by
 round; those between two cases divide medians, and their range is as wide as both allow.  A goal of
-which nothing was measured is not measured: nothing stands in for a number.
+which nothing was measured is "not measured": no other number replaces it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +45,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What reports say to a goal; `measured` is its worst case, of `cases`."""
+    """The outcome of a goal; `measured` is its worst case, of `cases`."""
 
     goal: Goal
     measured: Measured | None
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def outcomes(reports: Sequence[Report]) -> list[Outcome]:
-    """Every goal beside what these reports say to it; they should be of one GPU, or of CPUs."""
+    """The outcome of every goal in these reports, which should be of one GPU, or of CPUs."""
     # a model cut to a few layers is not the model that a goal names
     whole = [report for report in reports if report["arguments"].get("layers") is None]
     found = []
@@ -202,7 +202,7 @@ def _after_warmup(reports: Sequence[Report]) -> Iterator[Measured]:
 
 
 def _own(reports: Sequence[Report], benchmark: str, **facts: object) -> list[Record]:
-    """Gemcut's measured rows with these facts."""
+    """Gemcut's measured records with these facts."""
     found = cases(reports, benchmark, **facts)
     return [case.timed[GEMCUT] for case in found if GEMCUT in case.timed]
 

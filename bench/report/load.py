@@ -1,7 +1,7 @@
-"""Rows of reports as their readers need them: checked, by case, round by round.
+"""Reports read from files: records checked, by case, and compared round by round.
 
-results.py says what a report is.  The contestants of a case took turns in the same rounds, so what
-disturbs the machine cancels in ratios taken round by round, and only there.
+measure/report_file.py says what a report is.  The contestants of a case took turns in the same
+rounds, so what disturbs the machine cancels in ratios taken round by round, and only there.
 """
 
 import math
@@ -26,7 +26,7 @@ MORE_IS_BETTER = ("_per_second",)
 
 @dataclass(frozen=True)
 class Case:
-    """What the contestants of one report did in the same rounds."""
+    """The records of one case in one report: its contestants took turns in the same rounds."""
 
     report: Report
     name: str
@@ -34,17 +34,17 @@ class Case:
 
     @property
     def timed(self) -> dict[str, Record]:
-        """The rows that were measured, by contestant."""
+        """The records that were measured, by contestant."""
         return {name: record for name, record in self.records.items() if record["status"] == OK}
 
     @property
     def facts(self) -> Record:
-        """A row to read the case's own facts from, gemcut's where it takes part."""
+        """A record to read the case's own facts from, gemcut's where it takes part."""
         return self.records.get(GEMCUT) or next(iter(self.records.values()))
 
 
 def read_report(file: Path) -> Report:
-    """The report in a file, its rows checked; ValueError says what is wrong with them."""
+    """The report in a file, its records checked; ValueError says what is wrong with them."""
     report = load_results(file)
     for name, kind in (("machine", dict), ("ceilings", dict), ("arguments", dict), ("rows", list)):
         if not isinstance(report[name], kind):
@@ -83,7 +83,7 @@ def direction(name: str) -> int:
 
 
 def metrics(record: Record) -> list[str]:
-    """The names of what a row measured."""
+    """The names of a record's metrics."""
     return [name for name, value in record.items() if direction(name) and isinstance(value, dict)]
 
 
@@ -124,25 +124,25 @@ def by_model(found: Iterable[Case]) -> dict[str, list[Case]]:
 
 
 def near_1k(found: Sequence[Case]) -> list[Case]:
-    """The cases of one context, as near to 1024 as there is: goals stand there."""
+    """The cases of one context, as near to 1024 as there is: goals are set there."""
     context = min((case.facts["context"] for case in found), key=lambda n: abs(n - 1024))
     return [case for case in found if case.facts["context"] == context]
 
 
 def like_gemcut(case: Case) -> dict[str, Record]:
-    """The timed rows whose weights are of gemcut's kind: others read other numbers of bytes."""
+    """The timed records whose weights are of gemcut's kind: others read other numbers of bytes."""
     own = _quantization(case.facts)
     return {name: record for name, record in case.timed.items() if _quantization(record) == own}
 
 
 def _quantization(record: Record) -> str | None:
-    """As the row says, or its contestant's name."""
+    """As the record says, or its contestant's name."""
     named = (kind for kind in QUANTIZATIONS if record["contestant"].endswith(f"-{kind}"))
     return record.get("quantization") or next(named, None)
 
 
 def times_as_fast(record: Record, other: Record, name: str) -> list[float]:
-    """How many times as fast `row` is as `other`, round by round, by one of their metrics."""
+    """How many times as fast `record` is as `other`, round by round, by one of their metrics."""
     # an interrupted round may leave one of them a value short
     rounds = zip(record[name]["all"], other[name]["all"], strict=False)
     return [(a / b) ** direction(name) for a, b in rounds]
@@ -162,5 +162,5 @@ def figures(value: float, digits: int = 3) -> str:
 
 
 def describe(spread: Spread) -> str:
-    """A spread as tables have it: median (range)."""
+    """A spread as tables show it: median (range)."""
     return f"{figures(spread.median)} ({figures(spread.low)} - {figures(spread.high)})"

@@ -83,7 +83,7 @@ COLUMNS = 3  # of panels
 
 @dataclass(frozen=True)
 class View:
-    """What one device did in one dtype."""
+    """The cases of one device in one dtype."""
 
     device: str
     dtype: str
@@ -324,7 +324,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _looks(found: Sequence[Case]) -> dict[str, tuple[str, str, str]]:
-    """Colour, mark and hatch of everyone in these cases."""
+    """Colour, mark and hatch of each contestant in these cases."""
     names = _in_order(name for case in found for name in like_gemcut(case))
     return {name: STYLES.get(name, OTHER) for name in names}
 

@@ -1,6 +1,6 @@
 """A roofline: every kernel of a model under what memory and arithmetic allow.
 
-Each mark is a case, at its operations for each byte that it must move.  A kernel bears a number at
+Each mark is a case, at its operations for each byte that it must move.  A kernel has a number at
 its largest case; the list beside the plot names it.
 """
 
@@ -35,7 +35,7 @@ class Point(NamedTuple):
 
 
 def roofline(records: Sequence[Record], ceilings: dict[str, float], title: str) -> Figure:
-    """The figure of those rows that have operations; one of them must."""
+    """The figure of the records that have operations; at least one must."""
     points = [_point(record) for record in records if record["flops"] > 0]
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     axes, key = figure.subplots(1, 2, width_ratios=[4, 1])

@@ -1,7 +1,7 @@
 """Markdown tables of what reports measured: goals, kernels, decoding, prefill, serving, failures.
 
-A number stands with its range over the rounds.  "over torch" is how many times as fast gemcut is as
-torch, round by round.
+A number has its range over the rounds beside it.  "over torch" is how many times as fast gemcut is
+as torch, round by round.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,7 +94,7 @@ def _kernel_cells(case: Case, peers: Cells) -> list[str]:
 
 
 def _rate(record: Record) -> str:
-    """Of what binds the row."""
+    """The rate of what binds a kernel."""
     if record["bound"] == "compute":
         tflops = record["tflops"]
         return f"{figures(tflops)} TFLOP/s" if tflops >= 1 else f"{figures(1e3 * tflops)} GFLOP/s"
@@ -297,7 +297,7 @@ def _peers(found: Sequence[Case]) -> list[str]:
 
 
 def _over(case: Case, peer: str, metric: str) -> str:
-    """How many times as fast gemcut is, or why nobody knows."""
+    """How many times as fast gemcut is, or the status of a peer that was not timed."""
     if peer not in case.timed:
         return case.records[peer]["status"] if peer in case.records else ""
     return describe(Spread.of(times_as_fast(case.timed[GEMCUT], case.timed[peer], metric)))

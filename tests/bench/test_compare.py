@@ -67,7 +67,7 @@ def test_a_planted_regression_is_found_among_many_rows():
 
 
 def test_a_repeat_is_quiet():
-    """200 repeats of 30 rows: a false alarm in no more of them than is claimed."""
+    """200 repeats of 30 records: a false alarm in no more of them than is claimed."""
     alarms = []
     for seed in range(200):
         comparison = compare_reports(noisy(seed), noisy(1000 + seed), 0.05)

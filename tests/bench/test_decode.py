@@ -1,4 +1,4 @@
-"""gemcut-bench decode: what it prints and keeps; it times nobody who computes something else."""
+"""gemcut-bench decode: what it prints and keeps; it times no contestant that is wrong."""
 
 import json
 import statistics
@@ -147,7 +147,7 @@ def test_a_peer_with_other_tokens_is_reported_and_not_timed(monkeypatch, capsys,
     assert len(right["ratio"]["all"]) == 2
 
 
-def test_gemcut_is_judged_too(monkeypatch, capsys):
+def test_gemcut_is_checked_too(monkeypatch, capsys):
     plant(monkeypatch, gemcut=one_token_off)
     options = ["--repeats", "1", "--peer", "transformers"]
     code, text, report = decode(*SIZES, *options, capsys=capsys)
@@ -159,7 +159,7 @@ def test_gemcut_is_judged_too(monkeypatch, capsys):
     assert "fastest peer" not in text
 
 
-def test_tokens_that_change_while_they_are_timed_are_judged(monkeypatch, setup):
+def test_tokens_that_change_while_they_are_timed_are_checked(monkeypatch, setup):
     calls = []
 
     def now_and_then(rows):
@@ -255,7 +255,7 @@ def test_a_model_that_does_not_fit_is_told_in_every_case(monkeypatch, capsys):
     assert {record["detail"] for record in report["rows"]} == {detail}
 
 
-def test_judging_that_does_not_fit_is_told(monkeypatch, setup):
+def test_a_check_that_does_not_fit_is_told(monkeypatch, setup):
     def findings(self, answers, own):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

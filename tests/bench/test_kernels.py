@@ -1,4 +1,4 @@
-"""gemcut-bench kernels: it checks everyone, times nobody who is wrong, and survives what fails."""
+"""gemcut-bench kernels: it checks all, times none that is wrong, and survives failures."""
 
 import argparse
 import json

@@ -150,7 +150,7 @@ def test_an_interrupted_run_keeps_what_was_served(monkeypatch, capsys):
 
 
 def test_a_wait_for_a_slot_ends_as_soon_as_one_is_free():
-    # two slots: the third waits for the end at 3, the fourth for that at 5, the last for nobody
+    # two slots: the third waits for the end at 3, the fourth for that at 5, the last for none
     times = [(0.0, 0.5, 5.0), (1.0, 1.5, 3.0), (2.0, 3.5, 9.0), (2.5, 5.5, 6.0), (8.0, 8.5, 10.0)]
     served = [Served(Arrival(at, 1, 2), [first, end], end) for at, first, end in times]
     assert queue_seconds(served, 2) == [0.0, 0.0, 1.0, 2.5, 0.0]
@@ -158,7 +158,7 @@ def test_a_wait_for_a_slot_ends_as_soon_as_one_is_free():
     # the end of the first is noted late: the fourth had its slot before
     served[0].token_times[-1] = 5.7
     assert queue_seconds(served, 2) == [0.0, 0.0, 1.0, 3.0, 0.0]
-    # whoever comes first is not always served first
+    # the first to arrive is not always served first
     served[0].token_times[-1] = 5.0
     assert queue_seconds(served[::-1], 2) == [0.0, 2.5, 1.0, 0.0, 0.0]
 

@@ -67,7 +67,7 @@ def test_keys_are_those_of_a_cache_that_holds_what_is_seen(name, context):
         device="meta",
         dtype=BF16,
     )
-    window = PUBLISHED[name].sliding_window or context  # a ring has room behind it
+    window = PUBLISHED[name].sliding_window or context  # a ring has room beyond its window
     tensors = [
         tensor[:, :, : window if PUBLISHED[name].is_local(layer) else context]
         for layer, kv in enumerate(cache.layers)

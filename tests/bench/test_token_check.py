@@ -1,4 +1,4 @@
-"""The judge of generated tokens: it finds a wrong token, and passes what nobody can tell apart."""
+"""The check of generated tokens: it finds a wrong token, and passes near ties."""
 
 from dataclasses import replace
 
@@ -93,8 +93,8 @@ def test_a_planted_token_is_wrong_and_named(model, prompts, right, row, token):
     assert f"row {row}, token {token}: {planted[row][token]} lies" in finding.detail
 
 
-def test_after_a_near_tie_the_text_is_judged_as_it_went_on(model, prompts, right):
-    """Two rows of the table are made alike but for so little that no float32 model can tell."""
+def test_after_a_near_tie_the_text_is_checked_as_it_went_on(model, prompts, right):
+    """Two rows of the table differ by so little that no float32 model can tell them apart."""
     row, token = 1, 9
     first = right[row][token]
     used = {i for ids in right + prompts for i in ids}
@@ -187,7 +187,7 @@ def test_quantised_weights_have_their_own_budget(model, prompts, right, bits):
     assert check_one(model, prompts, noise.tolist(), weight_bits=bits).status == "wrong"
 
 
-def test_a_text_is_judged_once(model, prompts, right, monkeypatch):
+def test_a_text_is_checked_once(model, prompts, right, monkeypatch):
     checked = []
     compare = TokenCheck._compare
 
@@ -224,7 +224,7 @@ def test_one_weight_at_a_time_is_held_in_higher_precision(model):
 
 
 def test_exact_means_exact(model):
-    """The judge's own logits are those of a float64 model, within float64's precision."""
+    """The check's own logits are those of a float64 model, within float64's precision."""
     ids = random_ids(20, VOCAB_SIZE)
     layers = [
         replace(layer, **{k: v.double() for k, v in vars(layer).items() if v is not None})
@@ -243,7 +243,7 @@ def test_exact_means_exact(model):
     assert (states[0] - states[1]).abs().max() <= 1e-12 * states[1].abs().max()
 
 
-def test_a_text_behind_the_same_prompt_does_not_disturb_the_next():
+def test_a_text_after_the_same_prompt_does_not_disturb_the_next():
     """Local layers are rings: what one text overwrote, the prompt's last token must not need."""
     model = gemcut_twin(random_model("gemma2", max_position_embeddings=256))
     prompt = random_ids(30, 97).tolist()

@@ -1,4 +1,4 @@
-"""tools/gpu_visit.py: whatever becomes of a block, the visit keeps its rows and goes on."""
+"""tools/gpu_visit.py: however a block ends, the visit keeps its records and goes on."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from gemcut.tools import gpu_visit
 from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
 from gemcut.tools.visit import bits, ops, report
 
-# where the children find visit_blocks.py, and what this process was told
+# where the children find visit_blocks.py, and what this process was given
 SEARCHED = os.pathsep.join(
     filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])])
 )
@@ -296,7 +296,7 @@ def test_a_small_visit_to_a_cpu(tmp_path):
 
 
 class Found(list):
-    """A visit that notes its rows."""
+    """A visit that notes its records."""
 
     on_gpu, device = False, torch.device("cpu")
 

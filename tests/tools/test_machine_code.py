@@ -81,8 +81,8 @@ def test_only_the_first_kernel_is_read():
     assert parse("no code") == []
 
 
-def test_what_a_pass_stores_behind_a_branch_is_left_out():
-    """At the end of a split alone; what is loaded or multiplied behind a branch counts."""
+def test_what_a_pass_stores_after_a_branch_is_left_out():
+    """Only at the end of a split; what is loaded or multiplied after a branch counts."""
 
     def loop(skipped: str) -> str:
         lines = [line(0x10, "@P0 BRA 0x80", 5)]

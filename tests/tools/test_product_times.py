@@ -1,9 +1,9 @@
-"""tools/prediction/product_times.py: rows become launches; what is no row is refused."""
+"""tools/prediction/product_times.py: products become launches; others are refused."""
 
 import json
 
 import pytest
-from predicted import cell, loop
+from predicted import cell, loop, product
 
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools.prediction import product_times
@@ -36,18 +36,17 @@ def test_a_row_is_launched_with_its_tile():
     assert (facts["split_d"], facts["num_stages"]) == (2304, 4)
 
 
-def test_rows_are_fitted_alike(monkeypatch):
+def test_products_are_fitted_alike(monkeypatch):
     """Each without the gap before it."""
-    products = [
-        TimedProduct("lm_head", n * 64, 1152, {}, us) for n, us in ((132, 10.0), (4000, 150.0))
-    ]
-    made = {product.name: product(product.name, product.N, product.D) for product in products}
-    monkeypatch.setattr(TimedProduct, "made", lambda product, part: made[product.name])
+    times = ((132, 10.0), (4000, 150.0))
+    products = [TimedProduct("lm_head", n * 64, 1152, {}, us) for n, us in times]
+    made = {one.name: product(one.name, one.N, one.D) for one in products}
+    monkeypatch.setattr(TimedProduct, "made", lambda one, part: made[one.name])
     cells = {one.launch: cell(one, loop(0, 300, multiplies=True)) for one in made.values()}
     monkeypatch.setattr(product_times, "compile_all", lambda *_: cells)
     profile, step = pair(products, "sm_90", 1, H200)
     assert profile.kernels[products[0].name] == (1.0, 10.0 - H200.launch_gap_us)
-    assert {profile.weight(product.name) for product in products} == {0.5}
+    assert {profile.weight(one.name) for one in products} == {0.5}
     fitted, residuals = fit([(profile, step)])
     assert fitted.launch_gap_us == H200.launch_gap_us
     assert len(residuals) == 2

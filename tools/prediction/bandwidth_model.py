@@ -1,4 +1,4 @@
-"""The time that a launch takes on a GPU, from its grid and the machine code of its loops.
+"""The time of a product's launch, from its grid and the machine code of its loop.
 
 A launch is a fluid: each program waits (start, first load), then drains its bytes at the
 rate of its slowest limit, then ends.  A program's step takes the longest of
@@ -12,7 +12,7 @@ processors draw a little more than the others: so programs do not keep step for 
 beyond what fits start as others end.  Nothing else is modelled: no cache but L2, no clock that
 moves.
 
-The constants stand in machine.py.
+The constants are in machine.py.
 """
 
 from dataclasses import dataclass

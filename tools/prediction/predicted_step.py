@@ -1,4 +1,4 @@
-"""A decode step as it is predicted: its distinct launches, their code, and the time of each."""
+"""The prediction of a decode step: its distinct launches, their code, and the time of each."""
 
 import math
 from collections import Counter
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class PredictedStep:
-    """What a model launches in a step of `batch` rows that see `context` keys, and its code."""
+    """The launches of a step of `batch` rows that see `context` keys, and their code."""
 
     model: str
     batch: int
@@ -70,7 +70,7 @@ class PredictedStep:
 
     @property
     def step_bytes(self) -> int:
-        """What the step must move, whatever the kernels: bench/engines/step_bytes.py."""
+        """Bytes that the step must move with any kernels: bench/engines/step_bytes.py."""
         config = PUBLISHED[self.model]
         counted = decode_bytes(config, batch=self.batch, context=self.context, dtype=torch.bfloat16)
         return counted.total

@@ -1,13 +1,13 @@
-"""Products that were timed one by one, as `--fit` takes them beside profiles.
+"""Products that were timed one by one, which `--fit` takes beside profiles.
 
-A file holds a JSON list of rows, each of one row of x and an N x D weight in bf16:
+A file holds a JSON list of products, each of one row of x and an N x D weight in bf16:
 
     {"kernel": "skinny_linear", "N": 2304, "D": 9216, "us": 13.6,
      "tile": {"BLOCK_N": 64, "BLOCK_D": 128, "SPLITS": 4, "num_warps": 4, "num_stages": 4}}
 
 `us` is the time from one call to the next in a CUDA graph of many, over weights that no cache
-holds: the gap between launches is part of it.  `tile` is laid over the kernel's rule, {} is the
-rule itself.  Kernels are those of tools/tune.py that take a weight and nothing else.
+holds, the gap between launches included.  `tile` is laid over the kernel's rule; {} is the rule
+itself.  Kernels are those of tools/tune.py that take a weight and nothing else.
 """
 
 import json
@@ -50,7 +50,7 @@ class TimedProduct:
         return f"{self.kernel} {self.N} x {self.D} {tile}"
 
     def made(self, part: str) -> Made:
-        """What it launched, under the row's name."""
+        """What it launched, under the product's name."""
         made: list[Made] = []
         of_geglu = self.kernel == "linear_geglu"
         key = (self.kernel, (self.N // 2 if of_geglu else self.N, self.D))
@@ -62,7 +62,7 @@ class TimedProduct:
 
 
 def is_list(file: Path) -> bool:
-    """Whether a file of `--fit` holds rows, and no profile."""
+    """Whether a file of `--fit` holds products, and not a profile."""
     try:
         return isinstance(json.loads(file.read_text()), list)
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def is_list(file: Path) -> bool:
 
 
 def read_products(file: Path) -> list[TimedProduct]:
-    """The rows of a file; ValueError where one is none."""
+    """The products of a file; ValueError where one is malformed."""
     products = []
     for number, found in enumerate(json.loads(file.read_text())):
         try:
@@ -91,7 +91,7 @@ def read_products(file: Path) -> list[TimedProduct]:
 
 
 def pair(products: Sequence[TimedProduct], part: str, jobs: int, machine: Machine) -> Pair:
-    """What `fit` takes: times without the gap between launches, and the launches' code."""
+    """The input of `fit`: times without the gap between launches, and the launches' code."""
     made = [product.made(part) for product in products]
     times = {product.name: (1.0, product.us - machine.launch_gap_us) for product in products}
     step = PredictedStep(PRODUCTS, 1, 1, dict.fromkeys(made, 1), compile_all(made, jobs))

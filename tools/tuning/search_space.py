@@ -1,7 +1,7 @@
-"""What tools/tune.py tries: kernels at the shapes of models, and candidates for their tiles.
+"""The search space of tools/tune.py: kernels at the shapes of models, and candidate tiles.
 
-Which kernel looks up a tile at which shape is not written here: each benchmark case is run once on
-fake tensors, and what it asks of kernels/tiles.py is noted.  A candidate is laid over the rule
+Which kernel looks up a tile at which shape is not listed here: each benchmark case is run once on
+fake tensors, and what it asks of kernels/tiles.py is recorded.  A candidate is laid over the rule
 where the kernels look, so that their own launchers run with it.
 """
 
@@ -60,7 +60,7 @@ class Candidate:
 
 @dataclass
 class Subject:
-    """A kernel at one shape, with the cases that judge its tiles."""
+    """A kernel at one shape, with the cases that its tiles are timed at."""
 
     key: Key
     cases: list[Case]
@@ -78,7 +78,7 @@ class Subject:
         return list(dict.fromkeys(case.model for case in self.cases))
 
     def decode_cases(self) -> list[Case]:
-        """The cases of which a time can be predicted."""
+        """The cases whose time can be predicted."""
         return [case for case in self.cases if case.phase == "decode"]
 
     def left(self) -> list[Candidate]:
@@ -132,7 +132,7 @@ class _Asked(dict[Key, Tile]):
 
 
 def dry_run(part: str) -> AbstractContextManager[set[Launch]]:
-    """Fake tensors, whose launches are noted where they would be compiled, and are not made."""
+    """Fake tensors, whose launches are recorded where they would be compiled, and are not made."""
     return _uninterpreted() if INTERPRETED else recorded(part)
 
 

@@ -1,6 +1,6 @@
-"""Which tile of a kernel is fastest: heats of a few candidates beside the rule, then a final.
+"""Trials of a kernel's candidate tiles: a few at a time beside the rule, then a final.
 
-All of a heat take turns in the same rounds, on the same inputs, after each was held to the oracle.
+All of a trial take turns in the same rounds, on the same inputs, after each was held to the oracle.
 The ratio of a candidate is the geometric mean, over the cases of its subject, of its time over the
 rule's in the same round.
 """
@@ -37,14 +37,14 @@ class OutOfTimeError(Exception):
 def tune(subject: Subject, device: torch.device, share_ends: float, ends: float) -> None:
     """Find the subject's winner, or leave it undecided: the time is up, or no candidate is left.
 
-    Times are the clock's: no heat begins that would pass `share_ends`, and all stops at `ends`.
+    Times are the clock's: no trial begins that would pass `share_ends`, and all stops at `ends`.
     RuntimeError where the rule itself fails: what is timed beside it counts for nothing.
     """
     candidates, longest = subject.left(), 0.0
     try:
         for first in range(0, len(candidates), TRIAL):
             began = clock()
-            if first and began + 2 * longest > share_ends:  # the heat, and the final after it
+            if first and began + 2 * longest > share_ends:  # the trial, and the final after it
                 break
             run_trial(subject, candidates[first : first + TRIAL], TRIAL_ROUNDS, device, ends)
             longest = max(longest, clock() - began)
@@ -62,7 +62,7 @@ def tune(subject: Subject, device: torch.device, share_ends: float, ends: float)
 
 
 def choose_winner(rule: Candidate, finalists: Sequence[Candidate]) -> Candidate:
-    """The fastest that beats the rule in every round, and by more than the least gain; or it."""
+    """The fastest that beats the rule in every round, by more than the least gain; or the rule."""
     better = [
         c
         for c in finalists
@@ -146,7 +146,7 @@ def reset_counters(inputs: Sequence[Arguments]) -> None:
 def builder(
     subject: Subject, case: Case, candidate: Candidate, device: torch.device
 ) -> Callable[[Arguments], Call]:
-    """What makes calls of a case's op that find the candidate's tile."""
+    """A builder of calls of a case's op that find the candidate's tile."""
     op, name = getattr(kernels, case.op), part(device)
 
     def build(arguments: Arguments) -> Call:

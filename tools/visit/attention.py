@@ -37,7 +37,7 @@ ROUNDS, CPU_ROUNDS = 7, 1
 
 
 def run(visit: Visit) -> None:
-    """A row for each tile at each size, checked and then timed in turns."""
+    """Keep a record for each tile at each size, checked and then timed in turns."""
     ceilings = ceilings_of(visit.out)
     if not all(name in ceilings for name in CEILINGS):
         ceilings = measure_ceilings(visit.device, torch.bfloat16)
@@ -50,7 +50,7 @@ def run(visit: Visit) -> None:
 
 
 def record(visit: Visit, name: str) -> set[Launch]:
-    """What the cases launch with each tile: noted, not made."""
+    """What the cases launch with each tile: recorded, not made."""
     found: set[Launch] = set()
     for model in MODELS:
         for case in find_cases(visit, model):
@@ -63,7 +63,7 @@ def record(visit: Visit, name: str) -> set[Launch]:
 
 
 def find_cases(visit: Visit, model: str) -> Iterator[Case]:
-    """Global layers of a model, which hold whatever length is asked for."""
+    """The cases of a model's global layers, which hold any length."""
     for context in CONTEXTS if visit.on_gpu else CPU_CONTEXTS:
         yield decode_case(visit, model, context)
     softcap = shapes_of(model, visit.device).config.attn_softcap
@@ -125,7 +125,7 @@ def prefill_case(visit: Visit, model: str, tokens: int, softcap: float | None) -
 
 
 def measure(visit: Visit, case: Case, bench: Bench) -> None:
-    """Rows of one case: the rule, its tiles, and torch where it computes the same."""
+    """Keep records of one case: the rule, its tiles, and torch where it computes the same."""
     by_name = {"gemcut": tiled(visit, case, {})}
     for tile in tiles_of(case) if visit.on_gpu else ():
         name = " ".join(map(str, tile.values()))
@@ -145,7 +145,7 @@ def measure(visit: Visit, case: Case, bench: Bench) -> None:
 
 
 def tiles_of(case: Case) -> Iterator[Tile]:
-    """What is laid over the rule; nothing where a kernel lacks the constant."""
+    """The tiles laid over the rule; none where a kernel lacks the constant."""
     if case.op == "attention_prefill":
         for values in TILES:
             yield dict(zip(TILE_NAMES, values, strict=True))

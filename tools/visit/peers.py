@@ -1,6 +1,6 @@
 """Decoding of gemma-2-2b by the whole engine, beside other stacks: gemcut-bench decode, twice.
 
-A run keeps nothing of a case that it has not finished, so those peers that take longest to load and
+A run keeps nothing of a case that it has not finished, so the peers that take longest to load and
 compile have a run of their own, begun where there is time left.
 """
 
@@ -27,7 +27,7 @@ COMMAND = "import sys; from gemcut.bench.cli import main; sys.exit(main())"
 
 
 def run(visit: Visit) -> None:
-    """A row for each contestant of each run."""
+    """Keep a record for each contestant of each run."""
     for name, peers in (RUNS if visit.on_gpu else CPU_RUNS).items():
         if visit.left < LEAST and visit.on_gpu:
             visit.skip(name, "no time was left")
@@ -37,7 +37,7 @@ def run(visit: Visit) -> None:
 
 
 def compare(visit: Visit, name: str, peers: tuple[str, ...]) -> None:
-    """One run, ended by an interrupt where the block's own end is near."""
+    """Make one run, ended by an interrupt where the block's own end is near."""
     there = [peer for peer in peers if not CONTESTANTS[peer].missing]
     for peer in set(peers) - set(there):
         visit.skip(f"{name}/{peer}", f"{', '.join(CONTESTANTS[peer].missing)} is not installed")
@@ -64,7 +64,7 @@ def compare(visit: Visit, name: str, peers: tuple[str, ...]) -> None:
 
 
 def line_of(name: str, record: Record) -> Record:
-    """What the visit keeps of a contestant's row."""
+    """What the visit keeps of a contestant's record."""
     case = f"{record['case']}/{record['contestant']}"
     if record["contestant"] == "gemcut":
         case = f"{case} beside {name}"

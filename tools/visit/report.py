@@ -1,7 +1,7 @@
-"""What a GPU visit leaves, read and written without torch: rows, ends, the table, reports.
+"""The files of a GPU visit, read and written without torch: records, ends, table, reports.
 
-A row has `case` and `status`; `line`, where it has something to say in the table; `detail`, where
-something is wrong.  Of two rows of one case the later counts: a block may have run twice.
+A record has `case` and `status`; `line`, where the table should have one; `detail`, where something
+is wrong.  Of two records of one case the later counts: a block may have run twice.
 """
 
 import json
@@ -19,9 +19,9 @@ MOST_LINES = 100  # of the table
 LEAST_FAILURES = 20  # of its lines, where there are so many
 WIDTH = 115  # of its lines
 SCHEMA = 1  # of bench/measure/report_file.py
-# what became of a row: the words of bench/measure/report_file.py, which loads torch, and one more
+# the status of a record: the words of bench/measure/report_file.py, which loads torch, and one more
 OK, WRONG, FAILED, NO_MEMORY, SKIPPED = "ok", "wrong", "failed", "no memory", "skipped"
-FINISHED = "finished"  # how a block ends that nothing went wrong in
+FINISHED = "finished"  # how a block ends without an error
 CEILINGS = ("read_gbps", "copy_gbps", "matmul_tflops")
 # the order of the table, after failures and the blocks' own ends
 ORDER = ("bits", "ops", "memcheck", "steps", "tiles", "pdl", "attention", "peers")
@@ -50,7 +50,7 @@ def read(file: Path) -> list[Record]:
 
 
 def records(out: Path, block: str) -> list[Record]:
-    """What a block has found, a row for each case."""
+    """What a block has found, a record for each case."""
     return list(
         {record["case"]: record for record in read(out / "rows" / f"{block}.jsonl")}.values()
     )
@@ -62,7 +62,7 @@ def ends(out: Path) -> list[Record]:
 
 
 def has_failed(out: Path, blocks: Sequence[str]) -> bool:
-    """Whether one of these blocks did not finish, or has a row that is not right."""
+    """Whether one of these blocks did not finish, or has a record that is not right."""
     finished = {end["block"] for end in ends(out) if end["status"] == FINISHED}
     if not finished.issuperset(blocks):
         return True
@@ -145,7 +145,7 @@ def ceilings_of(out: Path) -> dict[str, float]:
 
 
 def write_report(out: Path, block: str) -> None:
-    """A block's rows as a report that gemcut-bench report reads."""
+    """Write a block's records as a report that gemcut-bench report reads."""
     found = records(out, block)
     if not found:
         return
@@ -191,7 +191,7 @@ def _is_kept(file: Path) -> bool:
 
 
 def pack(out: Path, archive: Path) -> None:
-    """All of a visit in one file, which is replaced as a whole."""
+    """Pack all of a visit into one file, which is replaced as a whole."""
     new = archive.with_name(f"{archive.name}.part")
     with tarfile.open(new, "w:gz") as tar:
         for file in sorted(out.rglob("*")):
@@ -201,7 +201,7 @@ def pack(out: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The files of an archive; ValueError where it is none."""
+    """Unpack an archive into a folder; ValueError where the file is no archive."""
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")

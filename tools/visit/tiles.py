@@ -1,7 +1,7 @@
 """The best predicted tiles of the large products, checked and timed by tools/tune.py.
 
 tune.py keeps tune-PART.json and tiles-PART.py in the folder of the visit after each shape, so that
-what it has decided outlives it; here its rows become lines of the table.
+what it has decided outlives it; here its records become lines of the table.
 """
 
 import json
@@ -20,7 +20,7 @@ CPU_OPTIONS += ("--compile-only", "--part", "sm_90", "--jobs", "2")
 
 
 def run(visit: Visit) -> None:
-    """A row for each kernel and shape that was tuned, and one for the command where it failed."""
+    """Keep a record for each kernel and shape tuned, and one for the command where it failed."""
     command = [sys.executable, "-P", "-m", "gemcut.tools.tune", "--out", str(visit.out)]
     try:
         done = subprocess.run([*command, *(OPTIONS if visit.on_gpu else CPU_OPTIONS)])
@@ -35,7 +35,7 @@ def run(visit: Visit) -> None:
 
 
 def add_records(visit: Visit, records: list[Record]) -> None:
-    """A row for each subject: who won, and the fastest of those that were timed."""
+    """Keep a record for each subject: the winner, and the fastest of those that were timed."""
     subjects: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         subjects[record["case"]].append(record)
@@ -47,10 +47,10 @@ def add_records(visit: Visit, records: list[Record]) -> None:
             won = next(
                 (record["contestant"] for record in candidates if record["won"]), "undecided"
             )
-            verdict = "it wins" if best["won"] else f"{won} stays"
+            outcome = "it wins" if best["won"] else f"{won} stays"
             told = (
                 f"best of {len(timed)} {best['contestant']} x {best['ratio']['median']:.3f} "
-                f"({best['ratio']['low']:.3f} - {best['ratio']['high']:.3f}); {verdict}"
+                f"({best['ratio']['low']:.3f} - {best['ratio']['high']:.3f}); {outcome}"
             )
         visit.add(case, line=f"{case}: {told}")
         for record in candidates:
