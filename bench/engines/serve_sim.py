@@ -199,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_rate(results: Results, setup: Setup, arguments: argparse.Namespace, rate: float) -> None:
-    """One replay; its row is kept even where the replay is interrupted."""
+    """Make one replay; its record is kept even where the replay is interrupted."""
     trace = draw_trace(
         rate=rate,
         requests=arguments.requests,

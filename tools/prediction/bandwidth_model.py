@@ -4,7 +4,7 @@ A launch is a fluid: each program waits (start, first load), then drains its byt
 rate of its slowest limit, then ends.  A program's step takes the longest of
 
     the cycles of one pass through its main loop            machine_code.py
-    the issue slots of all programs on its processor        four schedulers of ISSUE each
+    the issue of all programs on its processor              four schedulers of ISSUE each
     a memory latency over the steps that are in flight      stages - 1
 
 and all programs together get no more than the bandwidth of memory and of L2, of which half of the

@@ -59,7 +59,7 @@ class Machine:
     shared_bytes: int = 233_472  # of a processor; a program takes 1024 more than it asks for
     registers: int = 65_536  # of a processor
     warps: int = 64  # of a processor
-    issue: float = 0.85  # the slots of a scheduler that can be filled
+    issue: float = 0.85  # instructions a cycle, of a scheduler at most
     launch_gap_us: float = 0.45  # between the end of a launch and the start of the next, in a graph
     start_us: float = 0.24  # from a launch's start to a program's first instruction
     fill_us: float = 1.04  # a latency of memory: until the first load has come
