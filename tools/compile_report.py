@@ -41,7 +41,7 @@ from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools.launches import CAPABILITY, Launch, launches
-from gemcut.tools.prediction.machine_code import Loop, find_loops, parse, tail_cycles
+from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
 
 MODELS: tuple[str, ...] = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 MODELS += ("vaultgemma-1b", "gemma-3-1b")

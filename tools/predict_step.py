@@ -27,8 +27,8 @@ from gemcut.bench.measure.report_file import print_table
 from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.tools.machine import H200, Machine
 from gemcut.tools.prediction.fit_machine import Residual, fit, read_profile
-from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import PredictedStep, predict_steps
 from gemcut.tools.prediction.product_times import is_list, pair, read_products
 

@@ -1,6 +1,6 @@
-"""tools/prediction/machine_code.py: instructions, loops and cycles from machine code."""
+"""tools/machine_code.py: instructions, loops and cycles from machine code."""
 
-from gemcut.tools.prediction.machine_code import find_loops, parse, pass_cycles, tail_cycles
+from gemcut.tools.machine_code import find_loops, parse, pass_cycles, tail_cycles
 
 LATENCIES = {"LDS": 29, "BAR": 25, "HMMA": 35}
 NONE = 7  # no scoreboard

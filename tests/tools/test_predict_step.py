@@ -14,7 +14,7 @@ from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools import predict_step
-from gemcut.tools.prediction.machine import H200
+from gemcut.tools.machine import H200
 from gemcut.tools.prediction.predicted_step import PredictedStep
 
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

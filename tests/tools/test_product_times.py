@@ -6,10 +6,10 @@ import pytest
 from predicted import cell, loop, product
 
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.tools.machine import H200
 from gemcut.tools.prediction import product_times
 from gemcut.tools.prediction.fit_machine import fit
 from gemcut.tools.prediction.launch_time import facts_of
-from gemcut.tools.prediction.machine import H200
 from gemcut.tools.prediction.product_times import TimedProduct, is_list, pair, read_products
 
 ROW = {"kernel": "skinny_linear", "N": 2304, "D": 9216, "us": 13.6}

@@ -17,7 +17,7 @@ The constants are in machine.py.
 
 from dataclasses import dataclass
 
-from gemcut.tools.prediction.machine import H200, Machine
+from gemcut.tools.machine import H200, Machine
 
 
 @dataclass(frozen=True)

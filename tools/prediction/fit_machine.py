@@ -21,8 +21,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gemcut.tools.launches import Made
+from gemcut.tools.machine import H200, Machine
 from gemcut.tools.prediction.launch_time import main_loop
-from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import PredictedStep
 
 FACTORS = {

@@ -16,9 +16,9 @@ from itertools import pairwise
 from gemcut.kernels.kv_splits import GROUP, OCTAVE, UNIFORM_SPLITS, count_splits
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.launches import Made
+from gemcut.tools.machine import H200, Machine
+from gemcut.tools.machine_code import Loop
 from gemcut.tools.prediction.bandwidth_model import Stream, stream_us
-from gemcut.tools.prediction.machine import H200, Machine
-from gemcut.tools.prediction.machine_code import Loop
 
 
 def launch_us(made: Made, cell: Cell | None, context: int, machine: Machine = H200) -> float:

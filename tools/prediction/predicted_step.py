@@ -14,8 +14,8 @@ from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.launches import Launch, Made, step_launches
+from gemcut.tools.machine import Machine
 from gemcut.tools.prediction.launch_time import facts_of, launch_us, memory_bytes
-from gemcut.tools.prediction.machine import Machine
 
 Cells = dict[Launch, Cell]
 NAMED_SIZES = ("N", "F", "V", "D")  # that tell launches of one kernel apart in a table

@@ -23,8 +23,8 @@ from torch import Tensor
 from gemcut import kernels
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.launches import Made, applied, recorded
+from gemcut.tools.machine import Machine
 from gemcut.tools.prediction.fit_machine import PRODUCTS, Pair, Profile
-from gemcut.tools.prediction.machine import Machine
 from gemcut.tools.prediction.predicted_step import PredictedStep, compile_all
 
 OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {

@@ -16,8 +16,8 @@ from gemcut.kernels import tiles
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.compile_report import compile_launch
 from gemcut.tools.launches import Launch, Made, applied, recorded
+from gemcut.tools.machine import H200, Machine
 from gemcut.tools.prediction.launch_time import launch_us, main_loop
-from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import Cells
 from gemcut.tools.tuning.search_space import Subject
 

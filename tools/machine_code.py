@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gemcut.tools.prediction.machine import LATENCIES
+from gemcut.tools.machine import LATENCIES
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);\s+/\* 0x([0-9a-f]{16}) \*/")
 SECOND_HALF = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
