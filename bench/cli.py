@@ -93,6 +93,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from gemcut.bench.report.report_page import run_report  # matplotlib, which no measurement needs
+    from gemcut.bench.report.markdown_page import (
+        run_report,  # matplotlib, which no measurement needs
+    )
 
     return run_report(arguments.files, arguments.out, arguments.readme, arguments.check)

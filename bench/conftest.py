@@ -1,4 +1,4 @@
-"""What `pytest bench/` runs: the cases and contestants of `gemcut-bench kernels`."""
+"""Parameters and fixtures of `pytest bench/`: the cases of `gemcut-bench kernels`."""
 
 import argparse
 import shlex
@@ -61,7 +61,7 @@ def ceilings() -> dict[torch.dtype, dict[str, float]]:
 def measured_ceilings(
     bench: Bench, ceilings: dict[torch.dtype, dict[str, float]]
 ) -> dict[str, float]:
-    """What the machine can do at most in the dtype of the run."""
+    """The machine's ceilings in the dtype of the run."""
     if bench.dtype not in ceilings:
         ceilings[bench.dtype] = measure_ceilings(bench.device, bench.dtype)
     return ceilings[bench.dtype]

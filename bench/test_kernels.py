@@ -4,8 +4,8 @@
     pytest bench/ --benchmark-compare --benchmark-compare-fail=median:10%
     pytest bench/ --benchmark-histogram
 
-A round is one run of many calls (timing.py).  What pytest-benchmark takes for its clock is the sum
-of the device's own times, each divided by the calls of its run: so a median is seconds a call.
+A round is one run of many calls (timing.py).  pytest-benchmark's clock is the sum of the device's
+own times, each divided by the calls of its run: so a median is seconds per call.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from gemcut.bench.ops.kernels import GEMCUT, Bench, contestants, measure_case
 
 
 class DeviceClock:
-    """A clock that stands still but for what runs add to it."""
+    """A clock that moves only when a run adds to it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -47,12 +47,12 @@ def test_kernel(
     benchmark.group = case.name
     bench = replace(bench, ceilings=measured_ceilings)
     peer = contestants(case, bench)[contestant]
-    (row,) = measure_case(case, bench, {contestant: peer}, time)
+    (record,) = measure_case(case, bench, {contestant: peer}, time)
 
-    if row["status"] == NO_MEMORY or (row["status"] != OK and contestant != GEMCUT):
-        pytest.skip(f"{row['status']}: {row['detail']}")
-    assert row["status"] == OK, row["detail"]
-    for key, value in row.items():
+    if record["status"] == NO_MEMORY or (record["status"] != OK and contestant != GEMCUT):
+        pytest.skip(f"{record['status']}: {record['detail']}")
+    assert record["status"] == OK, record["detail"]
+    for key, value in record.items():
         benchmark.extra_info[key] = value["median"] if isinstance(value, dict) else value
 
 

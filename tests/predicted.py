@@ -2,7 +2,7 @@
 
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.launches import Launch, Made
-from gemcut.tools.prediction.machine_code import Loop
+from gemcut.tools.machine_code import Loop
 from gemcut.tools.prediction.predicted_step import PredictedStep
 
 Facts = dict[str, int]

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -17,12 +18,19 @@ RULES = {
     "bench": ({"kernels", "tokenizer", "engine"}, set()),
     "tools": ({"kernels", "tokenizer", "engine", "bench"}, set()),
 }
+# the rooms of a folder in their order: a room may import those before it
+ROOMS = {
+    "kernels": ["reference"],
+    "engine": ["config", "requests", "execution", "checkpoints", "serving", "transformers_api"],
+    "bench": ["measure", "ops", "engines", "report"],
+    "tools": ["prediction", "tuning", "visit"],
+}
 # Imports inside a function: torch after the arguments are read, matplotlib where a page is asked
 # for, and peers only where they take part
 LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/engines/peers.py", "transformers")}
 LATE |= {("engine/placement.py", "gemcut.kernels.interpreter")}
 LATE |= {
-    ("bench/cli.py", "gemcut.bench.report.report_page"),
+    ("bench/cli.py", "gemcut.bench.report.markdown_page"),
     ("bench/engines/compiled_gemma.py", "torchao"),
 }
 LATE |= {("bench/engines/peers.py", "gemcut.bench.engines.compiled_gemma")}
@@ -62,9 +70,58 @@ def problems(folder: str, source: str) -> list[str]:
     return found
 
 
+def later_rooms(folder: str, room: str, source: str) -> list[str]:
+    """What a file of a room imports from rooms that come after it."""
+    later = ROOMS[folder][ROOMS[folder].index(room) + 1 :]
+    names = [name.split(".") for name, _ in imports(ast.parse(source))]
+    return [".".join(n) for n in names if n[:2] == ["gemcut", folder] and n[2:3] and n[2] in later]
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_down(path):
     assert problems(path.parts[0], (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] in ROOMS], ids=str)
+def test_a_room_imports_no_later_one(path):
+    folder, room, *_ = path.parts
+    if room in ROOMS[folder]:
+        assert later_rooms(folder, room, (ROOT / path).read_text()) == []
+
+
+def rooms_graph(folder: str, sources: dict[Path, str]) -> dict[str, set[str]]:
+    """What each room, and each file beside them, imports of the others: by first name."""
+    top = {path.parts[1].removesuffix(".py") for path in sources}
+    graph: dict[str, set[str]] = {name: set() for name in top if name != "__init__"}
+    for path, source in sources.items():
+        name = path.parts[1].removesuffix(".py")
+        for imported, _ in imports(ast.parse(source)):
+            parts = imported.split(".")
+            if parts[:2] == ["gemcut", folder] and parts[2:3] and parts[2] in graph.keys() - {name}:
+                graph.setdefault(name, set()).add(parts[2])
+    return graph
+
+
+@pytest.mark.parametrize("folder", RULES)
+def test_no_circle_of_rooms(folder):
+    sources = {path: (ROOT / path).read_text() for path in FILES if path.parts[0] == folder}
+    TopologicalSorter(rooms_graph(folder, sources)).prepare()  # CycleError names one
+
+
+def test_a_circle_of_rooms_is_found():
+    sources = {
+        Path("bench/cli.py"): "from gemcut.bench.ops.cases import Case",
+        Path("bench/ops/cases.py"): "import torch",
+        Path("bench/ops/kernels.py"): "import gemcut.bench.cli",
+    }
+    with pytest.raises(CycleError):
+        TopologicalSorter(rooms_graph("bench", sources)).prepare()
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_every_room_has_a_place(folder):
+    rooms = {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+    assert rooms - {"demo"} == set(ROOMS[folder])  # the bundled model's files
 
 
 def late_imports(source: str) -> set[str]:
@@ -93,6 +150,25 @@ def test_imports_stand_at_the_top(path):
 )
 def test_a_wrong_import_is_found(folder, source):
     assert problems(folder, source) != []
+
+
+@pytest.mark.parametrize(
+    ("folder", "room", "source"),
+    [
+        ("engine", "requests", "from gemcut.engine.execution.cache import KVCache"),
+        ("engine", "execution", "from gemcut.engine.serving import worker"),
+        ("bench", "measure", "from gemcut.bench.ops.cases import Case"),
+        ("bench", "ops", "from gemcut.bench import engines"),
+        ("bench", "engines", "def f():\n    import gemcut.bench.report.load"),
+        ("tools", "prediction", "from gemcut.tools.tuning.ranking import rank"),
+    ],
+)
+def test_an_import_of_a_later_room_is_found(folder, room, source):
+    assert later_rooms(folder, room, source) != []
+
+
+def test_an_earlier_room_may_be_imported():
+    assert later_rooms("bench", "report", "import gemcut.bench.measure.timing") == []
 
 
 def test_a_late_import_is_found():

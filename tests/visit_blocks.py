@@ -14,12 +14,12 @@ BLOCKS = tuple(Block(name, "visit_blocks", seconds=3.0, expected=1.0, lines=3) f
 
 
 def seconds_of(out: Path) -> str:
-    """How long the process sleeps that a visit's block starts: told from those of other visits."""
+    """Seconds that a block's process sleeps, different for each visit so that it can be found."""
     return f"600.{crc32(bytes(out.resolve()))}"
 
 
 def run(visit: Visit) -> None:
-    """A row, and then the end that the block is named after."""
+    """Keep a record, then end in the way that the block is named after."""
     visit.add("first", line=f"{visit.block} said this")
     if visit.block == "right":
         for i in range(5):
@@ -29,7 +29,7 @@ def run(visit: Visit) -> None:
         visit.add("a case")  # a second try
         visit.skip("another", "nobody asked for it")
     if visit.block == "wrong":
-        visit.judge("a check", False, "error 2, where 1 is allowed")
+        visit.check("a check", False, "error 2, where 1 is allowed")
         with visit.attempt("a failure"):
             raise TypeError("first line\nsecond line")
     if visit.block == "raises":

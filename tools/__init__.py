@@ -1,1 +1,1 @@
-"""One-off helpers, run as `python -P -m gemcut.tools.NAME`."""
+"""Tools, run as `python -P -m gemcut.tools.NAME`."""

@@ -1,10 +1,10 @@
-"""Compiles every kernel ahead of time, for five GPU generations, and holds it to the house's rules.
+"""Ahead-of-time compilation of every kernel for five GPU generations, held to the house's rules.
 
     python -P -m gemcut.tools.compile_report            gemma-2-2b on sm_90: what CI runs
     python -P -m gemcut.tools.compile_report --all --json FILE      every model and part
     python -P -m gemcut.tools.compile_report --models gemma-3-1b --parts sm_80 sm_120
 
-No GPU is needed.  The real model runs, on fake tensors, and each launch is written down instead of
+No GPU is needed.  The real model runs, on fake tensors, and each launch is recorded instead of
 made (launches.py); so what is compiled is what the engine launches, tile and argument for argument.
 Exits with 1 where a rule is broken:
 
@@ -41,7 +41,7 @@ from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools.launches import CAPABILITY, Launch, launches
-from gemcut.tools.prediction.machine_code import Loop, find_loops, parse, tail_cycles
+from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
 
 MODELS: tuple[str, ...] = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 MODELS += ("vaultgemma-1b", "gemma-3-1b")
@@ -59,7 +59,7 @@ COUNTED = {
 
 @dataclass
 class Cell:
-    """What became of one launch; `models` are those that make it."""
+    """What the compiler made of one launch; `models` are those that make it."""
 
     kernel: str
     part: str
@@ -108,7 +108,7 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     started = time.perf_counter()
     try:
         compiled = compiled_kernel(launch)
-    except Exception as error:  # whatever a compiler of somebody else's may raise: it is reported
+    except Exception as error:  # the compiler may raise anything: it is reported
         cell.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return cell
     cell.seconds = round(time.perf_counter() - started, 2)
@@ -145,7 +145,7 @@ def compiled_kernel(launch: Launch) -> Any:
 
 
 def _attributes(launch: Launch, kernel: JITFunction) -> dict[tuple[int], list]:
-    """What is known of each argument, as Triton's launcher words it: its cache is keyed by that."""
+    """What is known of each argument, in the form that keys the cache of Triton's launcher."""
     attributes: dict[tuple[int], list] = {}
     for index, (_, kind) in enumerate(launch.signature):
         plain = kernel.params[index].do_not_specialize

@@ -1,4 +1,4 @@
-"""One visit to a GPU in one command: checks, times, tiles, and a table of what came of them.
+"""All checks and measurements on a GPU in one command, and a table of what they found.
 
     python -P -m gemcut.tools.gpu_visit OUT                         all blocks, in order
     python -P -m gemcut.tools.gpu_visit OUT --only ops steps        these blocks
@@ -6,8 +6,8 @@
     python -P -m gemcut.tools.gpu_visit OUT --device cpu            the same at small sizes
     python -P -m gemcut.tools.gpu_visit --keep OUT                  its reports, to bench/results/
 
-A block is a process with a time limit of its own.  It writes a row as soon as it has one, so that a
-block which fails, hangs or is killed keeps its rows, and the next block runs.  OUT is a new folder:
+A block is a process with a time limit of its own.  It writes a record as soon as it has one: where
+it fails, hangs or is killed, its records are kept, and the next block runs.  OUT is a new folder:
 
     rows/BLOCK.jsonl    one JSON object a line: case, status, and what was measured
     logs/BLOCK.log      what the block printed
@@ -18,14 +18,14 @@ block which fails, hangs or is killed keeps its rows, and the next block runs.  
     all.tgz             all of these, written anew after each block; --archive puts it elsewhere
 
 Nothing is installed.  torch, triton and the Python packages of pyproject.toml must be there, and
-transformers for the peers.  The checkout itself is all that must be carried: where gemcut is not
+transformers for the peers.  Only the checkout must be carried: where gemcut is not
 installed, a link named gemcut that leads to the checkout takes its place,
 
     mkdir -p /tmp/site && ln -sfn "$PWD" /tmp/site/gemcut && export PYTHONPATH=/tmp/site
 
 and the version is read from pyproject.toml.  Kernels are compiled into Triton's cache, in as many
-processes as there are cores.  Exit code 0; 1 where a block or a row failed or the input is bad; 2
-for wrong usage.  How the seconds of each block were estimated stands at BLOCKS.
+processes as there are cores.  Exit code 0; 1 where a block or a record failed or the input is bad;
+2 for wrong usage.  The comment at BLOCKS says how the seconds of each block were estimated.
 """
 
 import argparse
@@ -58,7 +58,7 @@ FINISHED, FAILED, TIMED_OUT, NO_TIME = "finished", "failed", "timed out", "no ti
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a visit; `lines` is how many of the table it may fill."""
+    """A part of a visit; `lines` is how many lines of the table it may fill."""
 
     name: str
     module: str  # its run(visit) does the work
@@ -80,7 +80,8 @@ class Block:
 #   pdl        20 forms: a capture of 26 launches, 130 replays of 0.2 ms each
 #   attention  10 cases of 2 to 5 tiles, 1 s each for inputs, float64, capture and rounds
 #   memcheck   imports and three small calls, five times as slow as without it
-#   peers      two runs: weights and judge 10 s, transformers' import 10 s, two compilations of 30 s
+#   peers      two runs: weights and token check 10 s, transformers' import 10 s, two compilations
+#              of 30 s
 BLOCKS = (
     Block("machine", f"{PACKAGE}.machine", seconds=60, expected=25, lines=9, interpreted=False),
     Block("compile", f"{PACKAGE}.compile", seconds=100, expected=50, lines=4, interpreted=False),
@@ -198,7 +199,7 @@ def write_archive(arguments: argparse.Namespace, blocks: Sequence[Block]) -> lis
 
 
 def find_blocks(name: str | None) -> Sequence[Block]:
-    """The blocks of a visit; a test names another module that has its own."""
+    """The blocks of a visit; a test names another module, which has its own."""
     return BLOCKS if name is None else importlib.import_module(name).BLOCKS
 
 
@@ -245,7 +246,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """The folders of a visit; ValueError where OUT is another's, or is not there to resume."""
+    """Make the folders of a visit; ValueError where OUT exists, or holds no visit to resume."""
     arguments.out = arguments.out.resolve()
     if arguments.archive is None:
         arguments.archive = arguments.out / report.ARCHIVE

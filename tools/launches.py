@@ -1,11 +1,11 @@
-"""What a model launches, written down instead of made: the real model runs, on fake tensors.
+"""The launches of a model, recorded without a GPU: the real model runs on fake tensors.
 
 A `Launch` is a kernel as the compiler sees it, so that equal ones are compiled once; a `Made` one
-has its grid and sizes as well.  No GPU is needed.
+has its grid and sizes as well.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -25,7 +25,8 @@ from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.execution.weights import empty_weights
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
-from gemcut.kernels import gpu_arch
+from gemcut.kernels import gpu_arch, tiles
+from gemcut.kernels.tiles import Key, Tile
 
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
 CAPABILITY |= {"sm_100": (10, 0), "sm_120": (12, 0)}
@@ -58,7 +59,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Made:
-    """A launch with what only its maker knows; of torch's own ops the name alone."""
+    """A launch with its grid and sizes; of torch's own ops the name alone."""
 
     name: str
     launch: Launch | None = None
@@ -85,7 +86,7 @@ def launches(
 
 @contextmanager
 def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]:
-    """Fake tensors on a part, and what is launched on them: written down instead of made.
+    """Fake tensors on a part, and what is launched on them: recorded instead of made.
 
     `made` takes every launch in order, with its grid, and torch's own ops among them.
     """
@@ -108,6 +109,11 @@ def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]
     ):
         yield found
     gpu_arch._generation.cache_clear()
+
+
+def applied(part: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
+    """A context in which launchers find this tile, and no other."""
+    return mock.patch.dict(tiles.TUNED, {part: {key: tile}}, clear=True)
 
 
 class _Ops(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Predicts the time of a decode step kernel by kernel, without a GPU; fits constants to profiles.
+"""Predicted time of a decode step, kernel by kernel, without a GPU; constants fitted to profiles.
 
     python -P -m gemcut.tools.predict_step --models gemma-2-2b --batch 1 --context 1024
     python -P -m gemcut.tools.predict_step --markdown               every published model
@@ -27,16 +27,16 @@ from gemcut.bench.measure.report_file import print_table
 from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.tools.machine import H200, Machine
 from gemcut.tools.prediction.fit_machine import Residual, fit, read_profile
-from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import PredictedStep, predict_steps
-from gemcut.tools.prediction.product_times import is_list, pair, read_rows
+from gemcut.tools.prediction.product_times import is_list, pair, read_products
 
 PART = "sm_90"  # whose machine code can be read
 
 
 def print_step(step: PredictedStep, machine: Machine) -> None:
-    """A table of the step's kernels, and what they amount to."""
+    """Print a table of the step's kernels, and their sum."""
     lines, step_us = step.lines(machine), step.step_us(machine)
     rows = [
         [
@@ -75,7 +75,7 @@ def markdown(steps: Sequence[PredictedStep], machine: Machine) -> str:
 
 
 def print_fit(machine: Machine, residuals: Sequence[Residual]) -> None:
-    """What a fit changed, and what is left of each kernel."""
+    """Print the constants that a fit changed, and each kernel's residual."""
     changed = []
     for field in fields(machine):
         old, new = getattr(H200, field.name), getattr(machine, field.name)
@@ -106,7 +106,7 @@ def print_fit(machine: Machine, residuals: Sequence[Residual]) -> None:
 
 
 def constants(settings: Sequence[str]) -> Machine:
-    """The machine with `name=value` in place of its estimates; ValueError for no such constant."""
+    """The machine with `name=value` in place of its estimates; ValueError for another name."""
     machine, names = H200, {f.name for f in fields(H200)} - {"latencies", "small_us"}
     for setting in settings:
         name, _, value = setting.partition("=")
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.part != PART:
         raise ValueError(f"part {arguments.part!r}: machine code is read of {PART} alone")
     machine = constants(arguments.set)
-    lists = [read_rows(file) for file in arguments.fit if is_list(file)]
+    lists = [read_products(file) for file in arguments.fit if is_list(file)]
     profiles = [read_profile(file) for file in arguments.fit if not is_list(file)]
     models = arguments.models or ([] if arguments.fit else list(PUBLISHED))
     for model in [*models, *(profile.model for profile in profiles)]:
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     steps = predict_steps(wanted, PART, arguments.jobs)
     fitting, steps = steps[: len(profiles)], steps[len(profiles) :]
     pairs = list(zip(profiles, fitting, strict=True))
-    pairs += [pair(rows, PART, arguments.jobs, machine) for rows in lists]
+    pairs += [pair(products, PART, arguments.jobs, machine) for products in lists]
     if pairs:
         machine, residuals = fit(pairs, machine)
         print_fit(machine, residuals)

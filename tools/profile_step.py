@@ -1,10 +1,10 @@
-"""Breaks a decode step into its kernels and the gaps between them.
+"""Profile of a decode step: its kernels and the gaps between them.
 
     python -P -m gemcut.tools.profile_step --random gemma-2-2b --context 1024 --out FOLDER
     python -P -m gemcut.tools.profile_step --device cpu
 
 A step is the engine's own: the newest token of each row goes through the model, the greatest logit
-is chosen, and the row's state is advanced.  The first one stands at the end of `--context` tokens.
+is chosen, and the row's state is advanced.  The first one is at the end of `--context` tokens.
 On a GPU it is replayed as one CUDA graph, or launched kernel by kernel with `--eager`; on a CPU it
 is broken into ops.  A gap is the time in which nothing runs before a kernel begins.  The profiler
 slows what it watches: what a step takes is measured without it, by events around replays in a row
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
-from gemcut.bench.engines.step_bytes import decode_account
+from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.bench.measure.machine import describe_machine
 from gemcut.bench.measure.report_file import metric, print_table
 from gemcut.bench.measure.timing import Spread, capture, synchronize, time_replays
@@ -64,7 +64,7 @@ class Line:
 
 
 def break_down(spans: Iterable[Span], steps: int) -> list[Line]:
-    """What a step consists of, the longest first; sums of `us` and `gap_us` are the whole step.
+    """The lines of a step, the longest first; the sums of `us` and `gap_us` are the whole step.
 
     Spans that overlap share no time: each counts from where the one before it ended.
     """
@@ -85,7 +85,7 @@ class DecodeStep:
     """A decode step as the engine makes it: the greedy choice of each row begins the next step."""
 
     def __init__(self, model: Gemma, batch: int, context: int, room: int) -> None:
-        """Rows at the end of `context` tokens of random keys; `room` steps fit behind these."""
+        """Rows at the end of `context` tokens of random keys; `room` steps fit after these."""
         config, device = model.config, model.device
         # capacities that 16 divides get other variants of the kernels than those it does not
         capacity = -(-(context + room) // 16) * 16
@@ -109,7 +109,7 @@ class DecodeStep:
         self.reset()
 
     def reset(self) -> None:
-        """Back to where the first step began; without a launch of its own in a step."""
+        """Return to where the first step began; no launch of it is part of a step."""
         self.state.newest.narrow(1, 0, self._begin.shape[1]).copy_(self._begin)
 
     def run(self) -> Tensor:
@@ -169,7 +169,7 @@ def profile_steps(
 
 
 def print_breakdown(lines: Sequence[Line], step_bytes: int) -> None:
-    """A table of the lines, and what they amount to."""
+    """Print a table of the lines, and their sums."""
     busy, gaps = sum(line.us for line in lines), sum(line.gap_us for line in lines)
     rows = [
         [
@@ -192,7 +192,7 @@ def print_breakdown(lines: Sequence[Line], step_bytes: int) -> None:
 
 @dataclass
 class Profile:
-    """What a step takes by the clock or by events, round by round, and what it consists of."""
+    """Microseconds of a step by the clock or by events, round by round, and its lines."""
 
     step_us: list[float]
     lines: list[Line]
@@ -217,12 +217,12 @@ def measure(
     replay()
     step_us = time_replays(replay, steps, ROUNDS, setup.device, step.reset)
     spans = profile_steps(replay, steps, setup.device, trace, step.reset)
-    account = decode_account(setup.config, batch=batch, context=context, dtype=setup.dtype)
-    return Profile(step_us, break_down(spans, steps), account.total)
+    counted = decode_bytes(setup.config, batch=batch, context=context, dtype=setup.dtype)
+    return Profile(step_us, break_down(spans, steps), counted.total)
 
 
 def breakdown(setup: Setup, batch: int, context: int, profile: Profile) -> dict[str, Any]:
-    """A profile as it is kept in a file."""
+    """A profile as breakdown.json holds it."""
     return {
         "machine": describe_machine(setup.device),
         "model": setup.name,

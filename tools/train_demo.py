@@ -3,7 +3,7 @@
     python -P -m gemcut.tools.train_demo --text stories_train.txt --heldout stories_heldout.txt
 
 The model is trained by transformers (an implementation that gemcut did not write), in bfloat16
-autocast under torch.compile, and judged by gemcut: the bits per byte in the model card come from
+autocast under torch.compile, and scored by gemcut: the bits per byte in the model card come from
 `Engine.score`.  A run is seeded, shows its progress, writes its whole state every few hundred steps
 and goes on from there when it is started again with the same arguments.
 

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from gemcut.bench.measure.report_file import INTERRUPTED, NO_MEMORY, OK, Results, Row, metric
+from gemcut.bench.measure.report_file import INTERRUPTED, NO_MEMORY, OK, Record, Results, metric
 from gemcut.bench.measure.timing import Spread, clock
 from gemcut.bench.ops.kernels import MEMORY_ERRORS
 from gemcut.engine.config.model_config import PUBLISHED
@@ -130,12 +130,12 @@ def note(candidate: Candidate, cells: Sequence[Cell], in_time: bool) -> None:
 # What is kept
 
 
-def rows(subject: Subject) -> list[Row]:
+def rows(subject: Subject) -> list[Record]:
     """A row for the rule and for each candidate of a subject."""
     return [_row(subject, candidate) for candidate in (subject.rule, *subject.candidates)]
 
 
-def _row(subject: Subject, candidate: Candidate) -> Row:
+def _row(subject: Subject, candidate: Candidate) -> Record:
     row = {
         "case": subject.name,
         "contestant": candidate.name,

@@ -1,4 +1,4 @@
-"""CompiledGemma: Gemma in plain torch, written for torch.compile; what hand-written kernels beat.
+"""CompiledGemma: Gemma in plain torch, written for torch.compile; a peer of the engine.
 
 After gpt-fast: a static KV cache, and `prefill` and `decode` as two free functions, each compiled
 to one program, which a GPU replays as a CUDA graph.
@@ -183,17 +183,17 @@ Mask = Tensor | BlockMask | None  # which keys are seen: [C] bool, by blocks, or
 
 
 class KindInputs(NamedTuple):
-    """What layers of one kind, global or local, are told about T new tokens."""
+    """The inputs for T new tokens that layers of one kind, global or local, share."""
 
     cos: Tensor  # [T, 1, K]
     sin: Tensor  # its first half negated: see rotated
-    slots: Tensor  # indices in the cache, for as many of the last tokens as it holds
+    places: Tensor  # in the cache, for as many of the last tokens as it holds
     mask: Mask
     from_cache: bool  # or else a prompt, which sees itself alone
 
 
 class Kind:
-    """What layers of one kind share: rotation, and the size of a cache.
+    """Rotation and cache size of the layers of one kind.
 
     A local layer's cache is a ring of W places: a full one holds just what is in the window.
     """
@@ -223,9 +223,9 @@ class Kind:
             mask = create_block_mask(
                 lambda _b, _h, q, k: (k <= q) & (k > q - window), None, None, T, T, positions.device
             )
-        slots = positions[-self.capacity :] % self.capacity
+        places = positions[-self.capacity :] % self.capacity
         rotation = self._rotation(positions, torch.full_like(positions, T))
-        return KindInputs(*rotation, slots, mask, from_cache=False)
+        return KindInputs(*rotation, places, mask, from_cache=False)
 
     def of_step(self, position: Tensor, flex: bool) -> KindInputs:
         mask = torch.arange(self.capacity, device=position.device) <= position
@@ -294,22 +294,22 @@ class Layer(nn.Module):
         return x + rmsnorm(self.down(h), w.post_mlp_norm, eps)
 
     def _attention(self, x: Tensor, inputs: KindInputs) -> Tensor:
-        HQ, HK, slots = self.config.num_q_heads, self.config.num_kv_heads, inputs.slots
+        HQ, HK, places = self.config.num_q_heads, self.config.num_kv_heads, inputs.places
         qk, v = self.qkv(x).unflatten(-1, (HQ + 2 * HK, -1)).split([HQ + HK, HK], dim=2)
         qk = rotated(rmsnorm(qk, self.qk_norm, self.config.rms_norm_eps), inputs)  # [B, T, H, K]
         q, k = qk.transpose(1, 2).split([HQ, HK], dim=1)
         v = v.transpose(1, 2)
 
         # a choice where a stack would do, since inductor makes one kernel of it
-        half, kept = torch.arange(2, device=x.device), slots.shape[0]
+        half, kept = torch.arange(2, device=x.device), places.shape[0]
         kv = torch.where(half.view(2, 1, 1, 1, 1) == 0, k, v)
-        self.kv_cache.index_copy_(3, slots, kv[:, :, :, -kept:])
+        self.kv_cache.index_copy_(3, places, kv[:, :, :, -kept:])
 
         if inputs.from_cache:
             keys, values = self.kv_cache.unbind()
             if isinstance(inputs.mask, Tensor):
                 # the newest is not read back: it may not be there yet (see inductor_options)
-                is_newest = (torch.arange(keys.shape[2], device=x.device) == slots).unsqueeze(1)
+                is_newest = (torch.arange(keys.shape[2], device=x.device) == places).unsqueeze(1)
                 keys, values = torch.where(is_newest, k, keys), torch.where(is_newest, v, values)
             k, v = keys, values
         y = self._attend(q, k, v, inputs.mask)

@@ -1,32 +1,32 @@
-"""How many tokens a second does gemcut decode, beside other stacks and beside the memory's limit?
+"""Decoding speed in tokens a second, beside other stacks and beside the memory's limit.
 
     gemcut-bench decode --threads 1
     gemcut-bench decode --random gemma-2-9b --batch 1 16 --context 1024 4096
 
 Each contestant continues the same prompts greedily by the same number of tokens, through its public
-API, end to end.  Decoding is every step after the first token; the time to the first token stands
-apart.  Every token is judged before anything is timed: whoever computes something else is reported,
-and not timed.  A step must move so many bytes (account.py); its share is how much of its time
-moving them at the bandwidth of reading would take.
+API, end to end.  Decoding is every step after the first token, whose time is reported apart.  Every
+token is checked before anything is timed: a contestant that computes something else is reported and
+not timed.  A share is how much of a step's time moving its bytes (step_bytes.py) at the bandwidth
+of reading would take.
 """
 
 import argparse
 from dataclasses import asdict
 from functools import partial
 
-from gemcut.bench.engines.contest import (
+from gemcut.bench.engines.case_runner import (
     Ceilings,
-    Entrant,
+    Contestant,
     Result,
-    add_contest_arguments,
+    add_case_arguments,
     describe,
     print_fastest,
-    run_contest,
+    run_cases,
 )
 from gemcut.bench.engines.peers import GEMCUT, Generation, Workload
 from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
-from gemcut.bench.engines.step_bytes import decode_account, print_account
-from gemcut.bench.measure.report_file import Row, metric, print_table
+from gemcut.bench.engines.step_bytes import decode_bytes, print_step_bytes
+from gemcut.bench.measure.report_file import Record, metric, print_table
 from gemcut.engine.checks import check_int
 
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=int, default=128, metavar="N", help="of each row (%(default)s)"
     )
-    add_contest_arguments(parser)
+    add_case_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         for context in arguments.context
         for batch in arguments.batch
     ]
-    return run_contest("decode", arguments, setup, workloads, make_rows, print_case)
+    return run_cases("decode", arguments, setup, workloads, make_records, print_case)
 
 
 def rate_of(generation: Generation) -> float:
@@ -65,48 +65,50 @@ def rate_of(generation: Generation) -> float:
 
 
 def case_name(result: Result) -> str:
-    """What tells a case from the others of a run."""
+    """The name of a case, by what differs within a run."""
     workload = result.workload
     return f"{result.setup.name}/batch={workload.batch}/context={workload.prompt_tokens}"
 
 
-def make_rows(result: Result, ceilings: Ceilings) -> list[Row]:
-    """A row for each contestant.
+def make_records(result: Result, ceilings: Ceilings) -> list[Record]:
+    """A record for each contestant.
 
-    `ratio` is gemcut's tokens a second over the peer's in the same round; gemcut's own row names
-    the fastest peer.
+    `ratio` is gemcut's tokens a second over the peer's in the same round; gemcut's own record
+    names the fastest peer.
     """
-    rows = []
-    for one in result.entrants:
-        row = result.row(one, case_name(result)) | _facts(result, one)
+    records = []
+    for one in result.contestants:
+        record = result.record(one, case_name(result)) | _facts(result, one)
         if one in result.timed:
-            row |= _metrics(result, one.name)
-            steps_per_second = row["tokens_per_second"]["median"] / result.workload.batch
-            row["read_share"] = row["step_bytes"] * steps_per_second / ceilings["read_gbps"] / 1e9
+            record |= _metrics(result, one.name)
+            steps_per_second = record["tokens_per_second"]["median"] / result.workload.batch
+            record["read_share"] = (
+                record["step_bytes"] * steps_per_second / ceilings["read_gbps"] / 1e9
+            )
         if one.name == GEMCUT:
-            row["fastest_peer"] = result.fastest_peer(rate_of)
-        rows.append(row)
-    return rows
+            record["fastest_peer"] = result.fastest_peer(rate_of)
+        records.append(record)
+    return records
 
 
-def _facts(result: Result, entrant: Entrant) -> Row:
+def _facts(result: Result, contestant: Contestant) -> Record:
     workload, setup = result.workload, result.setup
     context = mean_context(workload)
-    account = decode_account(
+    counted = decode_bytes(
         setup.config,
         batch=workload.batch,
         context=context,
         dtype=setup.dtype,
-        weight_bits=entrant.peer.weight_bits,
+        weight_bits=contestant.peer.weight_bits,
     )
     return {
         "context": workload.prompt_tokens,
         "prompt_tokens": workload.prompt_tokens,
         "new_tokens": workload.new_tokens,
         "layers": setup.config.num_layers,
-        "memory_bytes": entrant.memory_bytes,
-        "step_bytes": account.total,
-        "account": {"context": context, **asdict(account)},
+        "memory_bytes": contestant.memory_bytes,
+        "step_bytes": counted.total,
+        "account": {"context": context, **asdict(counted)},
     }
 
 
@@ -116,7 +118,7 @@ def mean_context(workload: Workload) -> float:
     return (first + last) / 2
 
 
-def _metrics(result: Result, name: str) -> Row:
+def _metrics(result: Result, name: str) -> Record:
     rates = result.all(name, rate_of)
     measured = {
         "tokens_per_second": metric(rates),
@@ -128,34 +130,34 @@ def _metrics(result: Result, name: str) -> Row:
     return measured
 
 
-def print_case(result: Result, rows: list[Row], ceilings: Ceilings) -> None:
-    """A case as a table, and what a step of it must move."""
+def print_case(result: Result, records: list[Record], ceilings: Ceilings) -> None:
+    """Print a case as a table, and the bytes that a step of it must move."""
     table = [
         [
-            row["contestant"],
-            describe(row["tokens_per_second"]),
-            describe(row["first_token_ms"]),
-            f"{row['read_share']:.1%}",
-            describe(row["ratio"]) if "ratio" in row else "",
+            record["contestant"],
+            describe(record["tokens_per_second"]),
+            describe(record["first_token_ms"]),
+            f"{record['read_share']:.1%}",
+            describe(record["ratio"]) if "ratio" in record else "",
         ]
-        for row in rows
-        if "tokens_per_second" in row
+        for record in records
+        if "tokens_per_second" in record
     ]
     if table:
         columns = ["tokens/s", "first token, ms", "of read bandwidth", "gemcut's ratio"]
         print_table(["median (range)", *columns], table)
-    print_fastest(rows, "decodes")
-    _print_account(result.setup, result.workload, ceilings["read_gbps"])
+    print_fastest(records, "decodes")
+    _print_step_bytes(result.setup, result.workload, ceilings["read_gbps"])
 
 
-def _print_account(setup: Setup, workload: Workload, read_gbps: float) -> None:
-    """What gemcut's step must move; of a model that was cut, beside what the whole one must."""
+def _print_step_bytes(setup: Setup, workload: Workload, read_gbps: float) -> None:
+    """Print the bytes of gemcut's step; of a model that was cut, also those of the whole one."""
     count = partial(
-        decode_account, batch=workload.batch, context=mean_context(workload), dtype=setup.dtype
+        decode_bytes, batch=workload.batch, context=mean_context(workload), dtype=setup.dtype
     )
     config, whole = setup.config, setup.whole_config
     layers = f"all {whole.num_layers} layers"
-    print_account(count(config), read_gbps, None if whole is config else (layers, count(whole)))
+    print_step_bytes(count(config), read_gbps, None if whole is config else (layers, count(whole)))
     print(
         f"{layers} in bfloat16: {2 * whole.num_parameters() / 1e9:.3g} GB of weights, "
         f"{whole.kv_bytes_per_token() / 1024:g} KiB of keys and values a token"

@@ -1,12 +1,12 @@
-"""How long does the host work between two decode steps?
+"""Host time of a decode step, beside a device that takes no time.
 
     gemcut-bench host-work
     gemcut-bench host-work --batch 1 16 --new-tokens 1000
 
-The device's part of a step is replaced by one that takes no time: it yields tokens of a text.  What
-is left is all that stands between two steps: scheduling, the launch, reading tokens, text, stop
-conditions, delivery to the callers, and the callers themselves.  On a GPU it runs beside the step
-before, so only what exceeds a step's own time costs anything.
+The device's part of a step is a stub that yields tokens of a text.  What is left is everything
+between two steps: scheduling, starting the step, reading tokens, text, stop conditions, delivery to
+the callers, and the callers themselves.  On a GPU it runs beside the step before, so only what
+exceeds a step's own time costs anything.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gemcut.bench.engines.contest import report_settings
+from gemcut.bench.engines.case_runner import report_settings
 from gemcut.bench.engines.peers import GEMCUT
 from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
 from gemcut.bench.measure.machine import gemcut_version
-from gemcut.bench.measure.report_file import INTERRUPTED, OK, Results, Row, metric, print_table
+from gemcut.bench.measure.report_file import INTERRUPTED, OK, Record, Results, metric, print_table
 from gemcut.bench.measure.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checks import check_int
@@ -128,18 +128,22 @@ def run(arguments: argparse.Namespace) -> int:
                 for batch, name in kinds:
                     took = CALLERS[name](engine, batch, arguments.new_tokens)
                     times[batch, name].append(took)
-        results.add(*(_row(setup, *kind, times[kind]) for kind in kinds))
+        results.add(*(_record(setup, *kind, times[kind]) for kind in kinds))
         results.finish()
-        _print(results.rows)
+        _print(results.records)
     except KeyboardInterrupt:
         print("interrupted before all was measured")
         return INTERRUPTED
     finally:
         results.print_line()
-    return int(any(row["step_us"]["median"] > row["limit_us"] for row in _limited(results.rows)))
+    return int(
+        any(
+            record["step_us"]["median"] > record["limit_us"] for record in _limited(results.records)
+        )
+    )
 
 
-def _row(setup: Setup, batch: int, caller: str, times: list[float]) -> Row:
+def _record(setup: Setup, batch: int, caller: str, times: list[float]) -> Record:
     return {
         "case": f"{setup.name}/batch={batch}/{caller}",
         "contestant": GEMCUT,
@@ -155,17 +159,21 @@ def _row(setup: Setup, batch: int, caller: str, times: list[float]) -> Row:
     }
 
 
-def _limited(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["limit_us"] is not None and row["caller"] == "generate"]
+def _limited(records: list[Record]) -> list[Record]:
+    return [
+        record
+        for record in records
+        if record["limit_us"] is not None and record["caller"] == "generate"
+    ]
 
 
-def _print(rows: list[Row]) -> None:
+def _print(records: list[Record]) -> None:
     table = [
         [
-            row["case"],
-            *(f"{row['step_us'][name]:.0f}" for name in ("median", "low", "high")),
-            "" if row["limit_us"] is None else f"{row['limit_us']:.0f}",
+            record["case"],
+            *(f"{record['step_us'][name]:.0f}" for name in ("median", "low", "high")),
+            "" if record["limit_us"] is None else f"{record['limit_us']:.0f}",
         ]
-        for row in rows
+        for record in records
     ]
     print_table(["host work of a step, us", "median", "low", "high", "promised"], table)

@@ -1,4 +1,4 @@
-"""Contestants: gemcut, and the stacks that it is compared with, behind one call.
+"""The contestants of an engine benchmark: gemcut and its peers, called in the same way.
 
 All run the same model in the same dtype, get the same token ids, and are called as their own
 documents call them.  Random weights are shared by all; of a checkpoint transformers loads its own
@@ -48,7 +48,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one call yielded, with its times in seconds."""
+    """The tokens of one call, with its times in seconds."""
 
     token_ids: list[list[int]]  # [B][new tokens]
     first_token_seconds: float  # from the call until every row has its first token
@@ -61,7 +61,9 @@ class Generation:
         return later / (self.seconds - self.first_token_seconds)
 
 
-class Contestant(Protocol):
+class LoadedEngine(Protocol):
+    """A contestant that is loaded: it generates."""
+
     @property
     def version(self) -> str: ...
 
@@ -83,12 +85,12 @@ class Stage:
 
     @property
     def cache_bytes(self) -> int:
-        """Of keys and values, where every layer keeps all of them."""
+        """Bytes of keys and values, where every layer keeps all of them."""
         config, rows = self.setup.config, self.workload.batch * self.workload.length
         return rows * config.kv_bytes_per_token(self.setup.dtype.itemsize)
 
-    def kept_weight_bytes(self, peer: "Peer") -> int:
-        """Of the model that is loaded before a contestant, what it would need if it were alone."""
+    def kept_weight_bytes(self, peer: "EnginePeer") -> int:
+        """Bytes of the model loaded before a contestant that it would need if it were alone."""
         if peer.quantization is None:
             return self.setup.weight_bytes
         config = self.setup.config
@@ -96,9 +98,9 @@ class Stage:
 
     @cached_property
     def transformers_model(self) -> Any:
-        """Transformers' model, which its contestants share."""
+        """The model of transformers, which its contestants share."""
         setup = self.setup
-        _ = setup.model  # by which they are judged
+        _ = setup.model  # which checks their tokens
         model = _shared_model(setup) if setup.folder is None else _own_model(setup)
         model.generation_config.eos_token_id = None  # as ignore_eos: all generate the same number
         return model
@@ -288,16 +290,16 @@ def _compile_config() -> Any:
     return config
 
 
-# Who takes part
+# The contestants by name
 
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
-class Peer:
-    """How a contestant is loaded, and where it takes part unasked."""
+class EnginePeer:
+    """How a contestant is loaded, and whether it takes part unasked."""
 
-    load: Callable[[Stage], Contestant]
+    load: Callable[[Stage], LoadedEngine]
     packages: tuple[str, ...] = ()
     model: Callable[[Stage], Any] = lambda stage: stage.setup.model  # loaded before
     compiles: bool = False  # which takes longer on a CPU than what is measured
@@ -313,11 +315,11 @@ class Peer:
 
 
 TRANSFORMERS = partial(
-    Peer, packages=("transformers",), model=lambda stage: stage.transformers_model
+    EnginePeer, packages=("transformers",), model=lambda stage: stage.transformers_model
 )
-GPT_FAST = partial(Peer, compiles=True)
-CONTESTANTS: dict[str, Peer] = {
-    GEMCUT: Peer(Gemcut),
+GPT_FAST = partial(EnginePeer, compiles=True)
+CONTESTANTS: dict[str, EnginePeer] = {
+    GEMCUT: EnginePeer(Gemcut),
     "transformers": TRANSFORMERS(partial(Transformers, cache="dynamic")),
     "transformers-static": TRANSFORMERS(partial(Transformers, cache="static")),
     "transformers-compiled": TRANSFORMERS(

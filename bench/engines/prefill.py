@@ -1,28 +1,27 @@
-"""How long until the first token, by the length of the prompt, beside other stacks?
+"""Time to the first token by the length of the prompt, beside other stacks.
 
     gemcut-bench prefill --tokens 64 256 --threads 1
     gemcut-bench prefill --random gemma-2-9b --tokens 512 4096 8192
 
 Each contestant is given the same prompts and asked for one token of each, through its public API,
-from the call to its return.  The token is judged before anything is timed.  A prefill must do so
-many operations (account.py); its share is how much of its time they would take at the measured rate
-of large products.
+from the call to its return.  The token is checked before anything is timed.  A share is how much of
+a prefill's time its operations (step_bytes.py) would take at the measured rate of large products.
 """
 
 import argparse
 
-from gemcut.bench.engines.contest import (
+from gemcut.bench.engines.case_runner import (
     Ceilings,
     Result,
-    add_contest_arguments,
+    add_case_arguments,
     describe,
     print_fastest,
-    run_contest,
+    run_cases,
 )
 from gemcut.bench.engines.peers import GEMCUT, Generation, Workload
 from gemcut.bench.engines.setup import add_model_arguments, choose_setup
 from gemcut.bench.engines.step_bytes import prefill_flops
-from gemcut.bench.measure.report_file import Row, metric, print_table
+from gemcut.bench.measure.report_file import Record, metric, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of a prompt (64 256); each with each batch is a case",
     )
-    add_contest_arguments(parser)
+    add_case_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         for tokens in arguments.tokens
         for batch in arguments.batch
     ]
-    return run_contest("prefill", arguments, setup, workloads, make_rows, print_case)
+    return run_cases("prefill", arguments, setup, workloads, make_records, print_case)
 
 
 def rate_of(generation: Generation) -> float:
@@ -55,47 +54,47 @@ def rate_of(generation: Generation) -> float:
     return 1 / generation.seconds
 
 
-def make_rows(result: Result, ceilings: Ceilings) -> list[Row]:
-    """A row for each contestant; `tokens_per_second` are tokens of the prompts.
+def make_records(result: Result, ceilings: Ceilings) -> list[Record]:
+    """A record for each contestant; `tokens_per_second` are tokens of the prompts.
 
-    `ratio` is the peer's time over gemcut's in the same round; gemcut's own row names the fastest
-    peer.
+    `ratio` is the peer's time over gemcut's in the same round; gemcut's own record names the
+    fastest peer.
     """
     batch, tokens = result.workload.batch, result.workload.prompt_tokens
     flops = prefill_flops(result.setup.config, batch=batch, tokens=tokens)
-    rows = []
-    for one in result.entrants:
-        row = result.row(one, f"{result.setup.name}/batch={batch}/tokens={tokens}")
-        row |= {"tokens": tokens, "memory_bytes": one.memory_bytes, "flops": flops}
+    records = []
+    for one in result.contestants:
+        record = result.record(one, f"{result.setup.name}/batch={batch}/tokens={tokens}")
+        record |= {"tokens": tokens, "memory_bytes": one.memory_bytes, "flops": flops}
         if one in result.timed:
             rates = result.all(one.name, rate_of)
-            row["first_token_ms"] = metric([1e3 / rate for rate in rates])
-            row["tokens_per_second"] = metric([batch * tokens * rate for rate in rates])
-            row["tflops"] = flops / row["first_token_ms"]["median"] / 1e9
-            row["share"] = row["tflops"] / ceilings["matmul_tflops"]
+            record["first_token_ms"] = metric([1e3 / rate for rate in rates])
+            record["tokens_per_second"] = metric([batch * tokens * rate for rate in rates])
+            record["tflops"] = flops / record["first_token_ms"]["median"] / 1e9
+            record["share"] = record["tflops"] / ceilings["matmul_tflops"]
             if ratios := result.ratios(one.name, rate_of):
-                row["ratio"] = metric(ratios)
+                record["ratio"] = metric(ratios)
         if one.name == GEMCUT:
-            row["fastest_peer"] = result.fastest_peer(rate_of)
-        rows.append(row)
-    return rows
+            record["fastest_peer"] = result.fastest_peer(rate_of)
+        records.append(record)
+    return records
 
 
-def print_case(result: Result, rows: list[Row], ceilings: Ceilings) -> None:
-    """A case as a table."""
+def print_case(result: Result, records: list[Record], ceilings: Ceilings) -> None:
+    """Print a case as a table."""
     table = [
         [
-            row["contestant"],
-            describe(row["first_token_ms"]),
-            describe(row["tokens_per_second"]),
-            f"{row['tflops']:.3g}",
-            f"{row['share']:.1%}",
-            describe(row["ratio"]) if "ratio" in row else "",
+            record["contestant"],
+            describe(record["first_token_ms"]),
+            describe(record["tokens_per_second"]),
+            f"{record['tflops']:.3g}",
+            f"{record['share']:.1%}",
+            describe(record["ratio"]) if "ratio" in record else "",
         ]
-        for row in rows
-        if "first_token_ms" in row
+        for record in records
+        if "first_token_ms" in record
     ]
     if table:
         columns = ["first token, ms", "tokens/s", "TFLOP/s", "of matmul peak", "gemcut's ratio"]
         print_table(["median (range)", *columns], table)
-    print_fastest(rows, "prefills")
+    print_fastest(records, "prefills")

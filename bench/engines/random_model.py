@@ -1,4 +1,4 @@
-"""Models of published sizes with random weights: everything but the words, without a download.
+"""Models of published sizes with random weights and a made-up vocabulary, without a download.
 
 Weights keep the variance of what they multiply.  Two things are not left to chance, or the text
 would be one token over and over:
@@ -7,7 +7,7 @@ would be one token over and over:
     choose that token again.  So the table is small: the layers' branches outweigh its rows.
   - The final norm then brings the logits back to the spread that trained models have.
 
-The vocabulary is the demo's with more pieces behind it, so that ids become text at the usual cost.
+The vocabulary is the demo's and more pieces, so that ids become text at the usual cost.
 """
 
 import struct
@@ -65,7 +65,7 @@ def random_weights(
 
 
 def random_tokenizer(vocab_size: int) -> Tokenizer:
-    """The demo's vocabulary with made-up pieces behind it, `vocab_size` in all."""
+    """The demo's vocabulary followed by made-up pieces, `vocab_size` in all."""
     model = (DEMO / TOKENIZER).read_bytes()
     first = len(Tokenizer(model))
     # repeated fields of a serialised message may be appended to it

@@ -1,4 +1,4 @@
-"""How long do the users of one engine wait, when their requests arrive at random?
+"""Latencies of one engine whose requests arrive at random.
 
     gemcut-bench serve-sim --rate 4 --requests 64 --batch 8
     gemcut-bench serve-sim --random gemma-2-2b --rate 20 --prompt-tokens 512 --new-tokens 128
@@ -13,7 +13,7 @@ count from the arrival in the trace: a late thread counts too, and so does the w
     queue_ms            from a request's arrival until one of the engine's slots is free for it
     tokens_per_second   of the whole trace, from its first arrival to its last token
 
-`all` holds one value for each request, in the order of arrival; p50, p90 and p99 stand beside it.
+`all` holds one value for each request, in the order of arrival; p50, p90 and p99 are beside it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from gemcut.bench.engines.contest import make_prompt, report_settings
+from gemcut.bench.engines.case_runner import make_prompt, report_settings
 from gemcut.bench.engines.peers import GEMCUT
 from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup, require_memory
 from gemcut.bench.measure.ceilings import measure_ceilings
@@ -36,8 +36,8 @@ from gemcut.bench.measure.report_file import (
     INTERRUPTED,
     NO_MEMORY,
     OK,
+    Record,
     Results,
-    Row,
     metric,
     print_table,
 )
@@ -95,7 +95,7 @@ def draw_trace(
 
 
 def replay(engine: Engine, trace: Sequence[Arrival], served: list[Served]) -> None:
-    """Let the requests of a trace arrive; `served` gets one entry each, whatever interrupts it."""
+    """Let the requests of a trace arrive; `served` gets an entry for each, even if interrupted."""
     served += [Served(arrival) for arrival in trace]
     prompts = [
         make_prompt(engine.tokenizer, arrival.prompt_tokens, start=i)
@@ -122,7 +122,7 @@ def replay(engine: Engine, trace: Sequence[Arrival], served: list[Served]) -> No
 def _serve(
     engine: Engine, prompt: list[int], served: Served, started: float, stopped: threading.Event
 ) -> None:
-    """One request, from its arrival to its end."""
+    """Make one request, from its arrival to its end."""
     wanted = served.arrival.new_tokens
     if stopped.wait(max(0.0, started + served.arrival.at - clock())):
         return
@@ -195,11 +195,11 @@ def run(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     finally:
         results.print_line()
-    return int(any(row["status"] != OK for row in results.rows))
+    return int(any(record["status"] != OK for record in results.records))
 
 
 def _run_rate(results: Results, setup: Setup, arguments: argparse.Namespace, rate: float) -> None:
-    """One replay; its row is kept even where the replay is interrupted."""
+    """Make one replay; its record is kept even where the replay is interrupted."""
     trace = draw_trace(
         rate=rate,
         requests=arguments.requests,
@@ -208,7 +208,7 @@ def _run_rate(results: Results, setup: Setup, arguments: argparse.Namespace, rat
         limit=setup.config.context_length,
         seed=arguments.seed,
     )
-    row = {
+    record = {
         "case": f"{setup.name}/rate={rate:g}",
         "contestant": GEMCUT,
         "version": gemcut_version(),
@@ -229,12 +229,12 @@ def _run_rate(results: Results, setup: Setup, arguments: argparse.Namespace, rat
         with in_passing_thread(lambda: make_engine(setup, trace, arguments.batch)) as engine:
             replay(engine, trace, served)
     except MemoryError as error:
-        row |= {"status": NO_MEMORY, "detail": str(error)}
+        record |= {"status": NO_MEMORY, "detail": str(error)}
     finally:
-        row |= measured(served, arguments.batch)
-        if "first_token_ms" in row or row["status"] != OK:
-            results.add(row)
-            print_row(row)
+        record |= measured(served, arguments.batch)
+        if "first_token_ms" in record or record["status"] != OK:
+            results.add(record)
+            print_record(record)
 
 
 def make_engine(setup: Setup, trace: Sequence[Arrival], slots: int) -> Engine:
@@ -252,19 +252,19 @@ def make_engine(setup: Setup, trace: Sequence[Arrival], slots: int) -> Engine:
     )
 
 
-def measured(served: Sequence[Served], slots: int) -> Row:
-    """What the requests that ended well tell, and what the others died of."""
+def measured(served: Sequence[Served], slots: int) -> Record:
+    """The metrics of the requests that ended well, and the errors of the others."""
     ended = [one for one in served if one.ended_at is not None]
     failed = [one for one in ended if one.error is not None]
     well = [one for one in ended if one.error is None]
-    row: Row = {"served": len(well), "failed": len(failed)}
+    record: Record = {"served": len(well), "failed": len(failed)}
     if failed:
-        row["status"] = FAILED
-        row["detail"] = f"{len(failed)} of {len(ended)} requests: {failed[0].error}"
+        record["status"] = FAILED
+        record["detail"] = f"{len(failed)} of {len(ended)} requests: {failed[0].error}"
     if not well:
-        return row
+        return record
     tokens = sum(len(one.token_times) for one in well)
-    return row | {
+    return record | {
         "generated_tokens": tokens,
         "first_token_ms": percentiles([one.token_times[0] - one.arrival.at for one in well]),
         "between_tokens_ms": percentiles([sum(one.gaps) / len(one.gaps) for one in well]),
@@ -281,19 +281,19 @@ def percentiles(seconds: Sequence[float]) -> dict[str, Any]:
     return metric(values) | {f"p{p}": float(x) for p, x in zip(PERCENTILES, found, strict=True)}
 
 
-def print_row(row: Row) -> None:
-    """A replay as a table."""
+def print_record(record: Record) -> None:
+    """Print a replay as a table."""
     print(
-        f"{row['case']}: {row['requests']} requests, {row['batch']} slots, in the mean "
-        f"{row['prompt_tokens']} prompt tokens and {row['new_tokens']} new, {row['dtype']}"
+        f"{record['case']}: {record['requests']} requests, {record['batch']} slots, in the mean "
+        f"{record['prompt_tokens']} prompt tokens and {record['new_tokens']} new, {record['dtype']}"
     )
-    if row["status"] != OK:
-        print(f"{row['status']}: {row['detail']}")
-    if "first_token_ms" not in row:
+    if record["status"] != OK:
+        print(f"{record['status']}: {record['detail']}")
+    if "first_token_ms" not in record:
         return
     names = ("first_token_ms", "between_tokens_ms", "longest_gap_ms", "queue_ms")
     columns = ["median", "p90", "p99", "high"]
-    table = [[name, *(f"{row[name][column]:.2f}" for column in columns)] for name in names]
+    table = [[name, *(f"{record[name][column]:.2f}" for column in columns)] for name in names]
     print_table(["ms", *columns], table)
-    rate = row["tokens_per_second"]["median"]
-    print(f"{row['served']} requests, {row['generated_tokens']} tokens, {rate:.1f} tokens/s")
+    rate = record["tokens_per_second"]["median"]
+    print(f"{record['served']} requests, {record['generated_tokens']} tokens, {rate:.1f} tokens/s")

@@ -18,9 +18,9 @@ from gemcut.tokenizer import Tokenizer
 
 
 class Setup:
-    """A model on a device, loaded when it is first asked for; all contestants are given it.
+    """A model on a device, loaded when it is first asked for and shared by all contestants.
 
-    `folder` is None where the weights are random: then there is one set of tensors for everyone.
+    `folder` is None where the weights are random: then all contestants share one set of tensors.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Setup:
 
 
 def require_memory(device: torch.device, needs: dict[str, float]) -> None:
-    """Nothing, or MemoryError where the device lacks room for so many bytes."""
+    """MemoryError where the device lacks room for so many bytes."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what torch holds and does not use counts as free
     missing = sum(needs.values()) - free_bytes(device)

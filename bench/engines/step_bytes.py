@@ -1,4 +1,4 @@
-"""What one decode step must move and one prefill must compute, counted from the config alone.
+"""Bytes of a decode step and operations of a prefill, counted from the config alone.
 
 A decode step reads every weight once, whatever the batch: of the embedding only a row for each
 sequence, but a tied table whole, as the head.  It reads the keys and values that each layer sees,
@@ -30,7 +30,7 @@ LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Account:
+class StepBytes:
     """Bytes of one decode step by kind."""
 
     embedding: int  # rows
@@ -46,7 +46,7 @@ class Account:
 
     @property
     def weights(self) -> int:
-        """Bytes of weights but for rows of the embedding."""
+        """Bytes of weights, without rows of the embedding."""
         return self.norms + self.qkv + self.o + self.gate_up + self.down + self.head
 
     @property
@@ -54,20 +54,20 @@ class Account:
         return sum(asdict(self).values())
 
 
-def decode_account(
+def decode_bytes(
     config: ModelConfig,
     *,
     batch: int,
     context: float,
     dtype: torch.dtype,
     weight_bits: int | None = None,
-) -> Account:
-    """The account of a step of `batch` sequences whose new token sees `context`, itself included.
+) -> StepBytes:
+    """The bytes of a step of `batch` sequences whose new token sees `context`, itself included.
 
     `context` may be a fraction, as a mean over steps is.  `weight_bits` is the size of a quantised
     weight; its scales are left out.
     """
-    sizes = dict.fromkeys(Account.__dataclass_fields__, 0)
+    sizes = dict.fromkeys(StepBytes.__dataclass_fields__, 0)
     for tensor in checkpoint_tensors(config):
         if (kind := _kind(tensor, config)) is not None:
             bits = weight_bits if weight_bits and len(tensor.shape) == 2 else 8 * dtype.itemsize
@@ -80,7 +80,7 @@ def decode_account(
         "kv_written": batch * config.num_layers * a_token,
         "logits": 2 * batch * config.vocab_size * LOGIT_BYTES,
     }
-    return Account(**sizes)
+    return StepBytes(**sizes)
 
 
 def _kind(tensor: CheckpointTensor, config: ModelConfig) -> str | None:
@@ -116,18 +116,18 @@ def prefill_flops(config: ModelConfig, *, batch: int, tokens: int) -> int:
     return batch * (2 * matrices * tokens + a_pair * pairs + head)
 
 
-def print_account(
-    account: Account, read_gbps: float, whole: tuple[str, Account] | None = None
+def print_step_bytes(
+    step_bytes: StepBytes, read_gbps: float, whole: tuple[str, StepBytes] | None = None
 ) -> None:
-    """The account with each kind's share, and its time at the bandwidth of reading.
+    """Print the bytes with each kind's share, and its time at the bandwidth of reading.
 
-    `whole` is the account of a model that this one was cut from, and how to call it.
+    `whole` is the name and the bytes of the model that this one was cut from.
     """
-    accounts = [account] if whole is None else [account, whole[1]]
+    counted = [step_bytes] if whole is None else [step_bytes, whole[1]]
     header = ["bytes of a decode step"]
     for name in ["", *([] if whole is None else [f"{whole[0]}: "])]:
         header += [f"{name}MB", "share", f"us at {read_gbps:.1f} GB/s"]
-    columns = [{**asdict(one), "total": one.total} for one in accounts]
+    columns = [{**asdict(one), "total": one.total} for one in counted]
     rows = [[kind, *_cells(columns, kind, read_gbps)] for kind in columns[0]]
     print_table(header, rows)
 

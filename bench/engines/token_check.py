@@ -1,15 +1,15 @@
-"""Is what a contestant generated right?  Every token of every contestant is judged.
+"""The check of generated tokens: every token of every contestant against exact logits.
 
-The judge is gemcut's model on the oracles' ops in higher precision, one weight at a time: bfloat16
-becomes float32, float32 float64.  It reads a prompt with a contestant's own tokens behind it, and
-has the exact logits at each of them.  A greedy token is right where its logit lies below the
+Exact logits come from gemcut's model on the oracles' ops in higher precision, one weight at a time:
+bfloat16 becomes float32, float32 float64.  It reads a prompt followed by a contestant's own tokens,
+and has the exact logits at each of them.  A greedy token is right where its logit is below the
 greatest by no more than
 
     2 * error + 2 units in the last place
 
 where the error is the greatest in the logits of that text by the same ops in the contestants' own
-dtype: the rule that kernels are held to, and near ties pass it.  Whoever quantises the weights
-computes another function; its error is that of the same ops on weights rounded to so many bits.
+dtype: the rule that kernels are held to, and near ties pass it.  With quantised weights another
+function is computed; its error is that of the same ops on weights rounded to so many bits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,15 +38,15 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contestant generated, and how many bits its weights have, where they are quantised."""
+    """The tokens of a contestant, and the bits of its weights where they are quantised."""
 
     rows: Rows
     weight_bits: int | None = None
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of a contestant; `status` is one of results.py's."""
+class Finding:
+    """What the check found of a contestant; `status` is one of report_file.py's."""
 
     status: str
     detail: str
@@ -57,8 +57,8 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """How far each token of a text lies below the greatest logit there, and how far it may."""
+class LogitGaps:
+    """How far each token of a text is below the greatest logit at its place, and may be."""
 
     gaps: list[float]
     budget: float
@@ -69,31 +69,31 @@ class Finding:
         return next((i for i, gap in enumerate(self.gaps) if not gap <= self.budget), None)
 
 
-class Judge:
-    """Holds what contestants made of the same prompts against a model's exact logits.
+class TokenCheck:
+    """The check of several contestants' continuations of the same prompts.
 
-    What was found of a text is kept: each is judged once.
+    The gaps of a text are kept: each text is read once.
     """
 
     def __init__(self, model: Gemma, prompts: Rows, new_tokens: int) -> None:
         self.model, self.prompts, self.new_tokens = model, prompts, new_tokens
-        self._found: dict[tuple[int, Text, int | None], Finding] = {}
+        self._found: dict[tuple[int, Text, int | None], LogitGaps] = {}
 
     @torch.inference_mode()
-    def verdicts(self, answers: Mapping[str, Answer], own: Rows | None) -> dict[str, Verdict]:
-        """The verdict on each answer; `own` are the tokens that others are counted beside."""
-        verdicts = {
-            name: Verdict(WRONG, problem)
+    def findings(self, answers: Mapping[str, Answer], own: Rows | None) -> dict[str, Finding]:
+        """The finding on each answer; `own` are gemcut's tokens, which others are compared with."""
+        findings = {
+            name: Finding(WRONG, problem)
             for name, answer in answers.items()
             if (problem := self._malformed(answer.rows)) is not None
         }
-        sound = {name: answer for name, answer in answers.items() if name not in verdicts}
+        sound = {name: answer for name, answer in answers.items() if name not in findings}
         for row in range(len(self.prompts)):
-            self._weigh(row, sound.values())
-        return verdicts | {name: self._verdict(one, own) for name, one in sound.items()}
+            self._read_new(row, sound.values())
+        return findings | {name: self._finding(one, own) for name, one in sound.items()}
 
     def _malformed(self, rows: Rows) -> str | None:
-        """What keeps an answer from being read at all."""
+        """Why an answer cannot be read; None where it can."""
         counts = [len(row) for row in rows]
         if counts != [self.new_tokens] * len(self.prompts):
             return (
@@ -104,8 +104,8 @@ class Judge:
         strange = [token for row in rows for token in row if not 0 <= token < limit]
         return f"token id {strange[0]} is outside 0..{limit - 1}" if strange else None
 
-    def _weigh(self, row: int, answers: Iterable[Answer]) -> None:
-        """Judge the texts of one prompt that are new."""
+    def _read_new(self, row: int, answers: Iterable[Answer]) -> None:
+        """Read the texts of one prompt that are new, and keep their gaps."""
         keys = dict.fromkeys((row, tuple(a.rows[row]), a.weight_bits) for a in answers)
         new = [key for key in keys if key not in self._found]
         if not new:
@@ -118,8 +118,8 @@ class Judge:
             states = exact.states(text), plain[bits].states(text)
             self._found[key] = self._compare(*states, text, bits)
 
-    def _compare(self, exact: Tensor, plain: Tensor, text: Text, bits: int | None) -> Finding:
-        """What is found of a text from the states before each of its tokens: [T, D] each."""
+    def _compare(self, exact: Tensor, plain: Tensor, text: Text, bits: int | None) -> LogitGaps:
+        """The gaps of a text, from both models' states before each of its tokens: [T, D]."""
         config, head = self.model.config, self.model.weights.lm_head
         tokens = torch.tensor(text, device=exact.device)
         best = exact.new_full((len(text),), -torch.inf)
@@ -136,26 +136,26 @@ class Judge:
             here = ((tokens >= start) & (tokens < start + len(rows))).nonzero().squeeze(-1)
             chosen[here] = logits[here, tokens[here] - start]
         ulp = torch.finfo(self.model.dtype).eps * greatest
-        return Finding((best - chosen).tolist(), (2 * error + 2 * ulp).item())
+        return LogitGaps((best - chosen).tolist(), (2 * error + 2 * ulp).item())
 
-    def _verdict(self, answer: Answer, own: Rows | None) -> Verdict:
-        findings = [
+    def _finding(self, answer: Answer, own: Rows | None) -> Finding:
+        gaps_of_rows = [
             self._found[row, tuple(tokens), answer.weight_bits]
             for row, tokens in enumerate(answer.rows)
         ]
-        for row, finding in enumerate(findings):
-            if (token := finding.first_wrong) is not None:
-                return Verdict(
+        for row, found in enumerate(gaps_of_rows):
+            if (token := found.first_wrong) is not None:
+                return Finding(
                     WRONG,
                     f"row {row}, token {token}: {answer.rows[row][token]} lies "
-                    f"{finding.gaps[token]:.2e} below the best logit, {finding.budget:.2e} allowed",
+                    f"{found.gaps[token]:.2e} below the best logit, {found.budget:.2e} allowed",
                 )
-        worst = max(findings, key=lambda one: max(one.gaps) / one.budget)
+        worst = max(gaps_of_rows, key=lambda one: max(one.gaps) / one.budget)
         detail = f"no token more than {max(worst.gaps):.1e} below the best logit, "
         detail += f"{worst.budget:.1e} allowed"
         if answer.weight_bits is not None:
             detail += f" for {answer.weight_bits}-bit weights"
-        return Verdict(OK, detail + _agreement(answer.rows, own))
+        return Finding(OK, detail + _agreement(answer.rows, own))
 
 
 def _agreement(rows: Rows, own: Rows | None) -> str:
@@ -173,7 +173,7 @@ def _agreement(rows: Rows, own: Rows | None) -> str:
 
 
 class Reading:
-    """A model's states over a prompt, and over any text behind it: the prompt is read once."""
+    """A model's states over a prompt and any text after it: the prompt is read once."""
 
     def __init__(self, model: Gemma, prompt: list[int], new_tokens: int) -> None:
         self.model, self.prompt = model, prompt
@@ -198,11 +198,11 @@ class Reading:
         return self.model.prefill(ids, self.cache, slot=0, start=start)
 
 
-# The models that the judge reads with
+# The models that read the texts
 
 
 def exact_model(model: Gemma) -> Gemma:
-    """The model without roundings but for that of the embedding's scale, which is part of it."""
+    """The model without roundings except that of the embedding's scale, which is part of it."""
     dtype = HIGHER[model.dtype]
 
     def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:

@@ -1,1 +1,1 @@
-"""What a machine takes and can do at most, and the file that a run leaves."""
+"""The timer, the machine's description and ceilings, and the report file of a run."""

@@ -1,4 +1,6 @@
-"""What a machine can do at most, measured in the same run as all that is held to it.
+"""Ceilings of a machine: read and copy bandwidth, and the rate of large products.
+
+They are measured in the same run as the contestants that are held to them.
 
     read_gbps       of a kernel that only reads, the best of a few
     copy_gbps       of the device's own copy; bytes read and written both count
@@ -9,12 +11,12 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from gemcut.bench.measure.timing import Call, Spread, cache_bytes, prepare_runs, time_runs
-from gemcut.bench.ops.cases import Cost
 
 if sys.platform == "linux":  # Triton is built for Linux
     from gemcut.bench.measure.read_kernel import read
@@ -23,6 +25,20 @@ ROUNDS = 5
 GPU_BYTES, GPU_WIDTH = 2 << 30, 8192
 CPU_BYTES, CPU_WIDTH = 256 << 20, 1024
 READERS = ((2, 8192), (4, 8192), (4, 4096), (8, 4096))  # programs a multiprocessor, elements a tile
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that an op must read, write and compute."""
+
+    read_bytes: int
+    written_bytes: int
+    flops: int
+    multiplies: bool = False  # matrices: the rate of tensor cores may bind; else memory alone does
+
+    @property
+    def nbytes(self) -> int:
+        return self.read_bytes + self.written_bytes
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -54,7 +70,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
 
 
 def floor_us(cost: Cost, ceilings: Mapping[str, float]) -> tuple[float, str]:
-    """Microseconds that the cost takes at least, and what binds: "memory" or "compute".
+    """The least microseconds that a cost can take, and what binds it: "memory" or "compute".
 
     A byte written costs what a copy takes beyond its reading, so that an op that only reads is held
     to the read bandwidth and one that writes as much as it reads to the copy's.

@@ -1,4 +1,4 @@
-"""Where a benchmark ran: what a number means nothing without."""
+"""The machine that a benchmark ran on: device, clocks, driver, CPU, versions and commit."""
 
 import os
 import platform
@@ -47,7 +47,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """As the driver calls a GPU; "cpu" otherwise."""
+    """The driver's name for a GPU; "cpu" otherwise."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
@@ -63,7 +63,7 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def gemcut_version() -> str:
-    """Of the installed package, or of a checkout that runs without being installed."""
+    """The version of the installed package, or of a checkout that is not installed."""
     try:
         return version("gemcut")
     except PackageNotFoundError:
@@ -77,7 +77,7 @@ def gemcut_version() -> str:
 
 
 def cpu_model() -> str:
-    """The CPU as it calls itself."""
+    """The model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -96,7 +96,7 @@ def git_commit() -> str | None:
 
 
 def _nvidia_smi(device: torch.device) -> dict[str, Any]:
-    """Driver and clocks as they are now; None for what the tool does not tell."""
+    """Driver, clocks, power limit and temperature now; None where nvidia-smi fails."""
     index = torch.cuda.current_device() if device.index is None else device.index
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     line = _output(

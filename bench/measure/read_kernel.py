@@ -1,4 +1,4 @@
-"""A kernel that does nothing but read: its bandwidth is the most that any kernel can have.
+"""A kernel that only reads: its bandwidth is the most that any kernel can reach.
 
 A persistent grid walks over the tensor, each program with a fixed stride, and keeps one running
 maximum for each element of its tile; at the end a program stores a single number, so that the

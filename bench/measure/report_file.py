@@ -1,18 +1,18 @@
-"""What a benchmark leaves: one JSON object, as its last line and in a file.
+"""The report of a benchmark run: one JSON object, printed as the last line and kept in a file.
 
     benchmark       "kernels" | "decode" | "prefill" | "serve-sim" | "host-work"
     arguments       what was asked for
     machine         where it ran (machine.py)
     ceilings        read_gbps, copy_gbps, matmul_tflops, measured in the same run (ceilings.py)
     interrupted     true until the run is complete
-    rows            one for each case and contestant
+    rows            the records: one for each case and contestant
 
-A row has `case` and `contestant`, which name it; `version` and `settings` of the contestant;
+A record has `case` and `contestant`, which name it; `version` and `settings` of the contestant;
 `status` ("ok", "wrong", "failed" or "no memory") with a `detail`; facts of the case; and metrics.
 A metric is {"median", "low", "high", "all"}, `all` round by round, in which every contestant of a
 case took its turn; its name ends in its unit: cold_us, first_token_ms, tokens_per_second, ...
 
-The file is written anew after each row: whatever interrupts a run, what it has measured is kept.
+The file is rewritten after each record, so an interrupted run keeps what it has measured.
 """
 
 import json
@@ -30,11 +30,11 @@ SCHEMA = 1
 OK, WRONG, FAILED, NO_MEMORY = "ok", "wrong", "failed", "no memory"
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as a shell has it
 REQUIRED = ("benchmark", "arguments", "machine", "ceilings", "interrupted", "rows")
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 def metric(values: Sequence[float]) -> dict[str, Any]:
-    """A measured quantity, one value for each round, as a row holds it."""
+    """A measured quantity, one value for each round, as a record holds it."""
     return {**asdict(Spread.of(values)), "all": list(values)}
 
 
@@ -63,12 +63,12 @@ class Results:
         }
 
     @property
-    def rows(self) -> list[Row]:
+    def records(self) -> list[Record]:
         return self.report["rows"]
 
-    def add(self, *rows: Row) -> None:
-        """Keep rows, on disk too."""
-        self.rows.extend(rows)
+    def add(self, *records: Record) -> None:
+        """Keep records, in the file too."""
+        self.records.extend(records)
         self._write()
 
     def set_ceilings(self, ceilings: dict[str, float]) -> None:
@@ -87,7 +87,7 @@ class Results:
     def _write(self) -> None:
         if self.file is None:
             return
-        # replaced as a whole: a kill in the midst of it leaves the rows before
+        # replaced as a whole: a kill during the write leaves the records before it
         new = self.file.with_name(f"{self.file.name}.part")
         new.write_text(json.dumps(self.report) + "\n")
         new.replace(self.file)
@@ -112,7 +112,7 @@ def load_results(file: Path) -> dict[str, Any]:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they must be: the first to the left, the others to the right."""
+    """Print columns as wide as their cells, the first aligned left and the others right."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     for line in [header, *rows]:
         cells = [line[0].ljust(widths[0])]

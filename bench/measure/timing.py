@@ -1,5 +1,6 @@
-"""The only timer.  Contestants take turns: what disturbs a round disturbs all of it, and leaves the
-ratios within the round alone.
+"""The suite's only timer: interleaved rounds, cold and warm caches, CUDA graphs between events.
+
+Contestants take turns: what disturbs a round disturbs all of them, and not the ratios within it.
 
     take_turns      whole runs of an engine, which return values on the host
     time_runs       single ops: microseconds a call, cold and warm
@@ -9,8 +10,8 @@ An op is timed in runs of many calls.  Cold, the calls rotate over input sets th
 the last-level cache, as the layers of a model do; warm, all take the first set.  On a GPU a run is
 one CUDA graph between two events, so that the host is not in it.  The gaps between kernels are:
 each node of a graph costs about a microsecond on the device, which tools/visit/machine.py measures.
-What cannot be captured is timed as a stream of launches, and says so.  On a CPU a run is a loop
-under a wall clock.
+Calls that cannot be captured are timed as a stream of launches, as `method` says.  On a CPU a run
+is a loop under a wall clock.
 """
 
 import math
@@ -35,7 +36,7 @@ MAX_CALLS = 1000  # of one run, the nodes of its graph
 MAX_SETS = 256  # of inputs: tiny ones never exceed a cache
 CACHES = 4  # input sets together are so many times the cache
 CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-CPU_CACHE_BYTES = 32 << 20  # where the system does not tell
+CPU_CACHE_BYTES = 32 << 20  # where the system does not say
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class Timing:
 
 
 def take_turns(calls: Mapping[str, Callable[[], T]], repeats: int) -> Iterator[dict[str, T]]:
-    """Rounds, as they finish: in each, every call is made once, in the same order."""
+    """Yield rounds as they finish: in each, every call is made once, in the same order."""
     for _ in range(repeats):
         yield {name: call() for name, call in calls.items()}
 
 
 @dataclass(frozen=True)
 class Runs:
-    """A contestant's runs, ready to be made again and again; each yields its seconds."""
+    """A contestant's runs, which may be repeated; each returns its seconds."""
 
     cold: Run
     warm: Run
@@ -105,9 +106,9 @@ def time_runs(contestants: Mapping[str, Runs], rounds: int) -> dict[str, Timing]
 def time_replays(
     replay: Call, count: int, rounds: int, device: torch.device, reset: Call = lambda: None
 ) -> list[float]:
-    """Microseconds of one of `count` replays in a row, round by round; a reset begins a round.
+    """Microseconds of one of `count` consecutive replays, round by round; a reset begins a round.
 
-    In a row, since the device waits for the host's first launch, and for no later one.
+    Consecutive, since the device waits for the host before the first replay and no later one.
     """
     found = []
     for _ in range(rounds):
@@ -127,7 +128,7 @@ def input_sets(nbytes: int, device: torch.device) -> int:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last-level cache: L2 of a GPU, L3 of a CPU."""
+    """Bytes of the last-level cache: L2 of a GPU, L3 of a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     try:
@@ -137,13 +138,13 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _calls_of_a_run(calls: Sequence[Call], device: torch.device) -> int:
-    """So many that a run is long enough; at least one of each set, as long as that is short."""
+    """Calls that make a run long enough: at least one of each set, unless that takes too long."""
     for call in calls[:3]:  # compiles
         call()
     synchronize(device)
@@ -158,12 +159,12 @@ def _calls_of_a_run(calls: Sequence[Call], device: torch.device) -> int:
 
 
 def _prepare(calls: Sequence[Call], device: torch.device) -> tuple[Run, str]:
-    """A run of these calls, and how it is made."""
+    """A run of these calls, and its method."""
     if device.type != "cuda":
         return lambda: _loop(calls), "loop"
     try:
         graph = capture(calls)
-    except Exception:  # whatever a peer does that a capture forbids, a copy to the host mostly
+    except Exception:  # a peer does what a capture forbids, mostly a copy to the host
         torch.cuda.synchronize(device)
         return lambda: _between_events(lambda: _make(calls)), "stream"
     return lambda: _between_events(graph.replay), "graph"
@@ -181,7 +182,7 @@ def _loop(calls: Sequence[Call]) -> float:
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of these calls, the first of which are made once before."""
+    """A CUDA graph of these calls; the first three are made once before the capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries allocate their workspaces before a capture

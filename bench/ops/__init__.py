@@ -1,1 +1,1 @@
-"""Each op beside its peers, at the sizes that models launch it with."""
+"""Each op beside its peers, at the shapes that models launch it with."""

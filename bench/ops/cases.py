@@ -1,4 +1,4 @@
-"""The cases: every op at the shapes that a model launches it with, and what each must cost.
+"""Benchmark cases: every op at the shapes that a model launches it with, and its least cost.
 
 Bytes are those that must be moved at least: every input that matters read once, every output
 written once.  Operations are two for each multiply-and-add of a product; where an op has none, one
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcut.bench.measure.ceilings import Cost
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, layer_capacity
 from gemcut.kernels import reference
@@ -20,22 +21,8 @@ Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What an op must do at least."""
-
-    read_bytes: int
-    written_bytes: int
-    flops: int
-    multiplies: bool = False  # matrices: tensor cores bound it, and not how fast elements move
-
-    @property
-    def nbytes(self) -> int:
-        return self.read_bytes + self.written_bytes
-
-
-@dataclass(frozen=True)
 class Grid:
-    """Which sizes to measure."""
+    """The sizes to measure."""
 
     batches: tuple[int, ...]  # rows of a decode step
     contexts: tuple[int, ...]  # tokens in the cache, the newest included
@@ -70,7 +57,7 @@ class Case:
 
 
 class Shapes:
-    """A model's sizes and where its tensors lie."""
+    """A model's sizes, and random tensors of these on its device."""
 
     def __init__(
         self, model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
@@ -88,7 +75,7 @@ class Shapes:
         return 0.1 * self.values(width)
 
     def weight(self, rows: int, columns: int) -> Tensor:
-        """Of a scale that keeps the variance of what it is multiplied with."""
+        """A random weight [rows, columns] that keeps the variance of what it multiplies."""
         return self.values(rows, columns).mul_(columns**-0.5)
 
     def index(self, *values: int) -> Tensor:
@@ -116,17 +103,17 @@ class Shapes:
         return torch.zeros(count, device=self.device, dtype=torch.int32)
 
     def layers(self) -> dict[str, int]:
-        """One layer of each kind that the model has."""
+        """The index of one layer of each kind that the model has, "local" or "global"."""
         layers = range(self.config.num_layers)
         return {"local" if self.config.is_local(i) else "global": i for i in reversed(layers)}
 
     def softcaps(self) -> dict[str, float | None]:
-        """The model's softcap of scores, and beside it none: what the cap costs."""
+        """The model's softcap of scores, and a variant without it: what the cap costs."""
         own = self.config.attn_softcap
         return {"": own} if own is None else {"": own, "no softcap": None}
 
 
-# What decode and prefill share
+# Shared by decode and prefill
 
 
 def add_norm_case(s: Shapes, M: int, phase: str) -> Case:
@@ -154,7 +141,7 @@ def qk_norms(s: Shapes) -> dict[str, Tensor | None]:
 
 
 def rope_cost(s: Shapes, M: int) -> Cost:
-    """Of the rotation and the cache write alone, without what holds q, k and v before."""
+    """The cost of the rotation and the cache write, without reading q, k and v."""
     rotated = (s.HQ + s.HK) * M * s.K
     norms = 2 * s.K * s.itemsize if s.config.has_qk_norm else 0
     tables = 2 * M * s.K * s.itemsize + 2 * 8 * M  # cos, sin; slots, positions

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcut.bench.measure.ceilings import Cost
 from gemcut.bench.ops.cases import (
     Arguments,
     Case,
-    Cost,
     Grid,
     Shapes,
     add_norm_case,
@@ -22,7 +22,7 @@ from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 
 
 def decode_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:
-    """What a decode step launches, op by op."""
+    """The ops of a decode step, at every batch and context of the grid."""
     for batch in grid.batches:
         yield from _small_cases(shapes, batch)
         yield from _product_cases(shapes, batch)
@@ -76,7 +76,7 @@ def _product_cases(s: Shapes, B: int) -> Iterator[Case]:
             s.model,
             "decode",
             {"batch": B, "weight": name},
-            # one sum in float32; the kernel's others are its own affair
+            # one sum in float32; further partial sums of a kernel do not count
             Cost((B + s.D) * columns * s.itemsize, 4 * B * s.D, 2 * B * s.D * columns, True),
             make,
         )

@@ -1,11 +1,11 @@
-"""How fast is each op beside its peers, and how close to what the hardware allows?
+"""Times of each op beside its peers, and their shares of what the hardware allows.
 
     gemcut-bench kernels --models gemma-2-2b gemma-2-9b --json kernels.json
     gemcut-bench kernels --op rmsnorm geglu --peer liger torch.compile
 
 Every op is called at the shapes that the models launch it with, on random inputs.  All contestants
 of a case get the same inputs; each is first held to the oracle, and one that computes something
-else is reported and not timed.  Its share is how much of its time the measured ceilings allow.
+else is reported and not timed.  A share is the least time by the measured ceilings over its time.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gemcut.bench.measure.ceilings import floor_us, measure_ceilings
+from gemcut.bench.measure.ceilings import Cost, floor_us, measure_ceilings
 from gemcut.bench.measure.machine import installed_versions
 from gemcut.bench.measure.report_file import (
     FAILED,
@@ -27,18 +27,18 @@ from gemcut.bench.measure.report_file import (
     NO_MEMORY,
     OK,
     WRONG,
+    Record,
     Results,
-    Row,
     metric,
 )
 from gemcut.bench.measure.timing import Runs, Spread, Timing, input_sets, prepare_runs, time_runs
 from gemcut.bench.ops import torch_ops
-from gemcut.bench.ops.cases import CPU_GRID, GPU_GRID, Arguments, Case, Cost, Grid, Shapes
+from gemcut.bench.ops.cases import CPU_GRID, GPU_GRID, Arguments, Case, Grid, Shapes
 from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.bench.ops.library_peers import library_peers
 from gemcut.bench.ops.op_check import Check
 from gemcut.bench.ops.prefill_cases import prefill_cases
-from gemcut.bench.ops.torch_peers import Peer, torch_peers
+from gemcut.bench.ops.torch_peers import OpPeer, torch_peers
 from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.info import find_config
@@ -65,7 +65,7 @@ COPIES_OF_A_CHECK, COPIES_OF_A_SET = 8, 3
 
 @dataclass(frozen=True)
 class Bench:
-    """What every case of a run is measured with."""
+    """The settings that all cases of a run share."""
 
     device: torch.device
     dtype: torch.dtype
@@ -80,11 +80,11 @@ def model_cases(shapes: Shapes, grid: Grid) -> list[Case]:
     return [*decode_cases(shapes, grid), *prefill_cases(shapes, grid)]
 
 
-def contestants(case: Case, bench: Bench) -> dict[str, Peer]:
-    """Who takes part in a case, by name: gemcut first, then the peers that are asked for."""
+def contestants(case: Case, bench: Bench) -> dict[str, OpPeer]:
+    """The contestants of a case by name: gemcut first, then the peers asked for."""
     ops = bench.ops
     settings = "reference ops" if ops is reference else "kernels"
-    own = Peer("gemcut", settings, lambda a: partial(getattr(ops, case.op), **a))
+    own = OpPeer("gemcut", settings, lambda a: partial(getattr(ops, case.op), **a))
     peers = torch_peers(case, bench.device) | library_peers(case)
     on_gpu = bench.device.type == "cuda"
     return {GEMCUT: own} | {
@@ -95,30 +95,30 @@ def contestants(case: Case, bench: Bench) -> dict[str, Peer]:
 
 
 def measure_case(
-    case: Case, bench: Bench, everyone: Mapping[str, Peer], time: Timer = time_runs
-) -> list[Row]:
-    """One row for each contestant of a case, timed where it computes the op right."""
-    rows = {name: _describe(case, name, peer, bench) for name, peer in everyone.items()}
+    case: Case, bench: Bench, by_name: Mapping[str, OpPeer], time: Timer = time_runs
+) -> list[Record]:
+    """One record for each contestant of a case, timed where it computes the op right."""
+    records = {name: _describe(case, name, peer, bench) for name, peer in by_name.items()}
     try:
         sets = choose_input_sets(case, bench.device)
         torch.compiler.reset()  # compiled for other shapes, functions count against a limit
         inputs = [case.make() for _ in range(sets)]
     except MEMORY_ERRORS as error:
-        for row in rows.values():
-            row.update(_failure(error))
-        return list(rows.values())
+        for record in records.values():
+            record.update(_failure(error))
+        return list(records.values())
 
     check, runs = Check(case, inputs[0]), {}
-    for name, peer in everyone.items():
-        with _failures_in(rows[name]):
-            rows[name] |= _checked(check, name, peer)
-    for name, peer in everyone.items():  # only now: runs write into their inputs
-        if rows[name]["status"] == OK:
-            with _failures_in(rows[name]):
+    for name, peer in by_name.items():
+        with _failures_in(records[name]):
+            records[name] |= _checked(check, name, peer)
+    for name, peer in by_name.items():  # only now: runs write into their inputs
+        if records[name]["status"] == OK:
+            with _failures_in(records[name]):
                 runs[name] = prepare_runs([peer.build(a) for a in inputs], bench.device)
     for name, timing in time(runs, bench.rounds).items():
-        rows[name] |= _timed(_cost(case, everyone[name], inputs[0]), timing, sets, bench)
-    return list(rows.values())
+        records[name] |= _timed(_cost(case, by_name[name], inputs[0]), timing, sets, bench)
+    return list(records.values())
 
 
 def choose_input_sets(case: Case, device: torch.device) -> int:
@@ -139,7 +139,7 @@ def _nbytes(arguments: Arguments) -> int:
     return sum(value.nbytes for value in arguments.values() if isinstance(value, Tensor))
 
 
-def _describe(case: Case, name: str, peer: Peer, bench: Bench) -> Row:
+def _describe(case: Case, name: str, peer: OpPeer, bench: Bench) -> Record:
     return {
         "case": case.name,
         "contestant": name,
@@ -155,34 +155,34 @@ def _describe(case: Case, name: str, peer: Peer, bench: Bench) -> Row:
     }
 
 
-def _checked(check: Check, name: str, peer: Peer) -> Row:
+def _checked(check: Check, name: str, peer: OpPeer) -> Record:
     """Error and budget of a contestant, and whether it passes."""
-    verdict = check.gemcut(peer.build) if name == GEMCUT else check.peer(peer)
-    found = {"error": verdict.error, "budget": verdict.budget}
-    if verdict.passed:
+    accuracy = check.gemcut(peer.build) if name == GEMCUT else check.peer(peer)
+    found = {"error": accuracy.error, "budget": accuracy.budget}
+    if accuracy.passed:
         return found
-    detail = f"error {verdict.error:.2e}, where {verdict.budget:.2e} is allowed"
+    detail = f"error {accuracy.error:.2e}, where {accuracy.budget:.2e} is allowed"
     return {"status": WRONG, "detail": detail, **found}
 
 
 @contextmanager
-def _failures_in(row: Row) -> Iterator[None]:
-    """Whatever a peer may raise is its own failure, and the run goes on."""
+def _failures_in(record: Record) -> Iterator[None]:
+    """Note what a contestant raises as its own failure; the run goes on."""
     try:
         yield
     except Exception as error:
-        row.update(_failure(error))
+        record.update(_failure(error))
 
 
-def _failure(error: Exception) -> Row:
+def _failure(error: Exception) -> Record:
     reason = next(iter(str(error).splitlines()), "")
     if isinstance(error, MEMORY_ERRORS):
         return {"status": NO_MEMORY, "detail": reason}
     return {"status": FAILED, "detail": f"{type(error).__name__}: {reason}"}
 
 
-def _cost(case: Case, peer: Peer, arguments: Arguments) -> Cost:
-    """What the case costs this contestant: quantised weights have fewer bytes."""
+def _cost(case: Case, peer: OpPeer, arguments: Arguments) -> Cost:
+    """The case's cost for this contestant: quantised weights have fewer bytes."""
     if peer.weight_bits is None:
         return case.cost
     weight = arguments["weight"]
@@ -190,7 +190,7 @@ def _cost(case: Case, peer: Peer, arguments: Arguments) -> Cost:
     return replace(case.cost, read_bytes=case.cost.read_bytes - saved)
 
 
-def _timed(cost: Cost, timing: Timing, sets: int, bench: Bench) -> Row:
+def _timed(cost: Cost, timing: Timing, sets: int, bench: Bench) -> Record:
     floor, bound = floor_us(cost, bench.ceilings)
     us = Spread.of(timing.cold_us).median
     return {
@@ -229,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure the cases that are asked for; 1 where gemcut's own op is wrong or fails."""
+    """Measure the cases asked for; the exit code, 1 where gemcut's own op is wrong or fails."""
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     ops = choose_ops(arguments.ops, device)
@@ -244,17 +244,17 @@ def run(arguments: argparse.Namespace) -> int:
     bench = Bench(device, dtype, ops, peers, arguments.rounds, results.report["ceilings"])
     try:
         for case in cases:
-            rows = measure_case(case, bench, contestants(case, bench))
-            results.add(*rows)
-            print_rows(rows)
+            records = measure_case(case, bench, contestants(case, bench))
+            results.add(*records)
+            print_records(records)
         results.finish()
     except KeyboardInterrupt:
-        print(f"interrupted: {len(results.rows)} rows are kept")
+        print(f"interrupted: {len(results.records)} rows are kept")
         return INTERRUPTED
     finally:
         results.print_line()
-    own = [row for row in results.rows if row["contestant"] == GEMCUT]
-    return 1 if any(row["status"] in (WRONG, FAILED) for row in own) else 0
+    own = [record for record in results.records if record["contestant"] == GEMCUT]
+    return 1 if any(record["status"] in (WRONG, FAILED) for record in own) else 0
 
 
 def choose_peers(names: Sequence[str] | None) -> tuple[str, ...]:
@@ -311,29 +311,29 @@ def print_ceilings(ceilings: Mapping[str, float], dtype: torch.dtype) -> None:
     )
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-    """One case, a line for each contestant."""
-    print(rows[0]["case"])
-    for line in _lines(rows):
+def print_records(records: Sequence[Record]) -> None:
+    """Print one case, a line for each contestant."""
+    print(records[0]["case"])
+    for line in _lines(records):
         print(f"    {line}", flush=True)
 
 
-def _lines(rows: Sequence[Row]) -> Iterator[str]:
-    own = rows[0].get("cold_us")
-    for row in rows:
-        name = f"{row['contestant']:<14}"
-        if row["status"] != OK:
-            yield f"{name}{row['status']}: {row['detail']}"
+def _lines(records: Sequence[Record]) -> Iterator[str]:
+    own = records[0].get("cold_us")
+    for record in records:
+        name = f"{record['contestant']:<14}"
+        if record["status"] != OK:
+            yield f"{name}{record['status']}: {record['detail']}"
             continue
-        cold = row["cold_us"]
-        compute = row["bound"] == "compute"
-        rate = f"{row['tflops']:.3g} TFLOP/s" if compute else f"{row['gbps']:.0f} GB/s"
+        cold = record["cold_us"]
+        compute = record["bound"] == "compute"
+        rate = f"{record['tflops']:.3g} TFLOP/s" if compute else f"{record['gbps']:.0f} GB/s"
         line = (
             f"{name}{cold['median']:>10.1f} us ({cold['low']:.1f} - {cold['high']:.1f})"
-            f"{row['warm_us']['median']:>10.1f} warm  {rate:>14}"
-            f"{row['share']:>7.0%} of {row['bound']}"
+            f"{record['warm_us']['median']:>10.1f} warm  {rate:>14}"
+            f"{record['share']:>7.0%} of {record['bound']}"
         )
-        if own is not None and row is not rows[0]:
+        if own is not None and record is not records[0]:
             ratios = [a / b for a, b in zip(cold["all"], own["all"], strict=True)]
             line += f"  gemcut x {Spread.of(ratios).median:.2f}"
         yield line

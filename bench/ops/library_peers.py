@@ -1,6 +1,6 @@
-"""Peers of other packages: Liger-Kernel, FlashInfer, GemLite, torchao.
+"""The peers of each op from other packages: Liger-Kernel, FlashInfer, GemLite, torchao.
 
-Each package is imported by the peer that takes part, and only there.
+A package is imported only by a peer that takes part.
 """
 
 from functools import lru_cache, partial
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from gemcut.bench.measure.timing import Call
 from gemcut.bench.ops.cases import Arguments, Case
-from gemcut.bench.ops.torch_peers import Peer, compile_, gathered
+from gemcut.bench.ops.torch_peers import OpPeer, compile_, gathered
 
 PAGE = 16  # keys of a page of FlashInfer's cache
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documents recommend
 GROUP = 128  # columns that share an int4 scale
 
 
-def library_peers(case: Case) -> dict[str, Peer]:
-    """The contestants of other packages by name, whether or not these are installed."""
-    on_gpu = partial(Peer, needs_gpu=True)
+def library_peers(case: Case) -> dict[str, OpPeer]:
+    """The peers of a case from other packages by name, installed or not."""
+    on_gpu = partial(OpPeer, needs_gpu=True)
     liger, flashinfer = partial(on_gpu, "liger-kernel"), partial(on_gpu, "flashinfer-python")
     peers = {
         "rmsnorm": {
@@ -39,7 +39,7 @@ def library_peers(case: Case) -> dict[str, Peer]:
             "flashinfer": flashinfer("single_prefill_with_kv_cache", _flashinfer_prefill)
         },
         "skinny_linear": {
-            "torchao-int8": Peer(
+            "torchao-int8": OpPeer(
                 "torchao",
                 "Int8WeightOnlyConfig",
                 partial(_torchao, name="Int8WeightOnlyConfig"),
@@ -152,7 +152,7 @@ def _flashinfer_decode(a: Arguments) -> Call:
 
 
 def _flashinfer_sample(a: Arguments) -> Call:
-    """The temperature is applied in its call, as a server must."""
+    """Top-k, then top-p; the call divides by the temperature, as a server must."""
     flashinfer: Any = import_module("flashinfer")
     temperature, top_k = a["temperature"].unsqueeze(-1), a["top_k"].int()
     return lambda: flashinfer.sampling.top_k_top_p_sampling_from_logits(

@@ -1,4 +1,4 @@
-"""Whether a contestant computes an op right.
+"""The accuracy check of an op: what a contestant computes, against the oracle in float64.
 
 The exact result is the oracle's in float64.  gemcut may err twice as much as the oracle does in the
 dtype of the case, plus two units in the last place: the rule of its tests.  A peer may err twice as
@@ -18,12 +18,12 @@ from gemcut.bench.measure.timing import Call
 from gemcut.bench.ops import torch_ops
 from gemcut.bench.ops.cases import Arguments, Case
 from gemcut.bench.ops.library_peers import GROUP, quantize_int4, quantize_int8
-from gemcut.bench.ops.torch_peers import Peer
+from gemcut.bench.ops.torch_peers import OpPeer
 from gemcut.kernels import reference
 
 Build = Callable[[Arguments], Call]
 
-CHECKED_QUERIES = 128  # of the first and of the last of a prefill: float64 scores are large
+CHECKED_QUERIES = 128  # at each end of a prefill: float64 scores are large
 # arguments that an op writes into
 WRITTEN = {
     "add_rmsnorm_": ("residual",),
@@ -33,8 +33,8 @@ WRITTEN = {
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The greatest error of an output beside what it may be; of several, the worst."""
+class Accuracy:
+    """The greatest error of an output and its budget; of several outputs, the worst."""
 
     error: float
     budget: float
@@ -50,17 +50,17 @@ class Check:
     def __init__(self, case: Case, arguments: Arguments) -> None:
         self.case, self.arguments = case, arguments
 
-    def gemcut(self, build: Build) -> Verdict:
-        """The verdict on gemcut's own implementation."""
-        return self._verdict(build, {}, None, strict=True)
+    def gemcut(self, build: Build) -> Accuracy:
+        """The accuracy of gemcut's own implementation."""
+        return self._accuracy(build, {}, None, strict=True)
 
-    def peer(self, peer: Peer) -> Verdict:
-        """The verdict on a peer, which may compute as if some arguments were others."""
-        return self._verdict(peer.build, peer.computes or {}, peer.weight_bits, strict=False)
+    def peer(self, peer: OpPeer) -> Accuracy:
+        """The accuracy of a peer, which may compute as if some arguments were others."""
+        return self._accuracy(peer.build, peer.computes or {}, peer.weight_bits, strict=False)
 
-    def _verdict(
+    def _accuracy(
         self, build: Build, computes: Arguments, weight_bits: int | None, *, strict: bool
-    ) -> Verdict:
+    ) -> Accuracy:
         actual = self._outputs(lambda **a: build(a)(), self.arguments)
         changed = thinned(self.arguments | computes)
         oracle = getattr(reference, self.case.op)
@@ -72,17 +72,17 @@ class Check:
             rounded = changed | {"weight": rounded_weight(changed["weight"], weight_bits)}
             allowed.append(self._outputs(oracle, rounded, whole=False))
 
-        verdicts = []
+        found = []
         for i, value in enumerate(actual):
             ulp = torch.finfo(value.dtype).eps * _greatest(exact[i])
             own = max(_distance(outputs[i], exact[i]) for outputs in allowed)
-            verdicts.append(Verdict(_distance(value, exact[i]), 2 * own + 2 * ulp))
-        return max(verdicts, key=lambda v: math.inf if math.isnan(v.error) else v.error - v.budget)
+            found.append(Accuracy(_distance(value, exact[i]), 2 * own + 2 * ulp))
+        return max(found, key=lambda v: math.inf if math.isnan(v.error) else v.error - v.budget)
 
     def _outputs(
         self, compute: Callable[..., Any], arguments: Arguments, whole: bool = True
     ) -> list[Tensor]:
-        """What a call yields and writes, as tensors that are compared by their values.
+        """The tensors that a call returns and writes, in a form that is compared by value.
 
         `whole` arguments are not yet thinned, so their output is.
         """
@@ -113,7 +113,7 @@ def checked_rows(T: int) -> slice | list[int]:
 
 
 def thinned(arguments: Arguments) -> Arguments:
-    """The arguments of a prefill of checked queries alone; of another op, those given."""
+    """A prefill's arguments for its checked queries alone; another op's as given."""
     T = arguments["q"].shape[0] if "cu_seqlens" in arguments else 0
     if T <= 2 * CHECKED_QUERIES:
         return dict(arguments)
@@ -127,7 +127,7 @@ def thinned(arguments: Arguments) -> Arguments:
 
 
 def rounded_weight(weight: Tensor, bits: int) -> Tensor:
-    """A weight as int8, a scale a row, or int4, a scale and zero a group, would hold it."""
+    """A weight rounded to int8, a scale per row, or int4, a scale and zero per group."""
     if bits == 8:
         levels, scales = quantize_int8(weight)
         return (levels.float() * scales.unsqueeze(1)).to(weight.dtype)
@@ -137,7 +137,7 @@ def rounded_weight(weight: Tensor, bits: int) -> Tensor:
 
 
 def _weight_of_choice(arguments: Arguments, chosen: Tensor) -> Tensor:
-    """Of a greedy choice its logit; of a random one whether the filters keep it."""
+    """The logit of a greedy choice; of a random one, 1 where the filters keep it."""
     logits, index = arguments["logits"].double(), chosen.long().unsqueeze(-1)
     if arguments.get("temperature") is None:
         return logits.gather(-1, index).squeeze(-1)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from gemcut.bench.measure.ceilings import Cost
 from gemcut.bench.ops.cases import (
     Arguments,
     Case,
-    Cost,
     Grid,
     Shapes,
     add_norm_case,
@@ -21,7 +21,7 @@ from gemcut.engine.execution.cache import layer_capacity
 
 
 def prefill_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:
-    """What a prefill launches, op by op."""
+    """The ops of a prefill, at every length of the grid."""
     s = shapes
     for tokens in grid.tokens:
         if tokens > s.config.context_length:

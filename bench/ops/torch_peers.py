@@ -1,8 +1,8 @@
-"""Who a kernel is compared with, op by op: torch's own kernels and compiler.
+"""The peers of each op from torch: eager, compiled, and torch's own kernel for the op.
 
-A peer gets the op's arguments and may first bring them into the form that it likes best: keys in
-one piece, a mask, a plan, quantised weights.  That is not timed.  What its call returns is held to
-the oracle, like the kernel's own results.  library_peers.py has those of other packages.
+A peer gets the op's arguments and may first bring them into the form that suits it best: keys in
+one piece, a mask, quantised weights.  That is not timed.  What its call returns is held to the
+oracle, like the kernel's own results.  library_peers.py has the peers from other packages.
 """
 
 from collections.abc import Callable
@@ -23,42 +23,42 @@ Compute = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One way to compute an op, and how it says what it is."""
+class OpPeer:
+    """One way to compute an op, a peer's or gemcut's own, and its description in reports."""
 
     package: str
     settings: str
     build: Callable[[Arguments], Call]  # what the call returns is what the op returns
-    computes: Arguments | None = None  # arguments that it does as if they were these
+    computes: Arguments | None = None  # arguments that it replaces by these
     weight_bits: int | None = None  # of a quantised weight
     needs_gpu: bool = False
 
 
-def torch_peers(case: Case, device: torch.device) -> dict[str, Peer]:
-    """Torch's contestants by name: eager, compiled, and its kernel for just this op."""
+def torch_peers(case: Case, device: torch.device) -> dict[str, OpPeer]:
+    """Torch's peers of a case by name: eager, compiled, and its kernel for just this op."""
     op = getattr(torch_ops, case.op)
     compiled = partial(compile_, op, device)
     peers = {
-        "torch": Peer("torch", "eager", lambda a: partial(op, **a)),
-        "torch.compile": Peer(
+        "torch": OpPeer("torch", "eager", lambda a: partial(op, **a)),
+        "torch.compile": OpPeer(
             "torch", _compile_settings(device), lambda a: partial(compiled(), **a)
         ),
     }
     if case.op in ("linear", "skinny_linear"):
-        peers["blas"] = Peer("torch", f"{_blas(device)}, F.linear", _blas_linear)
+        peers["blas"] = OpPeer("torch", f"{_blas(device)}, F.linear", _blas_linear)
         del peers["torch"]
     if case.op == "linear":  # gemcut's own product is the library's
         del peers["torch.compile"]
     if case.op == "lm_head":
-        peers["blas"] = Peer(
+        peers["blas"] = OpPeer(
             "torch", f"{_blas(device)}, the bare product", _bare_head, {"softcap": None}
         )
     if case.op == "rmsnorm":
-        peers["rms_norm"] = Peer("torch", "F.rms_norm by 1 + w", _rms_norm)
+        peers["rms_norm"] = OpPeer("torch", "F.rms_norm by 1 + w", _rms_norm)
     if case.op.startswith("attention"):
         if case.facts["softcap"] is None:
-            peers["sdpa"] = Peer("torch", "scaled_dot_product_attention", _sdpa)
-        peers["flex"] = Peer(
+            peers["sdpa"] = OpPeer("torch", "scaled_dot_product_attention", _sdpa)
+        peers["flex"] = OpPeer(
             "torch", "flex_attention, compiled, block mask", partial(_flex, device=device)
         )
     return peers

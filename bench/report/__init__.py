@@ -1,1 +1,1 @@
-"""What reports say: tables, plots, goals, comparisons of two runs."""
+"""Reports read back: comparisons of two runs, goals, tables, plots and the Markdown page."""

@@ -1,17 +1,17 @@
-"""How many times as fast is one report as another, beyond what noise explains?
+"""A comparison of two reports: how many times as fast the second is, beyond what noise explains.
 
 Machines drift between runs, and within one.  The drift hits all contestants of a round alike, so a
-row is taken beside its peers: what a round took, over the geometric mean of what the contestants
-that both files share took in it.  Gemcut is nobody's peer.  Bytes do not drift and are taken as
-they are, and so is a row without a peer, where drift cannot be told from a change.  Where the peers
-themselves changed threefold, the machine was another, and slowed nobody alike: no verdict.
+record is taken beside its peers: its time in a round over the geometric mean of the times in it of
+the contestants that both files share, gemcut excepted.  Bytes do not drift and are taken as they
+are, and so is a record without a peer, where drift cannot be told from a change.  Where the peers
+themselves changed threefold, the machine was another, which slows each differently: no verdict.
 
 Of all ratios between a round of one file and a round of the other, the median estimates the change
 (Hodges and Lehmann), and the k-th least and greatest bound it: k comes from the distribution of
-Mann and Whitney's U, whatever the distribution of the noise.  A row is called faster or slower
-where this interval lies beyond 1 and the estimate beyond the threshold.  The threshold stands for
-what no round can tell: two processes of the same code differ too, by where their memory lies.
-Under noise of 5 % ten rounds find a change of 20 % among 30 rows nearly always, seven mostly.
+Mann and Whitney's U, whatever the distribution of the noise.  A record is called faster or slower
+where this interval is beyond 1 and the estimate beyond the threshold.  The threshold is for
+what no round can show: two processes of the same code differ too, by where their memory is.
+Under noise of 5 % ten rounds find a change of 20 % among 30 records nearly always, seven mostly.
 """
 
 import math
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemcut.bench.measure.report_file import OK, Row, print_table
+from gemcut.bench.measure.report_file import OK, Record, print_table
 from gemcut.bench.report.load import GEMCUT, Report, direction, figures, metrics, read_report
 
 THRESHOLD = 0.05
@@ -33,13 +33,13 @@ MAX_DRIFT = 3.0  # of peers, either way
 FASTER, SLOWER, SAME = "faster", "slower", "same"
 TOO_FEW, OTHER_MACHINE = "too few rounds", "machine changed"
 VERDICTS = (SLOWER, FASTER, SAME, TOO_FEW, OTHER_MACHINE)
-Rows = dict[tuple[str, str], Row]  # by case and contestant
+Records = dict[tuple[str, str], Record]  # by case and contestant
 NOTED = ("device", "cpu", "threads", "driver", "power_limit_w", "cuda", "commit")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One metric of one row: how many times as fast the second file is."""
+    """One metric of one record: how many times as fast the second file is."""
 
     case: str
     contestant: str
@@ -48,7 +48,7 @@ class Change:
     interval: tuple[float, float] | None  # None: too few rounds for the level
     alpha: float  # 1 - the level that the interval has
     rounds: tuple[int, int]
-    peers: tuple[str, ...]  # that the row was taken beside
+    peers: tuple[str, ...]  # that the record was taken beside
     verdict: str
 
 
@@ -58,9 +58,9 @@ class Comparison:
 
     notes: list[str]
     changes: list[Change]
-    statuses: list[tuple[Row, Row]]  # rows whose status changed: before, after
-    gone: list[Row]
-    new: list[Row]
+    statuses: list[tuple[Record, Record]]  # records whose status changed: before, after
+    gone: list[Record]
+    new: list[Record]
 
     @property
     def own(self) -> list[Change]:
@@ -100,43 +100,45 @@ def compare_reports(a: Report, b: Report, threshold: float = THRESHOLD) -> Compa
     before, after = _by_name(a), _by_name(b)
     both = [name for name in before if name in after]
     compared = [
-        (row, metric)
-        for row in (before[name] for name in both)
-        for metric in metrics(row)
-        if _timed(row, metric) and _timed(after[row["case"], row["contestant"]], metric)
+        (record, metric)
+        for record in (before[name] for name in both)
+        for metric in metrics(record)
+        if _timed(record, metric) and _timed(after[record["case"], record["contestant"]], metric)
     ]
-    own = sum(row["contestant"] == GEMCUT for row, _ in compared)
+    own = sum(record["contestant"] == GEMCUT for record, _ in compared)
     alpha = min(ALPHA, FAMILY_ALPHA / max(1, own))
-    changes = [_change(row, metric, before, after, alpha, threshold) for row, metric in compared]
+    changes = [
+        _change(record, metric, before, after, alpha, threshold) for record, metric in compared
+    ]
     statuses = [(before[name], after[name]) for name in both]
     return Comparison(
         _notes(a, b),
         changes,
-        [(row, other) for row, other in statuses if row["status"] != other["status"]],
-        [row for name, row in before.items() if name not in after],
-        [row for name, row in after.items() if name not in before],
+        [(record, other) for record, other in statuses if record["status"] != other["status"]],
+        [record for name, record in before.items() if name not in after],
+        [record for name, record in after.items() if name not in before],
     )
 
 
-def _by_name(report: Report) -> Rows:
-    return {(row["case"], row["contestant"]): row for row in report["rows"]}
+def _by_name(report: Report) -> Records:
+    return {(record["case"], record["contestant"]): record for record in report["rows"]}
 
 
-def _timed(row: Row, metric: str) -> bool:
-    """Whether a row has a metric that a ratio can be taken of."""
-    value = row.get(metric)
-    return row["status"] == OK and isinstance(value, dict) and min(value["all"]) > 0
+def _timed(record: Record, metric: str) -> bool:
+    """Whether a record has a metric that a ratio can be taken of."""
+    value = record.get(metric)
+    return record["status"] == OK and isinstance(value, dict) and min(value["all"]) > 0
 
 
 def _change(
-    row: Row, metric: str, before: Rows, after: Rows, alpha: float, threshold: float
+    record: Record, metric: str, before: Records, after: Records, alpha: float, threshold: float
 ) -> Change:
-    peers = _common_peers(row, metric, before, after)
+    peers = _common_peers(record, metric, before, after)
     samples, peers_speed = [], []
-    for rows in (before, after):
-        beside = [_speeds(rows[row["case"], peer], metric) for peer in peers]
+    for records in (before, after):
+        beside = [_speeds(records[record["case"], peer], metric) for peer in peers]
         mean = np.mean(beside, axis=0) if beside else np.zeros(1)
-        samples.append(_speeds(rows[row["case"], row["contestant"]], metric) - mean)
+        samples.append(_speeds(records[record["case"], record["contestant"]], metric) - mean)
         peers_speed.append(np.median(mean))
     a, b = samples
     ratios = np.sort(np.exp(b[:, None] - a[None, :]), axis=None)
@@ -153,8 +155,8 @@ def _change(
         elif low > 1 and estimate > 1 + threshold:
             verdict = FASTER
     return Change(
-        case=row["case"],
-        contestant=row["contestant"],
+        case=record["case"],
+        contestant=record["contestant"],
         metric=metric,
         estimate=estimate,
         interval=interval,
@@ -165,33 +167,33 @@ def _change(
     )
 
 
-def _common_peers(row: Row, metric: str, before: Rows, after: Rows) -> tuple[str, ...]:
-    """Those that both files timed in the row's case and rounds, unchanged from one to the other."""
+def _common_peers(record: Record, metric: str, before: Records, after: Records) -> tuple[str, ...]:
+    """The peers that both files timed in the record's case and rounds, unchanged between them."""
     if metric.endswith("_bytes"):
         return ()
 
-    def in_the_rounds(name: tuple[str, str], rows: Rows) -> bool:
-        rounds = len(rows[row["case"], row["contestant"]][metric]["all"])
-        peer = rows.get(name)
+    def in_the_rounds(name: tuple[str, str], records: Records) -> bool:
+        rounds = len(records[record["case"], record["contestant"]][metric]["all"])
+        peer = records.get(name)
         return peer is not None and _timed(peer, metric) and len(peer[metric]["all"]) == rounds
 
-    names = [(case, peer) for case, peer in before if case == row["case"]]
+    names = [(case, peer) for case, peer in before if case == record["case"]]
     return tuple(
         peer
         for case, peer in names
-        if peer not in (GEMCUT, row["contestant"])
-        and all(in_the_rounds((case, peer), rows) for rows in (before, after))
+        if peer not in (GEMCUT, record["contestant"])
+        and all(in_the_rounds((case, peer), records) for records in (before, after))
         and _identity(before[case, peer]) == _identity(after[case, peer])
     )
 
 
-def _identity(peer: Row) -> tuple[object, object]:
+def _identity(peer: Record) -> tuple[object, object]:
     return peer.get("version"), peer.get("settings")
 
 
-def _speeds(row: Row, metric: str) -> np.ndarray:
-    """Logarithms of how fast a row was, round by round; means of them are geometric."""
-    return direction(metric) * np.log(row[metric]["all"])
+def _speeds(record: Record, metric: str) -> np.ndarray:
+    """Logarithms of how fast a record was, round by round; means of them are geometric."""
+    return direction(metric) * np.log(record[metric]["all"])
 
 
 @cache
@@ -251,11 +253,11 @@ def _notes(a: Report, b: Report) -> list[str]:
 
 
 def _dtypes(report: Report) -> str:
-    return ", ".join(sorted({str(row["dtype"]) for row in report["rows"] if "dtype" in row}))
+    return ", ".join(sorted({str(one["dtype"]) for one in report["rows"] if "dtype" in one}))
 
 
 def print_comparison(comparison: Comparison, a: str, b: str) -> None:
-    """The comparison as a table; below it what has no ratio, and gemcut's sum."""
+    """Print the comparison as a table; below it what has no ratio, and gemcut's sum."""
     print(f"A: {a}")
     print(f"B: {b}")
     for note in comparison.notes:
@@ -274,8 +276,8 @@ def print_comparison(comparison: Comparison, a: str, b: str) -> None:
         detail = f" ({after['detail']})" if after.get("detail") else ""
         print(f"{_name(before)}: {before['status']} -> {after['status']}{detail}")
     for which, only in (("A", comparison.gone), ("B", comparison.new)):
-        for row in only:
-            print(f"{_name(row)}: only in {which}")
+        for record in only:
+            print(f"{_name(record)}: only in {which}")
     _print_sum(comparison)
 
 
@@ -290,5 +292,5 @@ def _print_sum(comparison: Comparison) -> None:
     print(f"a repeat beside the same peers calls any of them changed in at most {chance} % of runs")
 
 
-def _name(row: Row) -> str:
-    return f"{row['contestant']} in {row['case']}"
+def _name(record: Record) -> str:
+    return f"{record['contestant']} in {record['case']}"

@@ -1,8 +1,8 @@
-"""Is gemcut as fast as it set out to be?  Its 14 goals, and what reports say to each.
+"""The 14 goals for gemcut's speed, and what reports measured of each.
 
-A goal speaks of a set of cases, and its worst case counts.  Ratios within a case are taken round by
+A goal covers a set of cases, and its worst case counts.  Ratios within a case are taken round by
 round; those between two cases divide medians, and their range is as wide as both allow.  A goal of
-which nothing was measured is not measured: nothing stands in for a number.
+which nothing was measured is "not measured": no other number replaces it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
-from gemcut.bench.measure.report_file import Row
+from gemcut.bench.measure.report_file import Record
 from gemcut.bench.measure.timing import Spread
 from gemcut.bench.report.load import GEMCUT, Case, Report, cases, on_gpu, spread_of, times_as_fast
 
@@ -45,7 +45,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What reports say to a goal; `measured` is its worst case, of `cases`."""
+    """The outcome of a goal; `measured` is its worst case, of `cases`."""
 
     goal: Goal
     measured: Measured | None
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def outcomes(reports: Sequence[Report]) -> list[Outcome]:
-    """Every goal beside what these reports say to it; they should be of one GPU, or of CPUs."""
+    """The outcome of every goal in these reports, which should be of one GPU, or of CPUs."""
     # a model cut to a few layers is not the model that a goal names
     whole = [report for report in reports if report["arguments"].get("layers") is None]
     found = []
@@ -75,19 +75,19 @@ def outcomes(reports: Sequence[Report]) -> list[Outcome]:
     return found
 
 
-def label(row: Row) -> str:
+def label(record: Record) -> str:
     """A case in words, by its facts: gemma-2-9b, batch 1, context 1024, local."""
-    words = [str(row.get("model", ""))]
+    words = [str(record.get("model", ""))]
     for name in LABELS:
-        if (value := row.get(name)) not in (None, ""):
+        if (value := record.get(name)) not in (None, ""):
             words.append(f"{name} {value}" if isinstance(value, int) else str(value))
     return ", ".join(words)
 
 
 def _decode_share(reports: Sequence[Report], models: Sequence[str]) -> Iterator[Measured]:
-    for row in _own(reports, "decode", batch=1, quantization=None, dtype=BF16):
-        if row["model"] in models and row["context"] <= 1024 and "read_share" in row:
-            yield Measured(_share(row, "read_share"), label(row))
+    for record in _own(reports, "decode", batch=1, quantization=None, dtype=BF16):
+        if record["model"] in models and record["context"] <= 1024 and "read_share" in record:
+            yield Measured(_share(record, "read_share"), label(record))
 
 
 def _decode_against(
@@ -99,21 +99,21 @@ def _decode_against(
 
 
 def _batched_share(reports: Sequence[Report]) -> Iterator[Measured]:
-    rows = _own(reports, "decode", quantization=None, dtype=BF16)
-    rows = [row for row in rows if "read_share" in row]
-    for row, single in _pairs(rows, rows, "model", "context"):
-        if (row["batch"], single["batch"]) == (16, 1):
-            spreads = _share(row, "read_share"), _share(single, "read_share")
-            yield Measured(_over(*spreads), label(row))
+    records = _own(reports, "decode", quantization=None, dtype=BF16)
+    records = [record for record in records if "read_share" in record]
+    for record, single in _pairs(records, records, "model", "context"):
+        if (record["batch"], single["batch"]) == (16, 1):
+            spreads = _share(record, "read_share"), _share(single, "read_share")
+            yield Measured(_over(*spreads), label(record))
 
 
 def _quantised(reports: Sequence[Report], quantization: str) -> Iterator[Measured]:
     facts = {"model": "gemma-2-9b", "batch": 1}
-    rows = _own(reports, "decode", quantization=quantization, **facts)
+    records = _own(reports, "decode", quantization=quantization, **facts)
     plain = _own(reports, "decode", quantization=None, dtype=BF16, **facts)
     name = "tokens_per_second"
-    for row, other in _pairs(rows, plain, "context"):
-        yield Measured(_over(spread_of(row, name), spread_of(other, name)), label(row))
+    for record, other in _pairs(records, plain, "context"):
+        yield Measured(_over(spread_of(record, name), spread_of(other, name)), label(record))
 
 
 PREFILL_4K = {"op": "attention_prefill", "model": "gemma-2-9b", "tokens": 4096, "layer": "global"}
@@ -127,21 +127,21 @@ def _prefill_attention(reports: Sequence[Report], variant: str, peer: str) -> It
 def _softcap_cost(reports: Sequence[Report]) -> Iterator[Measured]:
     capped = _kernels(reports, variant="", **PREFILL_4K)
     plain = _kernels(reports, variant=NO_SOFTCAP, **PREFILL_4K)
-    for row, other in _pairs(capped, plain, "batch"):
-        ratio = _over(spread_of(row, "cold_us"), spread_of(other, "cold_us"))
+    for record, other in _pairs(capped, plain, "batch"):
+        ratio = _over(spread_of(record, "cold_us"), spread_of(other, "cold_us"))
         cost = Spread(ratio.median - 1, ratio.low - 1, ratio.high - 1)
-        yield Measured(cost, label(row))
+        yield Measured(cost, label(record))
 
 
 def _window(reports: Sequence[Report], op: str, variant: str) -> Iterator[Measured]:
-    rows = _kernels(reports, op=op, layer="local", variant=variant)
-    for row, shorter in _pairs(rows, rows, "model", "batch"):
-        if (row["context"], shorter["context"]) == (8192, 4096):
-            ratio = _over(spread_of(row, "cold_us"), spread_of(shorter, "cold_us"))
+    records = _kernels(reports, op=op, layer="local", variant=variant)
+    for record, shorter in _pairs(records, records, "model", "batch"):
+        if (record["context"], shorter["context"]) == (8192, 4096):
+            ratio = _over(spread_of(record, "cold_us"), spread_of(shorter, "cold_us"))
             # a window of 4096 is not full yet, in a chunk at 4k
-            less = shorter["flops"] / row["flops"]
+            less = shorter["flops"] / record["flops"]
             scaled = Spread(ratio.median * less, ratio.low * less, ratio.high * less)
-            yield Measured(scaled, label(row))
+            yield Measured(scaled, label(record))
 
 
 def _decode_attention(reports: Sequence[Report]) -> Iterator[Measured]:
@@ -153,11 +153,11 @@ def _decode_attention(reports: Sequence[Report]) -> Iterator[Measured]:
 def _copy_share(reports: Sequence[Report], op: str) -> Iterator[Measured]:
     for case in cases(reports, "kernels", op=op, variant="large", dtype=BF16):
         copy_gbps = case.report["ceilings"].get("copy_gbps")
-        if (row := case.timed.get(GEMCUT)) is not None and copy_gbps:
-            least_us = (row["read_bytes"] + row["written_bytes"]) / copy_gbps / 1e3
-            us = spread_of(row, "cold_us")
+        if (record := case.timed.get(GEMCUT)) is not None and copy_gbps:
+            least_us = (record["read_bytes"] + record["written_bytes"]) / copy_gbps / 1e3
+            us = spread_of(record, "cold_us")
             spread = Spread(least_us / us.median, least_us / us.high, least_us / us.low)
-            yield Measured(spread, label(row))
+            yield Measured(spread, label(record))
 
 
 def _against_liger(reports: Sequence[Report], op: str) -> Iterator[Measured]:
@@ -165,31 +165,33 @@ def _against_liger(reports: Sequence[Report], op: str) -> Iterator[Measured]:
         yield from _against(case, "liger", "cold_us")
 
 
-def _head_products(reports: Sequence[Report]) -> list[Row]:
+def _head_products(reports: Sequence[Report]) -> list[Record]:
     found = cases(reports, "kernels", op="lm_head", dtype=BF16)
     return [case.timed["blas"] for case in found if "blas" in case.timed]
 
 
 def _greedy(reports: Sequence[Report]) -> Iterator[Measured]:
     fused = _kernels(reports, op="lm_head_argmax")
-    for row, bare in _pairs(fused, _head_products(reports), "model", "batch"):
-        yield Measured(_over(spread_of(row, "cold_us"), spread_of(bare, "cold_us")), label(row))
+    for record, bare in _pairs(fused, _head_products(reports), "model", "batch"):
+        yield Measured(
+            _over(spread_of(record, "cold_us"), spread_of(bare, "cold_us")), label(record)
+        )
 
 
 def _sampled(reports: Sequence[Report]) -> Iterator[Measured]:
     heads = _kernels(reports, op="lm_head")
     draws = _kernels(reports, op="sample", variant="top-k top-p")
     for head, bare in _pairs(heads, _head_products(reports), "model", "batch"):
-        for row, _ in _pairs(draws, [bare], "model", "batch"):
-            a, b = spread_of(head, "cold_us"), spread_of(row, "cold_us")
+        for record, _ in _pairs(draws, [bare], "model", "batch"):
+            a, b = spread_of(head, "cold_us"), spread_of(record, "cold_us")
             both = Spread(a.median + b.median, a.low + b.low, a.high + b.high)
-            yield Measured(_over(both, spread_of(bare, "cold_us")), label(row))
+            yield Measured(_over(both, spread_of(bare, "cold_us")), label(record))
 
 
 def _prefill_share(reports: Sequence[Report]) -> Iterator[Measured]:
-    for row in _own(reports, "prefill", model="gemma-2-9b", tokens=4096):
-        if "share" in row:
-            yield Measured(_share(row, "share"), label(row))
+    for record in _own(reports, "prefill", model="gemma-2-9b", tokens=4096):
+        if "share" in record:
+            yield Measured(_share(record, "share"), label(record))
 
 
 def _after_warmup(reports: Sequence[Report]) -> Iterator[Measured]:
@@ -199,20 +201,22 @@ def _after_warmup(reports: Sequence[Report]) -> Iterator[Measured]:
             yield Measured(Spread(count, count, count), "decode")
 
 
-def _own(reports: Sequence[Report], benchmark: str, **facts: object) -> list[Row]:
-    """Gemcut's measured rows with these facts."""
+def _own(reports: Sequence[Report], benchmark: str, **facts: object) -> list[Record]:
+    """Gemcut's measured records with these facts."""
     found = cases(reports, benchmark, **facts)
     return [case.timed[GEMCUT] for case in found if GEMCUT in case.timed]
 
 
-def _kernels(reports: Sequence[Report], **facts: object) -> list[Row]:
+def _kernels(reports: Sequence[Report], **facts: object) -> list[Record]:
     return _own(reports, "kernels", dtype=BF16, **facts)
 
 
-def _pairs(rows: Sequence[Row], others: Sequence[Row], *same: str) -> Iterator[tuple[Row, Row]]:
-    for row, other in product(rows, others):
-        if all(row.get(name) == other.get(name) for name in same):
-            yield row, other
+def _pairs(
+    records: Sequence[Record], others: Sequence[Record], *same: str
+) -> Iterator[tuple[Record, Record]]:
+    for record, other in product(records, others):
+        if all(record.get(name) == other.get(name) for name in same):
+            yield record, other
 
 
 def _against(case: Case, peer: str, name: str) -> Iterator[Measured]:
@@ -221,9 +225,9 @@ def _against(case: Case, peer: str, name: str) -> Iterator[Measured]:
         yield Measured(Spread.of(ratios), label(case.facts))
 
 
-def _share(row: Row, name: str) -> Spread:
+def _share(record: Record, name: str) -> Spread:
     """A share with the range of the tokens a second that it is in proportion to."""
-    share, rate = row[name], spread_of(row, "tokens_per_second")
+    share, rate = record[name], spread_of(record, "tokens_per_second")
     return Spread(share, share * rate.low / rate.median, share * rate.high / rate.median)
 
 

@@ -1,7 +1,7 @@
-"""Rows of reports as their readers need them: checked, by case, round by round.
+"""Reports read from files: records checked, by case, and compared round by round.
 
-results.py says what a report is.  The contestants of a case took turns in the same rounds, so what
-disturbs the machine cancels in ratios taken round by round, and only there.
+measure/report_file.py says what a report is.  The contestants of a case took turns in the same
+rounds, so what disturbs the machine cancels in ratios taken round by round, and only there.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemcut.bench.measure.report_file import OK, Row, load_results
+from gemcut.bench.measure.report_file import OK, Record, load_results
 from gemcut.bench.measure.timing import Spread
 from gemcut.engine.config.model_config import PUBLISHED
 
@@ -26,25 +26,25 @@ MORE_IS_BETTER = ("_per_second",)
 
 @dataclass(frozen=True)
 class Case:
-    """What the contestants of one report did in the same rounds."""
+    """The records of one case in one report: its contestants took turns in the same rounds."""
 
     report: Report
     name: str
-    rows: dict[str, Row]  # by contestant, whatever their status
+    records: dict[str, Record]  # by contestant, whatever their status
 
     @property
-    def timed(self) -> dict[str, Row]:
-        """The rows that were measured, by contestant."""
-        return {name: row for name, row in self.rows.items() if row["status"] == OK}
+    def timed(self) -> dict[str, Record]:
+        """The records that were measured, by contestant."""
+        return {name: record for name, record in self.records.items() if record["status"] == OK}
 
     @property
-    def facts(self) -> Row:
-        """A row to read the case's own facts from, gemcut's where it takes part."""
-        return self.rows.get(GEMCUT) or next(iter(self.rows.values()))
+    def facts(self) -> Record:
+        """A record to read the case's own facts from, gemcut's where it takes part."""
+        return self.records.get(GEMCUT) or next(iter(self.records.values()))
 
 
 def read_report(file: Path) -> Report:
-    """The report in a file, its rows checked; ValueError says what is wrong with them."""
+    """The report in a file, its records checked; ValueError says what is wrong with them."""
     report = load_results(file)
     for name, kind in (("machine", dict), ("ceilings", dict), ("arguments", dict), ("rows", list)):
         if not isinstance(report[name], kind):
@@ -55,13 +55,15 @@ def read_report(file: Path) -> Report:
     if missing and report["benchmark"] == "kernels" and report["rows"]:
         raise ValueError(f"{file}: ceilings lack {', '.join(missing)}")
     seen = set()
-    for i, row in enumerate(report["rows"]):
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in NAMES):
+    for i, record in enumerate(report["rows"]):
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(name), str) for name in NAMES
+        ):
             raise ValueError(f"{file}: row {i} lacks one of {', '.join(NAMES)}")
-        if (row["case"], row["contestant"]) in seen:
-            raise ValueError(f"{file}: {row['contestant']} in {row['case']} has two rows")
-        seen.add((row["case"], row["contestant"]))
-        for name, value in row.items():
+        if (record["case"], record["contestant"]) in seen:
+            raise ValueError(f"{file}: {record['contestant']} in {record['case']} has two rows")
+        seen.add((record["case"], record["contestant"]))
+        for name, value in record.items():
             if direction(name) and isinstance(value, dict) and not _is_metric(value):
                 raise ValueError(f"{file}: {name} of row {i} is no metric")
     return report
@@ -80,9 +82,9 @@ def direction(name: str) -> int:
     return int(name.endswith(MORE_IS_BETTER)) - int(name.endswith(LESS_IS_BETTER))
 
 
-def metrics(row: Row) -> list[str]:
-    """The names of what a row measured."""
-    return [name for name, value in row.items() if direction(name) and isinstance(value, dict)]
+def metrics(record: Record) -> list[str]:
+    """The names of a record's metrics."""
+    return [name for name, value in record.items() if direction(name) and isinstance(value, dict)]
 
 
 def device_of(report: Report) -> str:
@@ -100,11 +102,11 @@ def cases(reports: Sequence[Report], benchmark: str, **facts: Any) -> Iterator[C
     for report in reports:
         if report["benchmark"] != benchmark:
             continue
-        by_name: dict[str, dict[str, Row]] = {}
-        for row in report["rows"]:
-            by_name.setdefault(row["case"], {})[row["contestant"]] = row
-        for name, rows in by_name.items():
-            case = Case(report, name, rows)
+        by_name: dict[str, dict[str, Record]] = {}
+        for record in report["rows"]:
+            by_name.setdefault(record["case"], {})[record["contestant"]] = record
+        for name, records in by_name.items():
+            case = Case(report, name, records)
             if all(case.facts.get(key) == value for key, value in facts.items()):
                 yield case
 
@@ -122,33 +124,33 @@ def by_model(found: Iterable[Case]) -> dict[str, list[Case]]:
 
 
 def near_1k(found: Sequence[Case]) -> list[Case]:
-    """The cases of one context, as near to 1024 as there is: goals stand there."""
+    """The cases of one context, as near to 1024 as there is: goals are set there."""
     context = min((case.facts["context"] for case in found), key=lambda n: abs(n - 1024))
     return [case for case in found if case.facts["context"] == context]
 
 
-def like_gemcut(case: Case) -> dict[str, Row]:
-    """The timed rows whose weights are of gemcut's kind: others read other numbers of bytes."""
+def like_gemcut(case: Case) -> dict[str, Record]:
+    """The timed records whose weights are of gemcut's kind: others read other numbers of bytes."""
     own = _quantization(case.facts)
-    return {name: row for name, row in case.timed.items() if _quantization(row) == own}
+    return {name: record for name, record in case.timed.items() if _quantization(record) == own}
 
 
-def _quantization(row: Row) -> str | None:
-    """As the row says, or its contestant's name."""
-    named = (kind for kind in QUANTIZATIONS if row["contestant"].endswith(f"-{kind}"))
-    return row.get("quantization") or next(named, None)
+def _quantization(record: Record) -> str | None:
+    """As the record says, or its contestant's name."""
+    named = (kind for kind in QUANTIZATIONS if record["contestant"].endswith(f"-{kind}"))
+    return record.get("quantization") or next(named, None)
 
 
-def times_as_fast(row: Row, other: Row, name: str) -> list[float]:
-    """How many times as fast `row` is as `other`, round by round, by one of their metrics."""
+def times_as_fast(record: Record, other: Record, name: str) -> list[float]:
+    """How many times as fast `record` is as `other`, round by round, by one of their metrics."""
     # an interrupted round may leave one of them a value short
-    rounds = zip(row[name]["all"], other[name]["all"], strict=False)
+    rounds = zip(record[name]["all"], other[name]["all"], strict=False)
     return [(a / b) ** direction(name) for a, b in rounds]
 
 
-def spread_of(row: Row, name: str) -> Spread:
+def spread_of(record: Record, name: str) -> Spread:
     """A metric without its rounds."""
-    return Spread(row[name]["median"], row[name]["low"], row[name]["high"])
+    return Spread(record[name]["median"], record[name]["low"], record[name]["high"])
 
 
 def figures(value: float, digits: int = 3) -> str:
@@ -160,5 +162,5 @@ def figures(value: float, digits: int = 3) -> str:
 
 
 def describe(spread: Spread) -> str:
-    """A spread as tables have it: median (range)."""
+    """A spread as tables show it: median (range)."""
     return f"{figures(spread.median)} ({figures(spread.low)} - {figures(spread.high)})"

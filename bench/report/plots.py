@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from gemcut.bench.measure.report_file import Row
+from gemcut.bench.measure.report_file import Record
 from gemcut.bench.measure.timing import Spread
 from gemcut.bench.report.load import (
     GEMCUT,
@@ -83,7 +83,7 @@ COLUMNS = 3  # of panels
 
 @dataclass(frozen=True)
 class View:
-    """What one device did in one dtype."""
+    """The cases of one device in one dtype."""
 
     device: str
     dtype: str
@@ -129,10 +129,10 @@ def _slug(text: str) -> str:
 def _figures(view: View) -> Iterator[tuple[str, Figure]]:
     """The figures that there are data for, by name."""
     for model, found in by_model(view.kernels).items():
-        rows = [case.timed[GEMCUT] for case in found]
+        records = [case.timed[GEMCUT] for case in found]
         title = view.title(f"{model}: every kernel under the measured limits, caches cold")
-        if any(row["flops"] > 0 for row in rows):
-            yield f"roofline {model}", roofline(rows, found[0].report["ceilings"], title)
+        if any(record["flops"] > 0 for record in records):
+            yield f"roofline {model}", roofline(records, found[0].report["ceilings"], title)
     if view.kernels:
         yield "kernels", _share_of_limit(view)
     attention = [case for case in view.kernels if case.facts["op"] == "attention_prefill"]
@@ -201,8 +201,10 @@ def _draw_share(axes: Axes, y: int, found: Sequence[Case]) -> None:
 
 
 def _fastest_peer_share(case: Case) -> float | None:
-    rows = like_gemcut(case)
-    return max((row["share"] for name, row in rows.items() if name != GEMCUT), default=None)
+    records = like_gemcut(case)
+    return max(
+        (record["share"] for name, record in records.items() if name != GEMCUT), default=None
+    )
 
 
 def _attention(view: View, found: Sequence[Case]) -> Figure:
@@ -226,19 +228,19 @@ def _attention(view: View, found: Sequence[Case]) -> Figure:
     return figure
 
 
-def _tflops(row: Row) -> Spread:
-    us = spread_of(row, "cold_us")
-    return Spread(*(row["flops"] / x / 1e6 for x in (us.median, us.high, us.low)))
+def _tflops(record: Record) -> Spread:
+    us = spread_of(record, "cold_us")
+    return Spread(*(record["flops"] / x / 1e6 for x in (us.median, us.high, us.low)))
 
 
 def _decode_share(view: View, found: Sequence[Case]) -> Figure:
     """Bars by model, one for each contestant, at batch 1."""
     chosen = {model: near_1k(own) for model, own in by_model(found).items()}
     bars = {
-        (model, name): row
+        (model, name): record
         for model, (case, *_) in chosen.items()
-        for name, row in like_gemcut(case).items()
-        if row.get("read_share") is not None
+        for name, record in like_gemcut(case).items()
+        if record.get("read_share") is not None
     }
     names = _in_order(name for _, name in bars)
     width = 0.86 / len(names)
@@ -247,10 +249,10 @@ def _decode_share(view: View, found: Sequence[Case]) -> Figure:
     for i, name in enumerate(names):
         colour, _, hatch = STYLES.get(name, OTHER)
         places = [x for x, model in enumerate(chosen) if (model, name) in bars]
-        rows = [bars[model, name] for model in chosen if (model, name) in bars]
+        records = [bars[model, name] for model in chosen if (model, name) in bars]
         drawn = axes.bar(
             [x + (i - (len(names) - 1) / 2) * width for x in places],
-            [row["read_share"] for row in rows],
+            [record["read_share"] for record in records],
             width=0.92 * width,
             color=colour,
             hatch=hatch,
@@ -258,12 +260,12 @@ def _decode_share(view: View, found: Sequence[Case]) -> Figure:
             linewidth=0,
             label=name,
         )
-        rates = [figures(spread_of(row, "tokens_per_second").median) for row in rows]
+        rates = [figures(spread_of(record, "tokens_per_second").median) for record in records]
         narrow = len(names) * len(chosen) > 24
         axes.bar_label(drawn, rates, padding=2, fontsize=7, rotation=90 if narrow else 0)
     axes.axhline(1, color=BLACK, linewidth=1)
     axes.set_ylabel("share of measured read bandwidth")
-    axes.set_ylim(0, max(1.1, 1.1 * max(row["read_share"] for row in bars.values())))
+    axes.set_ylim(0, max(1.1, 1.1 * max(record["read_share"] for record in bars.values())))
     labels = [f"{model}\ncontext {case.facts['context']}" for model, (case, *_) in chosen.items()]
     axes.set_xticks(range(len(chosen)), labels)
     axes.grid(axis="x", visible=False)
@@ -282,9 +284,9 @@ def _latency(view: View, models: dict[str, list[Case]]) -> Figure:
     for axes, (model, found) in zip(panels, models.items(), strict=True):
         own = near_1k(found)
         drawn += own
-        _draw_lines(axes, own, "batch", lambda row: spread_of(row, "between_tokens_ms"))
-        rows = [row for case in own for row in like_gemcut(case).values()]
-        medians = [row["between_tokens_ms"]["median"] for row in rows]
+        _draw_lines(axes, own, "batch", lambda record: spread_of(record, "between_tokens_ms"))
+        records = [record for case in own for record in like_gemcut(case).values()]
+        medians = [record["between_tokens_ms"]["median"] for record in records]
         axes.set(title=f"{model}, context {own[0].facts['context']}", yscale="log")
         axes.set_ylim(min(medians) / 2, 2 * max(medians))  # a tick or two, however flat the lines
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -296,7 +298,7 @@ def _latency(view: View, models: dict[str, list[Case]]) -> Figure:
 
 
 def _draw_lines(
-    axes: Axes, found: Sequence[Case], fact: str, measure: Callable[[Row], Spread]
+    axes: Axes, found: Sequence[Case], fact: str, measure: Callable[[Record], Spread]
 ) -> None:
     """One line with ranges for each contestant, over a fact of the cases."""
     for name, (colour, mark, _) in reversed(_looks(found).items()):
@@ -322,7 +324,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _looks(found: Sequence[Case]) -> dict[str, tuple[str, str, str]]:
-    """Colour, mark and hatch of everyone in these cases."""
+    """Colour, mark and hatch of each contestant in these cases."""
     names = _in_order(name for case in found for name in like_gemcut(case))
     return {name: STYLES.get(name, OTHER) for name in names}
 

@@ -1,6 +1,6 @@
 """A roofline: every kernel of a model under what memory and arithmetic allow.
 
-Each mark is a case, at its operations for each byte that it must move.  A kernel bears a number at
+Each mark is a case, at its operations for each byte that it must move.  A kernel has a number at
 its largest case; the list beside the plot names it.
 """
 
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from gemcut.bench.measure.report_file import Row
+from gemcut.bench.measure.report_file import Record
 from gemcut.bench.report.load import figures, spread_of
 
 PHASES = {"decode": ("#0072B2", "o"), "prefill": ("#D55E00", "s")}  # colour, mark
@@ -31,12 +31,12 @@ class Point(NamedTuple):
 
     operations_per_byte: float
     operations_per_second: float
-    row: Row
+    record: Record
 
 
-def roofline(rows: Sequence[Row], ceilings: dict[str, float], title: str) -> Figure:
-    """The figure of those rows that have operations; one of them must."""
-    points = [_point(row) for row in rows if row["flops"] > 0]
+def roofline(records: Sequence[Record], ceilings: dict[str, float], title: str) -> Figure:
+    """The figure of the records that have operations; at least one must."""
+    points = [_point(record) for record in records if record["flops"] > 0]
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     axes, key = figure.subplots(1, 2, width_ratios=[4, 1])
     axes.set(xscale="log", yscale="log", xlabel="operations / byte")
@@ -45,14 +45,14 @@ def roofline(rows: Sequence[Row], ceilings: dict[str, float], title: str) -> Fig
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_major_formatter(RATE)
 
-    numbers = {op: i for i, op in enumerate(sorted({point.row["op"] for point in points}), 1)}
+    numbers = {op: i for i, op in enumerate(sorted({point.record["op"] for point in points}), 1)}
     largest: dict[tuple[str, str], Point] = {}
     for point in points:
-        name = point.row["op"], point.row["phase"]
-        if name not in largest or point.row["floor_us"] > largest[name].row["floor_us"]:
+        name = point.record["op"], point.record["phase"]
+        if name not in largest or point.record["floor_us"] > largest[name].record["floor_us"]:
             largest[name] = point
     for phase, (colour, mark) in PHASES.items():
-        own = [point for point in points if point.row["phase"] == phase]
+        own = [point for point in points if point.record["phase"] == phase]
         labelled = [point for (_, of), point in largest.items() if of == phase]
         for some, look in ((own, {"s": 14, "alpha": 0.45}), (labelled, {"s": 46, "zorder": 3})):
             x, y = [p.operations_per_byte for p in some], [p.operations_per_second for p in some]
@@ -64,10 +64,10 @@ def roofline(rows: Sequence[Row], ceilings: dict[str, float], title: str) -> Fig
     return figure
 
 
-def _point(row: Row) -> Point:
-    moved = row["read_bytes"] + row["written_bytes"]
-    us = spread_of(row, "cold_us").median
-    return Point(row["flops"] / moved, row["flops"] / us * 1e6, row)
+def _point(record: Record) -> Point:
+    moved = record["read_bytes"] + record["written_bytes"]
+    us = spread_of(record, "cold_us").median
+    return Point(record["flops"] / moved, record["flops"] / us * 1e6, record)
 
 
 def _draw_roof(axes: Axes, points: Sequence[Point], ceilings: dict[str, float]) -> Line2D:

@@ -1,12 +1,12 @@
 """Markdown tables of what reports measured: goals, kernels, decoding, prefill, serving, failures.
 
-A number stands with its range over the rounds.  "over torch" is how many times as fast gemcut is as
-torch, round by round.
+A number has its range over the rounds beside it.  "over torch" is how many times as fast gemcut is
+as torch, round by round.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from gemcut.bench.measure.report_file import OK, Row
+from gemcut.bench.measure.report_file import OK, Record
 from gemcut.bench.measure.timing import Spread
 from gemcut.bench.report.goals import NO_SOFTCAP, outcomes
 from gemcut.bench.report.load import (
@@ -81,24 +81,24 @@ def kernel_tables(reports: Sequence[Report]) -> list[str]:
 
 
 def _kernel_cells(case: Case, peers: Cells) -> list[str]:
-    row = case.rows.get(GEMCUT)
-    if row is None or row["status"] != OK:
-        return ["" if row is None else row["status"], "", "", "", *("" for _ in peers)]
-    times = [describe(spread_of(row, name)) for name in ("cold_us", "warm_us")]
+    record = case.records.get(GEMCUT)
+    if record is None or record["status"] != OK:
+        return ["" if record is None else record["status"], "", "", "", *("" for _ in peers)]
+    times = [describe(spread_of(record, name)) for name in ("cold_us", "warm_us")]
     return [
         *times,
-        _rate(row),
-        figures(row["share"], 2),
+        _rate(record),
+        figures(record["share"], 2),
         *(_over(case, p, "cold_us") for p in peers),
     ]
 
 
-def _rate(row: Row) -> str:
-    """Of what binds the row."""
-    if row["bound"] == "compute":
-        tflops = row["tflops"]
+def _rate(record: Record) -> str:
+    """The rate of what binds a kernel."""
+    if record["bound"] == "compute":
+        tflops = record["tflops"]
         return f"{figures(tflops)} TFLOP/s" if tflops >= 1 else f"{figures(1e3 * tflops)} GFLOP/s"
-    return f"{figures(row['gbps'])} GB/s"
+    return f"{figures(record['gbps'])} GB/s"
 
 
 def decode_tables(reports: Sequence[Report]) -> list[str]:
@@ -106,12 +106,12 @@ def decode_tables(reports: Sequence[Report]) -> list[str]:
     header = ["case", "contestant", "tokens/s", "first token, ms", "between tokens, ms"]
     header += ["share of read bandwidth", "MB a step", "memory, MB", "gemcut over it"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(record: Record) -> list[str]:
         names = ("tokens_per_second", "first_token_ms", "between_tokens_ms")
-        share = row.get("read_share")
-        nbytes = [row.get(name) for name in ("step_bytes", "memory_bytes")]
+        share = record.get("read_share")
+        nbytes = [record.get(name) for name in ("step_bytes", "memory_bytes")]
         return [
-            *(describe(spread_of(row, name)) for name in names),
+            *(describe(spread_of(record, name)) for name in names),
             "" if share is None else figures(share, 2),
             *("" if count is None else figures(count / 1e6) for count in nbytes),
         ]
@@ -124,26 +124,26 @@ def prefill_tables(reports: Sequence[Report]) -> list[str]:
     header = ["case", "contestant", "tokens/s", "first token, ms", "TFLOP/s"]
     header += ["share of products' limit", "gemcut over it"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(record: Record) -> list[str]:
         names = ("tokens_per_second", "first_token_ms")
-        times = [describe(spread_of(row, name)) for name in names]
-        derived = [row.get(name) for name in ("tflops", "share")]
+        times = [describe(spread_of(record, name)) for name in names]
+        derived = [record.get(name) for name in ("tflops", "share")]
         return [*times, *("" if value is None else figures(value) for value in derived)]
 
     return _contestants(reports, "prefill", header, cells)
 
 
 def _contestants(
-    reports: Sequence[Report], benchmark: str, header: Cells, cells: Callable[[Row], list[str]]
+    reports: Sequence[Report], benchmark: str, header: Cells, cells: Callable[[Record], list[str]]
 ) -> list[str]:
     lines = []
     for model, found in by_model(cases(reports, benchmark)).items():
         rows = []
         for case in found:
-            for name, row in case.timed.items():
+            for name, record in case.timed.items():
                 own = name == GEMCUT or GEMCUT not in case.timed
                 ratio = "" if own else _over(case, name, "tokens_per_second")
-                rows.append([_case_words(case), name, *cells(row), ratio])
+                rows.append([_case_words(case), name, *cells(record), ratio])
         if rows:
             lines += [f"#### {model}", "", *markdown(header, rows)]
     return lines
@@ -168,13 +168,13 @@ def serving_table(reports: Sequence[Report]) -> list[str]:
     ]
     rows = []
     for case in cases(reports, "serve-sim"):
-        for name, row in case.timed.items():
+        for name, record in case.timed.items():
             latencies = [
-                " / ".join(figures(row[metric][p]) for p in ("p50", "p90", "p99"))
+                " / ".join(figures(record[metric][p]) for p in ("p50", "p90", "p99"))
                 for metric in ("first_token_ms", "between_tokens_ms")
             ]
-            rate = describe(spread_of(row, "tokens_per_second"))
-            trace = [row["model"], figures(row["rate"]), str(row["requests"])]
+            rate = describe(spread_of(record, "tokens_per_second"))
+            trace = [record["model"], figures(record["rate"]), str(record["requests"])]
             rows.append([*trace, name, *latencies, rate])
     return markdown(header, rows) if rows else []
 
@@ -182,10 +182,16 @@ def serving_table(reports: Sequence[Report]) -> list[str]:
 def host_work_table(reports: Sequence[Report]) -> list[str]:
     """A row for each batch and kind of caller: microseconds beside what the engine promises."""
     rows = [
-        [row["model"], str(row["batch"]), row["caller"], describe(spread_of(row, "step_us")), limit]
+        [
+            record["model"],
+            str(record["batch"]),
+            record["caller"],
+            describe(spread_of(record, "step_us")),
+            limit,
+        ]
         for case in cases(reports, "host-work")
-        for row in case.timed.values()
-        for limit in ["" if row["limit_us"] is None else figures(row["limit_us"])]
+        for record in case.timed.values()
+        for limit in ["" if record["limit_us"] is None else figures(record["limit_us"])]
     ]
     header = ("model", "batch", "callers", "host work of a step, us", "promised")
     return markdown(header, rows) if rows else []
@@ -194,10 +200,16 @@ def host_work_table(reports: Sequence[Report]) -> list[str]:
 def failures_table(reports: Sequence[Report]) -> list[str]:
     """What was not measured, and why."""
     rows = [
-        [report["benchmark"], row["case"], row["contestant"], row["status"], row.get("detail", "")]
+        [
+            report["benchmark"],
+            record["case"],
+            record["contestant"],
+            record["status"],
+            record.get("detail", ""),
+        ]
         for report in reports
-        for row in report["rows"]
-        if row["status"] != OK
+        for record in report["rows"]
+        if record["status"] != OK
     ]
     header = ("benchmark", "case", "contestant", "status", "reason")
     return markdown(header, rows) if rows else []
@@ -252,17 +264,21 @@ def kernels_summary(reports: Sequence[Report]) -> list[str]:
             continue
         # of equal cases, the one that more peers took part in
         case = max(own, key=lambda case: (case.facts["floor_us"], len(case.timed)))
-        row = case.timed[GEMCUT]
-        cells = [op, case.name.removeprefix(f"{op}/{model}/"), describe(spread_of(row, "cold_us"))]
-        rows.append([*cells, _rate(row), figures(row["share"], 2), _over_fastest(case)])
+        record = case.timed[GEMCUT]
+        cells = [
+            op,
+            case.name.removeprefix(f"{op}/{model}/"),
+            describe(spread_of(record, "cold_us")),
+        ]
+        rows.append([*cells, _rate(record), figures(record["share"], 2), _over_fastest(case)])
     header = [f"kernel of {model}", "case", "us, cold", "rate", "share of the limit"]
     return markdown([*header, "over the fastest peer"], rows) if rows else []
 
 
 def _over_fastest(case: Case) -> str:
     peers = {
-        name: spread_of(row, "cold_us").median
-        for name, row in like_gemcut(case).items()
+        name: spread_of(record, "cold_us").median
+        for name, record in like_gemcut(case).items()
         if name != GEMCUT
     }
     if not peers:
@@ -276,12 +292,12 @@ def _measured(reports: Sequence[Report], benchmark: str, **facts: object) -> Ite
 
 
 def _peers(found: Sequence[Case]) -> list[str]:
-    names = dict.fromkeys(name for case in found for name in case.rows)
+    names = dict.fromkeys(name for case in found for name in case.records)
     return [name for name in names if name != GEMCUT]
 
 
 def _over(case: Case, peer: str, metric: str) -> str:
-    """How many times as fast gemcut is, or why nobody knows."""
+    """How many times as fast gemcut is, or the status of a peer that was not timed."""
     if peer not in case.timed:
-        return case.rows[peer]["status"] if peer in case.rows else ""
+        return case.records[peer]["status"] if peer in case.records else ""
     return describe(Spread.of(times_as_fast(case.timed[GEMCUT], case.timed[peer], metric)))

@@ -1,4 +1,4 @@
-"""What each case must cost, counted another way: on its tensors, and by running its oracle."""
+"""The cost of each case, counted another way: on its tensors, and by running its oracle."""
 
 import inspect
 from dataclasses import replace
@@ -39,7 +39,7 @@ MOVES |= {
     "zeros_like",
     "_reshape_alias",
 }
-PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # where the first factor stands
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # the place of the first factor
 REDUCTIONS = {"argmax", "amax", "max", "sum", "sort", "linalg_vector_norm"}
 TWICE = {"addcmul", "linalg_vector_norm"}  # a product and a sum for each element
 
@@ -78,7 +78,7 @@ def cases(request):
 
 
 def outputs(case, arguments):
-    """Everything that a call writes: what it returns, but for a view of what it was given."""
+    """Everything that a call writes: what it returns, except a view of its arguments."""
     returned = getattr(reference, case.op)(**arguments)
     returned = returned if isinstance(returned, tuple) else (returned,)
     given = {v.data_ptr() for v in arguments.values() if isinstance(v, Tensor)}
@@ -179,7 +179,7 @@ def test_names_of_cases_are_distinct(model):
 def test_weights_of_a_decode_step_are_in_its_cases(model):
     """Six launches hold each weight of a layer once; all layers and the head are the model.
 
-    Each add holds the next layer's first norm; that of the first layer stands alone.
+    Each add holds the next layer's first norm; that of the first layer is a launch of its own.
     """
     config = PUBLISHED[model]
     shapes = Shapes(model, config, torch.device("cpu"), torch.bfloat16)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from contests import SIZES, skip_ceilings
-from synthetic_reports import decode_row, report
+from planted_engines import SIZES, skip_ceilings
+from synthetic_reports import decode_record, report
 
 from gemcut.bench import cli
 from gemcut.bench.engines.peers import PEERS
@@ -103,15 +103,15 @@ def test_peers_that_are_not_installed_are_listed_once(monkeypatch, capsys):
     lacking = [f"{name} (" for name in PEERS if name != "gpt-fast"]
     assert out.count("not installed: ") == 1
     assert all(out.count(name) == 1 for name in lacking)
-    rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [row["contestant"] for row in rows] == ["gemcut", "gemcut"]
+    records = json.loads(out.splitlines()[-1])["rows"]
+    assert [record["contestant"] for record in records] == ["gemcut", "gemcut"]
 
 
 def test_an_interruption_before_anything_is_measured_is_one_line(monkeypatch, capsys):
     def interrupt(device, dtype):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemcut.bench.engines.contest.measure_ceilings", interrupt)
+    monkeypatch.setattr("gemcut.bench.engines.case_runner.measure_ceilings", interrupt)
     assert cli.main(["decode", *SIZES]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -121,12 +121,12 @@ def files(tmp_path):
     """A report, and one of an engine that is slower by half."""
     paths = []
     for name, rate in (("a", 100.0), ("b", 50.0)):
-        rows = [
-            decode_row("gemma-2-2b", rate=[rate + i / 10 for i in range(10)]),
-            decode_row("gemma-2-2b", "transformers", rate=[40 + i / 10 for i in range(10)]),
+        records = [
+            decode_record("gemma-2-2b", rate=[rate + i / 10 for i in range(10)]),
+            decode_record("gemma-2-2b", "transformers", rate=[40 + i / 10 for i in range(10)]),
         ]
         path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(report("decode", rows)))
+        path.write_text(json.dumps(report("decode", records)))
         paths.append(str(path))
     return paths
 

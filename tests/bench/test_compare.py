@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from synthetic_reports import CPU, report, row
+from synthetic_reports import CPU, record, report
 
 from gemcut.bench.report.compare import (
     ALPHA,
@@ -24,7 +24,7 @@ def noisy(seed, *, cases=30, rounds=10, gain=1.0, peers=PEERS, case_of_gain="cas
     """A report under noise; `gain` is how many times as fast gemcut is in one case."""
     rng = np.random.default_rng(seed)
     file_drift = rng.lognormal(0, 0.20)
-    rows = []
+    records = []
     for i in range(cases):
         round_drift = rng.lognormal(0, 0.30, rounds)
         for j, contestant in enumerate(("gemcut", *peers)):
@@ -33,8 +33,8 @@ def noisy(seed, *, cases=30, rounds=10, gain=1.0, peers=PEERS, case_of_gain="cas
                 slow = slow / gain
             values = slow if unit == "us" else 1e6 / slow
             name = {"us": "cold_us", "rate": "tokens_per_second"}[unit]
-            rows.append(row(f"case {i}", contestant, **{name: values.tolist()}))
-    return report("kernels", rows)
+            records.append(record(f"case {i}", contestant, **{name: values.tolist()}))
+    return report("kernels", records)
 
 
 def changed(comparison):
@@ -67,7 +67,7 @@ def test_a_planted_regression_is_found_among_many_rows():
 
 
 def test_a_repeat_is_quiet():
-    """200 repeats of 30 rows: a false alarm in no more of them than is claimed."""
+    """200 repeats of 30 records: a false alarm in no more of them than is claimed."""
     alarms = []
     for seed in range(200):
         comparison = compare_reports(noisy(seed), noisy(1000 + seed), 0.05)
@@ -105,11 +105,11 @@ def test_drift_of_a_file_is_no_change():
     [(2.5, "slower"), (1 / 2.5, "slower"), (3.5, "machine changed"), (1 / 3.5, "machine changed")],
 )
 def test_a_machine_that_is_another_gives_no_verdict(drift, verdict):
-    def rows(factor, own):
+    def records(factor, own):
         times = {"gemcut": own, "torch": 20.0}
-        return [row("x", name, cold_us=[us * factor] * 5) for name, us in times.items()]
+        return [record("x", name, cold_us=[us * factor] * 5) for name, us in times.items()]
 
-    a, b = report("kernels", rows(1.0, 10.0)), report("kernels", rows(drift, 15.0))
+    a, b = report("kernels", records(1.0, 10.0)), report("kernels", records(drift, 15.0))
     comparison = compare_reports(a, b, 0.05)
     assert comparison.own[0].estimate == pytest.approx(10 / 15)
     assert comparison.own[0].verdict == verdict
@@ -117,8 +117,8 @@ def test_a_machine_that_is_another_gives_no_verdict(drift, verdict):
 
 
 def test_without_a_common_peer_raw_times_are_compared(capsys):
-    a = report("kernels", [row("x", cold_us=[10.0, 10.1, 10.2, 10.3, 10.4])])
-    b = report("kernels", [row("x", cold_us=[20.0, 20.1, 20.2, 20.3, 20.4])])
+    a = report("kernels", [record("x", cold_us=[10.0, 10.1, 10.2, 10.3, 10.4])])
+    b = report("kernels", [record("x", cold_us=[20.0, 20.1, 20.2, 20.3, 20.4])])
     comparison = compare_reports(a, b, 0.05)
     (change,) = comparison.changes
     assert change.peers == ()
@@ -130,11 +130,14 @@ def test_without_a_common_peer_raw_times_are_compared(capsys):
 
 
 def test_a_row_is_taken_beside_the_geometric_mean_of_its_peers():
-    def rows(own, torch, liger):
+    def records(own, torch, liger):
         times = {"gemcut": own, "torch": torch, "liger": liger}
-        return [row("x", name, cold_us=[us] * 5) for name, us in times.items()]
+        return [record("x", name, cold_us=[us] * 5) for name, us in times.items()]
 
-    a, b = report("kernels", rows(10.0, 20.0, 30.0)), report("kernels", rows(10.0, 20.0, 120.0))
+    a, b = (
+        report("kernels", records(10.0, 20.0, 30.0)),
+        report("kernels", records(10.0, 20.0, 120.0)),
+    )
     gemcut, torch, liger = compare_reports(a, b, 0.05).changes
     assert gemcut.estimate == pytest.approx(2)  # the peers' mean took twice as long
     # neither is beside gemcut, nor beside itself
@@ -151,13 +154,15 @@ def test_a_peer_that_is_another_now_is_no_peer(fact):
 
 
 def test_bytes_are_not_taken_beside_peers():
-    def rows(own):
+    def records(own):
         return [
-            row("x", cache_bytes=[own] * 5, cold_us=[1.0] * 5),
-            row("x", "torch", cache_bytes=[3 * own] * 5, cold_us=[2.0] * 5),
+            record("x", cache_bytes=[own] * 5, cold_us=[1.0] * 5),
+            record("x", "torch", cache_bytes=[3 * own] * 5, cold_us=[2.0] * 5),
         ]
 
-    comparison = compare_reports(report("decode", rows(100)), report("decode", rows(200)), 0.05)
+    comparison = compare_reports(
+        report("decode", records(100)), report("decode", records(200)), 0.05
+    )
     assert [(c.metric, c.verdict) for c in comparison.own] == [
         ("cache_bytes", "slower"),
         ("cold_us", "same"),
@@ -165,8 +170,8 @@ def test_bytes_are_not_taken_beside_peers():
 
 
 def test_a_change_within_the_threshold_is_none():
-    a = report("kernels", [row("x", cold_us=[10.0 + i / 1000 for i in range(9)])])
-    b = report("kernels", [row("x", cold_us=[10.4 + i / 1000 for i in range(9)])])
+    a = report("kernels", [record("x", cold_us=[10.0 + i / 1000 for i in range(9)])])
+    b = report("kernels", [record("x", cold_us=[10.4 + i / 1000 for i in range(9)])])
     (change,) = compare_reports(a, b, 0.05).changes
     assert change.interval is not None
     assert change.interval[1] < 1
@@ -175,8 +180,8 @@ def test_a_change_within_the_threshold_is_none():
 
 
 def test_too_few_rounds_are_told(capsys):
-    a = report("kernels", [row("x", cold_us=[10.0, 10.1, 10.2, 10.3])])
-    b = report("kernels", [row("x", cold_us=[20.0, 20.1, 20.2, 20.3])])
+    a = report("kernels", [record("x", cold_us=[10.0, 10.1, 10.2, 10.3])])
+    b = report("kernels", [record("x", cold_us=[20.0, 20.1, 20.2, 20.3])])
     comparison = compare_reports(a, b, 0.05)
     assert comparison.changes[0].verdict == "too few rounds"
     assert comparison.changes[0].interval is None
@@ -186,8 +191,8 @@ def test_too_few_rounds_are_told(capsys):
 
 
 def test_a_peers_own_change_is_printed_and_fails_nothing(capsys):
-    a = report("kernels", [row("x", "torch", cold_us=[10.0 + i / 100 for i in range(5)])])
-    b = report("kernels", [row("x", "torch", cold_us=[20.0 + i / 100 for i in range(5)])])
+    a = report("kernels", [record("x", "torch", cold_us=[10.0 + i / 100 for i in range(5)])])
+    b = report("kernels", [record("x", "torch", cold_us=[20.0 + i / 100 for i in range(5)])])
     comparison = compare_reports(a, b, 0.05)
     assert comparison.changes[0].verdict == "slower"
     assert not comparison.failed
@@ -206,8 +211,8 @@ def test_a_peers_own_change_is_printed_and_fails_nothing(capsys):
     ],
 )
 def test_a_change_of_status_is_told(contestant, before, after, failed, capsys):
-    a = report("kernels", [row("x", contestant, before, cold_us=[1.0] * 5)])
-    b = report("kernels", [row("x", contestant, after, "error 0.5", cold_us=[1.0] * 5)])
+    a = report("kernels", [record("x", contestant, before, cold_us=[1.0] * 5)])
+    b = report("kernels", [record("x", contestant, after, "error 0.5", cold_us=[1.0] * 5)])
     comparison = compare_reports(a, b, 0.05)
     assert comparison.failed == failed
     assert comparison.changes == []
@@ -216,8 +221,8 @@ def test_a_change_of_status_is_told(contestant, before, after, failed, capsys):
 
 
 def test_rows_of_one_file_are_told(capsys):
-    a = report("kernels", [row("x", cold_us=[1.0] * 5), row("y", cold_us=[1.0] * 5)])
-    b = report("kernels", [row("x", cold_us=[1.0] * 5), row("x", "torch", cold_us=[1.0] * 5)])
+    a = report("kernels", [record("x", cold_us=[1.0] * 5), record("y", cold_us=[1.0] * 5)])
+    b = report("kernels", [record("x", cold_us=[1.0] * 5), record("x", "torch", cold_us=[1.0] * 5)])
     comparison = compare_reports(a, b, 0.05)
     assert not comparison.failed
     print_comparison(comparison, "a", "b")
@@ -227,9 +232,16 @@ def test_rows_of_one_file_are_told(capsys):
 
 
 def test_what_else_differs_is_noted():
-    a = report("kernels", [row("x", cold_us=[1.0] * 5, dtype="float32")], models=["demo"], json="a")
+    a = report(
+        "kernels", [record("x", cold_us=[1.0] * 5, dtype="float32")], models=["demo"], json="a"
+    )
     b = report(
-        "kernels", [row("x", cold_us=[1.0] * 5, dtype="bfloat16")], CPU, True, models=[], json="b"
+        "kernels",
+        [record("x", cold_us=[1.0] * 5, dtype="bfloat16")],
+        CPU,
+        True,
+        models=[],
+        json="b",
     )
     b["machine"] = {**CPU, "versions": {"torch": "2.14"}}
     notes = compare_reports(a, b, 0.05).notes
@@ -280,8 +292,8 @@ def test_the_command_fails_on_a_regression(tmp_path, capsys):
     assert run_compare(files[0], files[0], threshold=0.05) == 0
 
 
-def with_rows(*rows):
-    return json.dumps(report("kernels", rows))
+def with_records(*records):
+    return json.dumps(report("kernels", records))
 
 
 @pytest.mark.parametrize(
@@ -291,11 +303,11 @@ def with_rows(*rows):
         ("{", "is no JSON"),
         ("[1, 2]", "no report"),
         ('{"schema": 1}', "lacks benchmark"),
-        (with_rows(5), "row 0 lacks one of case"),
-        (with_rows({"case": "x"}), "row 0 lacks one of case"),
-        (with_rows(row("x"), row("x")), "gemcut in x has two rows"),
-        (with_rows({**row("x"), "cold_us": {"all": []}}), "cold_us of row 0 is no metric"),
-        (with_rows({**row("x"), "cold_us": {"all": ["1"]}}), "cold_us of row 0 is no metric"),
+        (with_records(5), "row 0 lacks one of case"),
+        (with_records({"case": "x"}), "row 0 lacks one of case"),
+        (with_records(record("x"), record("x")), "gemcut in x has two rows"),
+        (with_records({**record("x"), "cold_us": {"all": []}}), "cold_us of row 0 is no metric"),
+        (with_records({**record("x"), "cold_us": {"all": ["1"]}}), "cold_us of row 0 is no metric"),
         (json.dumps({**report("kernels", []), "rows": {}}), "rows is no list"),
         (json.dumps({**report("kernels", []), "machine": {}}), "does not name its device"),
     ],

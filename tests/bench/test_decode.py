@@ -1,4 +1,4 @@
-"""gemcut-bench decode: what it prints and keeps; it times nobody who computes something else."""
+"""gemcut-bench decode: what it prints and keeps; it times no contestant that is wrong."""
 
 import json
 import statistics
@@ -6,15 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contests import CEILINGS, SIZES, TINY, demo_setup, one_token_off, plant, skip_ceilings
 from engines import replay
+from planted_engines import CEILINGS, SIZES, TINY, demo_setup, one_token_off, plant, skip_ceilings
 
 from gemcut.bench import cli
-from gemcut.bench.engines.contest import Entrant, make_prompts, run_case
-from gemcut.bench.engines.decode import make_rows, mean_context
-from gemcut.bench.engines.peers import CONTESTANTS, Gemcut, Peer, Stage, Transformers, Workload
+from gemcut.bench.engines.case_runner import Contestant, make_prompts, run_case
+from gemcut.bench.engines.decode import make_records, mean_context
+from gemcut.bench.engines.peers import (
+    CONTESTANTS,
+    EnginePeer,
+    Gemcut,
+    Stage,
+    Transformers,
+    Workload,
+)
 from gemcut.bench.engines.setup import Setup
-from gemcut.bench.engines.token_check import Judge
+from gemcut.bench.engines.token_check import TokenCheck
 from gemcut.engine import Engine
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
@@ -52,33 +59,37 @@ def test_command_prints_a_table_and_one_json_object(capsys, tmp_path):
     assert report["after_warmup"] == {"compilations": 0, "captures": 0}
 
     names = ["gemcut", "transformers", "transformers-static"]
-    assert [row["contestant"] for row in report["rows"]] == names
+    assert [record["contestant"] for record in report["rows"]] == names
     own, *others = report["rows"]
-    for row in report["rows"]:
-        assert row["status"] == "ok"
-        assert f"{row['contestant']} {row['version']}: {row['settings']}" in text
-        assert row["case"] == "demo/batch=2/context=5"
+    for record in report["rows"]:
+        assert record["status"] == "ok"
+        assert f"{record['contestant']} {record['version']}: {record['settings']}" in text
+        assert record["case"] == "demo/batch=2/context=5"
         facts = ("model", "dtype", "batch", "context", "prompt_tokens", "new_tokens")
-        assert [row[fact] for fact in facts] == ["demo", "float32", 2, 5, 5, 4]
-        assert row["quantization"] is row["memory_bytes"] is None
+        assert [record[fact] for fact in facts] == ["demo", "float32", 2, 5, 5, 4]
+        assert record["quantization"] is record["memory_bytes"] is None
         for name in METRICS:
-            assert len(row[name]["all"]) == 3
-            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
-        pairs = zip(row["tokens_per_second"]["all"], row["between_tokens_ms"]["all"], strict=True)
+            assert len(record[name]["all"]) == 3
+            assert 0 < record[name]["low"] <= record[name]["median"] <= record[name]["high"]
+        pairs = zip(
+            record["tokens_per_second"]["all"], record["between_tokens_ms"]["all"], strict=True
+        )
         assert all(rate * ms == pytest.approx(2 * 1e3) for rate, ms in pairs)
-        bytes_per_second = row["step_bytes"] * row["tokens_per_second"]["median"] / 2
-        assert row["read_share"] == pytest.approx(bytes_per_second / 1e10)
-        account = dict(row["account"])
-        assert account.pop("context") == 7.0
-        assert sum(account.values()) == row["step_bytes"]
-    for row in others:
-        rates = zip(own["tokens_per_second"]["all"], row["tokens_per_second"]["all"], strict=True)
+        bytes_per_second = record["step_bytes"] * record["tokens_per_second"]["median"] / 2
+        assert record["read_share"] == pytest.approx(bytes_per_second / 1e10)
+        kinds = dict(record["account"])
+        assert kinds.pop("context") == 7.0
+        assert sum(kinds.values()) == record["step_bytes"]
+    for record in others:
+        rates = zip(
+            own["tokens_per_second"]["all"], record["tokens_per_second"]["all"], strict=True
+        )
         ratios = [a / b for a, b in rates]
-        assert row["ratio"]["all"] == pytest.approx(ratios)
-        assert row["ratio"]["median"] == pytest.approx(statistics.median(ratios))
-        assert row["detail"].endswith("all same as gemcut")
+        assert record["ratio"]["all"] == pytest.approx(ratios)
+        assert record["ratio"]["median"] == pytest.approx(statistics.median(ratios))
+        assert record["detail"].endswith("all same as gemcut")
     assert "ratio" not in own
-    fastest = max(others, key=lambda row: row["tokens_per_second"]["median"])
+    fastest = max(others, key=lambda record: record["tokens_per_second"]["median"])
     assert own["fastest_peer"] == fastest["contestant"]
     assert f"times as fast as the fastest peer, {fastest['contestant']}" in text
 
@@ -88,7 +99,7 @@ def test_each_batch_with_each_context_is_a_case(capsys):
     sizes += ["--repeats", "1"]
     code, _, report = decode(*sizes, "--peer", "transformers", capsys=capsys)
     assert code == 0
-    cases = [row["case"] for row in report["rows"] if row["contestant"] == "gemcut"]
+    cases = [record["case"] for record in report["rows"] if record["contestant"] == "gemcut"]
     assert cases == [f"demo/batch={b}/context={c}" for c in (3, 5) for b in (1, 2)]
 
 
@@ -96,7 +107,7 @@ def test_a_cut_model_is_shown_beside_the_whole_one(capsys):
     sizes = ["--random", "gemma-3-270m", "--layers", "1", "--new-tokens", "2", "--repeats", "1"]
     code, text, report = decode(*sizes, "--peer", "transformers", capsys=capsys)
     assert code == 0
-    assert [row["layers"] for row in report["rows"]] == [1, 1]
+    assert [record["layers"] for record in report["rows"]] == [1, 1]
     assert report["arguments"]["layers"] == 1
     assert "all 18 layers: MB" in text
     whole = PUBLISHED["gemma-3-270m"].num_parameters() * 4 / 1e6
@@ -136,7 +147,7 @@ def test_a_peer_with_other_tokens_is_reported_and_not_timed(monkeypatch, capsys,
     assert len(right["ratio"]["all"]) == 2
 
 
-def test_gemcut_is_judged_too(monkeypatch, capsys):
+def test_gemcut_is_checked_too(monkeypatch, capsys):
     plant(monkeypatch, gemcut=one_token_off)
     options = ["--repeats", "1", "--peer", "transformers"]
     code, text, report = decode(*SIZES, *options, capsys=capsys)
@@ -148,7 +159,7 @@ def test_gemcut_is_judged_too(monkeypatch, capsys):
     assert "fastest peer" not in text
 
 
-def test_tokens_that_change_while_they_are_timed_are_judged(monkeypatch, setup):
+def test_tokens_that_change_while_they_are_timed_are_checked(monkeypatch, setup):
     calls = []
 
     def now_and_then(rows):
@@ -158,8 +169,8 @@ def test_tokens_that_change_while_they_are_timed_are_judged(monkeypatch, setup):
     plant(monkeypatch, transformers=now_and_then)
     result = run_case(setup, TINY, ["transformers"], 3)
     assert len(calls) == 4  # a warm-up and three rounds
-    assert [one.verdict.status for one in result.entrants] == ["ok", "wrong"]
-    assert "row 1, token 2" in result.entrants[1].verdict.detail
+    assert [one.finding.status for one in result.contestants] == ["ok", "wrong"]
+    assert "row 1, token 2" in result.contestants[1].finding.detail
     assert [one.name for one in result.timed] == ["gemcut"]
 
 
@@ -184,13 +195,13 @@ def test_a_peer_that_does_not_run_is_told_and_the_others_go_on(
 
     plant(monkeypatch, transformers=refuse, gpt_fast=lambda rows: rows)
     result = run_case(setup, TINY, ["transformers", "gpt-fast"], 4)
-    verdict = result.entrants[1].verdict
-    assert verdict.status == status
-    assert verdict.detail.startswith(detail)
-    assert "\n" not in verdict.detail
+    finding = result.contestants[1].finding
+    assert finding.status == status
+    assert finding.detail.startswith(detail)
+    assert "\n" not in finding.detail
     assert [one.name for one in result.timed] == ["gemcut", "gpt-fast"]
     assert len(result.rounds) == 4
-    assert len(make_rows(result, CEILINGS)) == 3
+    assert len(make_records(result, CEILINGS)) == 3
     assert len(calls) == call
 
 
@@ -198,7 +209,7 @@ def test_a_peer_that_cannot_be_imported_is_told(monkeypatch, capsys):
     def load(stage):
         raise ImportError("libnothing.so: cannot open shared object file")
 
-    monkeypatch.setitem(CONTESTANTS, "transformers", Peer(load))
+    monkeypatch.setitem(CONTESTANTS, "transformers", EnginePeer(load))
     plant(monkeypatch, gpt_fast=lambda rows: rows)
     options = ["--repeats", "1", "--peer", "transformers", "gpt-fast"]
     code, text, report = decode(*SIZES, *options, capsys=capsys)
@@ -212,7 +223,7 @@ def test_every_peer_failing_fails_the_command(monkeypatch, capsys):
     def load(stage):
         raise ImportError("nothing")
 
-    monkeypatch.setitem(CONTESTANTS, "transformers", Peer(load))
+    monkeypatch.setitem(CONTESTANTS, "transformers", EnginePeer(load))
     options = ["--repeats", "1", "--peer", "transformers"]
     code, _, report = decode(*SIZES, *options, capsys=capsys)
     assert code == 1
@@ -228,7 +239,7 @@ def test_too_little_memory_says_how_much_and_goes_on(monkeypatch, capsys, setup)
     sizes = ["--context", "496", "5", "--new-tokens", "4", "--repeats", "1", "--device", "cpu"]
     code, text, report = decode(*sizes, "--peer", "transformers", capsys=capsys)
     assert code == 0
-    assert [row["status"] for row in report["rows"]] == 2 * ["no memory"] + 2 * ["ok"]
+    assert [record["status"] for record in report["rows"]] == 2 * ["no memory"] + 2 * ["ok"]
     detail = report["rows"][0]["detail"]
     assert detail == f"0.001 GB are missing on cpu for {needed / 1e9:.3g} GB of cache"
     assert f"no memory: {detail}" in text
@@ -239,20 +250,20 @@ def test_a_model_that_does_not_fit_is_told_in_every_case(monkeypatch, capsys):
     sizes = ["--random", "gemma-2-27b", "--dtype", "bfloat16", "--batch", "1", "2"]
     code, _, report = decode(*sizes, "--peer", "transformers", "--device", "cpu", capsys=capsys)
     assert code == 1
-    assert [row["status"] for row in report["rows"]] == 4 * ["no memory"]
+    assert [record["status"] for record in report["rows"]] == 4 * ["no memory"]
     detail = "14.5 GB are missing on cpu for 54.5 GB of weights"
-    assert {row["detail"] for row in report["rows"]} == {detail}
+    assert {record["detail"] for record in report["rows"]} == {detail}
 
 
-def test_judging_that_does_not_fit_is_told(monkeypatch, setup):
-    def verdicts(self, answers, own):
+def test_a_check_that_does_not_fit_is_told(monkeypatch, setup):
+    def findings(self, answers, own):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Judge, "verdicts", verdicts)
+    monkeypatch.setattr(TokenCheck, "findings", findings)
     result = run_case(setup, TINY, [], 2)
     assert result.rounds == []
-    assert result.entrants[0].verdict.status == "no memory"
-    assert "judging" in result.entrants[0].verdict.detail
+    assert result.contestants[0].finding.status == "no memory"
+    assert "judging" in result.contestants[0].finding.detail
 
 
 def interrupt_at(call):
@@ -275,7 +286,7 @@ def test_an_interrupted_run_keeps_whole_rounds(monkeypatch, capsys, tmp_path):
     assert code == 130
     assert "interrupted: 2 whole rounds of this case are kept" in text
     assert report["interrupted"]
-    assert [len(row["tokens_per_second"]["all"]) for row in report["rows"]] == [2, 2]
+    assert [len(record["tokens_per_second"]["all"]) for record in report["rows"]] == [2, 2]
     assert json.loads(file.read_text()) == report
 
 
@@ -284,16 +295,16 @@ def test_a_run_interrupted_in_its_second_case_keeps_the_first(monkeypatch, capsy
     options = ["--repeats", "2", "--peer", "transformers", "--context", "5", "6"]
     code, _, report = decode(*SIZES, *options, capsys=capsys)
     assert code == 130
-    assert {row["case"] for row in report["rows"]} == {"demo/batch=2/context=5"}
+    assert {record["case"] for record in report["rows"]} == {"demo/batch=2/context=5"}
     assert report["interrupted"]
 
 
 def test_a_quantised_peer_is_no_fastest_peer(monkeypatch, setup):
     plant(monkeypatch, transformers=lambda rows: rows)
-    eight_bit = Peer(Gemcut, quantization="int8")
+    eight_bit = EnginePeer(Gemcut, quantization="int8")
     monkeypatch.setitem(CONTESTANTS, "gpt-fast-int8", eight_bit)
     result = run_case(setup, TINY, ["gpt-fast-int8", "transformers"], 1)
-    own, quantised, _ = make_rows(result, CEILINGS)
+    own, quantised, _ = make_records(result, CEILINGS)
     assert own["fastest_peer"] == "transformers"
     assert quantised["quantization"] == "int8"
     assert quantised["step_bytes"] < own["step_bytes"] / 3
@@ -302,7 +313,7 @@ def test_a_quantised_peer_is_no_fastest_peer(monkeypatch, setup):
 
 def test_contestants_are_let_go_after_a_case(setup):
     result = run_case(setup, TINY, [], 1)
-    assert all(one.contestant is None for one in result.entrants)
+    assert all(one.engine is None for one in result.contestants)
 
 
 def test_captures_after_the_warm_up_are_counted(setup, monkeypatch):
@@ -317,10 +328,10 @@ def capture_one(engine: Engine, **options) -> None:
 
 
 def test_a_failure_lets_go_of_the_contestant():
-    entrant = Entrant("transformers", contestant=object())
-    entrant.fail(MemoryError("1.00 GB are missing"))
-    assert entrant.contestant is None
-    assert not entrant.runs
+    contestant = Contestant("transformers", engine=object())
+    contestant.fail(MemoryError("1.00 GB are missing"))
+    assert contestant.engine is None
+    assert not contestant.runs
 
 
 def test_prompts_are_distinct_rows_of_the_asked_length(setup):

@@ -1,7 +1,7 @@
 """Every goal's number against one worked out by hand; what was not measured has none."""
 
 import pytest
-from synthetic_reports import CPU, decode_row, kernel_row, report
+from synthetic_reports import CPU, decode_record, kernel_record, report
 
 from gemcut.bench.report.goals import GOALS, outcomes
 
@@ -38,12 +38,12 @@ def spread(outcome):
     return pytest.approx((measured.median, measured.low, measured.high))
 
 
-def decode(*rows, **arguments):
-    return report("decode", rows, **arguments)
+def decode(*records, **arguments):
+    return report("decode", records, **arguments)
 
 
-def kernels(*rows):
-    return report("kernels", rows)
+def kernels(*records):
+    return report("kernels", records)
 
 
 def test_the_goals_are_fourteen():
@@ -87,96 +87,96 @@ def test_nothing_measured_is_no_number():
     ],
 )
 def test_share_of_read_bandwidth_counts_the_worst_model_of_a_class(shares, met):
-    rows = [decode_row(name, rate=[90, 100, 110], share=x) for name, x in shares.items()]
-    outcome = line([decode(*rows)], 1, "2B")
+    records = [decode_record(name, rate=[90, 100, 110], share=x) for name, x in shares.items()]
+    outcome = line([decode(*records)], 1, "2B")
     least = min(shares.values())
     assert spread(outcome) == (least, 0.9 * least, 1.1 * least)
     assert (outcome.met, outcome.cases) == (met, 2)
     assert worst(outcome).where.startswith(min(shares, key=shares.get))
     for words in ("1B", "7B and 9B", "27B"):
-        assert line([decode(*rows)], 1, words).met == "not measured"
+        assert line([decode(*records)], 1, words).met == "not measured"
 
 
 @pytest.mark.parametrize(
-    "row",
+    "record",
     [
-        pytest.param(decode_row("gemma-2b", rate=[1], batch=16), id="batch-16"),
-        pytest.param(decode_row("gemma-2b", rate=[1], context=4096), id="long-context"),
-        pytest.param(decode_row("gemma-2b", rate=[1], quantization="int8"), id="int8"),
-        pytest.param(decode_row("gemma-2b", rate=[1], dtype="float32"), id="float32"),
-        pytest.param(decode_row("gemma-2b", rate=[1], status="wrong"), id="wrong"),
-        pytest.param(decode_row("gemma-2b", "gpt-fast", rate=[1]), id="a-peer"),
+        pytest.param(decode_record("gemma-2b", rate=[1], batch=16), id="batch-16"),
+        pytest.param(decode_record("gemma-2b", rate=[1], context=4096), id="long-context"),
+        pytest.param(decode_record("gemma-2b", rate=[1], quantization="int8"), id="int8"),
+        pytest.param(decode_record("gemma-2b", rate=[1], dtype="float32"), id="float32"),
+        pytest.param(decode_record("gemma-2b", rate=[1], status="wrong"), id="wrong"),
+        pytest.param(decode_record("gemma-2b", "gpt-fast", rate=[1]), id="a-peer"),
     ],
 )
-def test_other_rows_say_nothing_to_the_first_goal(row):
-    assert line([decode(row)], 1, "2B").met == "not measured"
+def test_other_rows_say_nothing_to_the_first_goal(record):
+    assert line([decode(record)], 1, "2B").met == "not measured"
 
 
 def test_goals_of_a_gpu_are_not_met_on_a_cpu_nor_by_a_few_layers():
-    rows = [decode_row("gemma-2b", rate=[100], share=0.95)]
-    assert line([decode(*rows)], 1, "2B").met == "stretch"
-    assert line([report("decode", rows, CPU)], 1, "2B").met == "not measured"
-    assert line([decode(*rows, layers=2)], 1, "2B").met == "not measured"
+    records = [decode_record("gemma-2b", rate=[100], share=0.95)]
+    assert line([decode(*records)], 1, "2B").met == "stretch"
+    assert line([report("decode", records, CPU)], 1, "2B").met == "not measured"
+    assert line([decode(*records, layers=2)], 1, "2B").met == "not measured"
 
 
 def test_ratios_to_transformers_are_taken_round_by_round():
-    rows = [
-        decode_row("gemma-2-9b", rate=[100, 220, 90]),
-        decode_row("gemma-2-9b", "transformers-compiled", rate=[80, 200, 75]),
-        decode_row("gemma-2-9b", "transformers", rate=[20, 40, 20]),
+    records = [
+        decode_record("gemma-2-9b", rate=[100, 220, 90]),
+        decode_record("gemma-2-9b", "transformers-compiled", rate=[80, 200, 75]),
+        decode_record("gemma-2-9b", "transformers", rate=[20, 40, 20]),
     ]
     # 1.25, 1.1, 1.2; medians' ratio would be 100 / 80
-    outcome = line([decode(*rows)], 2, "9B")
+    outcome = line([decode(*records)], 2, "9B")
     assert spread(outcome) == (1.2, 1.1, 1.25)
     assert outcome.met == "must"
-    outcome = line([decode(*rows)], 3)
+    outcome = line([decode(*records)], 3)
     assert spread(outcome) == (5.0, 4.5, 5.5)
     assert outcome.met == "must"
     # another report's peer was not timed in the same rounds
-    apart = [decode(rows[0]), decode(rows[1])]
+    apart = [decode(records[0]), decode(records[1])]
     assert line(apart, 2, "9B").met == "not measured"
 
 
 def test_a_case_has_the_facts_of_gemcuts_row():
-    own = decode_row("gemma-2-9b", rate=[100])
+    own = decode_record("gemma-2-9b", rate=[100])
     peer = {**own, "contestant": "transformers-compiled", "model": "9b", "dtype": None}
     assert line([decode(peer, own)], 2, "9B").met == "no"
 
 
 def test_share_at_batch_16_is_set_beside_that_at_batch_1():
-    rows = [
-        decode_row("gemma-2-9b", rate=[100], share=0.9),
-        decode_row("gemma-2-9b", rate=[1500], share=0.81, batch=16),
-        decode_row("gemma-2-2b", rate=[100], share=0.5, batch=16),
-        decode_row("gemma-2-9b", rate=[100], share=0.1, context=4096),
+    records = [
+        decode_record("gemma-2-9b", rate=[100], share=0.9),
+        decode_record("gemma-2-9b", rate=[1500], share=0.81, batch=16),
+        decode_record("gemma-2-2b", rate=[100], share=0.5, batch=16),
+        decode_record("gemma-2-9b", rate=[100], share=0.1, context=4096),
     ]
-    outcome = line([decode(rows[0]), decode(*rows[1:])], 4)
+    outcome = line([decode(records[0]), decode(*records[1:])], 4)
     assert median(outcome) == 0.9
     assert (outcome.met, outcome.cases) == ("must", 1)
 
 
 def test_quantised_weights_are_set_beside_own_bf16():
-    rows = [
-        decode_row("gemma-2-9b", rate=[100, 110, 90]),
-        decode_row("gemma-2-9b", rate=[200, 210, 190], quantization="int8"),
-        decode_row("gemma-2-9b", rate=[240], quantization="int4"),
+    records = [
+        decode_record("gemma-2-9b", rate=[100, 110, 90]),
+        decode_record("gemma-2-9b", rate=[200, 210, 190], quantization="int8"),
+        decode_record("gemma-2-9b", rate=[240], quantization="int4"),
     ]
-    outcome = line([decode(*rows)], 5, "int8")
+    outcome = line([decode(*records)], 5, "int8")
     assert spread(outcome) == (2.0, 190 / 110, 210 / 90)
     assert outcome.met == "stretch"
-    assert line([decode(*rows)], 5, "int4").met == "no"
+    assert line([decode(*records)], 5, "int4").met == "no"
 
 
 def test_attention_prefill_with_and_without_softcap():
     capped = {**PREFILL, "softcap": 50.0, "variant": ""}
     plain = {**PREFILL, "softcap": None, "variant": "no softcap"}
     found = kernels(
-        kernel_row(**capped, us=[108, 104, 106]),
-        kernel_row(contestant="flex", **capped, us=[216, 104, 159]),
-        kernel_row(**plain, us=[100, 98, 102]),
-        kernel_row(contestant="sdpa", **plain, us=[130, 196, 153]),
-        kernel_row(**{**capped, "tokens": 512}, us=[1]),
-        kernel_row(contestant="flex", **{**capped, "tokens": 512}, us=[1]),
+        kernel_record(**capped, us=[108, 104, 106]),
+        kernel_record(contestant="flex", **capped, us=[216, 104, 159]),
+        kernel_record(**plain, us=[100, 98, 102]),
+        kernel_record(contestant="sdpa", **plain, us=[130, 196, 153]),
+        kernel_record(**{**capped, "tokens": 512}, us=[1]),
+        kernel_record(contestant="flex", **{**capped, "tokens": 512}, us=[1]),
     )
     assert spread(line([found], 6, "Flex")) == (1.5, 1.0, 2.0)
     assert line([found], 6, "Flex").met == "must"
@@ -187,12 +187,12 @@ def test_attention_prefill_with_and_without_softcap():
 
 def test_a_window_costs_the_same_at_twice_the_context():
     found = kernels(
-        kernel_row(**CHUNK, context=4096, us=[100]),
-        kernel_row(**CHUNK, context=8192, us=[104]),
-        kernel_row(**LOCAL, context=4096, us=[10]),
-        kernel_row(**LOCAL, context=8192, us=[10.6]),
-        kernel_row(**{**LOCAL, "batch": 16}, context=4096, us=[10]),
-        kernel_row(**{**LOCAL, "batch": 16}, context=8192, us=[9]),
+        kernel_record(**CHUNK, context=4096, us=[100]),
+        kernel_record(**CHUNK, context=8192, us=[104]),
+        kernel_record(**LOCAL, context=4096, us=[10]),
+        kernel_record(**LOCAL, context=8192, us=[10.6]),
+        kernel_record(**{**LOCAL, "batch": 16}, context=4096, us=[10]),
+        kernel_record(**{**LOCAL, "batch": 16}, context=8192, us=[9]),
     )
     outcome = line([found], 8, "chunk")
     assert (median(outcome), outcome.met) == (1.04, "must")
@@ -204,19 +204,19 @@ def test_a_window_costs_the_same_at_twice_the_context():
 
 def test_a_window_that_is_not_full_at_4k_costs_less_there():
     found = kernels(
-        kernel_row(**CHUNK, context=4096, us=[100], flops=9_000_000),
-        kernel_row(**CHUNK, context=8192, us=[120]),
+        kernel_record(**CHUNK, context=4096, us=[100], flops=9_000_000),
+        kernel_record(**CHUNK, context=8192, us=[120]),
     )
     assert median(line([found], 8, "chunk")) == 1.2 * 0.9
 
 
 def test_decode_attention_counts_its_worst_context():
-    rows = []
+    records = []
     for context, theirs in ((512, 1.0), (1024, 14.0), (8192, 12.0), (16384, 1.0)):
         facts = {"layer": "global", "batch": 1, "context": context}
-        rows.append(kernel_row("attention_decode", us=[10.0], **facts))
-        rows.append(kernel_row("attention_decode", "flashinfer", us=[theirs], **facts))
-    outcome = line([kernels(*rows)], 9)
+        records.append(kernel_record("attention_decode", us=[10.0], **facts))
+        records.append(kernel_record("attention_decode", "flashinfer", us=[theirs], **facts))
+    outcome = line([kernels(*records)], 9)
     assert (median(outcome), outcome.met) == (1.2, "must")
     assert outcome.cases == 2
 
@@ -224,10 +224,10 @@ def test_decode_attention_counts_its_worst_context():
 def test_row_kernels_are_held_to_a_copy_and_to_liger():
     # 10 MB at 3800 GB/s take 2.6316 us
     found = kernels(
-        kernel_row("rmsnorm", us=[2.8, 2.7, 3.0], **LARGE),
-        kernel_row("rmsnorm", "liger", us=[2.8, 2.97, 3.9], **LARGE),
-        kernel_row("geglu", us=[2.7], **LARGE),
-        kernel_row("geglu", us=[9.0], **{**LARGE, "variant": ""}),
+        kernel_record("rmsnorm", us=[2.8, 2.7, 3.0], **LARGE),
+        kernel_record("rmsnorm", "liger", us=[2.8, 2.97, 3.9], **LARGE),
+        kernel_record("geglu", us=[2.7], **LARGE),
+        kernel_record("geglu", us=[9.0], **{**LARGE, "variant": ""}),
     )
     least = 1e7 / 3800 / 1e3
     assert spread(line([found], 10, "rmsnorm at 64 MB and more, share")) == (
@@ -243,12 +243,12 @@ def test_row_kernels_are_held_to_a_copy_and_to_liger():
 
 def test_head_and_choice_are_set_beside_the_bare_product():
     found = kernels(
-        kernel_row("lm_head", us=[101, 99, 100], batch=1),
-        kernel_row("lm_head", "blas", us=[100], batch=1),
-        kernel_row("lm_head", "blas", us=[1], batch=16),
-        kernel_row("lm_head_argmax", us=[102], batch=1),
-        kernel_row("sample", us=[8, 9, 7], batch=1, variant="top-k top-p"),
-        kernel_row("sample", us=[1], batch=1, variant="greedy"),
+        kernel_record("lm_head", us=[101, 99, 100], batch=1),
+        kernel_record("lm_head", "blas", us=[100], batch=1),
+        kernel_record("lm_head", "blas", us=[1], batch=16),
+        kernel_record("lm_head_argmax", us=[102], batch=1),
+        kernel_record("sample", us=[8, 9, 7], batch=1, variant="top-k top-p"),
+        kernel_record("sample", us=[1], batch=1, variant="greedy"),
     )
     assert spread(line([found], 11, "greedy")) == (1.02, 1.02, 1.02)
     assert line([found], 11, "greedy").met == "must"
@@ -257,8 +257,8 @@ def test_head_and_choice_are_set_beside_the_bare_product():
 
 
 def test_prefill_share_what_comes_after_warmup_and_a_cpu():
-    row = {**decode_row("gemma-2-9b", rate=[90, 100, 120], tokens=4096), "share": 0.6}
-    prefill = report("prefill", [row])
+    record = {**decode_record("gemma-2-9b", rate=[90, 100, 120], tokens=4096), "share": 0.6}
+    prefill = report("prefill", [record])
     assert spread(line([prefill], 12)) == (0.6, 0.54, 0.72)
     assert line([prefill], 12).met == "must"
 
@@ -268,10 +268,10 @@ def test_prefill_share_what_comes_after_warmup_and_a_cpu():
     outcome = line([quiet, busy], 13)
     assert (median(outcome), outcome.met) == (3, "no")
 
-    rows = [
-        decode_row("demo", rate=[500, 540, 520], dtype="float32"),
-        decode_row("demo", "transformers", rate=[250, 180, 200], dtype="float32"),
+    records = [
+        decode_record("demo", rate=[500, 540, 520], dtype="float32"),
+        decode_record("demo", "transformers", rate=[250, 180, 200], dtype="float32"),
     ]
-    assert spread(line([report("decode", rows, CPU)], 14)) == (2.6, 2.0, 3.0)
-    assert line([report("decode", rows, CPU)], 14).met == "must"
-    assert line([report("decode", rows)], 14).met == "not measured"
+    assert spread(line([report("decode", records, CPU)], 14)) == (2.6, 2.0, 3.0)
+    assert line([report("decode", records, CPU)], 14).met == "must"
+    assert line([report("decode", records)], 14).met == "not measured"

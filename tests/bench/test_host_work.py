@@ -8,7 +8,7 @@ import pytest
 from gemcut.bench import cli
 from gemcut.bench.engines import host_work
 from gemcut.bench.engines.host_work import CALLERS, make_engine
-from gemcut.bench.report.report_page import run_report
+from gemcut.bench.report.markdown_page import run_report
 
 SMALL = ["host-work", "--device", "cpu", "--batch", "1", "3", "--new-tokens", "9"]
 

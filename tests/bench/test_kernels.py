@@ -1,4 +1,4 @@
-"""gemcut-bench kernels: it checks everyone, times nobody who is wrong, and survives what fails."""
+"""gemcut-bench kernels: it checks all, times none that is wrong, and survives failures."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import torch
 
 from gemcut.bench.measure.report_file import load_results
 from gemcut.bench.ops import kernels, torch_ops
-from gemcut.bench.ops.torch_peers import Peer
+from gemcut.bench.ops.torch_peers import OpPeer
 from gemcut.kernels import reference
 
 CEILINGS = {"read_gbps": 20.0, "copy_gbps": 20.0, "matmul_tflops": 0.1}
@@ -48,7 +48,7 @@ def plant(monkeypatch):
         monkeypatch.setattr(
             kernels,
             "torch_peers",
-            lambda case, device: {"planted": Peer("torch", "planted", build, **settings)},
+            lambda case, device: {"planted": OpPeer("torch", "planted", build, **settings)},
         )
         monkeypatch.setitem(kernels.PEERS, "planted", "torch")
 
@@ -62,27 +62,27 @@ def test_every_op_is_checked_and_timed(capsys, tmp_path):
     assert load_results(file) == printed
     assert not printed["interrupted"]
     assert printed["ceilings"] == CEILINGS
-    rows = printed["rows"]
-    assert {row["op"] for row in rows} == set(kernels.OPS)
+    records = printed["rows"]
+    assert {record["op"] for record in records} == set(kernels.OPS)
     # parts of the oracle of sample; advance_ moves some bytes a row
     parts = {"filter_logits", "gumbel_noise", "advance_"}
     assert set(kernels.OPS) == set(reference.__all__) - parts
-    for row in rows:
-        assert row["status"] == "ok", row
-        assert row["error"] <= row["budget"]
-        assert row["version"]
+    for record in records:
+        assert record["status"] == "ok", record
+        assert record["error"] <= record["budget"]
+        assert record["version"]
         for metric in ("cold_us", "warm_us"):
-            spread = row[metric]
+            spread = record[metric]
             assert len(spread["all"]) == 2
             assert 0 < spread["low"] <= spread["median"] <= spread["high"]
-        us = row["cold_us"]["median"]
-        assert row["share"] == pytest.approx(row["floor_us"] / us)
-        moved = row["read_bytes"] + row["written_bytes"]
-        assert row["gbps"] == pytest.approx(moved / us / 1e3)
-        assert row["tflops"] == pytest.approx(row["flops"] / us / 1e6)
+        us = record["cold_us"]["median"]
+        assert record["share"] == pytest.approx(record["floor_us"] / us)
+        moved = record["read_bytes"] + record["written_bytes"]
+        assert record["gbps"] == pytest.approx(moved / us / 1e3)
+        assert record["tflops"] == pytest.approx(record["flops"] / us / 1e6)
     by_case = {}
-    for row in rows:
-        by_case.setdefault(row["case"], []).append(row["contestant"])
+    for record in records:
+        by_case.setdefault(record["case"], []).append(record["contestant"])
     assert all(names[0] == "gemcut" and len(names) > 1 for names in by_case.values())
 
 
@@ -93,21 +93,21 @@ def test_a_compiled_peer_computes_the_same(op, peer):
     cpu = torch.device("cpu")
     case = kernels.choose_cases(options, cpu, torch.float32)[0]
     bench = kernels.Bench(cpu, torch.float32, reference, (peer,), 2, CEILINGS)
-    rows = kernels.measure_case(case, bench, kernels.contestants(case, bench))
-    assert [row["contestant"] for row in rows] == ["gemcut", peer]
-    assert [(row["status"], row["detail"]) for row in rows] == [("ok", "")] * 2
+    records = kernels.measure_case(case, bench, kernels.contestants(case, bench))
+    assert [record["contestant"] for record in records] == ["gemcut", peer]
+    assert [(record["status"], record["detail"]) for record in records] == [("ok", "")] * 2
 
 
 def test_a_wrong_peer_is_reported_and_not_timed(capsys, plant):
     """It multiplies by w instead of 1 + w."""
     plant(lambda a: partial(torch_ops.rmsnorm, **{**a, "weight": a["weight"] - 1}))
     assert run("--op", "rmsnorm", "--peer", "planted") == 0
-    rows = [row for row in report(capsys)["rows"] if row["contestant"] == "planted"]
-    assert rows
-    for row in rows:
-        assert row["status"] == "wrong"
-        assert row["error"] > row["budget"]
-        assert "cold_us" not in row
+    records = [record for record in report(capsys)["rows"] if record["contestant"] == "planted"]
+    assert records
+    for record in records:
+        assert record["status"] == "wrong"
+        assert record["error"] > record["budget"]
+        assert "cold_us" not in record
 
 
 @pytest.mark.parametrize("value", [torch.nan, 0.0], ids=["nan", "zeros"])
@@ -180,11 +180,11 @@ def test_too_little_memory_says_how_much_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(kernels, "free_bytes", lambda device: next(sizes, 10**12))
     assert run("--op", "rmsnorm", "--peer", "torch") == 0
     first, second, *others = report(capsys)["rows"]
-    for row in (first, second):
-        assert row["status"] == "no memory"
-        assert "GB more than are free" in row["detail"]
-        assert "cold_us" not in row
-    assert {row["status"] for row in others} == {"ok"}
+    for record in (first, second):
+        assert record["status"] == "no memory"
+        assert "GB more than are free" in record["detail"]
+        assert "cold_us" not in record
+    assert {record["status"] for record in others} == {"ok"}
 
 
 def test_an_interrupted_run_keeps_its_rows(capsys, monkeypatch, tmp_path):

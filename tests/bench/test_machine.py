@@ -1,4 +1,4 @@
-"""bench/measure/machine.py: versions are told where gemcut runs without being installed, too."""
+"""bench/measure/machine.py: versions, also where gemcut is not installed."""
 
 from importlib.metadata import PackageNotFoundError, version
 

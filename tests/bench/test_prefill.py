@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from contests import CEILINGS, demo_setup, plant, skip_ceilings
+from planted_engines import CEILINGS, demo_setup, plant, skip_ceilings
 
 from gemcut.bench import cli
-from gemcut.bench.engines.contest import Entrant, Result
+from gemcut.bench.engines.case_runner import Contestant, Result
 from gemcut.bench.engines.peers import Generation, Workload
-from gemcut.bench.engines.prefill import make_rows
+from gemcut.bench.engines.prefill import make_records
 from gemcut.bench.engines.step_bytes import prefill_flops
 from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.config.model_config import ModelConfig
@@ -32,23 +32,23 @@ def test_command_prints_a_table_and_one_json_object(capsys):
     assert code == 0
     assert (report["benchmark"], report["interrupted"]) == ("prefill", False)
     names = ["gemcut", "transformers", "transformers-static"]
-    assert [row["contestant"] for row in report["rows"]] == 4 * names
+    assert [record["contestant"] for record in report["rows"]] == 4 * names
     cases = [f"demo/batch={batch}/tokens={tokens}" for tokens in (20, 7) for batch in (1, 2)]
-    assert [row["case"] for row in report["rows"][::3]] == cases
+    assert [record["case"] for record in report["rows"][::3]] == cases
     config = ModelConfig.from_file(DEMO)
-    for row in report["rows"]:
-        assert row["status"] == "ok"
-        assert (row["model"], row["dtype"]) == ("demo", "float32")
-        flops = prefill_flops(config, batch=row["batch"], tokens=row["tokens"])
-        assert row["flops"] == flops
-        first, rate = row["first_token_ms"], row["tokens_per_second"]
+    for record in report["rows"]:
+        assert record["status"] == "ok"
+        assert (record["model"], record["dtype"]) == ("demo", "float32")
+        flops = prefill_flops(config, batch=record["batch"], tokens=record["tokens"])
+        assert record["flops"] == flops
+        first, rate = record["first_token_ms"], record["tokens_per_second"]
         assert len(first["all"]) == 2
-        tokens = row["batch"] * row["tokens"]
+        tokens = record["batch"] * record["tokens"]
         assert rate["all"] == pytest.approx([1e3 * tokens / ms for ms in first["all"]])
-        assert row["tflops"] == pytest.approx(flops / first["median"] / 1e9)
-        assert row["share"] == pytest.approx(row["tflops"] / CEILINGS["matmul_tflops"])
-        assert row["memory_bytes"] is None
-        assert row["case"] in text
+        assert record["tflops"] == pytest.approx(flops / first["median"] / 1e9)
+        assert record["share"] == pytest.approx(record["tflops"] / CEILINGS["matmul_tflops"])
+        assert record["memory_bytes"] is None
+        assert record["case"] in text
     own, peer = report["rows"][:2]
     times = zip(peer["first_token_ms"]["all"], own["first_token_ms"]["all"], strict=True)
     assert peer["ratio"]["all"] == pytest.approx([a / b for a, b in times])
@@ -57,27 +57,27 @@ def test_command_prints_a_table_and_one_json_object(capsys):
 
 def test_the_time_is_that_of_the_whole_call():
     setup, workload = demo_setup(), Workload(batch=2, prompt_tokens=10, new_tokens=1)
-    entrants = [Entrant("gemcut"), Entrant("transformers")]
+    contestants = [Contestant("gemcut"), Contestant("transformers")]
     times = {"gemcut": 0.2, "transformers": 0.5}
     round_ = {name: Generation([[5], [6]], 0.1, seconds) for name, seconds in times.items()}
-    own, peer = make_rows(Result(setup, workload, entrants, [round_]), CEILINGS)
+    own, peer = make_records(Result(setup, workload, contestants, [round_]), CEILINGS)
     assert own["first_token_ms"]["median"] == 200
     assert own["tokens_per_second"]["median"] == 100
     assert peer["ratio"]["median"] == pytest.approx(2.5)
 
 
 def test_a_wrong_first_token_is_reported_and_not_timed(monkeypatch, capsys):
-    plant(monkeypatch, transformers=lambda rows: [[rows[0][0] ^ 1]])
+    plant(monkeypatch, transformers=lambda records: [[records[0][0] ^ 1]])
     code, _, report = prefill("--tokens", "20", "--peer", "transformers", capsys=capsys)
     assert code == 1
-    row = report["rows"][1]
-    assert row["status"] == "wrong"
-    assert "row 0, token 0" in row["detail"]
-    assert "first_token_ms" not in row
+    record = report["rows"][1]
+    assert record["status"] == "wrong"
+    assert "row 0, token 0" in record["detail"]
+    assert "first_token_ms" not in record
 
 
 def test_an_interrupted_run_says_so(monkeypatch, capsys):
-    def interrupt(rows):
+    def interrupt(records):
         raise KeyboardInterrupt
 
     plant(monkeypatch, transformers=interrupt)

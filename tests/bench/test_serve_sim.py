@@ -6,7 +6,7 @@ from statistics import mean
 
 import numpy as np
 import pytest
-from contests import skip_ceilings
+from planted_engines import skip_ceilings
 
 from gemcut.bench import cli
 from gemcut.bench.engines import serve_sim
@@ -62,27 +62,27 @@ def test_command_prints_percentiles_and_one_json_object(capsys, tmp_path):
     assert code == 0
     assert json.loads(file.read_text()) == report
     assert (report["benchmark"], report["interrupted"]) == ("serve-sim", False)
-    assert [row["case"] for row in report["rows"]] == ["demo/rate=40", "demo/rate=400"]
-    for row, rate in zip(report["rows"], (40.0, 400.0), strict=True):
-        assert (row["contestant"], row["status"], row["model"]) == ("gemcut", "ok", "demo")
-        assert (row["rate"], row["requests"], row["batch"]) == (rate, 6, 2)
-        assert (row["served"], row["failed"]) == (6, 0)
+    assert [record["case"] for record in report["rows"]] == ["demo/rate=40", "demo/rate=400"]
+    for record, rate in zip(report["rows"], (40.0, 400.0), strict=True):
+        assert (record["contestant"], record["status"], record["model"]) == ("gemcut", "ok", "demo")
+        assert (record["rate"], record["requests"], record["batch"]) == (rate, 6, 2)
+        assert (record["served"], record["failed"]) == (6, 0)
         trace = draw_trace(rate=rate, requests=6, prompt_tokens=8, new_tokens=4, limit=512, seed=0)
-        assert row["generated_tokens"] == sum(arrival.new_tokens for arrival in trace)
+        assert record["generated_tokens"] == sum(arrival.new_tokens for arrival in trace)
         for name in LATENCIES:
-            one = row[name]
+            one = record[name]
             assert len(one["all"]) == 6
             assert one["low"] <= one["p50"] <= one["p90"] <= one["p99"] <= one["high"]
             assert one["p50"] == pytest.approx(one["median"])
             assert name in text
-        assert row["first_token_ms"]["low"] > 0
+        assert record["first_token_ms"]["low"] > 0
         assert all(
             first >= queued
             for first, queued in zip(
-                row["first_token_ms"]["all"], row["queue_ms"]["all"], strict=True
+                record["first_token_ms"]["all"], record["queue_ms"]["all"], strict=True
             )
         )
-        assert row["tokens_per_second"]["median"] > 0
+        assert record["tokens_per_second"]["median"] > 0
     assert report["rows"][1]["queue_ms"]["high"] > 0  # six at once on two slots
 
 
@@ -100,10 +100,10 @@ def test_a_request_that_fails_is_counted_and_the_others_are_served(monkeypatch, 
     monkeypatch.setattr(Engine, "stream", refuse_one)
     code, text, report = simulate("--rate", "100", capsys=capsys)
     assert code == 1
-    (row,) = report["rows"]
-    assert (row["status"], row["served"], row["failed"]) == ("failed", 5, 1)
-    assert row["detail"] == "1 of 6 requests: RuntimeError: the third"
-    assert len(row["first_token_ms"]["all"]) == 5
+    (record,) = report["rows"]
+    assert (record["status"], record["served"], record["failed"]) == ("failed", 5, 1)
+    assert record["detail"] == "1 of 6 requests: RuntimeError: the third"
+    assert len(record["first_token_ms"]["all"]) == 5
     assert "failed: 1 of 6 requests" in text
 
 
@@ -116,17 +116,17 @@ def test_a_request_with_a_token_too_few_has_failed(monkeypatch, capsys):
     monkeypatch.setattr(Engine, "stream", cut_short)
     code, _, report = simulate("--rate", "100", capsys=capsys)
     assert code == 1
-    (row,) = report["rows"]
-    assert (row["status"], row["served"], row["failed"]) == ("failed", 0, 6)
-    assert "tokens, where" in row["detail"]
-    assert "first_token_ms" not in row
+    (record,) = report["rows"]
+    assert (record["status"], record["served"], record["failed"]) == ("failed", 0, 6)
+    assert "tokens, where" in record["detail"]
+    assert "first_token_ms" not in record
 
 
 def test_too_little_memory_says_how_much(monkeypatch, capsys):
     monkeypatch.setattr("gemcut.bench.engines.setup.free_bytes", lambda device: 1000)
     code, text, report = simulate("--rate", "100", "200", capsys=capsys)
     assert code == 1
-    assert [row["status"] for row in report["rows"]] == ["no memory", "no memory"]
+    assert [record["status"] for record in report["rows"]] == ["no memory", "no memory"]
     assert "GB are missing on cpu" in text
 
 
@@ -143,14 +143,14 @@ def test_an_interrupted_run_keeps_what_was_served(monkeypatch, capsys):
     code, text, report = simulate("--rate", "1", capsys=capsys)
     assert code == 130
     assert report["interrupted"]
-    (row,) = report["rows"]
-    assert row["served"] == 2
-    assert row["failed"] == 0
+    (record,) = report["rows"]
+    assert record["served"] == 2
+    assert record["failed"] == 0
     assert "interrupted: what was served is kept" in text
 
 
 def test_a_wait_for_a_slot_ends_as_soon_as_one_is_free():
-    # two slots: the third waits for the end at 3, the fourth for that at 5, the last for nobody
+    # two slots: the third waits for the end at 3, the fourth for that at 5, the last for none
     times = [(0.0, 0.5, 5.0), (1.0, 1.5, 3.0), (2.0, 3.5, 9.0), (2.5, 5.5, 6.0), (8.0, 8.5, 10.0)]
     served = [Served(Arrival(at, 1, 2), [first, end], end) for at, first, end in times]
     assert queue_seconds(served, 2) == [0.0, 0.0, 1.0, 2.5, 0.0]
@@ -158,7 +158,7 @@ def test_a_wait_for_a_slot_ends_as_soon_as_one_is_free():
     # the end of the first is noted late: the fourth had its slot before
     served[0].token_times[-1] = 5.7
     assert queue_seconds(served, 2) == [0.0, 0.0, 1.0, 3.0, 0.0]
-    # whoever comes first is not always served first
+    # the first to arrive is not always served first
     served[0].token_times[-1] = 5.0
     assert queue_seconds(served[::-1], 2) == [0.0, 2.5, 1.0, 0.0, 0.0]
 
@@ -169,11 +169,11 @@ def test_latencies_count_from_the_arrival():
         Served(Arrival(2.0, 4, 3), [2.1, 2.2, 2.3], 2.3),
         Served(Arrival(9.0, 4, 3)),  # interrupted
     ]
-    row = measured(served, 8)
-    assert row["first_token_ms"]["all"] == pytest.approx([500, 100])
-    assert row["between_tokens_ms"]["all"] == pytest.approx([250, 100])
-    assert row["longest_gap_ms"]["all"] == pytest.approx([400, 100])
-    assert row["tokens_per_second"]["all"] == pytest.approx([6 / 2.3])
+    record = measured(served, 8)
+    assert record["first_token_ms"]["all"] == pytest.approx([500, 100])
+    assert record["between_tokens_ms"]["all"] == pytest.approx([250, 100])
+    assert record["longest_gap_ms"]["all"] == pytest.approx([400, 100])
+    assert record["tokens_per_second"]["all"] == pytest.approx([6 / 2.3])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemcut.bench.engines.step_bytes import decode_account, prefill_flops, print_account
+from gemcut.bench.engines.step_bytes import decode_bytes, prefill_flops, print_step_bytes
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.weights import empty_weights
@@ -23,15 +23,15 @@ GIGABYTES = {
 LENGTHS = (1, 511, 512, 513, 4096, 8192)
 
 
-def account(name, *, batch=1, context=1.0, dtype=BF16, **changes):
+def bytes_of(name, *, batch=1, context=1.0, dtype=BF16, **changes):
     config = replace(PUBLISHED[name], **changes)
-    return decode_account(config, batch=batch, context=context, dtype=dtype)
+    return decode_bytes(config, batch=batch, context=context, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", GIGABYTES)
 def test_published_bytes(name):
     gigabytes, kibibytes = GIGABYTES[name]
-    counted = account(name, context=100)
+    counted = bytes_of(name, context=100)
     assert round(counted.weights / 1e9, 1) == gigabytes
     assert counted.kv_read == 100 * kibibytes * 1024
     assert counted.kv_written == kibibytes * 1024
@@ -50,7 +50,7 @@ def test_weights_are_those_that_a_step_reads(name, tied):
                 kinds[kind if kind in kinds else "norms"] += tensor.nbytes
     kinds["norms"] += weights.norm.nbytes
     kinds["head"] = weights.lm_head.nbytes
-    counted = decode_account(config, batch=1, context=1, dtype=BF16)
+    counted = decode_bytes(config, batch=1, context=1, dtype=BF16)
     assert {kind: getattr(counted, kind) for kind in kinds} == kinds
     read = config.num_parameters() - (0 if tied else config.vocab_size * config.hidden_size)
     assert counted.weights == 2 * read
@@ -67,19 +67,19 @@ def test_keys_are_those_of_a_cache_that_holds_what_is_seen(name, context):
         device="meta",
         dtype=BF16,
     )
-    window = PUBLISHED[name].sliding_window or context  # a ring has room behind it
+    window = PUBLISHED[name].sliding_window or context  # a ring has room beyond its window
     tensors = [
         tensor[:, :, : window if PUBLISHED[name].is_local(layer) else context]
         for layer, kv in enumerate(cache.layers)
         for tensor in (kv.k, kv.v)
     ]
-    counted = account(name, batch=3, context=context)
+    counted = bytes_of(name, batch=3, context=context)
     assert counted.kv_read == sum(tensor.nbytes for tensor in tensors)
     assert counted.kv_written == sum(tensor[:, :, :1].nbytes for tensor in tensors)
 
 
 def test_the_rest_grows_with_the_batch_alone():
-    one, four = account("gemma-2-2b"), account("gemma-2-2b", batch=4)
+    one, four = bytes_of("gemma-2-2b"), bytes_of("gemma-2-2b", batch=4)
     assert one.embedding == 2 * 2304
     assert one.logits == 2 * 4 * 256000
     assert (four.embedding, four.logits) == (4 * one.embedding, 4 * one.logits)
@@ -88,19 +88,19 @@ def test_the_rest_grows_with_the_batch_alone():
     assert one.total == one.weights + sum(getattr(one, kind) for kind in kinds)
 
 
-def test_a_mean_context_gives_the_mean_account():
+def test_a_mean_context_gives_the_mean_bytes():
     # the window of 512 is passed by none of them, and by all of them
     for first, last in ((10, 13), (600, 631)):
         lengths = range(first, last + 1)
-        exact = [account("gemma-3-1b", context=n).kv_read for n in lengths]
-        mean = account("gemma-3-1b", context=(first + last) / 2).kv_read
+        exact = [bytes_of("gemma-3-1b", context=n).kv_read for n in lengths]
+        mean = bytes_of("gemma-3-1b", context=(first + last) / 2).kv_read
         assert mean == sum(exact) / len(exact)
 
 
 def test_quantised_matrices_are_smaller_and_norms_are_not():
     config = PUBLISHED["gemma-2-9b"]
-    plain = decode_account(config, batch=1, context=1, dtype=BF16)
-    int4 = decode_account(config, batch=1, context=1, dtype=BF16, weight_bits=4)
+    plain = decode_bytes(config, batch=1, context=1, dtype=BF16)
+    int4 = decode_bytes(config, batch=1, context=1, dtype=BF16, weight_bits=4)
     for kind in ("qkv", "o", "gate_up", "down", "head"):
         assert 4 * getattr(int4, kind) == getattr(plain, kind)
     for kind in ("norms", "embedding", "kv_read", "kv_written", "logits"):
@@ -133,8 +133,8 @@ def test_prefill_operations(name, tokens):
 
 
 def test_the_table_names_every_kind_with_its_share_and_time(capsys):
-    cut = account("gemma-2-2b", num_layers=2, layer_types=PUBLISHED["gemma-2-2b"].layer_types[:2])
-    print_account(cut, 100.0, ("all 26 layers", account("gemma-2-2b")))
+    cut = bytes_of("gemma-2-2b", num_layers=2, layer_types=PUBLISHED["gemma-2-2b"].layer_types[:2])
+    print_step_bytes(cut, 100.0, ("all 26 layers", bytes_of("gemma-2-2b")))
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.count("us at 100.0 GB/s") == 2
     assert "all 26 layers: MB" in header

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from gemcut.bench.measure import timing
-from gemcut.bench.measure.ceilings import floor_us, measure_ceilings
+from gemcut.bench.measure.ceilings import Cost, floor_us, measure_ceilings
 from gemcut.bench.measure.timing import Spread, input_sets, prepare_runs, take_turns, time_runs
-from gemcut.bench.ops.cases import Cost
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The judge of generated tokens: it finds a wrong token, and passes what nobody can tell apart."""
+"""The check of generated tokens: it finds a wrong token, and passes near ties."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from twins import gemcut_twin, greedy, random_ids
 
 from gemcut.bench.engines import token_check
 from gemcut.bench.engines.random_model import published_config, random_weights
-from gemcut.bench.engines.token_check import Answer, Judge, exact_model, plain_model
+from gemcut.bench.engines.token_check import Answer, TokenCheck, exact_model, plain_model
 from gemcut.bench.ops.op_check import rounded_weight
 from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference
@@ -50,9 +50,9 @@ def answer(model, prompts, new_tokens=NEW_TOKENS):
     return greedy(model, [torch.tensor(ids) for ids in prompts], new_tokens).tolist()
 
 
-def judge_one(model, prompts, rows, own=None, weight_bits=None):
-    judge = Judge(model, prompts, NEW_TOKENS)
-    return judge.verdicts({"one": Answer(rows, weight_bits)}, own)["one"]
+def check_one(model, prompts, rows, own=None, weight_bits=None):
+    check = TokenCheck(model, prompts, NEW_TOKENS)
+    return check.findings({"one": Answer(rows, weight_bits)}, own)["one"]
 
 
 def changed(rows, row, token, value):
@@ -80,21 +80,21 @@ def test_the_model_itself_is_right(model_type, dtype):
     model = in_bf16(model) if dtype == "bfloat16" else model
     prompts = [random_ids(12, 97).tolist(), [2]]  # one of a single token
     rows = [answer(model, [ids])[0] for ids in prompts]
-    verdict = judge_one(model, prompts, rows, own=rows)
-    assert verdict.status == "ok", verdict.detail
-    assert "allowed" in verdict.detail
+    finding = check_one(model, prompts, rows, own=rows)
+    assert finding.status == "ok", finding.detail
+    assert "allowed" in finding.detail
 
 
 @pytest.mark.parametrize(("row", "token"), [(0, 0), (1, 7), (1, NEW_TOKENS - 1)])
 def test_a_planted_token_is_wrong_and_named(model, prompts, right, row, token):
     planted = changed(right, row, token, right[row][token] ^ 1)
-    verdict = judge_one(model, prompts, planted, own=right)
-    assert verdict.status == "wrong"
-    assert f"row {row}, token {token}: {planted[row][token]} lies" in verdict.detail
+    finding = check_one(model, prompts, planted, own=right)
+    assert finding.status == "wrong"
+    assert f"row {row}, token {token}: {planted[row][token]} lies" in finding.detail
 
 
-def test_after_a_near_tie_the_text_is_judged_as_it_went_on(model, prompts, right):
-    """Two rows of the table are made alike but for so little that no float32 model can tell."""
+def test_after_a_near_tie_the_text_is_checked_as_it_went_on(model, prompts, right):
+    """Two rows of the table differ by so little that no float32 model can tell them apart."""
     row, token = 1, 9
     first = right[row][token]
     used = {i for ids in right + prompts for i in ids}
@@ -107,21 +107,21 @@ def test_after_a_near_tie_the_text_is_judged_as_it_went_on(model, prompts, right
     head = [*own[row][:token], other]
     rest = answer(twin, [prompts[row] + head], NEW_TOKENS - len(head))[0]
     rows = [own[0], head + rest]
-    verdict = judge_one(twin, prompts, rows, own=own)
-    assert verdict.status == "ok", verdict.detail
-    assert f"first differs at row {row}, token {token}" in verdict.detail
+    finding = check_one(twin, prompts, rows, own=own)
+    assert finding.status == "ok", finding.detail
+    assert f"first differs at row {row}, token {token}" in finding.detail
     # but a token that is wrong after it is found
     planted = changed(rows, row, token + 3, rows[row][token + 3] ^ 1)
-    assert f"row {row}, token {token + 3}" in judge_one(twin, prompts, planted).detail
+    assert f"row {row}, token {token + 3}" in check_one(twin, prompts, planted).detail
 
 
 def test_agreement_is_counted(model, prompts, right):
-    verdict = judge_one(model, prompts, [list(row) for row in right], own=right)
-    assert verdict.detail.endswith("; all same as gemcut")
-    assert "gemcut" not in judge_one(model, prompts, right, own=right).detail
+    finding = check_one(model, prompts, [list(row) for row in right], own=right)
+    assert finding.detail.endswith("; all same as gemcut")
+    assert "gemcut" not in check_one(model, prompts, right, own=right).detail
     other = changed(right, 0, 5, right[0][5] ^ 1)
-    verdict = judge_one(model, prompts, right, own=other)
-    assert verdict.detail.endswith("47 of 48 same as gemcut, first differs at row 0, token 5")
+    finding = check_one(model, prompts, right, own=other)
+    assert finding.detail.endswith("47 of 48 same as gemcut, first differs at row 0, token 5")
 
 
 MISTAKES = {
@@ -137,7 +137,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_another_config_is_wrong(model, prompts, mistake):
     other = Gemma(MISTAKES[mistake](model.config), model.weights, reference)
-    assert judge_one(model, prompts, answer(other, prompts)).status == "wrong"
+    assert check_one(model, prompts, answer(other, prompts)).status == "wrong"
 
 
 @pytest.mark.parametrize("field", ["qkv_bias", "o_bias", "post_mlp_norm", "down"])
@@ -146,7 +146,7 @@ def test_a_weight_that_is_not_the_models_is_wrong(model, prompts, field):
     tensor = getattr(layers[1], field)
     layers[1] = replace(layers[1], **{field: torch.zeros_like(tensor)})
     other = Gemma(model.config, replace(model.weights, layers=layers), reference)
-    assert judge_one(model, prompts, answer(other, prompts)).status == "wrong"
+    assert check_one(model, prompts, answer(other, prompts)).status == "wrong"
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_a_weight_that_is_not_the_models_is_wrong(model, prompts, field):
     ],
 )
 def test_an_answer_that_cannot_be_read_is_wrong(model, prompts, rows, detail):
-    verdict = judge_one(model, prompts, rows)
-    assert verdict.status == "wrong"
-    assert detail in verdict.detail
+    finding = check_one(model, prompts, rows)
+    assert finding.status == "wrong"
+    assert detail in finding.detail
 
 
 def test_logits_that_are_not_numbers_are_wrong(model, prompts, right):
     norm = torch.full_like(model.weights.norm, torch.nan)
     broken = Gemma(model.config, replace(model.weights, norm=norm), reference)
-    assert judge_one(broken, prompts, right).status == "wrong"
+    assert check_one(broken, prompts, right).status == "wrong"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -176,42 +176,42 @@ def test_quantised_weights_have_their_own_budget(model, prompts, right, bits):
     head = rounded_weight(model.weights.lm_head, bits)
     rounded.weights = replace(rounded.weights, lm_head=head)
     quantised = answer(rounded, prompts)
-    judged = judge_one(model, prompts, quantised, own=right, weight_bits=bits)
-    assert judged.status == "ok", judged.detail
-    assert f"allowed for {bits}-bit weights" in judged.detail
+    checked = check_one(model, prompts, quantised, own=right, weight_bits=bits)
+    assert checked.status == "ok", checked.detail
+    assert f"allowed for {bits}-bit weights" in checked.detail
     # int4 chooses other tokens, which full weights would not explain
     if bits == 4:
         assert quantised != right
-        assert judge_one(model, prompts, quantised).status == "wrong"
+        assert check_one(model, prompts, quantised).status == "wrong"
     noise = torch.randint(VOCAB_SIZE, (2, NEW_TOKENS), generator=torch.Generator().manual_seed(0))
-    assert judge_one(model, prompts, noise.tolist(), weight_bits=bits).status == "wrong"
+    assert check_one(model, prompts, noise.tolist(), weight_bits=bits).status == "wrong"
 
 
-def test_a_text_is_judged_once(model, prompts, right, monkeypatch):
-    judged = []
-    compare = Judge._compare
+def test_a_text_is_checked_once(model, prompts, right, monkeypatch):
+    checked = []
+    compare = TokenCheck._compare
 
     def counted(self, exact, plain, text, bits):
-        judged.append((text, bits))
+        checked.append((text, bits))
         return compare(self, exact, plain, text, bits)
 
-    monkeypatch.setattr(Judge, "_compare", counted)
-    judge = Judge(model, prompts, NEW_TOKENS)
+    monkeypatch.setattr(TokenCheck, "_compare", counted)
+    check = TokenCheck(model, prompts, NEW_TOKENS)
     planted = changed(right, 1, 3, 77)
     answers = {"a": Answer(right), "b": Answer([list(r) for r in right]), "c": Answer(planted)}
-    judge.verdicts(answers, right)
-    assert judged == [(tuple(right[0]), None), (tuple(right[1]), None), (tuple(planted[1]), None)]
-    judge.verdicts(answers, right)
-    assert len(judged) == 3
+    check.findings(answers, right)
+    assert checked == [(tuple(right[0]), None), (tuple(right[1]), None), (tuple(planted[1]), None)]
+    check.findings(answers, right)
+    assert len(checked) == 3
 
 
 def test_the_head_is_read_in_pieces(model, prompts, right, monkeypatch):
-    whole = judge_one(model, prompts, right).detail
+    whole = check_one(model, prompts, right).detail
     planted = changed(right, 0, 2, 599)
-    wrong = judge_one(model, prompts, planted).detail
+    wrong = check_one(model, prompts, planted).detail
     monkeypatch.setattr(token_check, "HEAD_ROWS", 128)
-    assert judge_one(model, prompts, right).detail == whole
-    assert judge_one(model, prompts, planted).detail == wrong
+    assert check_one(model, prompts, right).detail == whole
+    assert check_one(model, prompts, planted).detail == wrong
 
 
 def test_one_weight_at_a_time_is_held_in_higher_precision(model):
@@ -224,7 +224,7 @@ def test_one_weight_at_a_time_is_held_in_higher_precision(model):
 
 
 def test_exact_means_exact(model):
-    """The judge's own logits are those of a float64 model, within float64's precision."""
+    """The check's own logits are those of a float64 model, within float64's precision."""
     ids = random_ids(20, VOCAB_SIZE)
     layers = [
         replace(layer, **{k: v.double() for k, v in vars(layer).items() if v is not None})
@@ -243,7 +243,7 @@ def test_exact_means_exact(model):
     assert (states[0] - states[1]).abs().max() <= 1e-12 * states[1].abs().max()
 
 
-def test_a_text_behind_the_same_prompt_does_not_disturb_the_next():
+def test_a_text_after_the_same_prompt_does_not_disturb_the_next():
     """Local layers are rings: what one text overwrote, the prompt's last token must not need."""
     model = gemcut_twin(random_model("gemma2", max_position_embeddings=256))
     prompt = random_ids(30, 97).tolist()

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
+from gemcut.tools.machine import H200
 from gemcut.tools.prediction.bandwidth_model import Stream, _shared, stream_us
-from gemcut.tools.prediction.machine import H200
 
 STREAM = Stream(
     programs=264,

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from predicted import small_step
 
+from gemcut.tools.machine import H200, Machine
 from gemcut.tools.prediction import fit_machine
 from gemcut.tools.prediction.fit_machine import Profile, fit, least, read_profile, scaled
-from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import PredictedStep
 
 # latencies and ends trade with each other: a profile of few kernels cannot tell them apart

@@ -1,4 +1,4 @@
-"""tools/gpu_visit.py: whatever becomes of a block, the visit keeps its rows and goes on."""
+"""tools/gpu_visit.py: however a block ends, the visit keeps its records and goes on."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from visit_blocks import seconds_of
 
 from gemcut.bench.measure import report_file
 from gemcut.bench.report.load import CEILINGS
-from gemcut.bench.report.report_page import load_reports
+from gemcut.bench.report.markdown_page import load_reports
 from gemcut.tools import gpu_visit
 from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
 from gemcut.tools.visit import bits, ops, report
 
-# where the children find visit_blocks.py, and what this process was told
+# where the children find visit_blocks.py, and what this process was given
 SEARCHED = os.pathsep.join(
     filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])])
 )
@@ -71,7 +71,7 @@ def test_every_end_is_told_and_the_next_block_runs(whole):
     assert details["dies"] == "killed by SIGKILL"
     assert details["hangs"] == "not done after 3 s"
     for block in ends(out):  # what each had found before it ended
-        assert report.rows(out, block)[0]["case"] == "first"
+        assert report.records(out, block)[0]["case"] == "first"
 
 
 def test_a_block_is_ended_with_what_it_started(whole):
@@ -104,8 +104,8 @@ def test_the_table_holds_at_most_a_hundred_lines(tmp_path):
     quotas = {block.name: block.lines for block in BLOCKS}
     for name in quotas:
         for i in range(60):
-            row = {"case": str(i), "status": "wrong" if i % 2 else "ok", "line": "x" * 500}
-            report.append(tmp_path / "rows" / f"{name}.jsonl", row)
+            record = {"case": str(i), "status": "wrong" if i % 2 else "ok", "line": "x" * 500}
+            report.append(tmp_path / "rows" / f"{name}.jsonl", record)
         end = {"block": name, "status": "finished", "seconds": 1.0}
         report.append(tmp_path / "visit.jsonl", end)
     lines = report.table(tmp_path, quotas)
@@ -116,14 +116,14 @@ def test_the_table_holds_at_most_a_hundred_lines(tmp_path):
 
 def test_a_second_try_of_a_case_counts(whole):
     out, _ = whole
-    found = {row["case"]: row["status"] for row in report.rows(out, "right")}
+    found = {record["case"]: record["status"] for record in report.records(out, "right")}
     assert found["a case"] == "ok"
     assert found["another"] == "skipped"
 
 
 def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"case": "a", "status": "ok"}\n{"case": "b", "sta')
-    assert [row["case"] for row in report.read(tmp_path / "x.jsonl")] == ["a"]
+    assert [record["case"] for record in report.read(tmp_path / "x.jsonl")] == ["a"]
 
 
 def test_everything_is_in_the_archive(whole):
@@ -155,12 +155,12 @@ def test_resuming_runs_what_has_not_finished(tmp_path):
     out = tmp_path / "out"
     running = visit(out, *STUBS, "--only", "right", "hangs", "last", background=True)
     deadline = time.monotonic() + 60
-    while not report.rows(out, "hangs") and time.monotonic() < deadline:
+    while not report.records(out, "hangs") and time.monotonic() < deadline:
         time.sleep(0.1)
     running.kill()  # which no handler sees
     running.communicate()
     assert ends(out) == {"right": "finished"}
-    assert report.rows(out, "hangs")[0]["case"] == "first"
+    assert report.records(out, "hangs")[0]["case"] == "first"
     with tarfile.open(out / "all.tgz") as tar:  # written after each block
         assert "rows/right.jsonl" in tar.getnames()
 
@@ -168,14 +168,14 @@ def test_resuming_runs_what_has_not_finished(tmp_path):
     assert done.returncode == 1
     assert "== right" not in done.stdout
     assert ends(out) == {"right": "finished", "hangs": "timed out", "last": "finished"}
-    assert [row["case"] for row in report.read(out / "rows" / "hangs.jsonl")] == ["first"] * 2
+    assert [record["case"] for record in report.read(out / "rows" / "hangs.jsonl")] == ["first"] * 2
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path):
     out = tmp_path / "out"
     running = visit(out, *STUBS, "--only", "spawns", "last", background=True)
     deadline = time.monotonic() + 60
-    while not report.rows(out, "spawns") and time.monotonic() < deadline:
+    while not report.records(out, "spawns") and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
     stdout, stderr = running.communicate(timeout=30)
@@ -247,8 +247,8 @@ def test_reports_are_kept_by_device(whole, tmp_path):
     folder = tmp_path / "visit"
     (folder / "rows").mkdir(parents=True)
     machine = {"device": "NVIDIA H200", "versions": {}, "commit": None}
-    row = {"case": "machine", "status": "ok", "machine": machine}
-    report.append(folder / "rows" / "machine.jsonl", row)
+    record = {"case": "machine", "status": "ok", "machine": machine}
+    report.append(folder / "rows" / "machine.jsonl", record)
     report.write_report(folder, "machine")
     (folder / "breakdown-x-b1.json").write_text("{}")
     (folder / "other.json").write_text("{}")
@@ -288,7 +288,7 @@ def test_a_small_visit_to_a_cpu(tmp_path):
     done = visit(out, "--device", "cpu", "--only", *names)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(ends(out)) == set(names)
-    checked = {row["case"] for row in report.rows(out, "ops")}
+    checked = {record["case"] for record in report.records(out, "ops")}
     for op in ("attention_decode", "attention_prefill", "linear_geglu", "sample", "penalize"):
         assert any(case.startswith(op) for case in checked)
     assert "drafts/demo" in checked
@@ -296,11 +296,11 @@ def test_a_small_visit_to_a_cpu(tmp_path):
 
 
 class Found(list):
-    """A visit that notes its rows."""
+    """A visit that notes its records."""
 
     on_gpu, device = False, torch.device("cpu")
 
-    def judge(self, case, passed, detail, **facts):
+    def check(self, case, passed, detail, **facts):
         self.append((case, passed, detail))
 
     def add(self, case, status="ok", **facts):

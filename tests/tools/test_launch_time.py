@@ -8,8 +8,8 @@ from predicted import attention, cell, loop, made, product
 
 from gemcut.kernels.kv_splits import count_splits
 from gemcut.tools.launches import Made
+from gemcut.tools.machine import H200
 from gemcut.tools.prediction.launch_time import cuts, launch_us, longest_run, memory_bytes, seen
-from gemcut.tools.prediction.machine import H200
 
 MAIN = loop(2000, 1000, multiplies=True)
 AFTER = loop(20_000, 2000)

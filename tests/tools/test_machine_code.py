@@ -1,6 +1,6 @@
-"""tools/prediction/machine_code.py: instructions, loops and cycles from machine code."""
+"""tools/machine_code.py: instructions, loops and cycles from machine code."""
 
-from gemcut.tools.prediction.machine_code import find_loops, parse, pass_cycles, tail_cycles
+from gemcut.tools.machine_code import find_loops, parse, pass_cycles, tail_cycles
 
 LATENCIES = {"LDS": 29, "BAR": 25, "HMMA": 35}
 NONE = 7  # no scoreboard
@@ -81,8 +81,8 @@ def test_only_the_first_kernel_is_read():
     assert parse("no code") == []
 
 
-def test_what_a_pass_stores_behind_a_branch_is_left_out():
-    """At the end of a split alone; what is loaded or multiplied behind a branch counts."""
+def test_what_a_pass_stores_after_a_branch_is_left_out():
+    """Only at the end of a split; what is loaded or multiplied after a branch counts."""
 
     def loop(skipped: str) -> str:
         lines = [line(0x10, "@P0 BRA 0x80", 5)]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from predicted import small_step
 
-from gemcut.bench.engines.step_bytes import decode_account
+from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools import predict_step
-from gemcut.tools.prediction.machine import H200
+from gemcut.tools.machine import H200
 from gemcut.tools.prediction.predicted_step import PredictedStep
 
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -73,8 +73,8 @@ def test_the_last_line_holds_share_and_time(step, capsys):
     assert predict_step.main(["--models", "gemma-2-2b", "--json"]) == 0
     printed = capsys.readouterr().out.splitlines()
     us = step.step_us(H200)
-    account = decode_account(PUBLISHED["gemma-2-2b"], batch=1, context=1024, dtype=torch.bfloat16)
-    share = account.total / us / 1e-6 / H200.bandwidth
+    counted = decode_bytes(PUBLISHED["gemma-2-2b"], batch=1, context=1024, dtype=torch.bfloat16)
+    share = counted.total / us / 1e-6 / H200.bandwidth
     found = json.loads(printed[-1])["gemma-2-2b"]
     assert found == {"share": pytest.approx(share, abs=1e-4), "step_us": pytest.approx(us, abs=0.1)}
 

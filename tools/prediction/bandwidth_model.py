@@ -1,10 +1,10 @@
-"""The time that a launch takes on a GPU, from its grid and the machine code of its loops.
+"""The time of a product's launch, from its grid and the machine code of its loop.
 
 A launch is a fluid: each program waits (start, first load), then drains its bytes at the
 rate of its slowest limit, then ends.  A program's step takes the longest of
 
     the cycles of one pass through its main loop            machine_code.py
-    the issue slots of all programs on its processor        four schedulers of ISSUE each
+    the issue of all programs on its processor              four schedulers of ISSUE each
     a memory latency over the steps that are in flight      stages - 1
 
 and all programs together get no more than the bandwidth of memory and of L2, of which half of the
@@ -12,12 +12,12 @@ processors draw a little more than the others: so programs do not keep step for 
 beyond what fits start as others end.  Nothing else is modelled: no cache but L2, no clock that
 moves.
 
-The constants stand in machine.py.
+The constants are in machine.py.
 """
 
 from dataclasses import dataclass
 
-from gemcut.tools.prediction.machine import H200, Machine
+from gemcut.tools.machine import H200, Machine
 
 
 @dataclass(frozen=True)

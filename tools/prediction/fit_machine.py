@@ -1,15 +1,15 @@
-"""Fits the constants of machine.py to measured times: profiles, and products one by one.
+"""The fit of machine.py's constants to measured times: profiles, and single products.
 
 Constants that a profile (tools/profile_step.py) holds as such are taken from it: the gap between
 launches, the time of each launch without a product, that of torch's own.  Five factors are then
 found by golden section, one after the other and all at once, again and again: of the bandwidth, of
-a processor's, of the clock, of latencies, of what a launch costs at its ends.  What is least is
+a processor's, of the clock, of latencies, of what a launch costs at its ends.  What is minimised is
 
     sum over kernels of  weight * log(predicted / measured) ** 2
 
 where a kernel of a profile weighs its share of the measured time, and all products of a list
-(product_times.py) weigh the same; with a small weight on log(factor) ** 2, so that a factor of
-which nothing is told stays 1.
+(product_times.py) weigh the same; with a small weight on log(factor) ** 2, so that a factor
+without data stays 1.
 """
 
 import json
@@ -21,8 +21,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gemcut.tools.launches import Made
+from gemcut.tools.machine import H200, Machine
 from gemcut.tools.prediction.launch_time import main_loop
-from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import PredictedStep
 
 FACTORS = {
@@ -57,7 +57,7 @@ class Profile:
     gaps_us: float  # before all of them; 0 where they were not measured
 
     def weight(self, kernel: str) -> float:
-        """What the kernel counts in a fit, 1 in all."""
+        """The kernel's weight in a fit; the weights of all are 1 together."""
         if self.model == PRODUCTS:
             return 1 / len(self.kernels)
         return self.kernels[kernel][1] / sum(us for _, us in self.kernels.values())
@@ -75,7 +75,7 @@ def read_profile(file: Path) -> Profile:
             {line["kernel"]: (float(line["launches"]), float(line["us"])) for line in lines},
             sum(float(line["gap_us"]) for line in lines),
         )
-        # where launches overlap, one may take no time of its own: it says nothing
+        # where launches overlap, one may take no time of its own, and is left out
         timed = {name: of for name, of in profile.kernels.items() if of[1] > 0}
         if not timed:
             raise ValueError("it is empty")
@@ -126,7 +126,7 @@ def fit(pairs: Sequence[Pair], machine: Machine = H200) -> tuple[Machine, list[R
     logs = dict.fromkeys(FACTORS, 0.0)
 
     def along(direction: dict[str, float], most: float, lowest: float = 0.0) -> None:
-        """Go where the cost is least on a line from here, within the ranges."""
+        """Move to the least cost on a line from here, within the ranges."""
 
         def at(x: float) -> dict[str, float]:
             return {
@@ -149,7 +149,7 @@ def fit(pairs: Sequence[Pair], machine: Machine = H200) -> tuple[Machine, list[R
         for name, (low, high) in RANGES.items():
             axis = {other: float(other == name) for other in FACTORS}
             along(axis, math.log(high) - logs[name], math.log(low) - logs[name])
-        # factors that trade against each other lie in a slanted valley: go on as this round went
+        # factors that trade against each other form a slanted valley: go on as this round went
         along({name: logs[name] - before[name] for name in FACTORS}, most=STRIDE)
     best = scaled(fitted, {name: math.exp(log) for name, log in logs.items()})
     return best, [*_residuals(pairs, machine, best)]
@@ -168,7 +168,7 @@ def scaled(machine: Machine, factors: dict[str, float]) -> Machine:
 
 
 def least(cost: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function of one valley is least, by golden section."""
+    """The place where a function of one valley is least, by golden section."""
     golden = (math.sqrt(5) - 1) / 2
     a, b = high - golden * (high - low), low + golden * (high - low)
     at_a, at_b = cost(a), cost(b)
@@ -185,7 +185,7 @@ def least(cost: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _taken(pairs: Sequence[Pair], machine: Machine) -> Machine:
-    """The constants that profiles hold as such."""
+    """The machine with the constants that profiles hold as such."""
     small, torch_own, gaps = dict(machine.small_us), [], []
     for profile, step in pairs:
         if profile.model == PRODUCTS:

@@ -6,7 +6,7 @@
                   loop or of the memory
     others        take a constant, and the time of reading their logits or partial sums
 
-Which product it is plays no part, so a new one is predicted as soon as it is launched.
+The name of a product plays no part, so a new one is predicted as soon as it is launched.
 """
 
 import math
@@ -16,9 +16,9 @@ from itertools import pairwise
 from gemcut.kernels.kv_splits import GROUP, OCTAVE, UNIFORM_SPLITS, count_splits
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.launches import Made
+from gemcut.tools.machine import H200, Machine
+from gemcut.tools.machine_code import Loop
 from gemcut.tools.prediction.bandwidth_model import Stream, stream_us
-from gemcut.tools.prediction.machine import H200, Machine
-from gemcut.tools.prediction.machine_code import Loop
 
 
 def launch_us(made: Made, cell: Cell | None, context: int, machine: Machine = H200) -> float:
@@ -52,7 +52,7 @@ def main_loop(cell: Cell | None) -> Loop | None:
 
 
 def memory_bytes(made: Made, context: int) -> float:
-    """What a launch takes from memory, as far as its time depends on it: weights, keys, logits."""
+    """Bytes that a launch reads from memory and that its time depends on: weights, keys, logits."""
     facts = facts_of(made)
     for name in ("w_ptr", "logits_ptr"):
         if f"{name}.1" in facts:
@@ -111,7 +111,7 @@ def seen(facts: dict[str, int], context: int) -> int:
 
 
 def cuts(facts: dict[str, int], context: int) -> list[int]:
-    """Where the splits of a row begin that sees `context` keys, and their end: splits.py."""
+    """Where the splits of a row of `context` keys begin, and their end: kernels/kv_splits.py."""
     split, first = facts["SPLIT"], context - seen(facts, context)
     if facts.get("IS_LOCAL"):
         inner = range((first // split + 1) * split, context, split)
@@ -148,9 +148,9 @@ def attention_us(
 ) -> float:
     """Attention of a few rows: tiles of keys one after the other, then splits added up.
 
-    Of the kernel it knows that a program takes a run of splits, the first axis of the grid being
-    the programs of a tile of queries; that 16 splits are added up at once, BLOCK_R rows of queries
-    at a time, and then the groups of 16.
+    What it knows of the kernel: a program takes a run of splits; the first axis of the grid is the
+    programs of a tile of queries; 16 splits are added up at once, BLOCK_R rows of queries at a
+    time, and then the groups of 16.
     """
     bounds, block_n = cuts(facts, context), facts["BLOCK_N"]
     splits, keys, heads = len(bounds) - 1, bounds[-1] - bounds[0], math.prod(grid[1:])

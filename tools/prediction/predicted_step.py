@@ -1,4 +1,4 @@
-"""A decode step as it is predicted: its distinct launches, their code, and the time of each."""
+"""The prediction of a decode step: its distinct launches, their code, and the time of each."""
 
 import math
 from collections import Counter
@@ -10,12 +10,12 @@ from multiprocessing import get_context
 
 import torch
 
-from gemcut.bench.engines.step_bytes import decode_account
+from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.launches import Launch, Made, step_launches
+from gemcut.tools.machine import Machine
 from gemcut.tools.prediction.launch_time import facts_of, launch_us, memory_bytes
-from gemcut.tools.prediction.machine import Machine
 
 Cells = dict[Launch, Cell]
 NAMED_SIZES = ("N", "F", "V", "D")  # that tell launches of one kernel apart in a table
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class PredictedStep:
-    """What a model launches in a step of `batch` rows that see `context` keys, and its code."""
+    """The launches of a step of `batch` rows that see `context` keys, and their code."""
 
     model: str
     batch: int
@@ -70,12 +70,10 @@ class PredictedStep:
 
     @property
     def step_bytes(self) -> int:
-        """What the step must move, whatever the kernels: bench/engines/step_bytes.py."""
+        """Bytes that the step must move with any kernels: bench/engines/step_bytes.py."""
         config = PUBLISHED[self.model]
-        account = decode_account(
-            config, batch=self.batch, context=self.context, dtype=torch.bfloat16
-        )
-        return account.total
+        counted = decode_bytes(config, batch=self.batch, context=self.context, dtype=torch.bfloat16)
+        return counted.total
 
     def share(self, machine: Machine) -> float:
         """The step's share of the bandwidth."""

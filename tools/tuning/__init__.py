@@ -1,1 +1,1 @@
-"""What tools/tune.py tries, in which order, and how it times and keeps the winners."""
+"""Search space, ranking, trials and tile file of tools/tune.py."""

@@ -1,8 +1,9 @@
-"""Puts candidates of tools/tune.py in the order of their predicted times, before any is timed.
+"""The order of tools/tune.py's candidates by their predicted times, before any is timed.
 
-A candidate's launches are predicted (launch_time.py) from what the compiler made of them; one
-number judges it, as after timing: the geometric mean over decode cases of its time over the rule's.
-Parts whose machine code cannot be read, and prefill, are not predicted: there the order stays.
+A candidate's launches are predicted (launch_time.py) from what the compiler made of them; it is
+ranked by one number, as after timing: the geometric mean over decode cases of its time over the
+rule's.  Parts whose machine code cannot be read, and prefill, are not predicted: there the order
+stays.
 """
 
 import math
@@ -14,11 +15,11 @@ from gemcut import kernels
 from gemcut.kernels import tiles
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.compile_report import compile_launch
-from gemcut.tools.launches import Launch, Made, recorded
+from gemcut.tools.launches import Launch, Made, applied, recorded
+from gemcut.tools.machine import H200, Machine
 from gemcut.tools.prediction.launch_time import launch_us, main_loop
-from gemcut.tools.prediction.machine import H200, Machine
 from gemcut.tools.prediction.predicted_step import Cells
-from gemcut.tools.tuning.search_space import Subject, applied
+from gemcut.tools.tuning.search_space import Subject
 
 
 def rank(
@@ -26,7 +27,7 @@ def rank(
 ) -> None:
     """Sort what is left of a subject's candidates, the tile in use before all others.
 
-    Of those that differ in stages alone, the best comes before and the others behind all the rest.
+    Of those that differ only in stages, the best comes before all the rest and the others after.
     `cells` are what was compiled; the rule's own launches are added to it.
     """
     left = subject.left()
@@ -49,12 +50,12 @@ def rank(
 
 
 def _kind(tile: Tile) -> tuple[tuple[str, int], ...]:
-    """What tells tiles apart in a first heat: stages and registers are for later ones."""
+    """What tells tiles apart in a first trial: stages and registers are for later ones."""
     return tuple((k, v) for k, v in tile.items() if k not in ("num_stages", "maxnreg"))
 
 
 def launches_of(made: Sequence[Sequence[Sequence[Made]]]) -> set[Launch]:
-    """What must have been compiled."""
+    """The distinct launches, which must have been compiled."""
     found = {one.launch for cases in made for case in cases for one in case}
     return {launch for launch in found if launch is not None}
 

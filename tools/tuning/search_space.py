@@ -1,7 +1,7 @@
-"""What tools/tune.py tries: kernels at the shapes of models, and candidates for their tiles.
+"""The search space of tools/tune.py: kernels at the shapes of models, and candidate tiles.
 
-Which kernel looks up a tile at which shape is not written here: each benchmark case is run once on
-fake tensors, and what it asks of kernels/tiles.py is noted.  A candidate is laid over the rule
+Which kernel looks up a tile at which shape is not listed here: each benchmark case is run once on
+fake tensors, and what it asks of kernels/tiles.py is recorded.  A candidate is laid over the rule
 where the kernels look, so that their own launchers run with it.
 """
 
@@ -27,7 +27,7 @@ from gemcut.engine.info import find_config
 from gemcut.kernels import tiles
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import Key, Tile
-from gemcut.tools.launches import Launch, recorded
+from gemcut.tools.launches import Launch, applied, recorded
 
 # rows of a decode step and tokens in the cache; tokens of a prompt, alone and as its last chunk
 DECODE = Grid((1, 16), (1024, 8192), (), 1, PREFILL_CHUNK)
@@ -60,7 +60,7 @@ class Candidate:
 
 @dataclass
 class Subject:
-    """A kernel at one shape, with the cases that judge its tiles."""
+    """A kernel at one shape, with the cases that its tiles are timed at."""
 
     key: Key
     cases: list[Case]
@@ -78,7 +78,7 @@ class Subject:
         return list(dict.fromkeys(case.model for case in self.cases))
 
     def decode_cases(self) -> list[Case]:
-        """The cases of which a time can be predicted."""
+        """The cases whose time can be predicted."""
         return [case for case in self.cases if case.phase == "decode"]
 
     def left(self) -> list[Candidate]:
@@ -132,7 +132,7 @@ class _Asked(dict[Key, Tile]):
 
 
 def dry_run(part: str) -> AbstractContextManager[set[Launch]]:
-    """Fake tensors, whose launches are noted where they would be compiled, and are not made."""
+    """Fake tensors, whose launches are recorded where they would be compiled, and are not made."""
     return _uninterpreted() if INTERPRETED else recorded(part)
 
 
@@ -140,11 +140,6 @@ def dry_run(part: str) -> AbstractContextManager[set[Launch]]:
 def _uninterpreted() -> Iterator[set[Launch]]:
     with FakeTensorMode(), mock.patch.object(InterpretedFunction, "run"):
         yield set()
-
-
-def applied(part: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
-    """Launchers that find this tile, and no other."""
-    return mock.patch.dict(tiles.TUNED, {part: {key: tile}}, clear=True)
 
 
 def find_launches(subject: Subject, tried: Sequence[Tile], part: str) -> list[set[Launch]]:

@@ -1,6 +1,6 @@
-"""Which tile of a kernel is fastest: heats of a few candidates beside the rule, then a final.
+"""Trials of a kernel's candidate tiles: a few at a time beside the rule, then a final.
 
-All of a heat take turns in the same rounds, on the same inputs, after each was held to the oracle.
+All of a trial take turns in the same rounds, on the same inputs, after each was held to the oracle.
 The ratio of a candidate is the geometric mean, over the cases of its subject, of its time over the
 rule's in the same round.
 """
@@ -18,10 +18,11 @@ from gemcut.bench.ops.cases import Arguments, Case
 from gemcut.bench.ops.kernels import MEMORY_ERRORS, choose_input_sets
 from gemcut.bench.ops.op_check import Check
 from gemcut.kernels.gpu_arch import part
-from gemcut.tools.tuning.search_space import Candidate, Subject, Times, applied
+from gemcut.tools.launches import applied
+from gemcut.tools.tuning.search_space import Candidate, Subject, Times
 
-HEAT = 6  # candidates beside the rule
-HEAT_ROUNDS = 5
+TRIAL = 6  # candidates beside the rule
+TRIAL_ROUNDS = 5
 FINALISTS = 4
 FINAL_ROUNDS = 12
 LEAST_GAIN = 0.01  # two processes of the same code differ by about as much
@@ -36,22 +37,22 @@ class OutOfTimeError(Exception):
 def tune(subject: Subject, device: torch.device, share_ends: float, ends: float) -> None:
     """Find the subject's winner, or leave it undecided: the time is up, or no candidate is left.
 
-    Times are the clock's: no heat begins that would pass `share_ends`, and all stops at `ends`.
+    Times are the clock's: no trial begins that would pass `share_ends`, and all stops at `ends`.
     RuntimeError where the rule itself fails: what is timed beside it counts for nothing.
     """
     candidates, longest = subject.left(), 0.0
     try:
-        for first in range(0, len(candidates), HEAT):
+        for first in range(0, len(candidates), TRIAL):
             began = clock()
-            if first and began + 2 * longest > share_ends:  # the heat, and the final after it
+            if first and began + 2 * longest > share_ends:  # the trial, and the final after it
                 break
-            run_heat(subject, candidates[first : first + HEAT], HEAT_ROUNDS, device, ends)
+            run_trial(subject, candidates[first : first + TRIAL], TRIAL_ROUNDS, device, ends)
             longest = max(longest, clock() - began)
         timed = [c for c in candidates if c.status == OK]
         faster = [c for c in timed if median(c.ratios) < 1]
         finalists = sorted(faster, key=lambda c: median(c.ratios))[:FINALISTS]
         if finalists:
-            run_heat(subject, finalists, FINAL_ROUNDS, device, ends)
+            run_trial(subject, finalists, FINAL_ROUNDS, device, ends)
         if timed:
             subject.winner = choose_winner(subject.rule, finalists)
     except OutOfTimeError:
@@ -61,7 +62,7 @@ def tune(subject: Subject, device: torch.device, share_ends: float, ends: float)
 
 
 def choose_winner(rule: Candidate, finalists: Sequence[Candidate]) -> Candidate:
-    """The fastest that beats the rule in every round, and by more than the least gain; or it."""
+    """The fastest that beats the rule in every round, by more than the least gain; or the rule."""
     better = [
         c
         for c in finalists
@@ -70,7 +71,7 @@ def choose_winner(rule: Candidate, finalists: Sequence[Candidate]) -> Candidate:
     return min(better, key=lambda c: median(c.ratios), default=rule)
 
 
-def run_heat(
+def run_trial(
     subject: Subject,
     candidates: Sequence[Candidate],
     rounds: int,
@@ -118,11 +119,11 @@ def time_case(
         reset_counters(inputs)
         build = builder(subject, case, candidate, device)
         try:
-            verdict = check.gemcut(build)
-            if verdict.passed:
+            accuracy = check.gemcut(build)
+            if accuracy.passed:
                 runs[candidate.name] = prepare([build(a) for a in inputs], device)
             else:
-                error = f"error {verdict.error:.2e}, where {verdict.budget:.2e} is allowed"
+                error = f"error {accuracy.error:.2e}, where {accuracy.budget:.2e} is allowed"
                 candidate.status, candidate.detail = WRONG, f"{case.name}: {error}"
         except MEMORY_ERRORS:
             raise
@@ -145,7 +146,7 @@ def reset_counters(inputs: Sequence[Arguments]) -> None:
 def builder(
     subject: Subject, case: Case, candidate: Candidate, device: torch.device
 ) -> Callable[[Arguments], Call]:
-    """What makes calls of a case's op that find the candidate's tile."""
+    """A builder of calls of a case's op that find the candidate's tile."""
     op, name = getattr(kernels, case.op), part(device)
 
     def build(arguments: Arguments) -> Call:

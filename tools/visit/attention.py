@@ -11,18 +11,18 @@ from functools import partial
 import torch
 
 from gemcut import kernels
-from gemcut.bench.measure.ceilings import measure_ceilings
+from gemcut.bench.measure.ceilings import Cost, measure_ceilings
 from gemcut.bench.measure.timing import Call
-from gemcut.bench.ops.cases import Arguments, Case, Cost
+from gemcut.bench.ops.cases import Arguments, Case
 from gemcut.bench.ops.kernels import Bench, measure_case
 from gemcut.bench.ops.prefill_cases import visible_pairs
-from gemcut.bench.ops.torch_peers import Peer, torch_peers
+from gemcut.bench.ops.torch_peers import OpPeer, torch_peers
 from gemcut.kernels import decode_attention
 from gemcut.kernels.gpu_arch import part
 from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.kernels.tiles import Tile
-from gemcut.tools.launches import Launch, recorded
-from gemcut.tools.tuning.search_space import applied, looked_up
+from gemcut.tools.launches import Launch, applied, recorded
+from gemcut.tools.tuning.search_space import looked_up
 from gemcut.tools.visit.block import Visit
 from gemcut.tools.visit.ops import shapes_of
 from gemcut.tools.visit.report import CEILINGS, ceilings_of
@@ -37,7 +37,7 @@ ROUNDS, CPU_ROUNDS = 7, 1
 
 
 def run(visit: Visit) -> None:
-    """A row for each tile at each size, checked and then timed in turns."""
+    """Keep a record for each tile at each size, checked and then timed in turns."""
     ceilings = ceilings_of(visit.out)
     if not all(name in ceilings for name in CEILINGS):
         ceilings = measure_ceilings(visit.device, torch.bfloat16)
@@ -50,7 +50,7 @@ def run(visit: Visit) -> None:
 
 
 def record(visit: Visit, name: str) -> set[Launch]:
-    """What the cases launch with each tile: noted, not made."""
+    """What the cases launch with each tile: recorded, not made."""
     found: set[Launch] = set()
     for model in MODELS:
         for case in find_cases(visit, model):
@@ -63,7 +63,7 @@ def record(visit: Visit, name: str) -> set[Launch]:
 
 
 def find_cases(visit: Visit, model: str) -> Iterator[Case]:
-    """Global layers of a model, which hold whatever length is asked for."""
+    """The cases of a model's global layers, which hold any length."""
     for context in CONTEXTS if visit.on_gpu else CPU_CONTEXTS:
         yield decode_case(visit, model, context)
     softcap = shapes_of(model, visit.device).config.attn_softcap
@@ -125,27 +125,27 @@ def prefill_case(visit: Visit, model: str, tokens: int, softcap: float | None) -
 
 
 def measure(visit: Visit, case: Case, bench: Bench) -> None:
-    """Rows of one case: the rule, its tiles, and torch where it computes the same."""
-    everyone = {"gemcut": tiled(visit, case, {})}
+    """Keep records of one case: the rule, its tiles, and torch where it computes the same."""
+    by_name = {"gemcut": tiled(visit, case, {})}
     for tile in tiles_of(case) if visit.on_gpu else ():
         name = " ".join(map(str, tile.values()))
-        everyone[f"SPLIT={name}" if "SPLIT" in tile else name] = tiled(visit, case, tile)
-    everyone |= {n: p for n, p in torch_peers(case, visit.device).items() if n == "sdpa"}
-    for row in measure_case(case, bench, everyone):
-        name = f"{case.name} {'rule' if row['contestant'] == 'gemcut' else row['contestant']}"
+        by_name[f"SPLIT={name}" if "SPLIT" in tile else name] = tiled(visit, case, tile)
+    by_name |= {n: p for n, p in torch_peers(case, visit.device).items() if n == "sdpa"}
+    for record in measure_case(case, bench, by_name):
+        name = f"{case.name} {'rule' if record['contestant'] == 'gemcut' else record['contestant']}"
         line = {}
-        if "cold_us" in row:
-            cold, rate = row["cold_us"], f"{row['gbps']:.0f} GB/s"
-            if row["bound"] == "compute":
-                rate = f"{row['tflops']:.0f} TFLOP/s"
-            share = f"{row['share']:.2f} of {row['bound']}"
+        if "cold_us" in record:
+            cold, rate = record["cold_us"], f"{record['gbps']:.0f} GB/s"
+            if record["bound"] == "compute":
+                rate = f"{record['tflops']:.0f} TFLOP/s"
+            share = f"{record['share']:.2f} of {record['bound']}"
             line["line"] = f"{name}: {cold['median']:.1f} us, {rate}, {share}"
-        rest = {k: v for k, v in row.items() if k not in ("case", "contestant", "status")}
-        visit.add(name, row["status"], **rest, **line)
+        rest = {k: v for k, v in record.items() if k not in ("case", "contestant", "status")}
+        visit.add(name, record["status"], **rest, **line)
 
 
 def tiles_of(case: Case) -> Iterator[Tile]:
-    """What is laid over the rule; nothing where a kernel lacks the constant."""
+    """The tiles laid over the rule; none where a kernel lacks the constant."""
     if case.op == "attention_prefill":
         for values in TILES:
             yield dict(zip(TILE_NAMES, values, strict=True))
@@ -154,11 +154,11 @@ def tiles_of(case: Case) -> Iterator[Tile]:
             yield {"SPLIT": split}
 
 
-def tiled(visit: Visit, case: Case, tile: Tile) -> Peer:
+def tiled(visit: Visit, case: Case, tile: Tile) -> OpPeer:
     """Gemcut's op with a tile laid over its rule."""
     name = part(visit.device)
     build = partial(_build, case, name, tile, looked_up(case, name) if tile else [])
-    return Peer("gemcut", "kernels", build)
+    return OpPeer("gemcut", "kernels", build)
 
 
 def _build(case: Case, name: str, tile: Tile, keys: list, arguments: Arguments) -> Call:

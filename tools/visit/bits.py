@@ -1,6 +1,6 @@
-"""The same bits every time: replays of one graph, eager steps, stored text, a late producer.
+"""Checks of equal bits: replays of a graph, eager steps, stored text, a late producer.
 
-A race shows now and then only, so a graph is replayed two thousand times.  The comparison is part
+A race shows only now and then, so a graph is replayed two thousand times.  The comparison is part
 of the graph, and counts on the device: nothing waits for the host in between.
 
 TEXTS were made on a CPU by the reference ops in float32, 48 tokens each, greedily; a test makes
@@ -59,7 +59,7 @@ TEXTS = {
 
 @torch.inference_mode()
 def run(visit: Visit) -> None:
-    """Rows of how many replays differed, of texts, and of the producer that is late."""
+    """Keep records of replays that differ, of texts, and of the producer that is late."""
     shapes = Shapes(MODEL if visit.on_gpu else "demo", small_config(visit), visit.device, DTYPE)
     contexts = (CONTEXT if visit.on_gpu else 24,)
     for case in decode_cases(shapes, Grid((BATCH,), contexts, (), 1, PREFILL_CHUNK)):
@@ -91,7 +91,7 @@ def small_config(visit: Visit) -> ModelConfig:
 def compare_replays(
     visit: Visit, case: str, call: Callable[[], Tensor | tuple[Tensor, ...]], replays: int
 ) -> None:
-    """A row of how many replays give other bits than the eager call before them."""
+    """Keep a record of how many replays give other bits than the eager call before them."""
 
     def outputs() -> list[Tensor]:
         found = call()
@@ -115,11 +115,11 @@ def compare_replays(
         replay()
     count = int(differing.item())
     told = f"{count} of {replays} replays differ from the eager call"
-    visit.judge(case, count == 0, told, line=f"{case}: {replays} equal the eager call bit for bit")
+    visit.check(case, count == 0, told, line=f"{case}: {replays} equal the eager call bit for bit")
 
 
 def compare_steps(visit: Visit) -> None:
-    """Rows of a whole step: its logits, and the ids that it chooses."""
+    """Keep records of a whole step: its logits, and the ids that it chooses."""
     config = small_config(visit)
     if visit.on_gpu:
         weights = random_weights(config, device=visit.device, dtype=DTYPE)
@@ -145,7 +145,7 @@ def compare_steps(visit: Visit) -> None:
 
 
 def compare_text(visit: Visit, prompt: str, dtype: torch.dtype) -> None:
-    """A row: the demo's greedy text beside the stored one, which holds in float32 alone."""
+    """Keep a record of the demo's greedy text beside the stored one, which float32 must equal."""
     config = ModelConfig.from_file(DEMO)
     weights = load_checkpoint(DEMO, config, device=visit.device, dtype=dtype)
     tokenizer = Tokenizer.from_file(DEMO)
@@ -160,7 +160,7 @@ def compare_text(visit: Visit, prompt: str, dtype: torch.dtype) -> None:
     case = f"text {prompt!r} {str(dtype).removeprefix('torch.')}"
     told = f"{text!r} instead of {expected[: len(text)]!r}"
     line = f"{case}: {'as stored' if same else f'leaves the stored text at token {common}'}"
-    visit.judge(case, same or dtype != torch.float32, told, line=line)
+    visit.check(case, same or dtype != torch.float32, told, line=line)
 
 
 def generate(model: Gemma, prompt_ids: list[int], count: int) -> list[int]:
@@ -192,7 +192,7 @@ def _cache_of_one(model: Gemma) -> KVCache:
 
 
 def record_text(part: str) -> set[Launch]:
-    """What the texts and the late producer launch: noted, not made."""
+    """What the texts and the late producer launch: recorded, not made."""
     config, device = ModelConfig.from_file(DEMO), torch.device("cuda", 0)
     found: set[Launch] = set()
     lengths = sorted({len(Tokenizer.from_file(DEMO).encode(prompt)) for prompt in TEXTS})
@@ -218,7 +218,7 @@ def record_text(part: str) -> set[Launch]:
 
 
 def check_late(visit: Visit) -> None:
-    """Rows of two consumers of a producer that is late: with their wait, and without it."""
+    """Keep records of consumers of a late producer: with their wait, and without it."""
     dependent = visit.on_gpu
     for waits in (True, False) if visit.on_gpu else (True,):
         value = torch.zeros(1, dtype=torch.int32, device=visit.device)
@@ -246,7 +246,7 @@ def check_late(visit: Visit) -> None:
         if waits:
             told = f"{count} of {replays} replays read what the producer had not yet written"
             line = f"a late producer: consumers that wait are right in {replays} replays"
-            visit.judge("a late producer", count == 0, told, line=line)
+            visit.check("a late producer", count == 0, told, line=line)
         else:
             line = f"without the wait {count} of {replays} are wrong: so much does this check see"
             visit.add("a late producer, no wait", line=line)

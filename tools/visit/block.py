@@ -1,7 +1,7 @@
-"""What a block of a GPU visit is given: where it runs, how long, and where its rows go.
+"""A block's view of its GPU visit: the device, the time left, and where its records go.
 
-torch is imported where a block first asks for its device: the visit itself, which outlives whatever
-happens to its blocks, never loads it.
+torch is imported where a block first asks for its device: the visit itself, which outlives its
+blocks, never loads it.
 """
 
 import time
@@ -54,23 +54,23 @@ class Visit:
         return self._ends - time.monotonic()
 
     def add(self, case: str, status: str = OK, **facts: Any) -> None:
-        """Keep a row: `line` is what the table says of it, `detail` what is wrong."""
-        row = {"case": case, "status": status, **facts}
-        report.append(self.out / "rows" / f"{self.block}.jsonl", row)
+        """Keep a record: `line` is its line of the table, `detail` what is wrong."""
+        record = {"case": case, "status": status, **facts}
+        report.append(self.out / "rows" / f"{self.block}.jsonl", record)
         print(f"{case} {status} {facts.get('line', '')} {facts.get('detail', '')}", flush=True)
 
-    def judge(self, case: str, passed: bool, detail: str, **facts: Any) -> None:
-        """A row of a check: right, or wrong with what is."""
+    def check(self, case: str, passed: bool, detail: str, **facts: Any) -> None:
+        """Keep the record of a check: right, or wrong with `detail`."""
         wrong = {} if passed else {"detail": detail}
         self.add(case, OK if passed else WRONG, **facts, **wrong)
 
     def skip(self, case: str, why: str) -> None:
-        """A row that says why there is none."""
+        """Keep a record that says why the case was not run."""
         self.add(case, SKIPPED, detail=why)
 
     @contextmanager
     def attempt(self, case: str) -> Iterator[None]:
-        """Whatever a case raises becomes its row, and the block goes on."""
+        """Keep what a case raises as its record; the block goes on."""
         try:
             yield
         except Exception as error:

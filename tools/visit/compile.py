@@ -1,9 +1,9 @@
-"""Everything that the visit's models launch, compiled into Triton's cache before it is needed.
+"""Compilation of all that a visit launches into Triton's cache, before it is needed.
 
-What is launched is written down on fake tensors (compile_report.py), by the models and by the cases
+Launches are recorded on fake tensors (launches.py), of the models and of the cases
 of the next blocks, and compiled in as many processes as there are cores.  Then a few steps run on
-the GPU in this process, which has compiled nothing: each kernel that it must compile after all was
-not where Triton's launcher looked for it.
+the GPU in this process, which has compiled nothing: a kernel that it must still compile was not
+where Triton's launcher looked for it.
 """
 
 import os
@@ -36,7 +36,7 @@ FEW = 2  # variants that are compiled on a CPU, to try this block itself
 
 
 def run(visit: Visit) -> None:
-    """Rows of what failed to compile, how long all of it took, and what was not found again."""
+    """Keep records of what failed to compile, the time of all, and what was not found again."""
     name = part(visit.device) if visit.on_gpu else "sm_90"
     started = time.monotonic()
     wanted: dict[Launch, None] = {}
@@ -55,7 +55,7 @@ def run(visit: Visit) -> None:
 
 
 def recorders(visit: Visit, name: str) -> dict[str, Callable[[], set[Launch]]]:
-    """What notes the launches of each block; on a CPU those of its own sizes alone."""
+    """What records the launches of each block; on a CPU only those of its own sizes."""
     found: dict[str, Callable[[], set[Launch]]] = {
         "the checks": partial(ops.record_cases, visit, name),
         "the texts": partial(bits.record_text, name),
@@ -72,7 +72,7 @@ def recorders(visit: Visit, name: str) -> dict[str, Callable[[], set[Launch]]]:
 
 
 def compile_all(visit: Visit, wanted: Sequence[Launch]) -> None:
-    """A row for each launch that does not compile, and one for all of them."""
+    """Keep a record for each launch that does not compile, and one for all of them."""
     started, seconds, compiled = time.monotonic(), 0.0, 0
     # spawned: a fork would inherit torch's threads
     with ProcessPoolExecutor(_cores(), mp_context=get_context("spawn")) as pool:
@@ -116,7 +116,7 @@ def _cores() -> int:
 
 @torch.inference_mode()
 def find_again(visit: Visit, model: str) -> None:
-    """A row of the kernels that steps of a model, cut to a few layers, must still compile."""
+    """Keep a record of the kernels that steps of a model, cut to a few layers, still compile."""
     missed: list[str] = []
 
     def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
@@ -133,7 +133,7 @@ def find_again(visit: Visit, model: str) -> None:
     case = f"found by the launcher: {model}"
     told = f"compiled again: {', '.join(_counted(missed))}"
     line = f"{case}: steps of {launched} rows compiled nothing"
-    visit.judge(case, not missed, told, line=line)
+    visit.check(case, not missed, told, line=line)
 
 
 def launch_steps(config: ModelConfig, model: Gemma) -> str:

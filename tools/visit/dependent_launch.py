@@ -4,9 +4,9 @@
 
 A kernel launched with launch_pdl=True may begin as soon as every program of the one before it has
 said gdc_launch_dependents().  Up to its gdc_wait() it may read only what no kernel of the chain
-writes: here it asks L2 for the first columns of its own rows of the weight.  The wait stands before
-every other load and every store, in all kernels of a chain: only then has everything ended that
-came before, and a buffer may be written again.
+writes: here it asks L2 for the first columns of its own rows of the weight.  The wait comes before
+every other load and every store, in all kernels of a chain: only then has everything before it
+ended, and a buffer may be written again.
 
 The product has two forms.  In the first, which skinny_linear had until these were timed, a program
 owns BLOCK_N rows of the weight and walks along all of D.  In the swapped one, as skinny_linear now
@@ -15,7 +15,7 @@ of Hopper (HGMMA m64n16k16); there are fewer such tiles than processors, so D is
 SPLIT_D, whose float32 sums a second kernel adds in their order.  Bound by memory bandwidth: N D
 weights are read once for 16 rows.
 
-DEPENDENT, PREFETCH and DELAY_NS stand for what Triton's interpreter lacks: it runs the rest.
+DEPENDENT, PREFETCH and DELAY_NS switch on what Triton's interpreter lacks: it runs the rest.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ BLOCK_Y = 256  # elements of a program of the small kernels
 
 @triton.jit
 def empty_kernel(DEPENDENT: tl.constexpr):
-    """Nothing: what a node of a graph costs."""
+    """Do nothing: its time is what a node of a graph costs."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -39,7 +39,7 @@ def empty_kernel(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def chase_kernel(next_ptr, y_ptr, STEPS: tl.constexpr):
-    """Loads that each wait for the one before: what a load takes."""
+    """Load at an address that the load before gave: its time is that of a load."""
     index = tl.load(next_ptr)
     for _ in range(STEPS - 1):
         index = tl.load(next_ptr + index)
@@ -254,6 +254,6 @@ def add_one(x: Tensor, y: Tensor, dependent: bool, waits: bool = True) -> None:
 
 
 def partials(x: Tensor, w: Tensor, split_d: int) -> Tensor:
-    """Room for the sums of `swapped`."""
+    """An empty buffer for the sums of `swapped`: [ceil(D / split_d), M, N] float32."""
     shape = (triton.cdiv(x.shape[1], split_d), x.shape[0], w.shape[0])
     return torch.empty(shape, device=x.device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the machine of a visit is and can do at most: versions, ceilings, and what a launch costs.
+"""The machine of a visit: its versions and ceilings, and what a launch and a load cost.
 
 The gap is what a node of a CUDA graph costs the device, beside the work in it: the time of a graph
 of empty kernels over their number, launched plainly and by programmatic dependent launch.
@@ -27,7 +27,7 @@ STRIDE = 1_000_003  # elements between two links: another page nearly every time
 
 
 def run(visit: Visit) -> None:
-    """Rows of the machine, its ceilings, and on a GPU of what launches and loads take."""
+    """Keep records of the machine, its ceilings, and on a GPU of what launches and loads take."""
     machine = describe_machine(visit.device)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     clocks = [f"{name} {machine[name]}" for name in CLOCKS if name in machine]
@@ -50,7 +50,7 @@ def run(visit: Visit) -> None:
 
 
 def measure_gap(visit: Visit, name: str, launch: Callable[[], object]) -> None:
-    """A row of what a node of a graph takes on the device, and a replay on the host."""
+    """Keep a record of what a node of a graph takes on the device, and a replay on the host."""
     replay = capture([launch] * NODES).replay
     us = [each / NODES for each in time_replays(replay, 3, ROUNDS, visit.device)]
     host = []
@@ -71,12 +71,12 @@ def measure_gap(visit: Visit, name: str, launch: Callable[[], object]) -> None:
 
 
 def measure_load(visit: Visit, name: str, nbytes: int) -> None:
-    """A row of what a load takes whose address is the result of the one before."""
+    """Keep a record of what a load takes whose address is the result of the one before."""
     count = nbytes // 4
     following = torch.arange(STRIDE, count + STRIDE, device=visit.device).remainder_(count).int()
     y = torch.empty(1, device=visit.device, dtype=torch.int32)
     other = torch.empty(FLUSHED, device=visit.device, dtype=torch.int8)
-    # what was just read lies in L2, what lies elsewhere was written over by other bytes
+    # what was just read is in L2; for memory, other bytes were written in between
     reset = following.max if name == "L2" else other.zero_
     replay = capture([partial(chase, following, LINKS, y)]).replay
     times = time_replays(replay, 1, ROUNDS, visit.device, reset)

@@ -1,7 +1,7 @@
 """compute-sanitizer's memcheck over one attention, argmax and sample call, launched eagerly.
 
-torch's own pool would hide what lies beyond a tensor, so it is switched off; a capture, which needs
-the pool, has no part in this.
+torch's own pool would hide reads beyond a tensor, so it is switched off; nothing is captured, since
+a capture needs the pool.
 """
 
 import os
@@ -28,7 +28,7 @@ ERRORS = 7  # its exit code where it found any
 
 
 def run(visit: Visit) -> None:
-    """A row: no error, or the first that was found."""
+    """Keep a record: no error, or the first that was found."""
     tool = shutil.which(TOOL) or (str(BESIDE_NVCC) if BESIDE_NVCC.exists() else None)
     if not visit.on_gpu or tool is None:
         visit.skip("memcheck", f"{TOOL} is not installed" if visit.on_gpu else "a CPU has none")
@@ -47,7 +47,7 @@ def run(visit: Visit) -> None:
     told = next((x for x in done.stdout.splitlines() if "Invalid" in x or "Error" in x), "")
     told = told or f"exit code {done.returncode}, see logs/memcheck.log"
     line = f"memcheck finds no error in {', '.join(OPS)}"
-    visit.judge("memcheck", done.returncode == 0, told, line=line)
+    visit.check("memcheck", done.returncode == 0, told, line=line)
 
 
 def find_cases(device: torch.device) -> list[Case]:
@@ -57,7 +57,7 @@ def find_cases(device: torch.device) -> list[Case]:
 
 
 def record(part: str) -> set[Launch]:
-    """What they launch: noted, not made."""
+    """What they launch: recorded, not made."""
     with recorded(part) as found:
         for case in find_cases(torch.device("cuda", 0)):
             getattr(kernels, case.op)(**case.make())

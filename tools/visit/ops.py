@@ -1,4 +1,4 @@
-"""Every op at the shapes of three models, against its oracle; and rows alone and in company.
+"""Checks of every op at the shapes of three models: against its oracle, and rows in any company.
 
 The rule is that of the tests (bench/ops/op_check.py): against the oracle in float64, an op may err
 twice as much as the oracle does in bfloat16, plus two units in the last place.  Outputs begin as
@@ -41,7 +41,7 @@ BY_ROW |= {"top_k", "top_p", "min_p", "seeds", "chosen", "scores"}
 
 
 def run(visit: Visit) -> None:
-    """A row for each op at each size, and for each op at each model its rows in company."""
+    """Keep a record for each op at each size, and for each op of each model its rows in company."""
     models = MODELS if visit.on_gpu else CPU_MODELS
     worst = Worst()
     for model in models:
@@ -83,7 +83,7 @@ def find_cases(model: str, device: torch.device, grid: Grid) -> Iterator[Case]:
 
 
 def record_cases(visit: Visit, part: str) -> set[Launch]:
-    """What the checks launch, at the sizes of this visit: noted, not made."""
+    """What the checks launch, at the sizes of this visit: recorded, not made."""
     found: set[Launch] = set()
     models, device = MODELS if visit.on_gpu else CPU_MODELS, torch.device("cuda", 0)
     with recorded(part) as launches:
@@ -120,25 +120,25 @@ def poisoned() -> Iterator[None]:
 
 
 def call_poisoned(name: str, arguments: Arguments) -> Any:
-    """What an op yields, whose fresh buffers begin as NaN."""
+    """The result of an op whose fresh buffers begin as NaN."""
     with poisoned():
         return getattr(kernels, name)(**arguments)
 
 
 def check(visit: Visit, case: Case, worst: Worst) -> None:
-    """A row of one op at one size."""
+    """Keep a record of one op at one size."""
     torch.manual_seed(0)
-    verdict = Check(case, case.make()).gemcut(lambda a: partial(call_poisoned, case.op, a))
+    accuracy = Check(case, case.make()).gemcut(lambda a: partial(call_poisoned, case.op, a))
     worst.checked += 1
-    share = verdict.error / verdict.budget if verdict.budget else 0.0
+    share = accuracy.error / accuracy.budget if accuracy.budget else 0.0
     if share > worst.share:
         worst.share, worst.case = share, case.name
-    told = f"error {verdict.error:.2e}, where {verdict.budget:.2e} is allowed"
-    visit.judge(case.name, verdict.passed, told, error=verdict.error, budget=verdict.budget)
+    told = f"error {accuracy.error:.2e}, where {accuracy.budget:.2e} is allowed"
+    visit.check(case.name, accuracy.passed, told, error=accuracy.error, budget=accuracy.budget)
 
 
 def check_advance(visit: Visit, model: str) -> None:
-    """A row of the end of a step, which has no error: integers alone."""
+    """Keep a record of the end of a step, which yields integers and must be exact."""
     V, B, device = find_config(model).vocab_size, 16, visit.device
     slots = torch.randperm(B, device=device)
     is_end = torch.zeros(B + 1, V, dtype=torch.bool, device=device)
@@ -157,14 +157,14 @@ def check_advance(visit: Visit, model: str) -> None:
         ids = ops.advance_(chosen, scores, slots, **own, is_end=is_end)
         found.append([ids, *own.values()])
     same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    visit.judge(f"advance_/{model}", same, "differs from its oracle")
+    visit.check(f"advance_/{model}", same, "differs from its oracle")
 
 
 # Bits
 
 
 def compare_rows(visit: Visit, model: str) -> None:
-    """A row for each op of decode: whether its rows have the same bits in any company."""
+    """Keep a record for each op of decode: whether its rows have the same bits in any company."""
     most = max(grid_of(visit).batches)
     right, wrong = [], 0
     for case in company_cases(visit, shapes_of(model, visit.device)):
@@ -172,7 +172,7 @@ def compare_rows(visit: Visit, model: str) -> None:
         with visit.attempt(name):
             differing = [rows for rows in companies(most) if not same_bits(case, *rows)]
             told = "; ".join(f"rows {a} to {b - 1} differ" for a, b in differing)
-            visit.judge(name, not differing, told)
+            visit.check(name, not differing, told)
             right.append(case.op)
             wrong += bool(differing)
     visit.add(
@@ -219,7 +219,7 @@ def take_rows(arguments: Arguments, begin: int, end: int) -> Arguments:
 
 
 def results(case: Case, arguments: Arguments, begin: int, end: int, rows: slice) -> list[Tensor]:
-    """What a call yields and writes for `rows` of it, which are slots `begin` to `end` - 1."""
+    """What a call returns and writes for `rows` of it, which are slots `begin` to `end` - 1."""
     written = WRITTEN.get(case.op, ())
     copies = {name: arguments[name].clone() for name in written}
     returned = call_poisoned(case.op, {**arguments, **copies})
@@ -250,7 +250,7 @@ def draft_lengths(s: Shapes) -> tuple[int, int]:
 def draft_arguments(
     s: Shapes, q_len: int, rows: int, context: int, window: int | None = None
 ) -> Arguments:
-    """Decode attention of `q_len` tokens, the first of which stands at context - q_len."""
+    """Decode attention of `q_len` tokens, the first of which is at context - q_len."""
     return {
         "q": s.values(rows, q_len, s.HQ, s.K),
         **{name: s.values(rows, s.HK, context, s.K) for name in ("k_cache", "v_cache")},
@@ -264,7 +264,7 @@ def draft_arguments(
 
 
 def compare_drafts(visit: Visit, model: str) -> None:
-    """A row: whether a token has the same bits among drafts as in a step of its own."""
+    """Keep a record: whether a token has the same bits among drafts as in a step of its own."""
     s = shapes_of(model, visit.device)
     _, drafted = draft_lengths(s)
     rows, differing = 2, []
@@ -280,4 +280,4 @@ def compare_drafts(visit: Visit, model: str) -> None:
             if not torch.equal(bits(found[:, 0]), bits(whole[:, t])):
                 differing.append(f"token {t} at {context}, window {window}")
     told = f"{len(differing)} tokens differ, the first: {', '.join(differing[:3])}"
-    visit.judge(f"drafts/{model}", not differing, told)
+    visit.check(f"drafts/{model}", not differing, told)

@@ -1,7 +1,7 @@
-"""Does dependent launch pay, and do swapped operands?  Chains of the products o and down.
+"""Chains of the products o and down, plain and by dependent launch, with operands as is or swapped.
 
-A chain is one product of each layer of gemma-2-2b after the other, o or down, each reading what
-the one before it wrote, in one CUDA graph; the weights of all layers exceed L2.  Every form is held
+A chain is one product of each layer of gemma-2-2b, o or down, each reading what the one before it
+wrote, in one CUDA graph; the weights of all layers exceed L2.  Every form is held
 to the oracle first.  A chain by dependent launch must end in the same bits as the plain one.
 """
 
@@ -30,7 +30,7 @@ Product = Callable[[Tensor, Tensor, Tensor], object]  # x, w, y
 
 
 def run(visit: Visit) -> None:
-    """Rows of each form's error and, on a GPU, of its time."""
+    """Keep records of each form's error and, on a GPU, of its time."""
     for name, (N, D, split_d) in (SHAPES if visit.on_gpu else CPU_SHAPES).items():
         torch.manual_seed(0)
         layers = LAYERS if visit.on_gpu else CPU_LAYERS
@@ -50,7 +50,7 @@ def forms(visit: Visit, weight: Tensor, split_d: int) -> dict[str, Product]:
     """The forms of a product by name: each writes x @ w.T into y."""
 
     def skinny(x: Tensor, w: Tensor, y: Tensor) -> None:
-        kernels.skinny_linear(x, w)  # yields a new tensor: its chain is one of order alone
+        kernels.skinny_linear(x, w)  # returns a new tensor: its chain is only one of order
 
     found: dict[str, Product] = {"skinny_linear": skinny}
     x = torch.empty(1, weight.shape[1], device=weight.device, dtype=weight.dtype)
@@ -70,7 +70,7 @@ def forms(visit: Visit, weight: Tensor, split_d: int) -> dict[str, Product]:
 
 
 def record(visit: Visit, part: str) -> set[Launch]:
-    """What the forms launch: noted, not made."""
+    """What the forms launch: recorded, not made."""
     with recorded(part) as found:
         for N, D, split_d in SHAPES.values():
             weight = torch.empty(N, D, device=visit.device, dtype=torch.bfloat16)
@@ -103,7 +103,7 @@ class Chain:
         return found
 
     def check(self, case: str, product: Product) -> None:
-        """Rows: the first product against the oracle, the chain's end against the plain one."""
+        """Check the first product against the oracle, and the chain's end against the plain one."""
         if case.endswith("skinny_linear"):  # the block before has checked it
             return
         weight = self.weights[0]
@@ -118,11 +118,11 @@ class Chain:
         error = (y.double() - exact).abs().max().item()
         told = f"error {error:.2e}, where {budget:.2e} is allowed"
         facts = {"error": error, "budget": budget}
-        self.visit.judge(f"{case}, checked", error <= budget, told, **facts)
+        self.visit.check(f"{case}, checked", error <= budget, told, **facts)
         self.compare_ends(case, product)
 
     def compare_ends(self, case: str, product: Product) -> None:
-        """A row: dependent launch changes no bit of the chain's end, in several replays."""
+        """Check that dependent launch changes no bit of the chain's end, in several replays."""
         a, b = self.begin.clone(), self.begin.clone()
         calls = self.calls(product, a, b)
 
@@ -143,10 +143,10 @@ class Chain:
         plain = self.ends.setdefault(tile, ends[0])
         differing = sum(not torch.equal(end, plain) for end in ends)
         told = f"{differing} of {len(ends)} replays end in other bits than the plain chain"
-        self.visit.judge(f"{case}, the chain's end", differing == 0, told)
+        self.visit.check(f"{case}, the chain's end", differing == 0, told)
 
     def time(self, case: str, product: Product) -> None:
-        """A row of what a product of the chain takes; a CPU's would say nothing."""
+        """Keep a record of a product's time in the chain, on a GPU only."""
         if not self.visit.on_gpu:
             return
         a, b = self.begin.clone(), self.begin.clone()

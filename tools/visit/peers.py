@@ -1,6 +1,6 @@
 """Decoding of gemma-2-2b by the whole engine, beside other stacks: gemcut-bench decode, twice.
 
-A run keeps nothing of a case that it has not finished, so those peers that take longest to load and
+A run keeps nothing of a case that it has not finished, so the peers that take longest to load and
 compile have a run of their own, begun where there is time left.
 """
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from gemcut.bench.engines.peers import CONTESTANTS
-from gemcut.bench.measure.report_file import Row, load_results
+from gemcut.bench.measure.report_file import Record, load_results
 from gemcut.bench.measure.timing import clock
 from gemcut.tools.visit.block import Visit
 
@@ -27,7 +27,7 @@ COMMAND = "import sys; from gemcut.bench.cli import main; sys.exit(main())"
 
 
 def run(visit: Visit) -> None:
-    """A row for each contestant of each run."""
+    """Keep a record for each contestant of each run."""
     for name, peers in (RUNS if visit.on_gpu else CPU_RUNS).items():
         if visit.left < LEAST and visit.on_gpu:
             visit.skip(name, "no time was left")
@@ -37,7 +37,7 @@ def run(visit: Visit) -> None:
 
 
 def compare(visit: Visit, name: str, peers: tuple[str, ...]) -> None:
-    """One run, ended by an interrupt where the block's own end is near."""
+    """Make one run, ended by an interrupt where the block's own end is near."""
     there = [peer for peer in peers if not CONTESTANTS[peer].missing]
     for peer in set(peers) - set(there):
         visit.skip(f"{name}/{peer}", f"{', '.join(CONTESTANTS[peer].missing)} is not installed")
@@ -56,24 +56,24 @@ def compare(visit: Visit, name: str, peers: tuple[str, ...]) -> None:
             process.kill()
             code = process.wait()
         visit.add(f"{name}", "failed", detail=f"not done after {clock() - began:.0f} s")
-    rows = load_results(file)["rows"] if file.exists() else []
-    if not rows and code:
+    records = load_results(file)["rows"] if file.exists() else []
+    if not records and code:
         visit.add(f"{name}", "failed", detail=f"exit code {code}, see logs/peers.log")
-    for row in rows:
-        visit.add(**line_of(name, row))
+    for record in records:
+        visit.add(**line_of(name, record))
 
 
-def line_of(name: str, row: Row) -> Row:
-    """What the visit keeps of a contestant's row."""
-    case = f"{row['case']}/{row['contestant']}"
-    if row["contestant"] == "gemcut":
+def line_of(name: str, record: Record) -> Record:
+    """What the visit keeps of a contestant's record."""
+    case = f"{record['case']}/{record['contestant']}"
+    if record["contestant"] == "gemcut":
         case = f"{case} beside {name}"
-    found = {"case": case, "status": row["status"], "detail": row["detail"]}
-    if "tokens_per_second" in row:
-        rate, ratio = row["tokens_per_second"], row.get("ratio")
+    found = {"case": case, "status": record["status"], "detail": record["detail"]}
+    if "tokens_per_second" in record:
+        rate, ratio = record["tokens_per_second"], record.get("ratio")
         beside = f", gemcut x {ratio['median']:.2f}" if ratio else ""
         found["line"] = (
             f"{case}: {rate['median']:.1f} tokens/s ({rate['low']:.1f} - {rate['high']:.1f}), "
-            f"{row['read_share']:.3f} of reading{beside}"
+            f"{record['read_share']:.3f} of reading{beside}"
         )
     return found

@@ -1,7 +1,7 @@
-"""What a GPU visit leaves, read and written without torch: rows, ends, the table, reports.
+"""The files of a GPU visit, read and written without torch: records, ends, table, reports.
 
-A row has `case` and `status`; `line`, where it has something to say in the table; `detail`, where
-something is wrong.  Of two rows of one case the later counts: a block may have run twice.
+A record has `case` and `status`; `line`, where the table should have one; `detail`, where something
+is wrong.  Of two records of one case the later counts: a block may have run twice.
 """
 
 import json
@@ -19,22 +19,22 @@ MOST_LINES = 100  # of the table
 LEAST_FAILURES = 20  # of its lines, where there are so many
 WIDTH = 115  # of its lines
 SCHEMA = 1  # of bench/measure/report_file.py
-# what became of a row: the words of bench/measure/report_file.py, which loads torch, and one more
+# the status of a record: the words of bench/measure/report_file.py, which loads torch, and one more
 OK, WRONG, FAILED, NO_MEMORY, SKIPPED = "ok", "wrong", "failed", "no memory", "skipped"
-FINISHED = "finished"  # how a block ends that nothing went wrong in
+FINISHED = "finished"  # how a block ends without an error
 CEILINGS = ("read_gbps", "copy_gbps", "matmul_tflops")
 # the order of the table, after failures and the blocks' own ends
 ORDER = ("bits", "ops", "memcheck", "steps", "tiles", "pdl", "attention", "peers")
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
-def append(file: Path, row: Row) -> None:
+def append(file: Path, record: Record) -> None:
     """One more line of a file of JSON lines, whole on the disk."""
     with file.open("a") as lines:
-        lines.write(json.dumps(row) + "\n")
+        lines.write(json.dumps(record) + "\n")
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Path) -> list[Record]:
     """The whole lines of a file of JSON lines; none where there is no file."""
     try:
         text = file.read_text()
@@ -49,44 +49,50 @@ def read(file: Path) -> list[Row]:
     return found
 
 
-def rows(out: Path, block: str) -> list[Row]:
-    """What a block has found, a row for each case."""
-    return list({row["case"]: row for row in read(out / "rows" / f"{block}.jsonl")}.values())
+def records(out: Path, block: str) -> list[Record]:
+    """What a block has found, a record for each case."""
+    return list(
+        {record["case"]: record for record in read(out / "rows" / f"{block}.jsonl")}.values()
+    )
 
 
-def ends(out: Path) -> list[Row]:
+def ends(out: Path) -> list[Record]:
     """How each block ended the last time that it ran."""
     return list({end["block"]: end for end in read(out / "visit.jsonl")}.values())
 
 
 def has_failed(out: Path, blocks: Sequence[str]) -> bool:
-    """Whether one of these blocks did not finish, or has a row that is not right."""
+    """Whether one of these blocks did not finish, or has a record that is not right."""
     finished = {end["block"] for end in ends(out) if end["status"] == FINISHED}
     if not finished.issuperset(blocks):
         return True
-    return any(_is_wrong(row) for block in blocks for row in rows(out, block))
+    return any(_is_wrong(record) for block in blocks for record in records(out, block))
 
 
-def _is_wrong(row: Row) -> bool:
-    return row["status"] not in (OK, SKIPPED)
+def _is_wrong(record: Record) -> bool:
+    return record["status"] not in (OK, SKIPPED)
 
 
 def table(out: Path, quotas: Mapping[str, int]) -> list[str]:
     """The table: failures, the blocks, then what each has to say, in at most its quota of lines."""
-    found = {name: rows(out, name) for name in quotas}
+    found = {name: records(out, name) for name in quotas}
     body = []
     for name in [*ORDER, *(name for name in quotas if name not in ORDER)]:
-        said = [row["line"] for row in found.get(name, ()) if "line" in row and not _is_wrong(row)]
-        skipped = [row for row in found.get(name, ()) if row["status"] == SKIPPED]
-        said += [f"{row['case']} skipped: {row.get('detail', '')}" for row in skipped]
+        said = [
+            record["line"]
+            for record in found.get(name, ())
+            if "line" in record and not _is_wrong(record)
+        ]
+        skipped = [record for record in found.get(name, ()) if record["status"] == SKIPPED]
+        said += [f"{record['case']} skipped: {record.get('detail', '')}" for record in skipped]
         if said:
             body += [f"-- {name}", *_clipped(said, quotas[name])]
     summary = [_ended(end, found.get(end["block"], ())) for end in ends(out)]
     wrong = [
-        f"{name} {row['case']} {row['status']}: {row.get('detail', '')}"
+        f"{name} {record['case']} {record['status']}: {record.get('detail', '')}"
         for name in quotas
-        for row in found[name]
-        if _is_wrong(row)
+        for record in found[name]
+        if _is_wrong(record)
     ]
     room = max(LEAST_FAILURES, MOST_LINES - len(body) - len(summary) - 3)
     head = [f"-- {_title(out)}"]
@@ -103,8 +109,8 @@ def _clipped(lines: Sequence[str], most: int) -> list[str]:
     return [*lines[: most - 1], f"... and {len(lines) - most + 1} more: see rows/"]
 
 
-def _ended(end: Row, found: Sequence[Row]) -> str:
-    counts = Counter(row["status"] for row in found)
+def _ended(end: Record, found: Sequence[Record]) -> str:
+    counts = Counter(record["status"] for record in found)
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     detail = f" ({end['detail']})" if "detail" in end else ""
     return f"{end['block']:<10}{end['status']}{detail}, {end['seconds']:.0f} s; {told or 'no rows'}"
@@ -124,21 +130,23 @@ def _title(out: Path) -> str:
 # Reports
 
 
-def machine_of(out: Path) -> Row:
+def machine_of(out: Path) -> Record:
     """The machine as the first block described it."""
-    found = [row["machine"] for row in rows(out, "machine") if "machine" in row]
+    found = [record["machine"] for record in records(out, "machine") if "machine" in record]
     return found[0] if found else {"device": "unknown", "versions": {}, "commit": None}
 
 
 def ceilings_of(out: Path) -> dict[str, float]:
     """The ceilings that the first block measured; none where it did not come so far."""
-    found = [row for row in rows(out, "machine") if all(name in row for name in CEILINGS)]
+    found = [
+        record for record in records(out, "machine") if all(name in record for name in CEILINGS)
+    ]
     return {name: found[0][name] for name in CEILINGS} if found else {}
 
 
 def write_report(out: Path, block: str) -> None:
-    """A block's rows as a report that gemcut-bench report reads."""
-    found = rows(out, block)
+    """Write a block's records as a report that gemcut-bench report reads."""
+    found = records(out, block)
     if not found:
         return
     finished = any(end["block"] == block and end["status"] == FINISHED for end in ends(out))
@@ -151,8 +159,8 @@ def write_report(out: Path, block: str) -> None:
         "ceilings": ceilings_of(out),
         "interrupted": not finished,
         "rows": [
-            {"contestant": "gemcut", "detail": "", **row, "case": f"{block}/{row['case']}"}
-            for row in found
+            {"contestant": "gemcut", "detail": "", **record, "case": f"{block}/{record['case']}"}
+            for record in found
         ],
     }
     (out / f"visit-{block}.json").write_text(json.dumps(report) + "\n")
@@ -183,7 +191,7 @@ def _is_kept(file: Path) -> bool:
 
 
 def pack(out: Path, archive: Path) -> None:
-    """All of a visit in one file, which is replaced as a whole."""
+    """Pack all of a visit into one file, which is replaced as a whole."""
     new = archive.with_name(f"{archive.name}.part")
     with tarfile.open(new, "w:gz") as tar:
         for file in sorted(out.rglob("*")):
@@ -193,7 +201,7 @@ def pack(out: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The files of an archive; ValueError where it is none."""
+    """Unpack an archive into a folder; ValueError where the file is no archive."""
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")

@@ -1,8 +1,8 @@
-"""What a decode step takes, by events around replays of one graph, and what it consists of.
+"""The time of a decode step, by events around replays of one graph, and its longest kernels.
 
 The step is the engine's own, with its choice of a token (profile_step.py), over random weights.
-Its share is how much of its time the bytes that it must move would take at the bandwidth of reading
-that the visit measured.
+A share is how much of its time moving its bytes would take at the bandwidth of reading that the
+visit measured.
 """
 
 import gc
@@ -34,7 +34,7 @@ ROOM = 10.0  # seconds that a model takes at most; with less left it is not begu
 
 
 def run(visit: Visit) -> None:
-    """A row for each model and number of rows; breakdown-MODEL-bB.json beside."""
+    """Keep a record for each model and batch, and write breakdown-MODEL-bB.json."""
     for model, batches in CASES if visit.on_gpu else CPU_CASES:
         if visit.left < ROOM:
             visit.skip(model, "no time was left")
@@ -47,7 +47,7 @@ def run(visit: Visit) -> None:
 
 
 def record(part: str) -> set[Launch]:
-    """What these steps launch, and those that are replayed elsewhere: noted, not made."""
+    """What these steps launch, and the steps that the bits block replays: recorded, not made."""
     found: set[Launch] = set()
     cases = [(model, batch, CONTEXT, STEPS + WARM_UP) for model, each in CASES for batch in each]
     cases.append((bits.MODEL, bits.BATCH, bits.CONTEXT - 1, 1))
@@ -64,7 +64,7 @@ def record(part: str) -> set[Launch]:
 
 
 def measure_model(visit: Visit, model: str, batches: tuple[int, ...]) -> None:
-    """Steps of one model, whose weights are drawn once."""
+    """Measure steps of one model, whose weights are drawn once."""
     if visit.on_gpu:
         setup = Setup(model, published_config(model), visit.device, torch.bfloat16)
         context, steps = CONTEXT, STEPS
@@ -94,7 +94,7 @@ def describe(profile: Profile, read_gbps: float | None) -> str:
 
 
 def longest(profile: Profile) -> str:
-    """What the profiler saw of a step in one line: launches, gaps, and the longest kernels."""
+    """A step's profile in one line: launches, gaps, and the longest kernels."""
     launches = sum(line.launches for line in profile.lines)
     gaps = sum(line.gap_us for line in profile.lines)
     kernels = ", ".join(

@@ -1,4 +1,4 @@
-"""The constants of a GPU from which times are predicted: one place for all of them.
+"""The constants of a GPU from which times are predicted.
 
 They are estimates for an H200 until a measured profile is fitted (`predict_step --fit`);
 bench/NOTES.md says where each comes from, and what measuring made of it.
@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 # Cycles until the result of an instruction that signals its end by a scoreboard; others are timed
 # by the stall counts in the code.  LDGSTS is the issue alone: what it brings is waited for by
-# DEPBAR, which the model of the memory accounts for.
+# DEPBAR, which the model of the memory includes.
 LATENCIES = {
     "ATOM": 700,
     "ATOMG": 700,
@@ -47,20 +47,19 @@ SMALL_US = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What times are computed from: an H200 by default."""
+    """Constants of a GPU, an H200 by default."""
 
     processors: int = 132
     ghz: float = 1.9
     bandwidth: float = 4.67e12  # bytes a second: the best that reading reaches, of 4.8e12 on paper
     l2_bandwidth: float = 7e12  # bytes a second, between L2 and all processors
     processor_bandwidth: float = 5.9e10  # bytes a second into one processor: 31 a cycle
-    unevenness: float = (
-        0.15  # half of the processors draw so much more of a short memory, half less
-    )
+    # half of the processors draw so much more of a short memory, half less
+    unevenness: float = 0.15
     shared_bytes: int = 233_472  # of a processor; a program takes 1024 more than it asks for
     registers: int = 65_536  # of a processor
     warps: int = 64  # of a processor
-    issue: float = 0.85  # the slots of a scheduler that can be filled
+    issue: float = 0.85  # instructions a cycle, of a scheduler at most
     launch_gap_us: float = 0.45  # between the end of a launch and the start of the next, in a graph
     start_us: float = 0.24  # from a launch's start to a program's first instruction
     fill_us: float = 1.04  # a latency of memory: until the first load has come

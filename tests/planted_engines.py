@@ -1,10 +1,10 @@
-"""Contestants that were never installed, to try what a benchmark makes of them."""
+"""Planted contestants, and a small setup, for the tests of engine benchmarks."""
 
 import argparse
 from dataclasses import replace
 
 from gemcut.bench.engines import peers
-from gemcut.bench.engines.peers import Gemcut, Peer, Workload
+from gemcut.bench.engines.peers import EnginePeer, Gemcut, Workload
 from gemcut.bench.engines.setup import choose_setup
 
 CEILINGS = {"read_gbps": 10.0, "copy_gbps": 10.0, "matmul_tflops": 0.1}
@@ -19,10 +19,10 @@ def demo_setup(**options):
 
 
 def skip_ceilings(monkeypatch):
-    """What the machine can do at most, without measuring it."""
-    for module in ("contest", "serve_sim"):
+    """Replace the measured ceilings by constants."""
+    for module in ("case_runner", "serve_sim"):
         monkeypatch.setattr(
-            f"gemcut.bench.{module}.measure_ceilings", lambda device, dtype: dict(CEILINGS)
+            f"gemcut.bench.engines.{module}.measure_ceilings", lambda device, dtype: dict(CEILINGS)
         )
 
 
@@ -41,7 +41,7 @@ class Planted(Gemcut):
 def plant(monkeypatch, **changes):
     """Let each peer of these names (underscores for dashes) answer as its function says."""
     for name, change in changes.items():
-        peer = Peer(lambda stage, change=change: Planted(stage, change))
+        peer = EnginePeer(lambda stage, change=change: Planted(stage, change))
         monkeypatch.setitem(peers.CONTESTANTS, name.replace("_", "-"), peer)
 
 

@@ -1,6 +1,6 @@
-"""One case: contestants are loaded, warmed up, judged, and then timed in turn.
+"""The cases of an engine benchmark: contestants are loaded, warmed up, checked, timed in turn.
 
-Whoever fails at any of that is told with the reason, and the others go on.
+A contestant that fails at any of that is reported with the reason, and the others go on.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from gemcut.bench.engines.peers import (
     CONTESTANTS,
     GEMCUT,
     PEERS,
-    Contestant,
+    EnginePeer,
     Gemcut,
     Generation,
-    Peer,
+    LoadedEngine,
     Stage,
     Workload,
     choose_peers,
     not_installed,
 )
 from gemcut.bench.engines.setup import Setup
-from gemcut.bench.engines.token_check import Answer, Judge, Rows, Verdict
+from gemcut.bench.engines.token_check import Answer, Finding, Rows, TokenCheck
 from gemcut.bench.measure.ceilings import measure_ceilings
 from gemcut.bench.measure.report_file import (
     FAILED,
@@ -35,8 +35,8 @@ from gemcut.bench.measure.report_file import (
     NO_MEMORY,
     OK,
     WRONG,
+    Record,
     Results,
-    Row,
 )
 from gemcut.bench.measure.timing import Spread, take_turns
 from gemcut.engine.checks import check_int
@@ -54,49 +54,49 @@ Ceilings = dict[str, float]
 
 
 @dataclass
-class Entrant:
-    """A contestant on its way through a case; without a verdict, nothing is wrong so far."""
+class Contestant:
+    """The state of a contestant in a case; without a finding, nothing is wrong so far."""
 
     name: str
     version: str = ""
     settings: str = ""
-    contestant: Contestant | None = None
+    engine: LoadedEngine | None = None
     answer: Rows | None = None  # of the warm-up
     memory_bytes: int | None = None
-    verdict: Verdict | None = None
+    finding: Finding | None = None
 
     @property
-    def peer(self) -> Peer:
+    def peer(self) -> EnginePeer:
         return CONTESTANTS[self.name]
 
     @property
     def runs(self) -> bool:
-        return self.verdict is None or self.verdict.passed
+        return self.finding is None or self.finding.passed
 
     def fail(self, error: Exception) -> None:
         """Note why it takes no further part, and let go of what it holds."""
-        self.contestant = None
+        self.engine = None
         reason = next(iter(str(error).splitlines()), "")
         if isinstance(error, MEMORY_ERRORS):
-            self.verdict = Verdict(NO_MEMORY, reason)
+            self.finding = Finding(NO_MEMORY, reason)
         else:
-            self.verdict = Verdict(FAILED, f"{type(error).__name__}: {reason}")
+            self.finding = Finding(FAILED, f"{type(error).__name__}: {reason}")
 
 
 @dataclass
 class Result:
-    """What a case has yielded so far; a round holds a Generation of everyone who took part."""
+    """The results of a case so far; a round holds a Generation of each contestant in it."""
 
     setup: Setup
     workload: Workload
-    entrants: list[Entrant]  # gemcut first
+    contestants: list[Contestant]  # gemcut first
     rounds: list[dict[str, Generation]] = field(default_factory=list)
     interrupted: bool = False
-    after_warmup: dict[str, int] = field(default_factory=dict)  # what gemcut's engine says
+    after_warmup: dict[str, int] = field(default_factory=dict)  # as gemcut's engine counts
 
     @property
-    def timed(self) -> list[Entrant]:
-        return [one for one in self.entrants if one.runs and self.rounds]
+    def timed(self) -> list[Contestant]:
+        return [one for one in self.contestants if one.runs and self.rounds]
 
     def all(self, name: str, measure: Measure) -> list[float]:
         """A quantity of a contestant that was timed, round by round."""
@@ -118,25 +118,25 @@ class Result:
             default=None,
         )
 
-    def row(self, entrant: Entrant, case: str) -> Row:
-        """What every row of a report begins with."""
-        verdict = entrant.verdict or Verdict(OK, "")
+    def record(self, contestant: Contestant, case: str) -> Record:
+        """The fields that every record begins with."""
+        finding = contestant.finding or Finding(OK, "")
         return {
             "case": case,
-            "contestant": entrant.name,
-            "version": entrant.version,
-            "settings": entrant.settings,
-            "status": verdict.status,
-            "detail": verdict.detail,
+            "contestant": contestant.name,
+            "version": contestant.version,
+            "settings": contestant.settings,
+            "status": finding.status,
+            "detail": finding.detail,
             "model": self.setup.name,
             "dtype": self.setup.dtype_name,
             "batch": self.workload.batch,
-            "quantization": entrant.peer.quantization,
+            "quantization": contestant.peer.quantization,
         }
 
 
 def make_prompts(tokenizer: Tokenizer, workload: Workload) -> list[list[int]]:
-    """Prompts of equal length: BOS, then a passage that each row begins at another token."""
+    """Prompts [B][T] of ids: BOS, then a passage that each row begins at another token."""
     rows = range(workload.batch)
     return [make_prompt(tokenizer, workload.prompt_tokens, start=row) for row in rows]
 
@@ -150,13 +150,13 @@ def make_prompt(tokenizer: Tokenizer, length: int, start: int) -> list[int]:
 
 
 def run_case(setup: Setup, workload: Workload, peers: Sequence[str], repeats: int) -> Result:
-    """Gemcut beside these peers in so many rounds; Ctrl-C keeps whole rounds."""
-    result = Result(setup, workload, [Entrant(name) for name in (GEMCUT, *peers)])
+    """Measure gemcut beside these peers in `repeats` rounds; Ctrl-C keeps whole rounds."""
+    result = Result(setup, workload, [Contestant(name) for name in (GEMCUT, *peers)])
     try:
         prompts = make_prompts(setup.tokenizer, workload)
         stage = Stage(setup, workload)
-        for entrant in result.entrants:
-            _warm_up(entrant, stage, prompts)
+        for contestant in result.contestants:
+            _warm_up(contestant, stage, prompts)
         _measure(result, prompts, repeats)
     except KeyboardInterrupt:
         result.interrupted = True
@@ -164,23 +164,23 @@ def run_case(setup: Setup, workload: Workload, peers: Sequence[str], repeats: in
     return result
 
 
-def _warm_up(entrant: Entrant, stage: Stage, prompts: Rows) -> None:
+def _warm_up(contestant: Contestant, stage: Stage, prompts: Rows) -> None:
     """Load a contestant and run it once, which compiles and captures, and yields its answer."""
     device = stage.setup.device
     try:
-        entrant.peer.model(stage)
+        contestant.peer.model(stage)
         before = _allocated(device)
-        contestant = entrant.contestant = entrant.peer.load(stage)
-        entrant.version, entrant.settings = contestant.version, contestant.settings
+        engine = contestant.engine = contestant.peer.load(stage)
+        contestant.version, contestant.settings = engine.version, engine.settings
         new_tokens = stage.workload.new_tokens
-        entrant.answer = contestant.generate(prompts, new_tokens).token_ids
+        contestant.answer = engine.generate(prompts, new_tokens).token_ids
         if device.type == "cuda":  # once more: the first run's peak is its compiler's
             torch.cuda.reset_peak_memory_stats(device)
-            contestant.generate(prompts, new_tokens)
+            engine.generate(prompts, new_tokens)
             own = torch.cuda.max_memory_allocated(device) - before
-            entrant.memory_bytes = own + stage.kept_weight_bytes(entrant.peer)
+            contestant.memory_bytes = own + stage.kept_weight_bytes(contestant.peer)
     except Exception as error:  # whatever a peer may raise is its own failure
-        entrant.fail(error)
+        contestant.fail(error)
 
 
 def _allocated(device: torch.device) -> int:
@@ -188,53 +188,54 @@ def _allocated(device: torch.device) -> int:
 
 
 def _measure(result: Result, prompts: Rows, repeats: int) -> None:
-    """Judge the answers, and time whoever is right in rounds."""
-    answers = {one.name: one.answer for one in result.entrants if one.answer is not None}
+    """Check the answers, and time the contestants that are right, in rounds."""
+    answers = {one.name: one.answer for one in result.contestants if one.answer is not None}
     if not answers:
         return
-    judge = Judge(result.setup.model, prompts, result.workload.new_tokens)
-    _judge(result, judge, answers)
-    turns = {one.name: partial(_turn, result, one, prompts) for one in result.entrants if one.runs}
+    check = TokenCheck(result.setup.model, prompts, result.workload.new_tokens)
+    _check(result, check, answers)
+    right = [one for one in result.contestants if one.runs]
+    turns = {one.name: partial(_turn, result, one, prompts) for one in right}
     for round_ in take_turns(turns, repeats if turns else 0):
         result.rounds.append({name: one for name, one in round_.items() if one is not None})
     for round_ in result.rounds:  # a race in a kernel shows now and then only
         others = {one.name: round_[one.name].token_ids for one in result.timed}
-        _judge(result, judge, {n: rows for n, rows in others.items() if rows != answers[n]})
+        _check(result, check, {n: rows for n, rows in others.items() if rows != answers[n]})
 
 
-def _judge(result: Result, judge: Judge, answers: Mapping[str, Rows]) -> None:
+def _check(result: Result, check: TokenCheck, answers: Mapping[str, Rows]) -> None:
     asked = {name: Answer(rows, CONTESTANTS[name].weight_bits) for name, rows in answers.items()}
     try:
-        verdicts = judge.verdicts(asked, own=result.entrants[0].answer)
+        findings = check.findings(asked, own=result.contestants[0].answer)
     except MEMORY_ERRORS as error:
-        for entrant in result.entrants:
-            if entrant.runs:
-                entrant.fail(MemoryError(f"judging takes more than there is: {error}"))
+        for contestant in result.contestants:
+            if contestant.runs:
+                contestant.fail(MemoryError(f"judging takes more than there is: {error}"))
         return
-    for entrant in result.entrants:
-        entrant.verdict = verdicts.get(entrant.name, entrant.verdict)
+    for contestant in result.contestants:
+        contestant.finding = findings.get(contestant.name, contestant.finding)
 
 
-def _turn(result: Result, entrant: Entrant, prompts: Rows) -> Generation | None:
+def _turn(result: Result, contestant: Contestant, prompts: Rows) -> Generation | None:
     """One run of a contestant; None once it has failed."""
-    if entrant.contestant is None:
+    if contestant.engine is None:
         return None
     try:
-        generation = entrant.contestant.generate(prompts, result.workload.new_tokens)
-        if isinstance(entrant.contestant, Gemcut):
-            result.after_warmup = entrant.contestant.after_warmup
+        generation = contestant.engine.generate(prompts, result.workload.new_tokens)
+        if isinstance(contestant.engine, Gemcut):
+            result.after_warmup = contestant.engine.after_warmup
         return generation
     except Exception as error:
-        entrant.fail(error)
+        contestant.fail(error)
         return None
 
 
 def _let_go(result: Result) -> None:
     """Free what the contestants hold, and what was compiled for the case's shapes."""
-    if any(one.peer.compiles for one in result.entrants):
+    if any(one.peer.compiles for one in result.contestants):
         torch.compiler.reset()
-    for entrant in result.entrants:
-        entrant.contestant = None
+    for contestant in result.contestants:
+        contestant.engine = None
     gc.collect()
     if result.setup.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -243,8 +244,8 @@ def _let_go(result: Result) -> None:
 # A run of cases
 
 
-def add_contest_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say who runs, how many prompts at a time, and how often."""
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options for the batch, the rounds and the peers."""
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1], metavar="N", help="prompts at a time (1)"
     )
@@ -259,13 +260,13 @@ def add_contest_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_contest(
+def run_cases(
     benchmark: str,
     arguments: argparse.Namespace,
     setup: Setup,
     workloads: Sequence[Workload],
-    make_rows: Callable[[Result, Ceilings], list[Row]],
-    print_case: Callable[[Result, list[Row], Ceilings], None],
+    make_records: Callable[[Result, Ceilings], list[Record]],
+    print_case: Callable[[Result, list[Record], Ceilings], None],
 ) -> int:
     """Measure the cases of a benchmark; the exit code of its command."""
     check_int("repeats", arguments.repeats, 1, 10**6)
@@ -288,21 +289,21 @@ def run_contest(
         after_warmup.update(result.after_warmup)
         results.report["after_warmup"] = dict(after_warmup)
         if result.rounds or not interrupted:
-            rows = make_rows(result, ceilings)
-            results.add(*rows)
-            _print_result(result, rows, arguments.repeats)
-            print_case(result, rows, ceilings)
+            records = make_records(result, ceilings)
+            results.add(*records)
+            _print_result(result, records, arguments.repeats)
+            print_case(result, records, ceilings)
         if interrupted:
             print(f"interrupted: {len(result.rounds)} whole rounds of this case are kept")
             break
     if not interrupted:
         results.finish()
     results.print_line()
-    return INTERRUPTED if interrupted else _exit_code(results.rows, peers)
+    return INTERRUPTED if interrupted else _exit_code(results.records, peers)
 
 
 def check_fits(setup: Setup, workload: Workload) -> None:
-    """Nothing, or ValueError where the model has no room for prompt and continuation."""
+    """ValueError where the model has no room for prompt and continuation."""
     limit = setup.config.context_length
     if workload.length > limit:
         raise ValueError(
@@ -312,40 +313,40 @@ def check_fits(setup: Setup, workload: Workload) -> None:
 
 
 def report_settings(arguments: argparse.Namespace, setup: Setup) -> dict[str, Any]:
-    """The arguments as a report has them: it names no folder."""
+    """The arguments as a report holds them: without the names of folders."""
     settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "json")}
     return settings | {"model": setup.name, "dtype": setup.dtype_name}
 
 
-def _print_result(result: Result, rows: Sequence[Row], repeats: int) -> None:
-    """How a case was run, who took part, and what was found of each."""
+def _print_result(result: Result, records: Sequence[Record], repeats: int) -> None:
+    """Print how a case was run, its contestants, and the finding on each."""
     print(
-        f"{rows[0]['case']}: {result.workload.prompt_tokens} prompt tokens and "
+        f"{records[0]['case']}: {result.workload.prompt_tokens} prompt tokens and "
         f"{result.workload.new_tokens} new, {result.setup.dtype_name} on "
         f"{result.setup.device.type}, threads {torch.get_num_threads()}, "
         f"rounds {len(result.rounds)} of {repeats}"
     )
-    for row in rows:
-        print(f"{row['contestant']} {row['version']}: {row['settings']}")
-        print(f"    {row['status']}: {row['detail']}")
+    for record in records:
+        print(f"{record['contestant']} {record['version']}: {record['settings']}")
+        print(f"    {record['status']}: {record['detail']}")
 
 
-def print_fastest(rows: Sequence[Row], does: str) -> None:
-    """How gemcut does beside the fastest peer, where both were timed."""
-    fastest = rows[0]["fastest_peer"]
-    for row in rows:
-        if row["contestant"] == fastest and "ratio" in row:
-            ratio = describe(row["ratio"])
+def print_fastest(records: Sequence[Record], does: str) -> None:
+    """Print how fast gemcut is beside the fastest peer, where both were timed."""
+    fastest = records[0]["fastest_peer"]
+    for record in records:
+        if record["contestant"] == fastest and "ratio" in record:
+            ratio = describe(record["ratio"])
             print(f"gemcut {does} {ratio} times as fast as the fastest peer, {fastest}")
 
 
-def describe(quantity: Row) -> str:
-    """A metric of a row as tables have it: median (range)."""
+def describe(quantity: Record) -> str:
+    """A metric as tables show it: median (range)."""
     return "{median:.2f} ({low:.2f} - {high:.2f})".format(**quantity)
 
 
-def _exit_code(rows: Sequence[Row], peers: Sequence[str]) -> int:
-    """1 where anyone is wrong, or gemcut or all peers were never timed."""
-    timed = {row["contestant"] for row in rows if row["status"] == OK}
+def _exit_code(records: Sequence[Record], peers: Sequence[str]) -> int:
+    """1 where a contestant is wrong, or gemcut or all peers were never timed."""
+    timed = {record["contestant"] for record in records if record["status"] == OK}
     lacking = GEMCUT not in timed or (bool(peers) and timed == {GEMCUT})
-    return int(lacking or any(row["status"] == WRONG for row in rows))
+    return int(lacking or any(record["status"] == WRONG for record in records))

@@ -1,11 +1,11 @@
-"""Loops of a compiled kernel, and the cycles of a pass through each, read from its machine code.
+"""Loops of a compiled kernel and the cycles of a pass through each, read from its machine code.
 
 Every instruction of sm_90 carries what the compiler decided about its issue: cycles to stall, the
 scoreboards that it sets when its result is there, and those that it waits for.  So the time of one
 warp alone follows from the code, where each scoreboard is set after a latency of machine.py.
 
-A loop is a branch back; of nested ones the innermost counts.  What a pass of attention does at the
-end of a split alone, storing sums behind a branch, is left out of it.  Control bits (128-bit
+A loop is a branch back; of nested ones the innermost counts.  What a pass of attention does only at
+the end of a split, storing sums after a branch, is left out of it.  Control bits (128-bit
 encoding, from bit 105): 4 of stall, 1 of yield, 3 + 3 of scoreboards set after a result and after
 the operands are read (7: none), 6 of those waited for.
 """
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gemcut.tools.prediction.machine import LATENCIES
+from gemcut.tools.machine import LATENCIES
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);\s+/\* 0x([0-9a-f]{16}) \*/")
 SECOND_HALF = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
@@ -97,7 +97,7 @@ def find_loops(code: Sequence[Instruction], latencies: Mapping[str, int] = LATEN
 
 
 def _usual(body: Sequence[Instruction]) -> list[Instruction]:
-    """A loop's body without what a branch passes over that stores to memory and multiplies not."""
+    """A loop's body without code that a branch skips and that stores but does not multiply."""
     usual, resumes = [], 0
     for instruction in body:
         if instruction.address < resumes:
@@ -111,7 +111,7 @@ def _usual(body: Sequence[Instruction]) -> list[Instruction]:
 
 
 def _target(instruction: Instruction) -> int:
-    """Where a branch goes; of all else the address itself."""
+    """The target of a branch; of another instruction its own address."""
     match = BRANCH.search(instruction.text)
     return int(match[1], 16) if match else instruction.address
 
@@ -119,7 +119,7 @@ def _target(instruction: Instruction) -> int:
 def pass_cycles(
     body: Sequence[Instruction], latencies: Mapping[str, int] = LATENCIES, passes: int = PASSES
 ) -> int:
-    """Cycles of one pass through some instructions, of the last of a few one after the other."""
+    """Cycles of one pass through some instructions, the last of several consecutive ones."""
     now, began = 0, 0
     boards = [0] * 6
     for _ in range(passes):

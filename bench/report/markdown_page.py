@@ -1,7 +1,7 @@
-"""A page of reports, with plots; and the table of a README, generated from them.
+"""The Markdown page of reports, with its plots, and the README's table of results.
 
-A page holds the goals, and for each device where its reports come from, plots, tables of all that
-was measured, and what could not be.  Nothing stands in either that no report measured.
+A page holds the goals, and for each device its machine and reports, plots, tables of all that was
+measured, and what could not be.  Neither holds anything that no report measured.
 """
 
 from collections.abc import Iterable, Sequence
@@ -111,7 +111,7 @@ def _devices(reports: Iterable[Report]) -> list[str]:
 
 
 def _goals(reports: Sequence[Report]) -> list[str]:
-    """All goals for each GPU; those of a CPU stand in each table."""
+    """All goals for each GPU; those of a CPU are in each table."""
     cpu = [report for report in reports if not on_gpu(report)]
     lines = ["## Goals", ""]
     for device in _devices(filter(on_gpu, reports)):
@@ -181,7 +181,7 @@ def readme_table(reports: Sequence[Report]) -> str:
 
 
 def _caption(device: str, reports: Sequence[Report]) -> str:
-    """Where and with what: what a number means nothing without."""
+    """The device, driver, torch and commit of a table's numbers."""
     machines = [report["machine"] for report in reports]
     facts = {
         "driver": [machine.get("driver") for machine in machines],
