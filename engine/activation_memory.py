@@ -1,9 +1,9 @@
-"""What a step holds at its peak, in bytes, beside the weights, the cache and the sampling state.
+"""The bytes that a step holds at its peak, beside the weights, the cache and the sampling state.
 
 Counted from model.py and the ops, tensor by tensor, as the names that are still bound keep them
 alive.  Letters are those of STYLE: T new tokens, S visible keys, B rows, D, F, V, HQ, HK, K.  The
-reference ops keep the scores of a whole chunk, and float32 copies of what is not float32; the
-kernels keep neither.
+ops in plain torch, reference and cpu, keep the scores of a whole chunk, and float32 copies of
+tensors that are not float32; the kernels keep neither.
 
     prefill   the greatest moment of a layer of a chunk; or its states and the first token's choice
     decode    the greatest moment of a layer; or the choice: logits, and what is made of them
@@ -11,19 +11,23 @@ kernels keep neither.
 Left out are the logits of LOGITS_ROWS prompt tokens, which `score` and prompt_logprobs hold.
 """
 
+from types import ModuleType
+
 import torch
 
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cuda_graphs import ROWS
+from gemcut.engine.placement import is_plain_torch
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
+from gemcut.kernels import cpu, reference
+from gemcut.kernels.cpu import HEAD_ROWS
 from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, most_partials
-from gemcut.kernels.reference.ops import HEAD_ROWS
 
 FLOAT = 4  # bytes of a float32
 # Bytes for each row and vocabulary entry, float32 logits and all, where every setting is in use.
-# Reference: logits, penalised, scaled and filtered ones, and three int64 of the noise's hash.
+# Plain torch: logits, penalised, scaled and filtered ones, and three int64 of the noise's hash.
 # Kernels: logits, biased and penalised ones, gathered counts (4) and marks of the prompt (1).
-REFERENCE_CHOICE = 4 * FLOAT + 3 * 8
+TORCH_CHOICE = 4 * FLOAT + 3 * 8
 KERNELS_CHOICE = 4 * FLOAT + 1
 # cuBLAS's own, from torch's allocator: 32 MiB on Hopper and later, 8 on what is older
 CUBLAS_BYTES = 2**25
@@ -31,13 +35,15 @@ SPLIT = 64  # keys of decode attention's shortest split
 
 
 def prefill_bytes(
-    config: ModelConfig, dtype: torch.dtype, T: int, max_seq_len: int, *, is_reference: bool
+    config: ModelConfig, dtype: torch.dtype, T: int, max_seq_len: int, ops: ModuleType
 ) -> int:
     """The most that a prefill of up to `max_seq_len` tokens holds, in chunks of `T`."""
     T = min(T, max_seq_len)
-    states = states_bytes(config, dtype, T)
-    layer = _layer_bytes(config, dtype, T, max_seq_len, is_reference)
-    return max(layer, states + _choice_bytes(config, dtype, 1, is_reference))
+    held = _held(config, dtype) * T
+    layer = held + max(
+        _moment(config, dtype, T, ops), _attention_bytes(config, dtype, T, max_seq_len, ops)
+    )
+    return max(layer, states_bytes(config, dtype, T) + _choice_bytes(config, dtype, 1, ops))
 
 
 def states_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
@@ -46,49 +52,37 @@ def states_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
 
 
 def decode_bytes(
-    config: ModelConfig, dtype: torch.dtype, B: int, max_seq_len: int, *, is_reference: bool
+    config: ModelConfig, dtype: torch.dtype, B: int, max_seq_len: int, ops: ModuleType
 ) -> int:
     """The most that a decode step of `B` rows holds, the choice of their tokens included.
 
     On the kernels a graph is captured for drafts too: of as many tokens as one pass over the
     weights takes.
     """
-    if is_reference:  # which attends to rows of one length at once
-        layer = B * _layer_bytes(config, dtype, 1, max_seq_len, is_reference)
-        return max(layer, _choice_bytes(config, dtype, B, is_reference))
-    tokens = max(B, min(ROWS, B * (1 + MAX_DRAFT)))
-    # a window's ends may cut off a split and a group more
-    partials = min(MAX_SPLITS + MAX_GROUPS, 2 + sum(most_partials(max_seq_len, SPLIT, False)))
-    layer = _moments(config, dtype, tokens, is_reference)
-    layer += tokens * config.num_q_heads * partials * (config.head_dim + 2) * FLOAT
-    return max(layer, _choice_bytes(config, dtype, tokens, is_reference))
+    if is_plain_torch(ops):
+        tokens = B
+        attention = _attention_bytes(config, dtype, 1, max_seq_len, ops)
+        attention *= B if ops is cpu else 1  # which attends to rows of one length at once
+        layer = max(_moment(config, dtype, B, ops), attention)
+    else:
+        tokens = max(B, min(ROWS, B * (1 + MAX_DRAFT)))
+        # a window's ends may cut off a split and a group more
+        partials = min(MAX_SPLITS + MAX_GROUPS, 2 + sum(most_partials(max_seq_len, SPLIT, False)))
+        layer = _moment(config, dtype, tokens, ops)
+        layer += tokens * config.num_q_heads * partials * (config.head_dim + 2) * FLOAT
+    return max(tokens * _held(config, dtype) + layer, _choice_bytes(config, dtype, tokens, ops))
 
 
-def _choice_bytes(config: ModelConfig, dtype: torch.dtype, B: int, is_reference: bool) -> int:
+def _choice_bytes(config: ModelConfig, dtype: torch.dtype, B: int, ops: ModuleType) -> int:
     """From the head's product to `B` token ids."""
-    V = config.vocab_size
-    if not is_reference:
+    V, D = config.vocab_size, config.hidden_size
+    if not is_plain_torch(ops):
         return B * V * KERNELS_CHOICE
-    head = 2 * B * V * FLOAT  # the product from the weight's side, and turned
-    if dtype != torch.float32:
-        head += HEAD_ROWS * config.hidden_size * FLOAT  # a block of the head, widened
-    return max(head, B * V * REFERENCE_CHOICE)
-
-
-def _layer_bytes(
-    config: ModelConfig, dtype: torch.dtype, T: int, max_seq_len: int, is_reference: bool
-) -> int:
-    """The most that a layer holds for T tokens of one sequence, attention included."""
-    most = _moments(config, dtype, T, is_reference)
-    if not is_reference:
-        return most
-    held = _held(config, dtype) * T
-    for is_local in {config.is_local(layer) for layer in range(config.num_layers)}:
-        S = max_seq_len
-        if is_local and config.sliding_window is not None:
-            S = min(S, config.sliding_window + T - 1)
-        most = max(most, held + _attention_bytes(config, dtype, T, S, max_seq_len > S))
-    return most
+    # of cpu the product from the weight's side, and turned
+    head = B * V * FLOAT * (2 if ops is cpu else 1)
+    if dtype != torch.float32:  # the head is widened, whole or in blocks
+        head += (HEAD_ROWS if ops is cpu else V) * D * FLOAT
+    return max(head, B * V * TORCH_CHOICE)
 
 
 def _held(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -98,33 +92,68 @@ def _held(config: ModelConfig, dtype: torch.dtype) -> int:
     return (3 * config.hidden_size + 2 * q_size + 2 * kinds * config.head_dim) * dtype.itemsize
 
 
-def _moments(config: ModelConfig, dtype: torch.dtype, rows: int, is_reference: bool) -> int:
-    """The greatest moment of a layer for so many tokens, but for the scores of attention."""
+def _moment(config: ModelConfig, dtype: torch.dtype, rows: int, ops: ModuleType) -> int:
+    """The most that an op of a layer holds for so many tokens, except the scores of attention."""
     D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
-    q_size, qk_size = config.num_q_heads * K, (config.num_q_heads + config.num_kv_heads) * K
-    qkv_size = qk_size + config.num_kv_heads * K
+    q_size, k_size = config.num_q_heads * K, config.num_kv_heads * K
+    qk_size, qkv_size = q_size + k_size, q_size + 2 * k_size
     size = dtype.itemsize
-    if not is_reference:
+    if not is_plain_torch(ops):
         mlp = 3 * F * size  # gate_up, activated
         rope = (qkv_size + q_size) * size
-        return rows * (_held(config, dtype) + max(mlp, rope, D * size, q_size * size))
+        return rows * max(mlp, rope, D * size, q_size * size)
     wide = 0 if dtype == torch.float32 else FLOAT
-    # gate_up; gelu(gate), which up multiplies in place; that rounded
-    mlp = 2 * F * (size + wide) + F * FLOAT + (F * size if wide else 0)
-    # qkv; normed q and k joined; x * cos, x rolled, and the sum of both
     normed = size if config.has_qk_norm else 0
-    rope = qkv_size * size + qk_size * (normed + wide + 3 * FLOAT)
+    # gate_up; gelu(gate)
+    mlp = 2 * F * (size + wide) + F * FLOAT
+    # qkv; normed q and k
+    rope = qkv_size * size + qk_size * normed
+    if ops is cpu:
+        # up multiplies gelu(gate) in place; that rounded
+        mlp += F * size if wide else 0
+        # q and k joined; x * cos, x rolled, and the sum of both
+        rope += qk_size * (wide + 3 * FLOAT)
+    else:
+        # times up
+        mlp += F * FLOAT
+        # of q, then of k beside the rotated q: x * cos, x rolled, and that times sin
+        rope += max(q_size * (wide + 3 * FLOAT), q_size * size + k_size * (wide + 3 * FLOAT))
+        rope -= q_size * size  # a prefill keeps nothing that was attended
     # normed branch; x * rstd, and that times 1 + weight
     norm = D * (size + wide + 2 * FLOAT)
-    return rows * (_held(config, dtype) + max(mlp, rope, norm))
+    return rows * max(mlp, rope, norm)
 
 
-def _attention_bytes(config: ModelConfig, dtype: torch.dtype, T: int, S: int, is_ring: bool) -> int:
-    """What the reference's attention holds: scores and weights [HQ, T, S], the mask [T, S]."""
-    # q by KV head, the sum over keys, and that by token
-    total = 3 * T * config.num_q_heads * config.head_dim * FLOAT
-    total += (2 * config.num_q_heads * FLOAT + 1) * T * S
-    kv_bytes = 2 * S * config.num_kv_heads * config.head_dim
-    if dtype != torch.float32 or is_ring:
-        total += kv_bytes * FLOAT
+def _attention_bytes(
+    config: ModelConfig, dtype: torch.dtype, T: int, max_seq_len: int, ops: ModuleType
+) -> int:
+    """The most that attention of T tokens of one sequence holds, in any layer."""
+    if not is_plain_torch(ops):
+        return 0  # as much as `_moment` counts, or a workspace
+    return max(
+        _scores_bytes(config, dtype, T, max_seq_len, config.is_local(layer), ops)
+        for layer in range(config.num_layers)
+    )
+
+
+def _scores_bytes(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    T: int,
+    max_seq_len: int,
+    is_local: bool,
+    ops: ModuleType,
+) -> int:
+    """What attention in plain torch holds: scores [HQ, T, S], masks [T, S], keys and values."""
+    S = max_seq_len
+    if is_local and config.sliding_window is not None:
+        S = min(S, config.sliding_window + T - 1)
+    HQ, HK, K = config.num_q_heads, config.num_kv_heads, config.head_dim
+    if ops is reference:
+        # scores, masked ones, weights; the mask and its contrary; keys and values of every head
+        return (3 * HQ * FLOAT + 2) * T * S + 2 * S * HQ * K * FLOAT
+    # q by KV head, the sum over keys, and that by token; scores and weights, the mask
+    total = 3 * T * HQ * K * FLOAT + (2 * HQ * FLOAT + 1) * T * S
+    if dtype != torch.float32 or max_seq_len > S:  # keys and values, widened or out of a ring
+        total += 2 * S * HK * K * FLOAT
     return total

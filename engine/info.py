@@ -23,7 +23,7 @@ from gemcut.engine.memory import (
     is_auto,
     readable,
 )
-from gemcut.kernels import reference
+from gemcut.kernels import cpu
 from gemcut.tokenizer import Tokenizer
 
 BATCH_SIZES = (1, 8)
@@ -104,7 +104,7 @@ def describe(
 
     ValueError names a size out of range; one that does not fit is reported in `engine.problem`.
     """
-    ops = reference if device.type == "cpu" else kernels
+    ops = cpu if device.type == "cpu" else kernels
     build = Build(config, device, dtype, ops)
     parameters = config.num_parameters()
     limit = config.context_length

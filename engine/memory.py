@@ -21,7 +21,7 @@ from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, counter_bytes, ring_of, slot_bytes
 from gemcut.engine.execution.cuda_graphs import can_be_captured
 from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
-from gemcut.kernels import reference
+from gemcut.engine.placement import is_plain_torch
 
 MEMINFO = Path("/proc/meminfo")
 # Of the free memory, for an engine whose size is chosen here.  A CPU's is everyone's; on a GPU the
@@ -62,12 +62,12 @@ class Build:
 
     @property
     def has_long_chunks(self) -> bool:
-        """Whether chunks are longer while nobody decodes (chunks.py).
+        """Whether chunks are longer while no sequence decodes (prefill_chunks.py).
 
-        Not where every run must compute the same.  Nor on the reference ops, which hold the scores
+        Not where every run must compute the same.  Nor on ops in plain torch, which hold the scores
         of a whole chunk: of 2048 tokens, 4 to 16 times those of 512.
         """
-        return self.reuse_prefixes and self.ops is not reference
+        return self.reuse_prefixes and not is_plain_torch(self.ops)
 
     def estimate(self, max_batch_size: int, max_seq_len: int) -> Estimate:
         """The bytes of so many slots of so many tokens, with everything beside them."""
@@ -75,9 +75,8 @@ class Build:
         chunk = self.prefill_chunk
         ring = ring_of(config, max_seq_len, chunk)
         longest = next_chunk(chunk, ring, 0, max_seq_len, may_be_long=self.has_long_chunks)
-        is_reference = self.ops is reference
-        prefill = prefill_bytes(config, dtype, longest, max_seq_len, is_reference=is_reference)
-        decode = decode_bytes(config, dtype, max_batch_size, max_seq_len, is_reference=is_reference)
+        prefill = prefill_bytes(config, dtype, longest, max_seq_len, self.ops)
+        decode = decode_bytes(config, dtype, max_batch_size, max_seq_len, self.ops)
         on_gpu = self.device.type == "cuda"
         return Estimate(
             weights=config.num_parameters() * dtype.itemsize,
@@ -96,7 +95,7 @@ class Build:
         sizes = padded_sizes(config, self.prefill_chunk, max_seq_len)
         if not sizes:
             return decode
-        prefill = prefill_bytes(config, dtype, sizes[-1], max_seq_len, is_reference=False)
+        prefill = prefill_bytes(config, dtype, sizes[-1], max_seq_len, self.ops)
         # what is freed serves the next graph; the states of each chunk stay, and the captures'
         # stream has cuBLAS's memory a second time
         return max(decode, prefill) + states_bytes(config, dtype, sum(sizes)) + CUBLAS_BYTES

@@ -9,7 +9,7 @@ import torch
 
 from gemcut import kernels
 from gemcut.engine.checks import shorten
-from gemcut.kernels import reference
+from gemcut.kernels import cpu, reference
 from gemcut.kernels.gpu_arch import part
 
 T = TypeVar("T")
@@ -70,11 +70,18 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def choose_ops(ops: str, device: torch.device) -> ModuleType:
-    """The op table asked for; "auto" is the Triton kernels on cuda and the reference on a CPU."""
+    """The op table asked for: "triton", "reference" or "auto".
+
+    "triton" is the kernels.  "reference" is the definitions in plain torch, which run anywhere and
+    are slow.  "auto" is the kernels on cuda; on a CPU it is what the definitions compute, by torch
+    functions that are fast there (kernels/cpu.py).
+    """
     if ops not in ("auto", "triton", "reference"):
         raise ValueError(f"ops {ops!r} is unknown; give 'auto', 'triton' or 'reference'")
-    if ops == "reference" or (ops == "auto" and device.type == "cpu"):
+    if ops == "reference":
         return reference
+    if ops == "auto" and device.type == "cpu":
+        return cpu
     from gemcut.kernels.interpreter import INTERPRETED  # Triton, which only Linux has
 
     if device.type == "cpu" and not INTERPRETED:
@@ -84,3 +91,8 @@ def choose_ops(ops: str, device: torch.device) -> ModuleType:
         )
     part(device)  # refuses what is older than Ampere
     return kernels
+
+
+def is_plain_torch(ops: ModuleType) -> bool:
+    """Whether an op table is no kernels: it asks the host for numbers, and keeps whole scores."""
+    return ops in (reference, cpu)

@@ -1,6 +1,6 @@
 """The ops as `torch.ops.gemcut.*`, for torch.compile and for whoever embeds them in torch.
 
-Tensors on cuda go to the kernel; tensors on a CPU to the oracle, or to the kernel where Triton's
+Tensors on cuda go to the kernel; tensors on a CPU to cpu.py, or to the kernel where Triton's
 interpreter is on.  Each op has a fake implementation (shapes and dtypes without data), so a module
 that uses them is traced whole.  Dispatch costs microseconds: the engine calls the launchers.
 The oracle's signature is the op's schema.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.kernels import reference
+from gemcut.kernels import cpu, reference
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
 
@@ -36,8 +36,8 @@ def _fake_queries(x: Tensor, width: int, k_cache: Tensor) -> Tensor:
 
 
 def _fake_skinny_linear(x: Tensor, weight: Tensor, bias=None) -> Tensor:
-    by_oracle = x.device.type == "cpu" and not INTERPRETED
-    splits = 1 if by_oracle else count_parts(weight, x)
+    is_kernel = x.device.type != "cpu" or INTERPRETED
+    splits = count_parts(weight, x) if is_kernel else 1
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((splits, x.shape[0], weight.shape[0]), dtype=dtype)
 
@@ -104,5 +104,5 @@ def register(kernels: Mapping[str, Callable[..., Any]]) -> None:
             device_types="cuda",
             schema=torch.library.infer_schema(oracle, mutates_args=mutated),
         )
-        op.register_kernel("cpu", _owning(kernel if INTERPRETED else oracle))
+        op.register_kernel("cpu", _owning(kernel if INTERPRETED else getattr(cpu, name)))
         op.register_fake(FAKES[name])

@@ -32,7 +32,6 @@ from gemcut.bench.measure.report_file import (
     metric,
 )
 from gemcut.bench.measure.timing import Runs, Spread, Timing, input_sets, prepare_runs, time_runs
-from gemcut.bench.ops import torch_ops
 from gemcut.bench.ops.cases import CPU_GRID, GPU_GRID, Arguments, Case, Grid, Shapes
 from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.bench.ops.library_peers import library_peers
@@ -44,7 +43,7 @@ from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.info import find_config
 from gemcut.engine.memory import free_bytes
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
-from gemcut.kernels import reference
+from gemcut.kernels import cpu, reference
 
 GEMCUT = "gemcut"
 # the package that each peer comes from
@@ -54,7 +53,8 @@ PEERS: dict[str, str] = dict.fromkeys(
 PEERS |= {"liger": "liger-kernel", "flashinfer": "flashinfer-python"}
 PEERS |= dict.fromkeys(("torchao-int8", "torchao-int4"), "torchao")
 PEERS |= dict.fromkeys(("gemlite-int8", "gemlite-int4"), "gemlite")
-OPS = [name for name in reference.__all__ if hasattr(torch_ops, name)]
+# not the parts of sample's oracle, nor advance_, which moves some bytes a row
+OPS = [op for op in reference.__all__ if op not in ("advance_", "filter_logits", "gumbel_noise")]
 GPU_MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
 ROUNDS = 10
 Timer = Callable[[Mapping[str, Runs], int], dict[str, Timing]]
@@ -83,7 +83,7 @@ def model_cases(shapes: Shapes, grid: Grid) -> list[Case]:
 def contestants(case: Case, bench: Bench) -> dict[str, OpPeer]:
     """The contestants of a case by name: gemcut first, then the peers asked for."""
     ops = bench.ops
-    settings = "reference ops" if ops is reference else "kernels"
+    settings = "reference ops" if ops is reference else "cpu ops" if ops is cpu else "kernels"
     own = OpPeer("gemcut", settings, lambda a: partial(getattr(ops, case.op), **a))
     peers = torch_peers(case, bench.device) | library_peers(case)
     on_gpu = bench.device.type == "cuda"

@@ -2,7 +2,7 @@
 
 The exact result is the oracle's in float64.  gemcut may err twice as much as the oracle does in the
 dtype of the case, plus two units in the last place: the rule of its tests.  A peer may err twice as
-much as the op written in plain torch (torch_ops.py) too, one with quantised weights twice as much
+much as the op as a model writes it (torch_peers.py) too, one with quantised weights twice as much
 as rounding the weights to so many bits costs.
 """
 
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from gemcut.bench.measure.timing import Call
-from gemcut.bench.ops import torch_ops
 from gemcut.bench.ops.cases import Arguments, Case
 from gemcut.bench.ops.library_peers import GROUP, quantize_int4, quantize_int8
-from gemcut.bench.ops.torch_peers import OpPeer
+from gemcut.bench.ops.torch_peers import OpPeer, as_in_a_model
 from gemcut.kernels import reference
 
 Build = Callable[[Arguments], Call]
@@ -67,7 +66,7 @@ class Check:
         exact = self._outputs(oracle, _double(changed), whole=False)
         allowed = [self._outputs(oracle, changed, whole=False)]
         if not strict:
-            allowed.append(self._outputs(getattr(torch_ops, self.case.op), changed, whole=False))
+            allowed.append(self._outputs(as_in_a_model(self.case.op), changed, whole=False))
         if weight_bits is not None:
             rounded = changed | {"weight": rounded_weight(changed["weight"], weight_bits)}
             allowed.append(self._outputs(oracle, rounded, whole=False))

@@ -1,8 +1,13 @@
-"""The peers of each op from torch: eager, compiled, and torch's own kernel for the op.
+"""The peers from torch that a kernel is compared with, op by op: eager, compiled, its own kernels.
 
-A peer gets the op's arguments and may first bring them into the form that suits it best: keys in
-one piece, a mask, quantised weights.  That is not timed.  What its call returns is held to the
-oracle, like the kernel's own results.  library_peers.py has the peers from other packages.
+A peer gets the op's arguments and may first bring them into the form that suits it: keys in one
+piece, a mask, quantised weights.  That is not timed.  What its call returns is held to the oracle,
+like the kernel's own results.  library_peers.py has the peers of other packages.
+
+"torch" and "torch.compile" run each op as a model in plain torch writes it.  Where such a model
+widens to float32 and rounds once, as transformers' Gemma does in its norm, that is the oracle
+itself.  The others, at the end, compute in the model's dtype and round after each operation, or ask
+the device for nothing, so that the compiler takes them whole.  Their errors are allowed to a peer.
 """
 
 from collections.abc import Callable
@@ -16,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gemcut.bench.measure.timing import Call
-from gemcut.bench.ops import torch_ops
 from gemcut.bench.ops.cases import Arguments, Case
+from gemcut.kernels import reference
 
 Compute = Callable[..., Any]
 
@@ -36,7 +41,7 @@ class OpPeer:
 
 def torch_peers(case: Case, device: torch.device) -> dict[str, OpPeer]:
     """Torch's peers of a case by name: eager, compiled, and its kernel for just this op."""
-    op = getattr(torch_ops, case.op)
+    op = as_in_a_model(case.op)
     compiled = partial(compile_, op, device)
     peers = {
         "torch": OpPeer("torch", "eager", lambda a: partial(op, **a)),
@@ -62,6 +67,11 @@ def torch_peers(case: Case, device: torch.device) -> dict[str, OpPeer]:
             "torch", "flex_attention, compiled, block mask", partial(_flex, device=device)
         )
     return peers
+
+
+def as_in_a_model(op: str) -> Compute:
+    """An op as a model in plain torch computes it, with the oracle's name and signature."""
+    return IN_THE_MODELS_DTYPE.get(op) or getattr(reference, op)
 
 
 def compile_(function: Compute, device: torch.device) -> Compute:
@@ -171,3 +181,171 @@ def _flex(a: Arguments, device: torch.device) -> Call:
     }
     attend = torch.compile(flex_attention, dynamic=False)
     return lambda: one.as_given(attend(one.q, one.k, one.v, **settings))
+
+
+# Ops as a model in plain torch writes them
+
+
+def rope_and_store_(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    _, HK, C, K = k_cache.shape
+    heads = qkv.view(qkv.shape[0], -1, K)
+    q, k, v = heads.split([heads.shape[1] - 2 * HK, HK, HK], dim=1)
+    if q_norm_weight is not None and k_norm_weight is not None:
+        q, k = reference.rmsnorm(q, q_norm_weight, eps), reference.rmsnorm(k, k_norm_weight, eps)
+    q, k = (x * cos + x.roll(K // 2, -1) * sin for x in (q, k))
+    k_cache[slots, :, positions % C] = k
+    v_cache[slots, :, positions % C] = v
+    return q
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    counters: Tensor | None = None,
+) -> Tensor:
+    """Over the whole slot with a mask, as models with a static cache do."""
+    B, T, HQ, K = q.shape
+    HK, C = k_cache.shape[1:3]
+    k, v = k_cache[slots], v_cache[slots]  # [B, HK, C, K]
+    visible = _visible(positions, T, C, sliding_window)  # [B, T, C]
+    grouped = q.view(B, T, HK, HQ // HK, K).permute(0, 2, 3, 1, 4)  # [B, HK, G, T, K]
+    out = _attend(grouped, k.unsqueeze(2), v.unsqueeze(2), visible[:, None, None], scale, softcap)
+    return out.permute(0, 3, 1, 2, 4).reshape(B, T, HQ, K)
+
+
+def attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Of chunks that are equally long."""
+    chunks = q.unflatten(0, (slots.shape[0], -1))
+    settings = (scale, softcap, sliding_window)
+    return attention_decode(chunks, k_cache, v_cache, slots, starts, *settings).flatten(0, 1)
+
+
+def _visible(starts: Tensor, T: int, C: int, sliding_window: int | None) -> Tensor:
+    """Which places of a ring of C the queries from starts [B] on see: [B, T, C]."""
+    queries = starts.view(-1, 1, 1) + torch.arange(T, device=starts.device).view(T, 1)
+    newest = starts.view(-1, 1, 1) + T - 1
+    keys = newest - (newest - torch.arange(C, device=starts.device)) % C  # position at each place
+    visible = (keys >= 0) & (keys <= queries)
+    return visible if sliding_window is None else visible & (keys > queries - sliding_window)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    scores = q @ k.mT * scale
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v
+
+
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias).unsqueeze(0)  # one partial sum
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    logits = F.linear(x, weight).float()
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def lm_head_argmax(
+    x: Tensor, weight: Tensor, softcap: float | None, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    best = lm_head(x, weight, softcap).max(-1)
+    return best.values, best.indices
+
+
+def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+    return geglu(F.linear(x, gate_up_weight))
+
+
+def linear_rope_and_store_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    qkv = F.linear(x, weight, bias)
+    store = (k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps)
+    return rope_and_store_(qkv, *store)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """With torch's own random numbers; draws by an exponential race, which needs no sync."""
+    if temperature is None:
+        return logits.argmax(-1)
+    ordered, ids = (logits / temperature.unsqueeze(-1)).sort(-1, descending=True)
+    if top_k is not None:
+        ranks = torch.arange(logits.shape[-1], device=logits.device)
+        ordered = ordered.masked_fill(ranks >= top_k.unsqueeze(-1), -torch.inf)
+    probabilities = ordered.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p.unsqueeze(-1), 0.0)
+    race = probabilities / torch.empty_like(probabilities).exponential_()
+    return ids.gather(-1, race.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+IN_THE_MODELS_DTYPE: dict[str, Compute] = {
+    op.__name__: op
+    for op in (
+        attention_decode,
+        attention_prefill,
+        geglu,
+        linear_geglu,
+        linear_rope_and_store_,
+        lm_head,
+        lm_head_argmax,
+        rope_and_store_,
+        sample,
+        skinny_linear,
+    )
+}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gemcut.kernels import reference
+from gemcut.engine.placement import is_plain_torch
 
 Step = Callable[..., Tensor]
 ROWS = 16  # of one pass over the weights: a step of fewer rows costs hardly less
@@ -44,8 +44,8 @@ class Captured:
 
 
 def can_be_captured(device: torch.device, ops: ModuleType) -> bool:
-    """Whether steps can become graphs: on a GPU, but the reference ops ask the host for numbers."""
-    return device.type == "cuda" and ops is not reference
+    """Whether steps can become graphs: those of kernels on a GPU; plain torch asks the host."""
+    return device.type == "cuda" and not is_plain_torch(ops)
 
 
 def capture(step: Step, inputs: Sequence[Tensor], pool: Any, stream: Any) -> Captured:

@@ -1,7 +1,50 @@
-"""The oracle of every op, in plain torch: each has the name and the signature of its kernel."""
+"""The oracle of every op: its definition in plain torch, with the name and signature of its kernel.
 
-import gemcut.kernels.reference.ops as ops
-from gemcut.kernels.reference.ops import *
+It says what a kernel must compute and runs on any machine, without a thought for speed: `cpu` is
+what runs fast on a CPU.
+"""
 
-__all__: list[str] = []
-__all__ += ops.__all__
+from gemcut.kernels.reference.attention import attention_decode, attention_prefill
+from gemcut.kernels.reference.ops import (
+    add_rmsnorm_,
+    embed,
+    geglu,
+    linear,
+    linear_geglu,
+    linear_rope_and_store_,
+    lm_head,
+    lm_head_argmax,
+    rmsnorm,
+    rope_and_store_,
+    rope_tables,
+    skinny_linear,
+)
+from gemcut.kernels.reference.sampling import (
+    advance_,
+    filter_logits,
+    gumbel_noise,
+    penalize,
+    sample,
+)
+
+__all__ = [
+    "add_rmsnorm_",
+    "advance_",
+    "attention_decode",
+    "attention_prefill",
+    "embed",
+    "filter_logits",
+    "geglu",
+    "gumbel_noise",
+    "linear",
+    "linear_geglu",
+    "linear_rope_and_store_",
+    "lm_head",
+    "lm_head_argmax",
+    "penalize",
+    "rmsnorm",
+    "rope_and_store_",
+    "rope_tables",
+    "sample",
+    "skinny_linear",
+]

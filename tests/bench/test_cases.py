@@ -40,8 +40,7 @@ MOVES |= {
     "_reshape_alias",
 }
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # the place of the first factor
-REDUCTIONS = {"argmax", "amax", "max", "sum", "sort", "linalg_vector_norm"}
-TWICE = {"addcmul", "linalg_vector_norm"}  # a product and a sum for each element
+REDUCTIONS = {"argmax", "amax", "max", "mean", "sum", "sort"}
 
 
 class Operations(TorchDispatchMode):
@@ -59,7 +58,10 @@ class Operations(TorchDispatchMode):
             self.of_products += 2 * out.numel() * args[PRODUCTS[name]].shape[-1]
         elif name not in MOVES and first is not None and first.dim():
             counted = args[0] if name in REDUCTIONS else first
-            self.elementwise += (1 + (name in TWICE)) * counted.numel()
+            self.elementwise += counted.numel()
+            # a kernel adds 1 to a norm's weight [D] for each row
+            if name == "mul" and isinstance(args[1], Tensor) and args[1].dim() == 1 < first.dim():
+                self.elementwise += first.numel() - args[1].numel()
         return out
 
 

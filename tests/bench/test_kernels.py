@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemcut.bench.measure.report_file import load_results
-from gemcut.bench.ops import kernels, torch_ops
+from gemcut.bench.ops import kernels, torch_peers
 from gemcut.bench.ops.torch_peers import OpPeer
 from gemcut.kernels import reference
 
@@ -100,7 +100,7 @@ def test_a_compiled_peer_computes_the_same(op, peer):
 
 def test_a_wrong_peer_is_reported_and_not_timed(capsys, plant):
     """It multiplies by w instead of 1 + w."""
-    plant(lambda a: partial(torch_ops.rmsnorm, **{**a, "weight": a["weight"] - 1}))
+    plant(lambda a: partial(reference.rmsnorm, **{**a, "weight": a["weight"] - 1}))
     assert run("--op", "rmsnorm", "--peer", "planted") == 0
     records = [record for record in report(capsys)["rows"] if record["contestant"] == "planted"]
     assert records
@@ -123,7 +123,7 @@ def test_a_cache_that_is_not_written_is_wrong(capsys, plant):
     """The queries are right, but the keys go nowhere."""
     plant(
         lambda a: partial(
-            torch_ops.rope_and_store_,
+            torch_peers.rope_and_store_,
             **{**a, "k_cache": a["k_cache"].clone(), "v_cache": a["v_cache"].clone()},
         )
     )
@@ -136,7 +136,7 @@ def least_likely(a):
 
 
 def another_token(a):
-    value, index = torch_ops.lm_head_argmax(**a)
+    value, index = torch_peers.lm_head_argmax(**a)
     return value, index ^ 1
 
 

@@ -13,7 +13,7 @@ from twins import poison
 
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.execution.logprobs import LOGITS_ROWS
-from gemcut.kernels import reference
+from gemcut.kernels import cpu
 
 PROMPTS = ["Once upon a time", "It was", "The quick brown fox jumps over the lazy dog. " * 2]
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -271,13 +271,13 @@ def test_score_is_transformers_log_probabilities(engine, theirs):
 
 def test_score_never_holds_the_logits_of_a_long_text(folder, monkeypatch):
     rows = []
-    lm_head = reference.lm_head
+    lm_head = cpu.lm_head
 
     def spy(x, weight, softcap):
         rows.append(x.shape[0])
         return lm_head(x, weight, softcap)
 
-    monkeypatch.setattr(reference, "lm_head", spy)
+    monkeypatch.setattr(cpu, "lm_head", spy)
     with Engine.from_pretrained(folder, dtype="float32") as engine:
         engine.score([[2] + [9] * 127])
     assert sum(rows) == 127

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from gemcut.engine import PUBLISHED, Engine, cli, info, memory
 from gemcut.engine.checkpoints import hub
-from gemcut.kernels import reference
+from gemcut.kernels import cpu
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_room_is_exact(set_free):
     budget = weights + 6e9
     set_free(budget / 0.8)
     room = info.describe(config, torch.device("cpu"), torch.float32).room
-    build = memory.Build(config, torch.device("cpu"), torch.float32, reference)
+    build = memory.Build(config, torch.device("cpu"), torch.float32, cpu)
 
     def size(slots: int, length: int) -> int:
         return build.estimate(slots, length).total

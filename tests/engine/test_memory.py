@@ -25,7 +25,7 @@ from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.weights import empty_weights
 from gemcut.engine.memory import Build
-from gemcut.kernels import reference
+from gemcut.kernels import cpu, reference
 
 CPU = torch.device("cpu")
 MODELS = ["demo", *MODEL_TYPES]
@@ -100,7 +100,7 @@ def test_published_sizes_are_estimated_to_the_byte(name, dtype):
     config = PUBLISHED[name]
     meta = torch.device("meta")
     for slots, length, chunk in ((1, 2, 512), (8, config.context_length, 512), (3, 700, 1)):
-        estimate = Build(config, CPU, dtype, reference, chunk).estimate(slots, length)
+        estimate = Build(config, CPU, dtype, cpu, chunk).estimate(slots, length)
         weights = empty_weights(config, device=meta, dtype=dtype)
         cache = KVCache(
             config,
@@ -128,11 +128,20 @@ def test_the_peak_from_loading_to_decoding_is_the_estimate(folders, name, dtype,
     check_peak(folders[name], SIZES[size], dtype)
 
 
-def check_peak(folder: Path, sizes: tuple[int, int, int], dtype: str) -> None:
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("float32", "one chunk"), ("float32", "four chunks"), ("bfloat16", "one chunk")],
+)
+def test_the_peak_on_the_definitions_is_the_estimate(folders, name, dtype, size):
+    check_peak(folders[name], SIZES[size], dtype, ops="reference")
+
+
+def check_peak(folder: Path, sizes: tuple[int, int, int], dtype: str, **arguments: str) -> None:
     estimates = []
 
     def work() -> None:
-        with make(folder, sizes, dtype) as engine:
+        with make(folder, sizes, dtype, **arguments) as engine:
             work_hard(engine)
             estimates.append(estimate_of(engine).total)
 
@@ -170,13 +179,14 @@ LOCAL_ALONE = {"layer_types": ["sliding_attention"] * 4}
         ),
     ],
 )
+@pytest.mark.parametrize("ops", ["auto", "reference"])
 def test_the_peak_where_one_thing_outweighs_the_rest(
-    tmp_path, tokenizer_file, model_type, overrides, sizes, dtype
+    tmp_path, tokenizer_file, model_type, overrides, sizes, dtype, ops
 ):
     save_random_model(
         tmp_path, tokenizer_file, model_type, max_position_embeddings=2048, **overrides
     )
-    check_peak(tmp_path, sizes, dtype)
+    check_peak(tmp_path, sizes, dtype, ops=ops)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -235,11 +245,11 @@ def set_free(monkeypatch):
     return set_free
 
 
-def build_of(name: str, ops=reference, **arguments) -> Build:
+def build_of(name: str, ops=cpu, **arguments) -> Build:
     return Build(PUBLISHED[name], CPU, torch.float32, ops, **arguments)
 
 
-@pytest.mark.parametrize("ops", [reference, kernels], ids=["reference", "kernels"])
+@pytest.mark.parametrize("ops", [cpu, reference, kernels], ids=["cpu", "reference", "kernels"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_an_estimate_grows_with_each_size(name, ops):
     """Or a search for the largest that fits would go astray."""
@@ -265,16 +275,17 @@ def test_graphs_and_long_chunks_count_where_they_are():
     states = sum(range(64, 513, 64)) * config.hidden_size * 2
     sizes = config, torch.bfloat16
     largest = max(
-        prefill_bytes(*sizes, 512, 4096, is_reference=False),
-        decode_bytes(*sizes, 1, 4096, is_reference=False),
+        prefill_bytes(*sizes, 512, 4096, kernels),
+        decode_bytes(*sizes, 1, 4096, kernels),
     )
     assert usual.graphs == largest + states + CUBLAS_BYTES
-    assert estimate(ops=reference).graphs == 0
+    for ops in (cpu, reference):
+        assert estimate(ops=ops).graphs == 0
+        assert estimate(ops=ops, reuse_prefixes=False) == estimate(ops=ops)
     strict = estimate(reuse_prefixes=False)
     assert strict.kv_cache == usual.kv_cache
     assert strict.activations < usual.activations  # chunks of 512, and of 1024
     assert estimate(chunk=1024, reuse_prefixes=False).activations == usual.activations
-    assert estimate(ops=reference, reuse_prefixes=False) == estimate(ops=reference)
 
 
 def test_slots_are_the_most_that_fit(set_free):

@@ -19,25 +19,23 @@ from gemcut.kernels.reference import attention, ops
 
 LENGTH = 40  # eight windows
 
+DECODED = "y[b] = _attended(q[b], k_cache, v_cache, slot, start, scale, softcap, sliding_window"
 IN_THE_OPS = {
-    "norm by w instead of 1 + w": ("torch.addcmul(y, y, weight)", "y * weight"),
+    "norm by w instead of 1 + w": ("(1 + widened(weight))", "widened(weight)"),
     "window one too long": ("> q_positions - sliding_window", ">= q_positions - sliding_window"),
     "window one too short": (
         "> q_positions - sliding_window",
         "> q_positions - sliding_window + 1",
     ),
-    "window one too long in decode": ("start - sliding_window + 1)", "start - sliding_window)"),
-    "window one too short in decode": (
-        "start - sliding_window + 1)",
-        "start - sliding_window + 2)",
-    ),
+    "window one too long in decode": (DECODED, f"{DECODED} and sliding_window + 1"),
+    "window one too short in decode": (DECODED, f"{DECODED} and sliding_window - 1"),
     "ring off by one": (
-        "first, end = first % C, first % C + end - first",
-        "first, end = (first + 1) % C, (first + 1) % C + end - first",
+        "torch.arange(first, first + visible.shape[1], device=q.device) % C",
+        "torch.arange(first + 1, first + 1 + visible.shape[1], device=q.device) % C",
     ),
     "cap after the mask": (
-        "masked_fill_(hidden, -torch.inf)",
-        "masked_fill_(hidden, -softcap if softcap else -torch.inf)",
+        "masked_fill(~visible, -torch.inf)",
+        "masked_fill(~visible, -softcap if softcap else -torch.inf)",
     ),
     "exact GELU": ('approximate="tanh"', 'approximate="none"'),
     "bf16 angles": (
@@ -45,8 +43,8 @@ IN_THE_OPS = {
         "(positions.view(-1, 1, 1).bfloat16() * inv_freq.bfloat16()).float()",
     ),
     "interleaved rotation": (
-        "x.roll(x.shape[-1] // 2, -1)",
-        "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)",
+        "wide.roll(x.shape[-1] // 2, -1)",
+        "wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)",
     ),
     "post-norm after the add": (
         "x = rmsnorm(x, post_weight, eps)\n",
@@ -79,7 +77,7 @@ def mutated_ops(old: str, new: str) -> ModuleType:
     found = sum(source.count(old) for source in sources)
     assert found == 1, f"the oracles hold {old!r} {found} times"
     module = ModuleType("mutated")
-    for source in sources:  # the second takes the place of what the first imports
+    for source in sources:
         exec(compile(source.replace(old, new), "mutated", "exec"), module.__dict__)
     return module
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from gemcut.kernels import reference
-from gemcut.kernels.reference.ops import HEAD_ROWS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -158,42 +157,6 @@ def test_an_inactive_row_gives_zeros_and_stores_nothing():
     assert cache.isnan().all()
 
 
-@pytest.mark.parametrize("T", [1, 3], ids=["one-token", "three-tokens"])
-@pytest.mark.parametrize("window", [None, 4], ids=["global", "local"])
-def test_rows_side_by_side_are_what_each_is_alone(window, T):
-    """Equally long ones are one product; an inactive row's slot may lie outside the cache."""
-    torch.manual_seed(0)
-    slots, starts = [1, 2, 3, 4, 0, 5, 6], [5, 5, 5, 8, 5, -1, -1]
-    q = torch.randn(len(slots), T, 4, 6, dtype=torch.float64)
-    caches = [torch.full((5, 2, 12, 6), torch.nan, dtype=torch.float64) for _ in range(2)]
-    for slot, start in zip(slots[:5], starts, strict=False):
-        for cache in caches:
-            cache[slot, :, : start + T].normal_()
-
-    def attended(rows: slice) -> torch.Tensor:
-        places = torch.tensor(slots[rows]), torch.tensor(starts[rows])
-        return reference.attention_decode(q[rows], *caches, *places, 0.3, 2.0, window)
-
-    alone = torch.cat([attended(slice(b, b + 1)) for b in range(len(slots))])
-    together = attended(slice(None))
-    torch.testing.assert_close(together, alone)
-    assert not together[:5].isnan().any()
-    assert not together[5:].any()
-
-
-def test_no_rows_give_an_empty_result():
-    cache, none = torch.zeros(1, 1, 4, 8), torch.empty(0).long()
-    tables = reference.rope_tables(none, torch.ones(4), 1.0, torch.float32)
-    q = reference.rope_and_store_(torch.empty(0, 4 * 8), cache, cache, none, none, *tables)
-    assert q.shape == (0, 2, 8)
-    options = (1.0, None, None)
-    decoded = reference.attention_decode(q[:, None], cache, cache, none, none, *options)
-    assert decoded.shape == (0, 1, 2, 8)
-    zero = torch.zeros(1).long()
-    assert reference.attention_prefill(q, cache, cache, none, none, zero, *options).shape == q.shape
-    assert reference.linear(torch.empty(0, 8), torch.empty(12, 8)).shape == (0, 12)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_geglu_is_the_tanh_approximation(dtype):
     gate_up = torch.cat([torch.linspace(-6, 6, 50), torch.linspace(1, 2, 50)]).to(dtype)
@@ -224,21 +187,6 @@ def test_partial_sums_are_summed_in_float32():
     assert torch.equal(kept, (residual.float() + parts.sum(0)).bfloat16())
 
 
-@pytest.mark.parametrize("M", [1, 3, 16, 17], ids=lambda M: f"{M}-rows")
-@pytest.mark.parametrize("N", [12, 7], ids=["blocks", "no-blocks"])
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_linear_is_the_product_by_either_way(M, N, bias):
-    torch.manual_seed(0)
-    x, weight, b = torch.randn(M, 40), torch.randn(N, 40), torch.randn(N) if bias else None
-    exact = x.double() @ weight.double().T + (0 if b is None else b.double())
-    y = reference.linear(x, weight, b)
-    assert y.shape == (M, N)
-    assert y.is_contiguous()
-    budget = 2 * (F.linear(x, weight, b) - exact).abs().max()
-    budget += 2 * torch.finfo(torch.float32).eps * exact.abs().max()
-    assert (y - exact).abs().max() <= budget
-
-
 def test_logits_are_float32_and_capped():
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(50, 8).bfloat16()
     exact = x.double() @ weight.double().T
@@ -246,12 +194,6 @@ def test_logits_are_float32_and_capped():
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, exact.float())
     torch.testing.assert_close(reference.lm_head(x, weight, 3.0), (3 * (exact / 3).tanh()).float())
-
-
-def test_a_bf16_head_in_blocks_is_the_whole_head():
-    x, weight = torch.randn(3, 8).bfloat16(), torch.randn(2 * HEAD_ROWS + 7, 8).bfloat16()
-    exact = x.double() @ weight.double().T
-    torch.testing.assert_close(reference.lm_head(x, weight, None), exact.float())
 
 
 def test_embedding_is_scaled_in_the_tables_dtype():

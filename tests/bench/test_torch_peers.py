@@ -5,9 +5,9 @@ import torch
 from accuracy import assert_accurate
 from random_models import MODEL_TYPES, random_config
 
-from gemcut.bench.ops import torch_ops
 from gemcut.bench.ops.cases import Grid, Shapes
 from gemcut.bench.ops.kernels import model_cases
+from gemcut.bench.ops.torch_peers import as_in_a_model
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.kernels import reference
 
@@ -26,7 +26,7 @@ def test_eager_ops_match_the_oracles(model_type):
         if case.op != "sample":
             torch.manual_seed(0)  # a case's numbers are its own, whichever cases stand before it
             oracle = getattr(reference, case.op)
-            assert_accurate(getattr(torch_ops, case.op), oracle=oracle, **case.make())
+            assert_accurate(as_in_a_model(case.op), oracle=oracle, **case.make())
 
 
 def test_the_eager_draw_has_the_oracle_s_distribution():
@@ -35,7 +35,7 @@ def test_the_eager_draw_has_the_oracle_s_distribution():
     logits = torch.tensor([2.0, 1.0, 1.5, -1.0, 0.0, 0.5])
     setting = torch.ones(draws)
     arguments = {"temperature": 0.7 * setting, "top_k": 4 * setting.long(), "top_p": 0.9 * setting}
-    chosen = torch_ops.sample(logits.expand(draws, -1), **arguments)
+    chosen = as_in_a_model("sample")(logits.expand(draws, -1), **arguments)
     one_row = (arguments["top_k"][:1], arguments["top_p"][:1], None)
     exact = reference.filter_logits(logits[None] / 0.7, *one_row).softmax(-1)[0]
     shares = chosen.bincount(minlength=6) / draws
@@ -46,4 +46,4 @@ def test_the_eager_draw_has_the_oracle_s_distribution():
 
 def test_the_eager_maximum_is_the_oracle_s():
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(torch_ops.sample(logits), reference.sample(logits))
+    assert torch.equal(as_in_a_model("sample")(logits), reference.sample(logits))

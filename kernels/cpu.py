@@ -1,0 +1,364 @@
+"""The op table that is fast on a CPU: the oracles' names, rewritten where torch has a faster way.
+
+What each op computes is said in `reference`, and what gains nothing here is taken from there.  A
+decode step of a small model has few arithmetic operations and many calls of torch, each of which
+costs a microsecond or more.  So tensors of constants are kept, an operation that would change
+nothing is left out, and products take the order of operands that torch reads fastest.
+
+Letters in shape comments: M tokens, D hidden size, F MLP width, V vocabulary, HQ and HK query and
+KV heads, K head_dim, C the capacity of a cache slot, B rows of a batch, T new tokens of a row, S
+keys that are read, R heads of several slots.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemcut.kernels.reference import (
+    advance_,
+    embed,
+    filter_logits,
+    gumbel_noise,
+    penalize,
+    sample,
+)
+
+__all__ = [
+    "add_rmsnorm_",
+    "advance_",
+    "attention_decode",
+    "attention_prefill",
+    "embed",
+    "filter_logits",
+    "geglu",
+    "gumbel_noise",
+    "linear",
+    "linear_geglu",
+    "linear_rope_and_store_",
+    "lm_head",
+    "lm_head_argmax",
+    "penalize",
+    "rmsnorm",
+    "rope_and_store_",
+    "rope_tables",
+    "sample",
+    "skinny_linear",
+]
+
+WIDE = (torch.float32, torch.float64)
+FEW_ROWS, BLOCKS = 16, 4  # see linear
+HEAD_ROWS = 256  # of the vocabulary that lm_head widens at once
+
+
+# Numbers
+
+
+def widened(x: Tensor) -> Tensor:
+    """Float64 stays, float32 stays, bfloat16 becomes float32."""
+    return x if x.dtype in WIDE else x.float()
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a `to` that does nothing still costs 1 us
+
+
+@lru_cache(maxsize=64)
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    return x * constant(factor, x.dtype, x.device)  # converting a Python number costs 1 us and more
+
+
+def times_(x: Tensor, factor: float) -> Tensor:
+    return x.mul_(constant(factor, x.dtype, x.device))
+
+
+# Norms
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last axis: x [..., D], weight [D] -> new tensor [..., D] in x's dtype."""
+    dtype = x.dtype
+    if dtype not in WIDE:
+        x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    eps_ = constant(eps, x.dtype, x.device)
+    y = x * torch.addcmul(eps_, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    y = torch.addcmul(y, y, weight)
+    return y if dtype in WIDE else y.to(dtype)
+
+
+def add_rmsnorm_(
+    residual: Tensor, x: Tensor, post_weight: Tensor | None, next_weight: Tensor, eps: float
+) -> Tensor:
+    """Add a branch x [M, D] or [S, M, D] to the residual [M, D] and normalise the sum -> [M, D]."""
+    x = summed(x)
+    if post_weight is not None:
+        x = rmsnorm(x, post_weight, eps)
+    residual.add_(x)
+    return rmsnorm(residual, next_weight, eps)
+
+
+def summed(x: Tensor) -> Tensor:
+    """Rows [M, N] of themselves, or of their partial sums [S, M, N], mostly one."""
+    if x.dim() == 2:
+        return x
+    return x[0] if x.shape[0] == 1 else x.sum(0)
+
+
+# Rotary embedding and cache
+
+
+def rope_tables(
+    positions: Tensor, inv_freq: Tensor, attention_scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cos and sin [M, 1, K] of positions [M]; inv_freq [K/2] or [M, K/2].
+
+    Frequencies are negated in the first half, which negates the sine alone.
+    """
+    inv_freq = torch.cat([-inv_freq, inv_freq], -1).unsqueeze(-2)
+    angles = positions.view(-1, 1, 1) * inv_freq  # [M, 1, K]
+    cos, sin = angles.cos(), angles.sin()
+    if attention_scaling != 1:
+        cos, sin = cos * attention_scaling, sin * attention_scaling
+    return rounded(cos, dtype), rounded(sin, dtype)
+
+
+def rope_and_store_(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotate q and k together, fill the cache: qkv [M, (HQ + 2 HK) K] -> q [M, HQ, K]."""
+    _, HK, C, K = k_cache.shape
+    qkv = rounded(summed(qkv), k_cache.dtype)
+    HQ = qkv.shape[1] // K - 2 * HK
+    heads = qkv.view(-1, HQ + 2 * HK, K)
+    qk, v = heads.split_with_sizes([HQ + HK, HK], dim=1)  # `split` is Python, and costs 2 us more
+    if q_norm_weight is not None and k_norm_weight is not None:
+        q, k = qk.split_with_sizes([HQ, HK], dim=1)
+        qk = torch.cat([rmsnorm(q, q_norm_weight, eps), rmsnorm(k, k_norm_weight, eps)], dim=1)
+    qk = widened(qk)
+    qk = torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin)
+    q, k = qk.split_with_sizes([HQ, HK], dim=1)
+
+    on_host = positions.tolist()
+    if min(on_host, default=0) < 0:
+        active = positions >= 0
+        slots, positions, k, v = slots[active], positions[active], k[active], v[active]
+    places = (slots, positions % C if max(on_host, default=0) >= C else positions)
+    k_cache.transpose(1, 2).index_put_(places, rounded(k, k_cache.dtype))
+    v_cache.transpose(1, 2).index_put_(places, rounded(v, v_cache.dtype))
+    return rounded(q, qkv.dtype)
+
+
+# Products
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Project rows: x [M, D], weight [N, D], bias [N] -> [M, N].
+
+    Few rows take the same product from the weight's side, and one row a few blocks at a time: torch
+    reads the demo model's matrices in 0.5 ms this way, instead of 1.5, at one row and two threads.
+    """
+    M, (N, D) = x.shape[0], weight.shape
+    if M > FEW_ROWS or x.dtype != torch.float32 or not x.is_cpu:
+        return F.linear(x, weight, bias)
+    if M == 1 and N % BLOCKS == 0:
+        y = torch.bmm(weight.view(BLOCKS, -1, D), x.mT.expand(BLOCKS, D, 1)).view(1, N)
+    else:
+        y = torch.mm(weight, x.mT).mT.contiguous()
+    return y if bias is None else y.add_(bias)
+
+
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product of few rows as one partial sum: x [M, D], weight [N, D], bias [N] -> [1, M, N]."""
+    return widened(linear(x, weight, bias)).unsqueeze(0)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up, with the tanh approximation: gate_up [M, 2 F], gate first -> [M, F]."""
+    half = gate_up.shape[-1] // 2
+    gate, up = widened(gate_up).split_with_sizes([half, half], dim=-1)
+    return rounded(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype)
+
+
+def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V]."""
+    x = widened(x)
+    if softcap is not None:
+        x = times(x, 1 / softcap)
+    if weight.dtype in WIDE:
+        logits = linear(x, weight)
+    else:  # a wide copy of the whole head takes eight times as long as one block after the other
+        logits = torch.cat([linear(x, rows.float()) for rows in weight.split(HEAD_ROWS)], -1)
+    return logits if softcap is None else times_(logits.tanh_(), softcap)
+
+
+def lm_head_argmax(
+    x: Tensor, weight: Tensor, softcap: float | None, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The greatest logit and its token id: x [M, D] -> [M] float32, [M]."""
+    best = lm_head(x, weight, softcap).max(-1)
+    return best.values, best.indices
+
+
+def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+    """The first half of the MLP: x [M, D], gate_up_weight [2 F, D], gate first -> [M, F]."""
+    return geglu(linear(x, gate_up_weight))
+
+
+def linear_rope_and_store_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
+    rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps)
+    return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation)
+
+
+# Attention
+
+
+def attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention of chunks over the cache: q [M, HQ, K] -> [M, HQ, K]."""
+    bounds = cu_seqlens.tolist()
+    chunks = [
+        _attend(q[None, first:end], k_cache, v_cache, slot, start, scale, softcap, sliding_window)
+        for first, end, slot, start in zip(
+            bounds, bounds[1:], slots.tolist(), starts.tolist(), strict=False
+        )
+    ]
+    return torch.cat(chunks, 1)[0] if chunks else torch.empty_like(q)
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    counters: Tensor | None = None,
+) -> Tensor:
+    """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape."""
+    at, starts = slots.tolist(), positions.tolist()
+    settings = (scale, softcap, sliding_window)
+    runs = [
+        _attend(q[first:end], k_cache, v_cache, at[first], starts[first], *settings)
+        for first, end in _runs(at, starts)
+    ]
+    return torch.cat(runs) if len(runs) > 1 else runs[0] if runs else torch.empty_like(q)
+
+
+def _runs(slots: list[int], starts: list[int]) -> Iterator[tuple[int, int]]:
+    """The first and the end of each run of rows that are equally long and adjacent in the cache.
+
+    They are one product over a view of it.  Rows of other lengths share none: padding them to one
+    length would copy all keys and values.
+    """
+    first = 0
+    for b in range(1, len(slots)):
+        if slots[b] != slots[b - 1] + 1 or starts[b] != starts[b - 1]:
+            yield first, b
+            first = b
+    if slots:
+        yield first, len(slots)
+
+
+def _attend(
+    q: Tensor,  # [B, T, HQ, K]
+    k_cache: Tensor,  # [slots, HK, C, K]
+    v_cache: Tensor,
+    slot: int,  # of the first row; the others follow it
+    start: int,  # position of the first query, in each row
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention of the queries of equally long rows; only keys that some query sees are read."""
+    B, T, HQ, K = q.shape
+    if start < 0 or T == 0:
+        return torch.zeros_like(q)
+    HK, dtype = k_cache.shape[1], q.dtype
+    end = start + T
+    first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+    rows = slice(slot * HK, (slot + B) * HK)
+    k, v = _tokens(k_cache, rows, first, end), _tokens(v_cache, rows, first, end)  # [B HK, S, K]
+
+    q, k, v = widened(q), widened(k), widened(v)
+    if T == 1:  # all keys are visible
+        weights = _scores(q.reshape(B * HK, -1, K), k, scale, softcap).softmax(-1)
+        return rounded(torch.bmm(weights, v).view(B, 1, HQ, K), dtype)
+    q = q.view(B, T, HK, -1, K).permute(0, 2, 3, 1, 4).reshape(B * HK, -1, K)  # [B HK, G T, K]
+    scores = _scores(q, k, scale, softcap).view(B * HK, -1, T, end - first)
+    hidden = ~_visible(start, first, end, sliding_window, q.device)  # [T, S]
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+    out = torch.bmm(weights.view(B * HK, -1, end - first), v).view(B, HK, -1, T, K)
+    return rounded(out.permute(0, 3, 1, 2, 4).reshape(B, T, HQ, K), dtype)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scores before the mask: q [R, G T, K], k [R, S, K] -> [R, G T, S]."""
+    if softcap is None:
+        return torch.bmm(times(q, scale), k.mT)
+    return times_(torch.bmm(times(q, scale / softcap), k.mT).tanh_(), softcap)
+
+
+def _tokens(cache: Tensor, rows: slice, first: int, end: int) -> Tensor:
+    """Keys or values of positions first to end - 1, in order: [slots, HK, C, K] -> [R, S, K].
+
+    `rows` are R of the slots' heads, those of each slot after those of the slot before.
+    """
+    C, K = cache.shape[2:]
+    cache = cache.view(-1, C, K)
+    first, end = first % C, first % C + end - first
+    if end <= C:
+        return cache[rows, first:end]
+    return torch.cat([cache[rows, first:], cache[rows, : end - C]], dim=1)  # the ring's end
+
+
+def _visible(
+    start: int, first: int, end: int, sliding_window: int | None, device: torch.device
+) -> Tensor:
+    """Which keys first to end - 1 the queries start to end - 1 see: [T, S] bool."""
+    q_positions = torch.arange(start, end, device=device).unsqueeze(-1)
+    k_positions = torch.arange(first, end, device=device)
+    visible = k_positions <= q_positions
+    if sliding_window is not None:
+        visible &= k_positions > q_positions - sliding_window
+    return visible
