@@ -11,7 +11,7 @@ unpacks it.  Both take the same sums in the same order, so they agree bit for bi
 
 Cost of embed: 2 M D elements moved.  Of the head: V D weights read once for 16 rows (1.2 GB in a
 step of gemma-2-2b, a fifth of all its bytes), 2 operations each a row, 4 M V bytes of logits
-written: bound by memory bandwidth, see matmul.py.
+written: bound by memory bandwidth, see skinny_product.py.
 """
 
 import torch
@@ -28,7 +28,7 @@ from gemcut.kernels.checks import (
     require,
 )
 from gemcut.kernels.gelu import tanh
-from gemcut.kernels.matmul import BLOCK_M, check_linear, pipeline, product, rows_of_weight
+from gemcut.kernels.skinny_product import BLOCK_M, check_linear, pipeline, product, rows_of_weight
 from gemcut.kernels.tiles import tuned
 from gemcut.kernels.top_k_top_p import packed, packed_id, packed_value
 

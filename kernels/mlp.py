@@ -7,8 +7,9 @@ GELU is its tanh approximation, which is what every published Gemma was trained 
 float32, rounded once.  In decode a program owns the same BLOCK_F rows of gate and of up, so that
 nothing between the two products leaves its registers.
 
-Cost of geglu: 3 M F elements moved, about 15 operations each: bound by memory bandwidth.  Of
-linear_geglu: 2 F D weights read once for 16 rows, 2 operations each a row: likewise, see matmul.py.
+Cost of geglu: 3 M F elements moved, about 15 operations each: bound by memory bandwidth.  Cost of
+linear_geglu: 2 F D weights read once for 16 rows, 2 operations each a row: bound by it too, see
+skinny_product.py.
 """
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from gemcut.kernels.checks import check_rows, check_tensors, require
 from gemcut.kernels.gelu import gelu
-from gemcut.kernels.matmul import (
+from gemcut.kernels.skinny_product import (
     BLOCK_M,
     BLOCK_N,
     check_linear,

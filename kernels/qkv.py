@@ -9,7 +9,7 @@ rows i and i + K/2 of the weight.  Gemma 3 normalises q and k over the whole hea
 them, which no program holds: there the product is one launch and rotary.py the second.
 
 Cost: (HQ + 2 HK) K D weights read once for 16 rows, 2 operations each a row: bound by memory
-bandwidth, see matmul.py.
+bandwidth, see skinny_product.py.
 """
 
 import torch
@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_cache, check_rotation, check_tensors, count_q_heads
-from gemcut.kernels.matmul import (
+from gemcut.kernels.matmul import skinny_linear
+from gemcut.kernels.rotary import check_head_norms, rope_and_store_
+from gemcut.kernels.skinny_product import (
     BLOCK_M,
     BLOCK_N,
     check_linear,
@@ -26,9 +28,7 @@ from gemcut.kernels.matmul import (
     pipeline,
     product,
     rows_of_weight,
-    skinny_linear,
 )
-from gemcut.kernels.rotary import check_head_norms, rope_and_store_
 from gemcut.kernels.tiles import tuned
 
 

@@ -4,8 +4,8 @@ tools/tune.py writes MEASURED: what won in one of its runs, on which card, when,
 and at which commit.  An empty tile says that nothing beat the rule there.
 
 A shape is the model's, never a number of rows, of sequences or of tokens in a cache: so a row's
-bits do not depend on its company, see matmul.py.  Constants are measured for elements of 16 bits,
-and are taken for these alone.
+bits do not depend on its company, see skinny_product.py.  Constants are measured for elements of 16
+bits, and are taken for these alone.
 """
 
 from collections.abc import Sequence
