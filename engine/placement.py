@@ -10,7 +10,7 @@ import torch
 from gemcut import kernels
 from gemcut.engine.checks import shorten
 from gemcut.kernels import cpu, reference
-from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.gpu_arch import arch_of
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def choose_ops(ops: str, device: torch.device) -> ModuleType:
             "ops 'triton' needs a GPU; on a CPU give 'reference', or set TRITON_INTERPRET=1 before "
             "Python starts to run the kernels in Triton's interpreter, slowly"
         )
-    part(device)  # refuses what is older than Ampere
+    arch_of(device)  # refuses what is older than Ampere
     return kernels
 
 

@@ -18,7 +18,7 @@ with each i at its own place in the sum, that of its number's last four bits.  W
 see adds exact zeros: keys masked, splits and groups without a visible key.  So a token's bits are
 the same in any company: whatever the rows beside it, the tokens decoded with it, and the programs
 that share the work.  One compiled kernel serves all of these: constants follow from the model's
-shape and the part.
+shape and the arch.
 
 Scores, softmax and partial sums are float32; p is rounded to v's dtype for the second product, and
 y once.  A row yields zeros where positions[b] < 0, and NaN where its slot does not exist, where it
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from gemcut.kernels.attention_tiles import NO_MAXIMUM, check_attention, ring_tile, softmax_step
 from gemcut.kernels.checks import check_counters, check_index, check_tensors, require
-from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.kv_combine import (
     FAN,
@@ -254,17 +254,17 @@ def attention_decode_kernel(
             )  # fmt: skip
 
 
-def _tile(head_dim: int, group_size: int, itemsize: int, part: str) -> dict[str, int]:
+def _tile(head_dim: int, group_size: int, itemsize: int, arch: str) -> dict[str, int]:
     """Keys of the shortest split and of a tile, warps and stages; compiled without spills, untimed.
 
     A memory of 4.7 TB/s and 0.7 us latency is kept busy by 3.3 MB in flight, 25 KB on each of 132
     multiprocessors: two stages of K and V tiles of 16 KiB are 64 KiB in each of three programs.
-    Parts with 100 KB of shared memory have less bandwidth for each multiprocessor, and get half.
+    Archs with 100 KB of shared memory have less bandwidth for each multiprocessor, and get half.
 
     Adding a split up takes as long as it has queries: of 8, splits of 64 keys were slower than of
     128 at 1024 keys (an earlier kernel on an H200).
     """
-    is_small = part in ("sm_89", "sm_120")
+    is_small = arch in ("sm_89", "sm_120")
     is_narrow = itemsize == 2 and group_size <= MIN_ROWS
     tile_bytes = 8192 if is_small else 16384
     row_bytes = itemsize * triton.next_power_of_2(head_dim)
@@ -273,7 +273,7 @@ def _tile(head_dim: int, group_size: int, itemsize: int, part: str) -> dict[str,
         "BLOCK_N": max(16, min(32, tile_bytes // row_bytes)),
         "num_warps": 4 if is_narrow else 8,
         # three programs of four warps; or two, as shared memory has it, or where 168 would spill
-        "maxnreg": 168 if is_narrow and part == "sm_90" else 255,
+        "maxnreg": 168 if is_narrow and arch == "sm_90" else 255,
         "num_stages": 3 if is_narrow else 2,
     }
 
@@ -326,7 +326,7 @@ def attention_decode(
     y = torch.empty((B, T, HQ, K), device=q.device, dtype=q.dtype)
     if B:
         is_local = sliding_window is not None
-        tile = _tile(K, G, q.itemsize, part(q.device)) | tuned("attention_decode", q, HQ, HK, K)
+        tile = _tile(K, G, q.itemsize, arch_of(q.device)) | tuned("attention_decode", q, HQ, HK, K)
         tile["SPLIT"] = _keys_of_a_split(tile["SPLIT"], C, sliding_window)
         tokens_of_tile = min(T, tokens)
         seen = C if sliding_window is None else min(C, sliding_window + tokens_of_tile - 1)

@@ -1,12 +1,12 @@
-"""What tiles are chosen for: five GPU generations, and Triton's interpreter on a CPU."""
+"""The arch of a device, for which tiles are chosen: five GPU generations, and the interpreter."""
 
 from functools import lru_cache
 
 import torch
 
 # The interpreter takes as long for a large tile as for a small one: there, few programs are best.
-# Tests of single kernels put a GPU's name here, to run the tiles that run there.
-PART_OF_A_CPU = "interpreter"
+# Tests of single kernels put a GPU's arch here, to run the tiles that run there.
+ARCH_OF_A_CPU = "interpreter"
 
 # shared memory of one block, bytes (CUDA C++ programming guide, technical specifications)
 SHARED_MEMORY = {
@@ -16,14 +16,14 @@ SHARED_MEMORY = {
     "sm_100": 232_448,
     "sm_120": 101_376,
 }
-# multiprocessors of the generation's largest: A100, RTX 4090, H100 and H200, B200, RTX 5090.  What
-# is cut by them is cut alike on every GPU of the part.
+# multiprocessors of the arch's largest GPU: A100, RTX 4090, H100 and H200, B200, RTX 5090.  Work is
+# cut by these, and so alike on every GPU of the arch.
 PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 
 
-def part(device: torch.device) -> str:
-    """What a device counts as, 8.6 as 8.9 for example.  ValueError for a GPU before Ampere."""
-    return _generation(device) if device.type == "cuda" else PART_OF_A_CPU
+def arch_of(device: torch.device) -> str:
+    """The arch that a device counts as, 8.6 as "sm_89" for example; ValueError before Ampere."""
+    return _generation(device) if device.type == "cuda" else ARCH_OF_A_CPU
 
 
 @lru_cache

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.gpu_arch import PROCESSORS, part
+from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     check_linear,
@@ -66,7 +66,7 @@ def _tile(weight: Tensor, x: Tensor) -> dict[str, int]:
     block_n = rows_of_weight(x)
     blocks = triton.cdiv(N, block_n)
     steps = triton.cdiv(D, pipeline(x, blocks)["BLOCK_D"])
-    processors = PROCESSORS.get(part(x.device), 0)  # 0: the interpreter's programs take turns
+    processors = PROCESSORS.get(arch_of(x.device), 0)  # 0: the interpreter's programs take turns
     splits = max(1, min(steps, 2 * processors // blocks))
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # as many as equal ones need
     rule = {"BLOCK_N": block_n, "SPLITS": splits, **pipeline(x, blocks * splits)}

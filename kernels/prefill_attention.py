@@ -38,7 +38,7 @@ from gemcut.kernels.attention_tiles import (
     softmax_step,
 )
 from gemcut.kernels.checks import check_index, check_tensors, require
-from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import tuned
 
@@ -136,7 +136,7 @@ def attention_prefill_kernel(
 
 
 # BLOCK_M, BLOCK_N, num_warps, num_stages by padded head_dim, for 16-bit elements.  The largest
-# that neither spill nor exceed the part's shared memory (compiled, not yet timed): more queries
+# that neither spill nor exceed the arch's shared memory (compiled, not yet timed): more queries
 # in a tile read the cache less often, and sm_90 and sm_100 multiply 64 and 128 rows at once.
 TILES = {
     256: {
@@ -154,14 +154,14 @@ TILES = {
 }  # fmt: skip
 
 
-def _tile(head_dim: int, itemsize: int, part: str) -> dict[str, int]:
+def _tile(head_dim: int, itemsize: int, arch: str) -> dict[str, int]:
     width = max(64, triton.next_power_of_2(head_dim))
     if itemsize == 4:  # no tensor cores: operands of the products lie in registers
         tile = (32 if width == 256 else 64, 32, 8, 1)
-    elif part == "interpreter":
+    elif arch == "interpreter":
         tile = (64, 64, 8, 1)
     else:
-        tile = TILES[width][part]
+        tile = TILES[width][arch]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
 
 
@@ -193,7 +193,7 @@ def attention_prefill(
 
     y = torch.empty((M, HQ, K), device=q.device, dtype=q.dtype)
     if M:
-        rule = _tile(K, q.itemsize, part(q.device))
+        rule = _tile(K, q.itemsize, arch_of(q.device))
         tile = rule | tuned("attention_prefill", q, HQ, HK, K)
         attention_prefill_kernel[(HQ, triton.cdiv(M, tile["BLOCK_M"]) + B)](
             q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,

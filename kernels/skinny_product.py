@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_rows, check_shape, check_tensors, require
-from gemcut.kernels.gpu_arch import PROCESSORS, part
+from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 
 BLOCK_M = 16  # rows of x in a program: the least that tensor cores take
 BLOCK_N = 64  # rows of the weight in a program
@@ -31,7 +31,7 @@ MOST_PROGRAMS = 3  # that share a processor
 # `pipeline`, 20 KB each, they fill 180, 160 and 120 of the 227 KB of an H200.  Only 3, 4 and 6 were
 # timed on one, on the products of gemma-2-2b, gemma-2-9b and vaultgemma-1b.
 STAGES = {3: 3, 2: 4, 1: 6}
-SMALL_PARTS = ("sm_80", "sm_89", "sm_120")  # half as much shared memory, or less
+SMALL_ARCHS = ("sm_80", "sm_89", "sm_120")  # half as much shared memory, or less
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def product(
 def halves(acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Rows 0 to BLOCK_N - 1 and the rest: [2 BLOCK_N, BLOCK_M] -> 2 x [BLOCK_N, BLOCK_M].
 
-    A program that combines two rows of a weight takes both in one product, and parts them here.
+    A program that combines two rows of a weight takes both in one product, and splits them here.
     """
     return tl.split(acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
 
@@ -93,14 +93,14 @@ def pipeline(x: Tensor, blocks: int) -> dict[str, int]:
     many waves the last one counts for little, and programs hide each other's beginnings.
     """
     # a size may be a SymInt under torch.compile, which no cache can hold
-    return dict(_pipeline(part(x.device), x.itemsize, int(blocks)))
+    return dict(_pipeline(arch_of(x.device), x.itemsize, int(blocks)))
 
 
 @lru_cache
 def _pipeline(name: str, itemsize: int, blocks: int) -> dict[str, int]:
     if name == "interpreter":
         return {"BLOCK_D": 256, "num_warps": 4, "num_stages": 1}
-    block_d = (64 if name in SMALL_PARTS else 128) * 2 // itemsize
+    block_d = (64 if name in SMALL_ARCHS else 128) * 2 // itemsize
 
     def idle(programs: int) -> float:
         slots = programs * PROCESSORS[name]
@@ -113,7 +113,7 @@ def _pipeline(name: str, itemsize: int, blocks: int) -> dict[str, int]:
 
 def rows_of_weight(x: Tensor, rows: int = BLOCK_N) -> int:
     """How many rows of a weight a program streams: `rows` on a GPU."""
-    return 512 if part(x.device) == "interpreter" else rows
+    return 512 if arch_of(x.device) == "interpreter" else rows
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Tile constants that were measured, by part, kernel and shape; a kernel's rule holds for the rest.
+"""Tile constants that were measured, by arch, kernel and shape; a kernel's rule holds for the rest.
 
 tools/tune.py writes MEASURED: what won in one of its runs, on which card, when, with which versions
 and at which commit.  An empty tile says that nothing beat the rule there.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.gpu_arch import arch_of
 
 Shape = tuple[int, ...]
 Key = tuple[str, Shape]  # kernel, shape
@@ -24,7 +24,7 @@ Tile = dict[str, int]
 class Measured:
     """What won in runs of tools/tune.py at one place: tiles by kernel and shape."""
 
-    part: str
+    arch: str
     card: str
     date: str
     triton: str
@@ -36,21 +36,21 @@ class Measured:
 MEASURED: tuple[Measured, ...] = ()
 
 
-def tiles_by_part(measured: Sequence[Measured]) -> dict[str, dict[Key, Tile]]:
-    """The tiles of each part; of two at one shape, the later in the list counts."""
+def tiles_by_arch(measured: Sequence[Measured]) -> dict[str, dict[Key, Tile]]:
+    """The tiles of each arch; of two at one shape, the later in the list counts."""
     found: dict[str, dict[Key, Tile]] = {}
     for block in measured:
-        tiles = found.setdefault(block.part, {})
+        tiles = found.setdefault(block.arch, {})
         for kernel, shapes in block.tiles.items():
             tiles |= {(kernel, shape): tile for shape, tile in shapes.items()}
     return found
 
 
-TUNED = tiles_by_part(MEASURED)
+TUNED = tiles_by_arch(MEASURED)
 
 
 def tuned(kernel: str, x: Tensor, *shape: int) -> Tile:
     """The constants to lay over a kernel's rule where x is: {} where the rule holds."""
     if x.itemsize != 2:
         return {}
-    return TUNED.get(part(x.device), {}).get((kernel, shape), {})
+    return TUNED.get(arch_of(x.device), {}).get((kernel, shape), {})

@@ -59,7 +59,7 @@ def poisoned(monkeypatch) -> None:
 
     Tiles are those of a GPU, in the interpreter too.
     """
-    monkeypatch.setattr(gpu_arch, "PART_OF_A_CPU", "sm_90")
+    monkeypatch.setattr(gpu_arch, "ARCH_OF_A_CPU", "sm_90")
 
     def poisoning(allocate):
         def poisoned_buffer(*args, **kwargs):

@@ -1,15 +1,15 @@
 """Ahead-of-time compilation of every kernel for five GPU generations, held to the house's rules.
 
     python -P -m gemcut.tools.compile_report            gemma-2-2b on sm_90: what CI runs
-    python -P -m gemcut.tools.compile_report --all --json FILE      every model and part
-    python -P -m gemcut.tools.compile_report --models gemma-3-1b --parts sm_80 sm_120
+    python -P -m gemcut.tools.compile_report --all --json FILE      every model and arch
+    python -P -m gemcut.tools.compile_report --models gemma-3-1b --archs sm_80 sm_120
 
 No GPU is needed.  The real model runs, on fake tensors, and each launch is recorded instead of
 made (launches.py); so what is compiled is what the engine launches, tile and argument for argument.
 Exits with 1 where a rule is broken:
 
     no spills           no local memory: registers suffice
-    shared memory       within what one block may have on that part
+    shared memory       within what one block may have on that arch
     tensor cores        in whatever multiplies matrices; HGMMA in prefill attention on sm_90
     wide loads          16 bytes at a time in whatever memory bounds
     64-bit addresses    no 32-bit product of two values that are not known at compile time
@@ -45,7 +45,7 @@ from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
 
 MODELS: tuple[str, ...] = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 MODELS += ("vaultgemma-1b", "gemma-3-1b")
-QUICK = {"models": ["gemma-2-2b"], "parts": ["sm_90"]}
+QUICK = {"models": ["gemma-2-2b"], "archs": ["sm_90"]}
 # kernels that move too little for the width of a load to matter
 SMALL = {"rope_tables_kernel", "advance_kernel"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -62,7 +62,7 @@ class Cell:
     """What the compiler made of one launch; `models` are those that make it."""
 
     kernel: str
-    part: str
+    arch: str
     tile: dict[str, int]
     models: list[str]
     registers: int = 0
@@ -83,11 +83,11 @@ class Cell:
             return
         if self.spill_bytes:
             yield f"spills {self.spill_bytes} bytes of registers"
-        if self.shared_bytes > SHARED_MEMORY[self.part]:
-            yield f"{self.shared_bytes} bytes of shared memory > {SHARED_MEMORY[self.part]}"
+        if self.shared_bytes > SHARED_MEMORY[self.arch]:
+            yield f"{self.shared_bytes} bytes of shared memory > {SHARED_MEMORY[self.arch]}"
         if self.multiplies and not self.instructions["tensor_core"]:
             yield "no tensor cores"
-        warpgroup = self.kernel == "attention_prefill_kernel" and self.part == "sm_90"
+        warpgroup = self.kernel == "attention_prefill_kernel" and self.arch == "sm_90"
         if warpgroup and not self.instructions["hgmma"]:
             yield "no HGMMA"
         if self.kernel not in SMALL and not self.instructions["wide_loads"]:
@@ -103,7 +103,7 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     """
     names = [name for name, _ in launch.signature]
     tile = {names[i]: value for i, value in launch.constants if names[i].startswith("BLOCK")}
-    cell = Cell(launch.kernel, launch.part, tile | dict(launch.options), models)
+    cell = Cell(launch.kernel, launch.arch, tile | dict(launch.options), models)
     knobs.compilation.always_compile = fresh  # a cached result would take no seconds
     started = time.perf_counter()
     try:
@@ -118,7 +118,7 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     cell.spill_bytes = spilled(stack, compiled.asm["ptx"])
     cell.shared_bytes = compiled.metadata.shared
     cell.instructions = {name: len(re.findall(regex, code)) for name, regex in COUNTED.items()}
-    if launch.part == "sm_90":  # whose encoding machine_code.py reads
+    if launch.arch == "sm_90":  # whose encoding machine_code.py reads
         instructions = parse(code)
         cell.loops = find_loops(instructions)
         main = [loop.end for loop in cell.loops if loop.multiplies]
@@ -131,7 +131,7 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
 def compiled_kernel(launch: Launch) -> Any:
     """Triton's compiled kernel, as its launcher would make it; from its cache where it is there."""
     kernel = getattr(import_module(launch.module), launch.kernel)
-    major, minor = CAPABILITY[launch.part]
+    major, minor = CAPABILITY[launch.arch]
     return triton.compile(
         ASTSource(
             fn=kernel,
@@ -191,14 +191,14 @@ def _given(match: re.Match | None) -> re.Match:
     return match
 
 
-def report(models: list[str], parts: list[str], jobs: int) -> list[Cell]:
-    """Compile what these models launch on these parts, each distinct kernel once."""
+def report(models: list[str], archs: list[str], jobs: int) -> list[Cell]:
+    """Compile what these models launch on these archs, each distinct kernel once."""
     wanted: dict[Launch, list[str]] = {}
     for model in models:
-        for name in parts:
+        for name in archs:
             for launch in launches(PUBLISHED[model], name):
                 wanted.setdefault(launch, []).append(model)
-    order = sorted(wanted, key=lambda launch: (launch.kernel, launch.part, str(launch)))
+    order = sorted(wanted, key=lambda launch: (launch.kernel, launch.arch, str(launch)))
     # spawned: a fork would inherit torch's threads
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         cells = []
@@ -208,27 +208,32 @@ def report(models: list[str], parts: list[str], jobs: int) -> list[Cell]:
     return cells
 
 
-HEADER = "kernel                     part     regs spill  shared  mma  16B     s  models"
+HEADER = "kernel                     arch     regs spill  shared  mma  16B     s  models"
 
 
 def _row(cell: Cell) -> str:
     counts = cell.instructions or {"tensor_core": 0, "wide_loads": 0}
     line = (
-        f"{cell.kernel.removesuffix('_kernel'):<27}{cell.part:<8}{cell.registers:>5}"
+        f"{cell.kernel.removesuffix('_kernel'):<27}{cell.arch:<8}{cell.registers:>5}"
         f"{cell.spill_bytes:>6}{cell.shared_bytes:>8}{counts['tensor_core']:>5}"
         f"{counts['wide_loads']:>5}{cell.seconds:>6.1f}  {', '.join(cell.models)}"
     )
     return "\n".join([line, *(f"    BROKEN: {problem}" for problem in cell.problems())])
 
 
+def _as_json(cell: Cell) -> dict[str, Any]:
+    found = asdict(cell) | {"problems": list(cell.problems())}
+    return {"part" if name == "arch" else name: value for name, value in found.items()}
+
+
 def summary(cells: list[Cell]) -> str:
-    """Markdown: the most registers and KB of shared memory that each kernel takes on each part."""
-    names = [name for name in CAPABILITY if any(cell.part == name for cell in cells)]
+    """Markdown: the most registers and KB of shared memory that each kernel takes on each arch."""
+    names = [name for name in CAPABILITY if any(cell.arch == name for cell in cells)]
     lines = [f"| kernel | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for kernel in sorted({cell.kernel for cell in cells}):
         row = [kernel.removesuffix("_kernel")]
         for name in names:
-            same = [cell for cell in cells if (cell.kernel, cell.part) == (kernel, name)]
+            same = [cell for cell in cells if (cell.kernel, cell.arch) == (kernel, name)]
             registers = max((cell.registers for cell in same), default=0)
             shared = max((cell.shared_bytes for cell in same), default=0)
             row.append(f"{registers} / {shared / 1024:.0f}")
@@ -242,16 +247,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -P -m gemcut.tools.compile_report",
         description="Compile every kernel for GPUs that are not here, and check what comes of it.",
     )
-    parser.add_argument("--all", action="store_true", help="every model and part")
+    parser.add_argument("--all", action="store_true", help="every model and arch")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=QUICK["models"])
-    parser.add_argument("--parts", nargs="+", choices=list(CAPABILITY), default=QUICK["parts"])
+    parser.add_argument(
+        "--archs", "--parts", nargs="+", choices=list(CAPABILITY), default=QUICK["archs"]
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every cell here")
     arguments = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
     models: list[str] = list(MODELS) if arguments.all else arguments.models
-    names: list[str] = list(CAPABILITY) if arguments.all else arguments.parts
+    names: list[str] = list(CAPABILITY) if arguments.all else arguments.archs
 
     print(f"triton {triton.__version__}, bf16, {', '.join(models)}\n{HEADER}")
     cells = report(models, names, arguments.jobs)
@@ -260,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nregisters / KB of shared memory, the most of each kernel\n\n{summary(cells)}\n")
     print(f"{len(cells)} compilations, {broken} break a rule; {seconds:.0f} s of compiling")
     if arguments.json is not None:
-        rows = [asdict(cell) | {"problems": list(cell.problems())} for cell in cells]
+        rows = [_as_json(cell) for cell in cells]
         content = {"triton": triton.__version__, "dtype": "bfloat16", "cells": rows}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if broken else 0

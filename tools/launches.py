@@ -50,7 +50,7 @@ class Launch:
 
     module: str
     kernel: str
-    part: str
+    arch: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[int, Any], ...]
     divisible: tuple[int, ...]
@@ -75,7 +75,7 @@ def launches(
     batches: Sequence[int] = BATCHES,
     max_seq_len: int = MAX_SEQ_LEN,
 ) -> set[Launch]:
-    """What a model launches on a part: a prefill chunk, decode steps, every choice of tokens.
+    """What a model launches on an arch: a prefill chunk, decode steps, every choice of tokens.
 
     The last of `batches` is the greatest, and so many slots there are.
     """
@@ -86,7 +86,7 @@ def launches(
 
 @contextmanager
 def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]:
-    """Fake tensors on a part, and what is launched on them: recorded instead of made.
+    """Fake tensors on an arch, and what is launched on them: recorded instead of made.
 
     `made` takes every launch in order, with its grid, and torch's own ops among them.
     """
@@ -111,9 +111,9 @@ def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]
     gpu_arch._generation.cache_clear()
 
 
-def applied(part: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
+def applied(arch: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
     """A context in which launchers find this tile, and no other."""
-    return mock.patch.dict(tiles.TUNED, {part: {key: tile}}, clear=True)
+    return mock.patch.dict(tiles.TUNED, {arch: {key: tile}}, clear=True)
 
 
 class _Ops(TorchDispatchMode):
@@ -146,14 +146,14 @@ def _made(launch: Launch, grid: tuple[int, ...], arguments: dict[str, Any]) -> M
     )
 
 
-def step_launches(config: ModelConfig, part: str, *, batch: int, context: int) -> list[Made]:
+def step_launches(config: ModelConfig, arch: str, *, batch: int, context: int) -> list[Made]:
     """What a decode step launches, in order: `batch` rows in a cache of `context` tokens.
 
     Tokens are the greatest logits.
     """
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     made: list[Made] = []
-    with recorded(part, made):
+    with recorded(arch, made):
         model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
         cache = KVCache(
             config,
@@ -170,13 +170,13 @@ def step_launches(config: ModelConfig, part: str, *, batch: int, context: int) -
     return made
 
 
-def kernels_of_company(config: ModelConfig, part: str) -> dict[tuple[int, int], set[Launch]]:
+def kernels_of_company(config: ModelConfig, arch: str) -> dict[tuple[int, int], set[Launch]]:
     """What a decode step launches up to the choice of tokens, by rows and by tokens of a row.
 
     A token's bits are the same in any company because all of these are the same.
     """
     found = {}
-    with recorded(part) as launched:
+    with recorded(arch) as launched:
         steps = _steps_of_six_layers(config, max(BATCHES), MAX_SEQ_LEN)
         model, cache = steps.model, steps.cache
         for batch, tokens in ((1, 1), (3, 1), (16, 1), (1, 8), (2, 8), (5, 3)):

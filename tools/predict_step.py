@@ -6,7 +6,7 @@
     python -P -m gemcut.tools.predict_step --fit FOLDER/breakdown.json
     python -P -m gemcut.tools.predict_step --set bandwidth=4.1e12 ghz=1.7
 
-The step runs on fake tensors (launches.py) and each distinct launch is compiled for the part; the
+The step runs on fake tensors (launches.py) and each distinct launch is compiled for the arch; the
 machine code of its loops (machine_code.py) and a fluid model of the memory (bandwidth_model.py)
 give its time (launch_time.py), with the constants of machine.py.  Estimates: within 10 to 15 %
 until they are fitted to a profile, see bench/NOTES.md.
@@ -32,7 +32,7 @@ from gemcut.tools.prediction.fit_machine import Residual, fit, read_profile
 from gemcut.tools.prediction.predicted_step import PredictedStep, predict_steps
 from gemcut.tools.prediction.product_times import is_list, pair, read_products
 
-PART = "sm_90"  # whose machine code can be read
+ARCH = "sm_90"  # whose machine code can be read
 
 
 def print_step(step: PredictedStep, machine: Machine) -> None:
@@ -127,8 +127,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Predict what was asked for; ValueError and RuntimeError say what is wrong in one line."""
     if INTERPRETED:
         raise ValueError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
-    if arguments.part != PART:
-        raise ValueError(f"part {arguments.part!r}: machine code is read of {PART} alone")
+    if arguments.arch != ARCH:
+        raise ValueError(f"arch {arguments.arch!r}: machine code is read of {ARCH} alone")
     machine = constants(arguments.set)
     lists = [read_products(file) for file in arguments.fit if is_list(file)]
     profiles = [read_profile(file) for file in arguments.fit if not is_list(file)]
@@ -144,10 +144,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     wanted = [(p.model, p.batch, p.context) for p in profiles]
     wanted += [(model, arguments.batch, arguments.context) for model in models]
-    steps = predict_steps(wanted, PART, arguments.jobs)
+    steps = predict_steps(wanted, ARCH, arguments.jobs)
     fitting, steps = steps[: len(profiles)], steps[len(profiles) :]
     pairs = list(zip(profiles, fitting, strict=True))
-    pairs += [pair(products, PART, arguments.jobs, machine) for products in lists]
+    pairs += [pair(products, ARCH, arguments.jobs, machine) for products in lists]
     if pairs:
         machine, residuals = fit(pairs, machine)
         print_fit(machine, residuals)
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Predict the time of a decode step kernel by kernel, without a GPU.",
     )
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all published")
-    parser.add_argument("--part", default=PART, help=f"only {PART} can be predicted")
+    parser.add_argument("--arch", "--part", default=ARCH, help=f"only {ARCH} can be predicted")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows of the step")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a row")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")

@@ -1,10 +1,10 @@
-"""Finds tile constants for a part, and writes them with all that was tried.
+"""Finds tile constants for an arch, and writes them with all that was tried.
 
-    python -P -m gemcut.tools.tune --compile-only --part sm_90
+    python -P -m gemcut.tools.tune --compile-only --arch sm_90
     python -P -m gemcut.tools.tune --models gemma-2-2b --kernels skinny_linear --out FOLDER --write
     python -P -m gemcut.tools.tune --merge FOLDER/tiles-sm_90.py
 
-Candidates (search_space.py) are compiled first, for any part and on any machine; those that spill,
+Candidates (search_space.py) are compiled first, for any arch and on any machine; those that spill,
 take too much shared memory or break another rule of compile_report.py are dropped.  The rest are
 put in the order of their predicted times (ranking.py),
 held to the oracle and timed on the GPU at hand, in heats beside the kernel's own rule (heats.py).
@@ -15,8 +15,8 @@ The best of the heats meet the rule once more, in rounds that had no part in cho
 wins that beats the rule in every round (by chance alone 1 in 4096 does) and by more than one
 hundredth in the median; else the rule stays.
 
-FOLDER holds tune-PART.json, a report as gemcut-bench writes them, with a row for each candidate:
-its status, its microseconds by case, its ratio to the rule; and tiles-PART.py, what won.  Both are
+FOLDER holds tune-ARCH.json, a report as gemcut-bench writes them, with a row for each candidate:
+its status, its microseconds by case, its ratio to the rule; and tiles-ARCH.py, what won.  Both are
 written anew after each shape: whatever ends a run, what it has decided is kept.
 """
 
@@ -38,7 +38,7 @@ from gemcut.bench.measure.report_file import INTERRUPTED, NO_MEMORY, OK, Record,
 from gemcut.bench.measure.timing import Spread, clock
 from gemcut.bench.ops.kernels import MEMORY_ERRORS
 from gemcut.engine.config.model_config import PUBLISHED
-from gemcut.kernels.gpu_arch import SHARED_MEMORY, part
+from gemcut.kernels.gpu_arch import SHARED_MEMORY, arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import Key, Measured, Tile
 from gemcut.tools.compile_report import Cell, compile_launch
@@ -64,7 +64,7 @@ from gemcut.tools.tuning.tile_file import (
 )
 from gemcut.tools.tuning.trials import NO_TIME, tune
 
-MOST_REGISTERS = 255  # of a thread, on any part
+MOST_REGISTERS = 255  # of a thread, on any arch
 
 # What the compiler makes of candidates
 
@@ -163,7 +163,7 @@ def measured(results: Results, name: str, subjects: Sequence[Subject]) -> Measur
     machine = results.report["machine"]
     won: dict[Key, Tile] = {s.key: s.winner.tile for s in subjects if s.winner is not None}
     return Measured(
-        part=name,
+        arch=name,
         card=machine["device"],
         date=time.strftime("%Y-%m-%d"),
         triton=machine["versions"]["triton"],
@@ -259,14 +259,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kernels", nargs="+", metavar="KERNEL", choices=CANDIDATES, default=list(CANDIDATES)
     )
-    parser.add_argument("--part", choices=SHARED_MEMORY, help="of --compile-only; default: the GPU")
+    parser.add_argument(
+        "--arch", "--part", choices=SHARED_MEMORY, help="of --compile-only; default: the GPU's"
+    )
     parser.add_argument("--compile-only", action="store_true", help="time nothing; needs no GPU")
     parser.add_argument("--minutes", type=float, default=7.0, help="for all of it")
     parser.add_argument("--jobs", type=int, default=_cores(), help="compilers at a time")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for what was tried and won")
     parser.add_argument("--write", action="store_true", help="lay what won over kernels/tiles.py")
     parser.add_argument(
-        "--merge", type=Path, metavar="FILE", help="lay a tiles-PART.py over it; nothing else"
+        "--merge", type=Path, metavar="FILE", help="lay a tiles-ARCH.py over it; nothing else"
     )
     return parser
 
@@ -280,8 +282,8 @@ def merge(file: Path) -> int:
     """Lay what another machine measured over kernels/tiles.py."""
     blocks = read_measured(file)
     for block in blocks:
-        if block.part not in SHARED_MEMORY:
-            raise ValueError(f"{file}: part {block.part!r} is not {', '.join(SHARED_MEMORY)}")
+        if block.arch not in SHARED_MEMORY:
+            raise ValueError(f"{file}: arch {block.arch!r} is not {', '.join(SHARED_MEMORY)}")
     for block in blocks:
         keep(block, [TILES_FILE])
     return 0
@@ -290,7 +292,7 @@ def merge(file: Path) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Compile, time and write what was asked for."""
     ends = clock() + 60 * arguments.minutes
-    device, name = choose_part(arguments)
+    device, name = choose_arch(arguments)
     if not (math.isfinite(arguments.minutes) and arguments.minutes > 0 and arguments.jobs > 0):
         raise ValueError(f"--minutes {arguments.minutes} --jobs {arguments.jobs}: must be above 0")
     subjects = find_subjects(arguments.models, arguments.kernels, name, device, torch.bfloat16)
@@ -326,24 +328,24 @@ def report_file(folder: Path | None, name: str) -> Path | None:
     return folder / f"tune-{name}.json"
 
 
-def choose_part(arguments: argparse.Namespace) -> tuple[torch.device, str]:
-    """The device and the part to tune for; ValueError where they cannot be had."""
+def choose_arch(arguments: argparse.Namespace) -> tuple[torch.device, str]:
+    """The device and the arch to tune for; ValueError where they cannot be had."""
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        name = part(device)
+        name = arch_of(device)
     elif INTERPRETED:
         device = torch.device("cpu")
-        name = part(device)
+        name = arch_of(device)
     else:
         device, name = torch.device("cuda", 0), ""
     if arguments.compile_only:
-        if not (arguments.part or name):
-            raise ValueError("no GPU is here: --compile-only needs a --part to compile for")
-        return device, arguments.part or name
+        if not (arguments.arch or name):
+            raise ValueError("no GPU is here: --compile-only needs an --arch to compile for")
+        return device, arguments.arch or name
     if not name:
-        raise ValueError("no GPU is here to time on; --compile-only --part sm_90 compiles")
-    if arguments.part not in (None, name):
-        raise ValueError(f"--part {arguments.part}: the GPU here is {name}")
+        raise ValueError("no GPU is here to time on; --compile-only --arch sm_90 compiles")
+    if arguments.arch not in (None, name):
+        raise ValueError(f"--arch {arguments.arch}: the GPU here is {name}")
     if arguments.write and device.type != "cuda":
         raise ValueError("--write: the interpreter's times say nothing about a GPU")
     return device, name

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gemcut import kernels
 from gemcut.kernels import gpu_arch
 from gemcut.kernels.checks import check_tensors
-from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.gpu_arch import arch_of
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_tensors_of_two_devices_are_refused(two_gpus):
 def test_generations(capability, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     gpu_arch._generation.cache_clear()
-    assert part(torch.device("cuda", 0)) == name
+    assert arch_of(torch.device("cuda", 0)) == name
     gpu_arch._generation.cache_clear()
 
 
@@ -55,7 +55,7 @@ def test_what_is_older_than_ampere_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     gpu_arch._generation.cache_clear()
     with pytest.raises(ValueError, match="Tesla T4 is sm_75; the kernels need sm_80 or later"):
-        part(torch.device("cuda", 0))
+        arch_of(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("name", kernels.__all__)

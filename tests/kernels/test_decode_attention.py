@@ -290,10 +290,10 @@ def test_queries_that_lie_apart(dtype):
 
 
 @by_dtype
-@pytest.mark.parametrize("part", SHARED_MEMORY)
-def test_the_tiles_of_each_part(part, dtype, monkeypatch):
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_the_tiles_of_each_arch(arch, dtype, monkeypatch):
     torch.manual_seed(0)
-    use_tile(monkeypatch, **_tile(64, 2, dtype.itemsize, part))
+    use_tile(monkeypatch, **_tile(64, 2, dtype.itemsize, arch))
     assert_accurate(attention_decode, **rows([299, 200], dtype=dtype, shape=(2, 1, 64), C=300))
 
 

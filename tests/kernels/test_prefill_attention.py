@@ -150,10 +150,10 @@ def test_queries_that_lie_apart(dtype):
 
 
 @by_dtype
-@pytest.mark.parametrize("part", SHARED_MEMORY)
-def test_the_tiles_of_each_part(part, dtype, monkeypatch):
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_the_tiles_of_each_arch(arch, dtype, monkeypatch):
     torch.manual_seed(0)
-    use_tile(monkeypatch, **_tile(64, dtype.itemsize, part))
+    use_tile(monkeypatch, **_tile(64, dtype.itemsize, arch))
     arguments = chunks([150], [50], dtype=dtype, shape=(1, 1, 64), C=200, sliding_window=90)
     assert_accurate(attention_prefill, **arguments)
 

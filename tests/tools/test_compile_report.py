@@ -67,7 +67,7 @@ def test_a_tile_that_spills_is_reported():
     [
         ({"spill_bytes": 8}, "spills 8 bytes of registers"),
         ({"shared_bytes": 232_449}, "232449 bytes of shared memory > 232448"),
-        ({"part": "sm_89", "shared_bytes": 101_377}, "101377 bytes of shared memory > 101376"),
+        ({"arch": "sm_89", "shared_bytes": 101_377}, "101377 bytes of shared memory > 101376"),
         ({"instructions": {"tensor_core": 8, "hgmma": 0, "wide_loads": 8}}, "no HGMMA"),
         ({"instructions": {"tensor_core": 8, "hgmma": 8, "wide_loads": 0}}, "no 16-byte loads"),
         ({"narrow_products": ["%a * %b"]}, "a 32-bit product: %a * %b"),
@@ -86,7 +86,7 @@ def test_each_rule(change, problem):
     assert list(replace(GOOD, **change).problems()) == [problem]
 
 
-def test_every_part_has_a_limit():
+def test_every_arch_has_a_limit():
     assert set(SHARED_MEMORY) == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120"}
 
 
@@ -108,7 +108,7 @@ def test_arrays_of_the_program_are_no_spill():
 
 
 def test_bad_input():
-    assert "invalid choice: 'sm_70'" in report("--parts", "sm_70").stderr
+    assert "invalid choice: 'sm_70'" in report("--archs", "sm_70").stderr
     command = [sys.executable, "-P", "-c", RUN]
     interpreted = {**COMPILING, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=interpreted, capture_output=True, text=True)

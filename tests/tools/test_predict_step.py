@@ -136,7 +136,7 @@ def test_a_fit_is_printed_and_used(step, capsys, tmp_path):
     ("options", "message"),
     [
         (["--models", "gemma-4"], "'gemma-4' is not gemma-2b, "),
-        (["--part", "sm_80"], "part 'sm_80': machine code is read of sm_90 alone"),
+        (["--arch", "sm_80"], "arch 'sm_80': machine code is read of sm_90 alone"),
         (["--batch", "0"], "batch 0 is outside 1.."),
         (["--context", "1"], "context of gemma-2b 1 is outside 2.."),
         (["--jobs", "0"], "jobs 0 is outside 1.."),

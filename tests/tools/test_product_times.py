@@ -41,7 +41,7 @@ def test_products_are_fitted_alike(monkeypatch):
     times = ((132, 10.0), (4000, 150.0))
     products = [TimedProduct("lm_head", n * 64, 1152, {}, us) for n, us in times]
     made = {one.name: product(one.name, one.N, one.D) for one in products}
-    monkeypatch.setattr(TimedProduct, "made", lambda one, part: made[one.name])
+    monkeypatch.setattr(TimedProduct, "made", lambda one, arch: made[one.name])
     cells = {one.launch: cell(one, loop(0, 300, multiplies=True)) for one in made.values()}
     monkeypatch.setattr(product_times, "compile_all", lambda *_: cells)
     profile, step = pair(products, "sm_90", 1, H200)

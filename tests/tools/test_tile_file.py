@@ -10,7 +10,7 @@ import pytest
 
 from gemcut.kernels import tiles
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
-from gemcut.kernels.tiles import Measured, tiles_by_part
+from gemcut.kernels.tiles import Measured, tiles_by_arch
 from gemcut.tools import tune
 from gemcut.tools.tuning import search_space
 from gemcut.tools.tuning.tile_file import TILES_FILE, merged, read_measured, render, write_measured
@@ -18,21 +18,21 @@ from gemcut.tools.tuning.tile_file import TILES_FILE, merged, read_measured, ren
 CHECKOUT = Path(__file__).parents[2]
 
 
-def block(part="sm_90", date="2026-01-01", **tiles):
+def block(arch="sm_90", date="2026-01-01", **tiles):
     """A measured block; tiles by kernel, of shapes (n,)."""
     by_shape = {
         kernel: {(n,): tile for n, tile in found.items()} for kernel, found in tiles.items()
     }
-    return Measured(part, "NVIDIA H200", date, "3.6.0", "2.11.0", "0123abc", by_shape)
+    return Measured(arch, "NVIDIA H200", date, "3.6.0", "2.11.0", "0123abc", by_shape)
 
 
 def test_the_list_of_the_repository():
-    """Empty, or measured: whole numbers for kernels and parts that exist, and nothing twice."""
+    """Empty, or measured: whole numbers for kernels and archs that exist, and nothing twice."""
     measured = read_measured(TILES_FILE)
     assert measured == tiles.MEASURED
-    assert tiles_by_part(measured) == tiles.TUNED
+    assert tiles_by_arch(measured) == tiles.TUNED
     assert set(tiles.TUNED) <= set(SHARED_MEMORY)
-    keys = [(b.part, key) for b in measured for key in tiles_by_part([b])[b.part]]
+    keys = [(b.arch, key) for b in measured for key in tiles_by_arch([b])[b.arch]]
     assert len(keys) == len(set(keys))
     assert {kernel for _, (kernel, _) in keys} <= set(search_space.CANDIDATES)
     source = TILES_FILE.read_text()
@@ -44,9 +44,9 @@ def test_a_later_run_takes_the_place_of_an_earlier_one():
         skinny_linear={1: {"BLOCK_N": 8}, 2: {"BLOCK_N": 8}}, lm_head={1: {"BLOCK_V": 32}}
     )
     late = block(date="2026-02-01", skinny_linear={2: {}, 3: {"BLOCK_N": 16}})
-    other = block(part="sm_80", skinny_linear={2: {"BLOCK_N": 64}})
+    other = block(arch="sm_80", skinny_linear={2: {"BLOCK_N": 64}})
     result = merged(merged(merged((), early), other), late)
-    assert [(b.part, b.date) for b in result] == [
+    assert [(b.arch, b.date) for b in result] == [
         ("sm_80", "2026-01-01"),
         ("sm_90", "2026-01-01"),
         ("sm_90", "2026-02-01"),
@@ -84,7 +84,7 @@ def test_the_file_is_rewritten_as_the_formatter_would(tmp_path):
     tune.keep(new, [file])
     text = file.read_text()
     measured = read_measured(file)
-    assert tiles_by_part(measured)["sm_90"].items() >= tiles_by_part([new])["sm_90"].items()
+    assert tiles_by_arch(measured)["sm_90"].items() >= tiles_by_arch([new])["sm_90"].items()
     tune.keep(new, [file])
     assert file.read_text() == text
     head, tail = before.split(render(tiles.MEASURED))
@@ -116,9 +116,9 @@ def test_what_another_machine_measured_is_merged(tmp_path, monkeypatch):
 def test_what_no_gpu_measured_is_not_merged(tmp_path, capsys):
     """Here, of an interpreter; kernels/tiles.py is not touched."""
     before = TILES_FILE.read_text()
-    write_measured(tmp_path / "tiles.py", (block(part="interpreter", lm_head={1: {}}),))
+    write_measured(tmp_path / "tiles.py", (block(arch="interpreter", lm_head={1: {}}),))
     assert tune.main(["--merge", str(tmp_path / "tiles.py")]) == 1
-    assert "part 'interpreter' is not sm_80" in capsys.readouterr().err
+    assert "arch 'interpreter' is not sm_80" in capsys.readouterr().err
     assert TILES_FILE.read_text() == before
 
 
@@ -127,7 +127,7 @@ def test_what_no_gpu_measured_is_not_merged(tmp_path, capsys):
     [
         ("MEASURED: tuple = [1]", "MEASURED is no tuple"),
         ("MEASURED: tuple = (1,)", "line 1 is no Measured"),
-        ("MEASURED: tuple = (Measured(part='sm_90'),)", "line 1 gives part"),
+        ("MEASURED: tuple = (Measured(arch='sm_90'),)", "line 1 gives arch"),
         ("MEASURED: tuple = (", "was never closed"),
         (render((block(lm_head={1: {"BLOCK_V": 32}}),)).replace("32", "'x'"), "no whole numbers"),
         (render((block(lm_head={1: {}}),)).replace('"NVIDIA H200"', "open('x')"), "malformed"),

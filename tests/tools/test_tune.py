@@ -20,7 +20,7 @@ from gemcut.bench.ops.cases import Grid, Shapes
 from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels import matmul, tiles
-from gemcut.kernels.gpu_arch import SHARED_MEMORY, part
+from gemcut.kernels.gpu_arch import SHARED_MEMORY, arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools import tune
 from gemcut.tools.compile_report import Cell
@@ -29,7 +29,7 @@ from gemcut.tools.tuning.search_space import Candidate, Subject, find_subjects, 
 from gemcut.tools.tuning.tile_file import read_measured
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HERE = part(DEVICE)
+HERE = arch_of(DEVICE)
 ELSEWHERE = next(name for name in SHARED_MEMORY if name != HERE)
 BF16 = torch.bfloat16
 LAUNCHED = InterpretedFunction if INTERPRETED else JITFunction
@@ -439,7 +439,7 @@ def test_too_little_memory_is_told(run, try_tiles, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(try_tiles, tmp_path):
-    """Candidates compiled in other processes, captured and timed; one of them exceeds the part."""
+    """Candidates compiled in other processes, captured and timed; one of them exceeds the arch."""
     tile = {"BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 4}
     try_tiles("skinny_linear", tile, tile | {"BLOCK_D": 512, "num_stages": 16})
     options = ["--models", "gemma-3-1b", "--kernels", "skinny_linear", "--out", str(tmp_path)]
@@ -527,7 +527,7 @@ def test_candidates_are_timed_in_the_order_of_their_predictions(monkeypatch):
     subject.candidates[3].status = "dropped"
     monkeypatch.setattr(tiles, "TUNED", {"sm_90": {("k", (1,)): {"a": 1}}})
     monkeypatch.setattr(
-        ranking, "find_made", lambda _, tried, part: [[Candidate(t).name] for t in tried]
+        ranking, "find_made", lambda _, tried, arch: [[Candidate(t).name] for t in tried]
     )
     monkeypatch.setattr(ranking, "launches_of", lambda made: set())
     monkeypatch.setattr(ranking, "predicted_us", lambda cases, *_: [predicted[cases[0]]])
@@ -579,7 +579,7 @@ def uninterpreted(script, *options, **environment):
 
 
 def test_candidates_are_compiled_without_a_gpu(tmp_path):
-    options = [*GEMMA_3, "--compile-only", "--part", "sm_90", "--jobs", "1", "--out", str(tmp_path)]
+    options = [*GEMMA_3, "--compile-only", "--arch", "sm_90", "--jobs", "1", "--out", str(tmp_path)]
     run = uninterpreted(COMPILE, *options)
     assert run.returncode == 0, run.stderr
     rows = {
@@ -669,7 +669,7 @@ def test_a_launch_finds_what_was_compiled(tmp_path):
     ("options", "message"),
     [
         (["--kernels", "softmax", "--out", "."], "invalid choice: 'softmax'"),
-        (["--part", "sm_70", "--out", "."], "invalid choice: 'sm_70'"),
+        (["--arch", "sm_70", "--out", "."], "invalid choice: 'sm_70'"),
         (["--minutes", "soon", "--out", "."], "invalid float value: 'soon'"),
         ([], "--out FOLDER is needed"),
     ],
@@ -689,7 +689,8 @@ def test_wrong_usage(options, message, capsys):
         (["--minutes", "0"], "--minutes 0.0 --jobs"),
         (["--minutes", "nan"], "--minutes nan --jobs"),
         (["--jobs", "0"], "--jobs 0: must be above 0"),
-        (["--part", ELSEWHERE], f"--part {ELSEWHERE}: the GPU here is"),
+        (["--arch", ELSEWHERE], f"--arch {ELSEWHERE}: the GPU here is"),
+        (["--part", ELSEWHERE], f"--arch {ELSEWHERE}: the GPU here is"),  # its older name
         (["--merge", "no-such-file"], "no-such-file holds no list of measured tiles: No such file"),
         (["--merge", __file__], "holds no list of measured tiles: MEASURED is not assigned"),
     ],
@@ -707,7 +708,7 @@ def test_an_interpreter_measures_nothing_for_a_gpu(capsys, tmp_path, monkeypatch
     assert tune.main(["--out", str(tmp_path), "--write"]) == 1
     assert "--write: the interpreter's times say nothing" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
-        tune.main(["--compile-only", "--part", "sm_90"])
+        tune.main(["--compile-only", "--arch", "sm_90"])
     assert exit.value.code == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
@@ -715,8 +716,8 @@ def test_an_interpreter_measures_nothing_for_a_gpu(capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "no GPU is here to time on; --compile-only --part sm_90 compiles"),
-        (["--compile-only"], "no GPU is here: --compile-only needs a --part to compile for"),
+        ([], "no GPU is here to time on; --compile-only --arch sm_90 compiles"),
+        (["--compile-only"], "no GPU is here: --compile-only needs an --arch to compile for"),
     ],
 )
 def test_without_a_gpu_nothing_is_timed(options, message, capsys, monkeypatch, tmp_path):

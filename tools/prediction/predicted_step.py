@@ -92,12 +92,12 @@ def _label(made: Made) -> str:
 
 
 def predict_steps(
-    wanted: Sequence[tuple[str, int, int]], part: str, jobs: int
+    wanted: Sequence[tuple[str, int, int]], arch: str, jobs: int
 ) -> list[PredictedStep]:
     """Steps of (model, batch, context), each launch compiled once."""
     steps = []
     for model, batch, context in wanted:
-        made = step_launches(PUBLISHED[model], part, batch=batch, context=context)
+        made = step_launches(PUBLISHED[model], arch, batch=batch, context=context)
         steps.append((model, batch, context, dict(Counter(made))))
     cells = compile_all((made for *_, counts in steps for made in counts), jobs)
     return [

@@ -49,12 +49,12 @@ class TimedProduct:
         tile = " ".join(f"{name}={value}" for name, value in self.tile.items()) or "the rule"
         return f"{self.kernel} {self.N} x {self.D} {tile}"
 
-    def made(self, part: str) -> Made:
+    def made(self, arch: str) -> Made:
         """What it launched, under the product's name."""
         made: list[Made] = []
         of_geglu = self.kernel == "linear_geglu"
         key = (self.kernel, (self.N // 2 if of_geglu else self.N, self.D))
-        with recorded(part, made), applied(part, key, self.tile):
+        with recorded(arch, made), applied(arch, key, self.tile):
             x = torch.empty(1, self.D, dtype=torch.bfloat16, device="cuda")
             OPS[self.kernel](x, x.new_empty(self.N, self.D))
         (launch,) = [one for one in made if one.launch is not None]
@@ -90,9 +90,9 @@ def read_products(file: Path) -> list[TimedProduct]:
     return products
 
 
-def pair(products: Sequence[TimedProduct], part: str, jobs: int, machine: Machine) -> Pair:
+def pair(products: Sequence[TimedProduct], arch: str, jobs: int, machine: Machine) -> Pair:
     """The input of `fit`: times without the gap between launches, and the launches' code."""
-    made = [product.made(part) for product in products]
+    made = [product.made(arch) for product in products]
     times = {product.name: (1.0, product.us - machine.launch_gap_us) for product in products}
     step = PredictedStep(PRODUCTS, 1, 1, dict.fromkeys(made, 1), compile_all(made, jobs))
     return Profile(PRODUCTS, 1, 1, times, 0.0), step

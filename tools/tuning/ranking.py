@@ -2,7 +2,7 @@
 
 A candidate's launches are predicted (launch_time.py) from what the compiler made of them; it is
 ranked by one number, as after timing: the geometric mean over decode cases of its time over the
-rule's.  Parts whose machine code cannot be read, and prefill, are not predicted: there the order
+rule's.  Archs whose machine code cannot be read, and prefill, are not predicted: there the order
 stays.
 """
 
@@ -23,7 +23,7 @@ from gemcut.tools.tuning.search_space import Subject
 
 
 def rank(
-    subject: Subject, part: str, cells: Cells, pool: Executor, machine: Machine = H200
+    subject: Subject, arch: str, cells: Cells, pool: Executor, machine: Machine = H200
 ) -> None:
     """Sort what is left of a subject's candidates, the tile in use before all others.
 
@@ -31,7 +31,7 @@ def rank(
     `cells` are what was compiled; the rule's own launches are added to it.
     """
     left = subject.left()
-    made = find_made(subject, [{}, *(candidate.tile for candidate in left)], part)
+    made = find_made(subject, [{}, *(candidate.tile for candidate in left)], arch)
     futures = {
         launch: pool.submit(compile_launch, launch, [], fresh=False)
         for launch in launches_of(made) - cells.keys()
@@ -41,7 +41,7 @@ def rank(
     for candidate, us in zip((subject.rule, *left), times, strict=True):
         candidate.predicted_us = us
         candidate.predicted_ratio = _mean_ratio(us, times[0])
-    in_use = tiles.TUNED.get(part, {}).get(subject.key)
+    in_use = tiles.TUNED.get(arch, {}).get(subject.key)
     gone = [candidate for candidate in subject.candidates if candidate not in left]
     left.sort(key=lambda c: c.predicted_ratio)
     best = {_kind(candidate.tile): candidate for candidate in reversed(left)}.values()
@@ -60,16 +60,16 @@ def launches_of(made: Sequence[Sequence[Sequence[Made]]]) -> set[Launch]:
     return {launch for launch in found if launch is not None}
 
 
-def find_made(subject: Subject, tried: Sequence[Tile], part: str) -> list[list[list[Made]]]:
+def find_made(subject: Subject, tried: Sequence[Tile], arch: str) -> list[list[list[Made]]]:
     """What each decode case of a subject launches with each of these tiles, by tile and case."""
     found: list[list[list[Made]]] = [[] for _ in tried]
     for case in subject.decode_cases():
         made: list[Made] = []
-        with recorded(part, made):
+        with recorded(arch, made):
             arguments = case.make()
             for tile, of_tile in zip(tried, found, strict=True):
                 made.clear()
-                with applied(part, subject.key, tile):
+                with applied(arch, subject.key, tile):
                     getattr(kernels, case.op)(**arguments)
                 of_tile.append([one for one in made if one.launch is not None])
     return found

@@ -89,7 +89,7 @@ class Subject:
 def find_subjects(
     models: Sequence[str],
     names: Sequence[str],
-    part: str,
+    arch: str,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Subject]:
@@ -102,10 +102,10 @@ def find_subjects(
         shapes = Shapes(model, find_config(model), device, dtype)
         for case in (*decode_cases(shapes, DECODE), *prefill_cases(shapes, PREFILL)):
             if case.facts.get("variant") != "no softcap":  # which the model does not launch
-                for key in looked_up(case, part):
+                for key in looked_up(case, arch):
                     cases.setdefault(key, []).append(case)
     subjects = [
-        Subject(key, cases[key], [Candidate(tile) for tile in candidate_tiles(key, part)])
+        Subject(key, cases[key], [Candidate(tile) for tile in candidate_tiles(key, arch)])
         for name in names
         for key in cases
         if key[0] == name
@@ -115,10 +115,10 @@ def find_subjects(
     return subjects
 
 
-def looked_up(case: Case, part: str) -> list[Key]:
+def looked_up(case: Case, arch: str) -> list[Key]:
     """The keys by which a case asks for tuned constants."""
     asked = _Asked()
-    with dry_run(part), mock.patch.dict(tiles.TUNED, {part: asked}, clear=True):
+    with dry_run(arch), mock.patch.dict(tiles.TUNED, {arch: asked}, clear=True):
         getattr(kernels, case.op)(**case.make())
     return list(asked)
 
@@ -131,9 +131,9 @@ class _Asked(dict[Key, Tile]):
         return default
 
 
-def dry_run(part: str) -> AbstractContextManager[set[Launch]]:
+def dry_run(arch: str) -> AbstractContextManager[set[Launch]]:
     """Fake tensors, whose launches are recorded where they would be compiled, and are not made."""
-    return _uninterpreted() if INTERPRETED else recorded(part)
+    return _uninterpreted() if INTERPRETED else recorded(arch)
 
 
 @contextmanager
@@ -142,21 +142,21 @@ def _uninterpreted() -> Iterator[set[Launch]]:
         yield set()
 
 
-def find_launches(subject: Subject, tried: Sequence[Tile], part: str) -> list[set[Launch]]:
+def find_launches(subject: Subject, tried: Sequence[Tile], arch: str) -> list[set[Launch]]:
     """What the cases of a subject launch with each of these tiles."""
     found: list[set[Launch]] = [set() for _ in tried]
     for case in subject.cases:
-        with dry_run(part) as launches:
+        with dry_run(arch) as launches:
             arguments = case.make()
             for tile, wanted in zip(tried, found, strict=True):
                 launches.clear()
-                with applied(part, subject.key, tile):
+                with applied(arch, subject.key, tile):
                     getattr(kernels, case.op)(**arguments)
                 wanted |= launches
     return found
 
 
-def candidate_tiles(key: Key, part: str) -> list[Tile]:
+def candidate_tiles(key: Key, arch: str) -> list[Tile]:
     """What is tried at a shape: first the tile in use, where one was measured, then the others.
 
     These in an order that spreads over all of them: the time may be up after any.
@@ -164,7 +164,7 @@ def candidate_tiles(key: Key, part: str) -> list[Tile]:
     name, shape = key
     found = list(CANDIDATES[name](shape))
     Random(0).shuffle(found)
-    in_use = tiles.TUNED.get(part, {}).get(key, {})
+    in_use = tiles.TUNED.get(arch, {}).get(key, {})
     return ([in_use] if in_use else []) + [tile for tile in found if tile != in_use]
 
 
@@ -172,7 +172,7 @@ def candidate_tiles(key: Key, part: str) -> list[Tile]:
 # latency of 0.7 us that is 4.8 TB/s over 132 of them.
 IN_FLIGHT = range(16 << 10, (128 << 10) + 1)
 LEAST_IN_FLIGHT = 32 << 10
-# what bounds the programs of a processor before anything is compiled, on parts that have most
+# what bounds the programs of a processor before anything is compiled, on archs that have most
 PROCESSOR_SHARED, MOST_AT_ONCE = 228 << 10, 8
 BLOCK_M = 16
 THREAD_BYTES = range(32, 256 + 1)  # that a thread loads in a step

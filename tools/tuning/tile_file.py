@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from gemcut.kernels import tiles
-from gemcut.kernels.tiles import Key, Measured, Shape, Tile, tiles_by_part
+from gemcut.kernels.tiles import Key, Measured, Shape, Tile, tiles_by_arch
 
 TILES_FILE = Path(tiles.__file__)
 WIDTH = 100  # of a line
@@ -50,11 +50,11 @@ def write_measured(file: Path, measured: Sequence[Measured]) -> None:
 
 def merged(old: Sequence[Measured], new: Measured) -> tuple[Measured, ...]:
     """The list with one block more, whose tiles take the place of others at the same shapes."""
-    replaced = tiles_by_part([new])[new.part]
+    replaced = tiles_by_arch([new])[new.arch]
     blocks = []
     for block in old:
-        kept = tiles_by_part([block])[block.part]
-        if block.part == new.part:
+        kept = tiles_by_arch([block])[block.arch]
+        if block.arch == new.arch:
             kept = {key: tile for key, tile in kept.items() if key not in replaced}
         if _place(block) == _place(new):
             replaced = kept | replaced
@@ -73,8 +73,8 @@ def by_kernel(tiles: dict[Key, Tile]) -> dict[str, dict[Shape, Tile]]:
 
 
 def _place(block: Measured) -> tuple[str, ...]:
-    """What tells a block from others, in the order of the list: by part, then by date."""
-    return block.part, block.date, block.card, block.triton, block.torch, block.commit
+    """What tells a block from others, in the order of the list: by arch, then by date."""
+    return block.arch, block.date, block.card, block.triton, block.torch, block.commit
 
 
 def render(measured: Sequence[Measured]) -> str:
@@ -127,7 +127,7 @@ def _block(node: ast.expr) -> Measured:
     if list(values) != [field.name for field in fields(Measured)]:
         raise ValueError(f"line {node.lineno} gives {', '.join(values)}")
     block = Measured(**values)
-    for (_, shape), tile in tiles_by_part([block])[block.part].items():
+    for (_, shape), tile in tiles_by_arch([block])[block.arch].items():
         if not all(type(value) is int for value in (*shape, *tile.values())):
             raise ValueError(f"line {node.lineno}: {shape}: {tile} are no whole numbers")
     return block

@@ -17,7 +17,7 @@ from gemcut.bench.measure.timing import Call, Runs, clock, prepare_runs, take_tu
 from gemcut.bench.ops.cases import Arguments, Case
 from gemcut.bench.ops.kernels import MEMORY_ERRORS, choose_input_sets
 from gemcut.bench.ops.op_check import Check
-from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.gpu_arch import arch_of
 from gemcut.tools.launches import applied
 from gemcut.tools.tuning.search_space import Candidate, Subject, Times
 
@@ -147,7 +147,7 @@ def builder(
     subject: Subject, case: Case, candidate: Candidate, device: torch.device
 ) -> Callable[[Arguments], Call]:
     """A builder of calls of a case's op that find the candidate's tile."""
-    op, name = getattr(kernels, case.op), part(device)
+    op, name = getattr(kernels, case.op), arch_of(device)
 
     def build(arguments: Arguments) -> Call:
         def call() -> object:

@@ -18,7 +18,7 @@ from gemcut.bench.ops.kernels import Bench, measure_case
 from gemcut.bench.ops.prefill_cases import visible_pairs
 from gemcut.bench.ops.torch_peers import OpPeer, torch_peers
 from gemcut.kernels import decode_attention
-from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.launches import Launch, applied, recorded
@@ -156,7 +156,7 @@ def tiles_of(case: Case) -> Iterator[Tile]:
 
 def tiled(visit: Visit, case: Case, tile: Tile) -> OpPeer:
     """Gemcut's op with a tile laid over its rule."""
-    name = part(visit.device)
+    name = arch_of(visit.device)
     build = partial(_build, case, name, tile, looked_up(case, name) if tile else [])
     return OpPeer("gemcut", "kernels", build)
 

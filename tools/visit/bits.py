@@ -191,12 +191,12 @@ def _cache_of_one(model: Gemma) -> KVCache:
     )
 
 
-def record_text(part: str) -> set[Launch]:
+def record_text(arch: str) -> set[Launch]:
     """What the texts and the late producer launch: recorded, not made."""
     config, device = ModelConfig.from_file(DEMO), torch.device("cuda", 0)
     found: set[Launch] = set()
     lengths = sorted({len(Tokenizer.from_file(DEMO).encode(prompt)) for prompt in TEXTS})
-    with recorded(part) as launches:
+    with recorded(arch) as launches:
         for dtype in (torch.float32, torch.bfloat16):
             model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
             for length in lengths:

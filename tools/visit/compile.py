@@ -23,7 +23,7 @@ from gemcut.bench.engines.random_model import published_config, random_weights
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import GREEDY
-from gemcut.kernels.gpu_arch import part
+from gemcut.kernels.gpu_arch import arch_of
 from gemcut.tools.compile_report import Cell, compile_launch, compiled_kernel
 from gemcut.tools.launches import BATCHES, MAX_SEQ_LEN, Launch, launches
 from gemcut.tools.profile_step import DecodeStep
@@ -37,7 +37,7 @@ FEW = 2  # variants that are compiled on a CPU, to try this block itself
 
 def run(visit: Visit) -> None:
     """Keep records of what failed to compile, the time of all, and what was not found again."""
-    name = part(visit.device) if visit.on_gpu else "sm_90"
+    name = arch_of(visit.device) if visit.on_gpu else "sm_90"
     started = time.monotonic()
     wanted: dict[Launch, None] = {}
     for what, record in recorders(visit, name).items():

@@ -56,9 +56,9 @@ def find_cases(device: torch.device) -> list[Case]:
     return [case for case in decode_cases(shapes_of(MODEL, device), grid) if case.op in OPS]
 
 
-def record(part: str) -> set[Launch]:
+def record(arch: str) -> set[Launch]:
     """What they launch: recorded, not made."""
-    with recorded(part) as found:
+    with recorded(arch) as found:
         for case in find_cases(torch.device("cuda", 0)):
             getattr(kernels, case.op)(**case.make())
     return found

@@ -82,11 +82,11 @@ def find_cases(model: str, device: torch.device, grid: Grid) -> Iterator[Case]:
             yield case
 
 
-def record_cases(visit: Visit, part: str) -> set[Launch]:
+def record_cases(visit: Visit, arch: str) -> set[Launch]:
     """What the checks launch, at the sizes of this visit: recorded, not made."""
     found: set[Launch] = set()
     models, device = MODELS if visit.on_gpu else CPU_MODELS, torch.device("cuda", 0)
-    with recorded(part) as launches:
+    with recorded(arch) as launches:
         for model in models:
             for case in find_cases(model, device, grid_of(visit)):
                 getattr(kernels, case.op)(**case.make())

@@ -69,9 +69,9 @@ def forms(visit: Visit, weight: Tensor, split_d: int) -> dict[str, Product]:
     return found
 
 
-def record(visit: Visit, part: str) -> set[Launch]:
+def record(visit: Visit, arch: str) -> set[Launch]:
     """What the forms launch: recorded, not made."""
-    with recorded(part) as found:
+    with recorded(arch) as found:
         for N, D, split_d in SHAPES.values():
             weight = torch.empty(N, D, device=visit.device, dtype=torch.bfloat16)
             x, y = weight.narrow(0, 0, 1), torch.empty(1, N, device=visit.device).bfloat16()

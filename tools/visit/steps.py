@@ -46,14 +46,14 @@ def run(visit: Visit) -> None:
             torch.cuda.empty_cache()
 
 
-def record(part: str) -> set[Launch]:
+def record(arch: str) -> set[Launch]:
     """What these steps launch, and the steps that the bits block replays: recorded, not made."""
     found: set[Launch] = set()
     cases = [(model, batch, CONTEXT, STEPS + WARM_UP) for model, each in CASES for batch in each]
     cases.append((bits.MODEL, bits.BATCH, bits.CONTEXT - 1, 1))
     for model, batch, context, room in cases:
         config = published_config(model, RECORDED_LAYERS)
-        with recorded(part) as launches:
+        with recorded(arch) as launches:
             device = torch.device("cuda", 0)
             weights = empty_weights(config, device=device, dtype=torch.bfloat16)
             step = DecodeStep(Gemma(config, weights, kernels), batch, context, room)

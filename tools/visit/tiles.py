@@ -1,6 +1,6 @@
 """The best predicted tiles of the large products, checked and timed by tools/tune.py.
 
-tune.py keeps tune-PART.json and tiles-PART.py in the folder of the visit after each shape, so that
+tune.py keeps tune-ARCH.json and tiles-ARCH.py in the folder of the visit after each shape, so that
 what it has decided outlives it; here its records become lines of the table.
 """
 
@@ -16,7 +16,7 @@ from gemcut.tools.visit.block import Visit
 KERNELS = ("linear_geglu", "skinny_linear", "linear_rope_and_store", "lm_head")
 OPTIONS = ("--models", "gemma-2-2b", "gemma-2-9b", "--kernels", *KERNELS, "--minutes", "1.5")
 CPU_OPTIONS = ("--models", "gemma-3-270m", "--kernels", "linear_geglu", "--minutes", "0.25")
-CPU_OPTIONS += ("--compile-only", "--part", "sm_90", "--jobs", "2")
+CPU_OPTIONS += ("--compile-only", "--arch", "sm_90", "--jobs", "2")
 
 
 def run(visit: Visit) -> None:
