@@ -42,6 +42,7 @@ def test_wheel_holds_every_module_and_the_demo_model(wheel):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"gemcut/{path.relative_to(ROOT)}" in names
         assert f"gemcut/{folder}/py.typed" in names
+    assert "gemcut/kernels/measured_tiles.json" in names
     for name in ("config.json", "model.safetensors", "tokenizer.model", "README.md"):
         assert f"gemcut/engine/demo/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -2,22 +2,22 @@
 
     python -P -m gemcut.tools.tune --compile-only --arch sm_90
     python -P -m gemcut.tools.tune --models gemma-2-2b --kernels skinny_linear --out FOLDER --write
-    python -P -m gemcut.tools.tune --merge FOLDER/tiles-sm_90.py
+    python -P -m gemcut.tools.tune --merge FOLDER/tiles-sm_90.json
 
 Candidates (search_space.py) are compiled first, for any arch and on any machine; those that spill,
 take too much shared memory or break another rule of compile_report.py are dropped.  The rest are
-put in the order of their predicted times (ranking.py),
-held to the oracle and timed on the GPU at hand, in heats beside the kernel's own rule (heats.py).
-A kernel has one tile for every batch, so a candidate is judged by one number: the geometric mean,
-over the shape's cases, of its time over the rule's.
+put in the order of their predicted times (ranking.py), held to the oracle and timed on the GPU at
+hand, in trials beside the kernel's own rule (trials.py).  A kernel has one tile for every batch, so
+a candidate is judged by one number: the geometric mean, over the shape's cases, of its time over
+the rule's.
 
-The best of the heats meet the rule once more, in rounds that had no part in choosing them.  One
+The best of the trials meet the rule once more, in rounds that had no part in choosing them.  One
 wins that beats the rule in every round (by chance alone 1 in 4096 does) and by more than one
 hundredth in the median; else the rule stays.
 
-FOLDER holds tune-ARCH.json, a report as gemcut-bench writes them, with a row for each candidate:
-its status, its microseconds by case, its ratio to the rule; and tiles-ARCH.py, what won.  Both are
-written anew after each shape: whatever ends a run, what it has decided is kept.
+FOLDER holds tune-ARCH.json, a report as gemcut-bench writes them, with a record for each candidate:
+its status, its microseconds by case, its ratio to the rule; and tiles-ARCH.json, what won.  Both
+are written anew after each shape: whatever ends a run, what it has decided is kept.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from gemcut.bench.ops.kernels import MEMORY_ERRORS
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.gpu_arch import SHARED_MEMORY, arch_of
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.kernels.tiles import Key, Measured, Tile
+from gemcut.kernels.tiles import TILES_FILE, Key, Measured, Tile, read_measured
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.launches import Launch
 from gemcut.tools.tuning.ranking import rank
@@ -56,10 +56,8 @@ from gemcut.tools.tuning.search_space import (
     find_subjects,
 )
 from gemcut.tools.tuning.tile_file import (
-    TILES_FILE,
     by_kernel,
     merged,
-    read_measured,
     write_measured,
 )
 from gemcut.tools.tuning.trials import NO_TIME, tune
@@ -266,9 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=7.0, help="for all of it")
     parser.add_argument("--jobs", type=int, default=_cores(), help="compilers at a time")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for what was tried and won")
-    parser.add_argument("--write", action="store_true", help="lay what won over kernels/tiles.py")
+    parser.add_argument("--write", action="store_true", help="lay what won over the measured tiles")
     parser.add_argument(
-        "--merge", type=Path, metavar="FILE", help="lay a tiles-ARCH.py over it; nothing else"
+        "--merge", type=Path, metavar="FILE", help="lay a tiles-ARCH.json over them; nothing else"
     )
     return parser
 
@@ -279,7 +277,7 @@ def _cores() -> int:
 
 
 def merge(file: Path) -> int:
-    """Lay what another machine measured over kernels/tiles.py."""
+    """Lay what another machine measured over kernels/measured_tiles.json."""
     blocks = read_measured(file)
     for block in blocks:
         if block.arch not in SHARED_MEMORY:
@@ -311,7 +309,7 @@ def run(arguments: argparse.Namespace) -> int:
                 print_left(subject)
                 print_candidates(subject)
         else:
-            files = [Path(arguments.out, f"tiles-{name}.py")] + [TILES_FILE] * arguments.write
+            files = [Path(arguments.out, f"tiles-{name}.json")] + [TILES_FILE] * arguments.write
             tune_all(subjects, results, device, name, files, ends)
         results.finish()
     except KeyboardInterrupt:

@@ -22,11 +22,11 @@ from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels import matmul, tiles
 from gemcut.kernels.gpu_arch import SHARED_MEMORY, arch_of
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.tiles import read_measured
 from gemcut.tools import tune
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.tuning import ranking, search_space, trials
 from gemcut.tools.tuning.search_space import Candidate, Subject, find_subjects, looked_up
-from gemcut.tools.tuning.tile_file import read_measured
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HERE = arch_of(DEVICE)
@@ -279,7 +279,7 @@ def test_tuning(run, try_tiles, known_speed, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "SPLIT=32 BLOCK_N=16 takes 0.700" in printed
     assert "SPLIT=16 BLOCK_N=32 wrong: " in printed
-    (written,) = read_measured(tmp_path / f"tiles-{HERE}.py")
+    (written,) = read_measured(tmp_path / f"tiles-{HERE}.json")
     shape = tuple(best["shape"])
     assert written.tiles == {"attention_decode": {shape: fast}}
     assert written.triton == report["machine"]["versions"]["triton"]
@@ -293,7 +293,7 @@ def test_the_rule_stays_where_nothing_is_faster(run, try_tiles, known_speed, tmp
     code, report = run("--kernels", "skinny_linear")
     assert code == 0
     assert {row["contestant"] for row in report["rows"] if row["won"]} == {"the rule"}
-    (written,) = read_measured(tmp_path / f"tiles-{HERE}.py")
+    (written,) = read_measured(tmp_path / f"tiles-{HERE}.json")
     assert list(written.tiles["skinny_linear"].values()) == [{}, {}]
 
 
@@ -305,14 +305,14 @@ def test_nothing_is_decided_where_nothing_is_timed(run, try_tiles, known_speed, 
     assert [row["status"] for row in report["rows"]] == ["ok", "failed"]
     assert not any(row["won"] for row in report["rows"])
     assert "linear_geglu 80 x 48: 0 timed; undecided" in capsys.readouterr().out
-    assert not (tmp_path / f"tiles-{HERE}.py").exists()
+    assert not (tmp_path / f"tiles-{HERE}.json").exists()
 
 
 @interpreted
 def test_real_times(run, try_tiles, monkeypatch):
     """The timer itself, where a call of many programs takes longer than one of a single program."""
     monkeypatch.setattr(trials, "choose_input_sets", lambda case, device: 2)
-    monkeypatch.setattr(trials, "HEAT_ROUNDS", 2)
+    monkeypatch.setattr(trials, "TRIAL_ROUNDS", 2)
     monkeypatch.setattr(trials, "FINAL_ROUNDS", 2)
     try_tiles("linear_geglu", {"BLOCK_F": 8}, {"num_stages": 1})
     code, report = run("--kernels", "linear_geglu")
@@ -335,7 +335,7 @@ def test_a_wrong_rule_ends_the_run(run, try_tiles, known_speed, monkeypatch, cap
     code, _ = run("--kernels", "skinny_linear")
     assert code == 1
     assert "tune: the rule is wrong: skinny_linear" in capsys.readouterr().err
-    assert not (tmp_path / f"tiles-{HERE}.py").exists()
+    assert not (tmp_path / f"tiles-{HERE}.json").exists()
 
 
 @interpreted
@@ -383,7 +383,7 @@ def test_the_time_is_up(seconds, status, run, try_tiles, known_speed, monkeypatc
     assert not any(row["won"] for row in second)
     assert [row["status"] for row in second] == [status] * 3
     assert [row["detail"] for row in second[1:]] == [trials.NO_TIME * (status != "ok")] * 2
-    (written,) = read_measured(tmp_path / f"tiles-{HERE}.py")
+    (written,) = read_measured(tmp_path / f"tiles-{HERE}.json")
     assert written.tiles == {"skinny_linear": {tuple(first[0]["shape"]): {"BLOCK_N": 16}}}
     assert len(prepared) <= seconds + 1
 
@@ -419,7 +419,7 @@ def test_an_interrupted_run_keeps_what_it_decided(
     assert code == 130
     assert report["interrupted"]
     assert [row["won"] for row in report["rows"]] == [False, True, False, False]
-    (written,) = read_measured(tmp_path / f"tiles-{HERE}.py")
+    (written,) = read_measured(tmp_path / f"tiles-{HERE}.json")
     assert len(written.tiles["skinny_linear"]) == 1
 
 
@@ -447,7 +447,7 @@ def test_on_a_gpu(try_tiles, tmp_path):
     rows = load_results(tmp_path / f"tune-{HERE}.json")["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok", "dropped"] * 2
     assert all(us["median"] < 1000 for row in rows[:2] for us in row["us"].values())
-    (written,) = read_measured(tmp_path / f"tiles-{HERE}.py")
+    (written,) = read_measured(tmp_path / f"tiles-{HERE}.json")
     assert len(written.tiles["skinny_linear"]) == 2
 
 
@@ -595,7 +595,7 @@ def test_candidates_are_compiled_without_a_gpu(tmp_path):
     assert [ratio == "1.00" for _, ratio in predicted] == [True, False]
     assert all(1 < float(us) < 50 for us, _ in predicted)
     assert re.search(r"BLOCK_F=32 BLOCK_D=256 num_warps=4 num_stages=4 +\d+ registers", run.stdout)
-    assert not (tmp_path / "tiles-sm_90.py").exists()
+    assert not (tmp_path / "tiles-sm_90.json").exists()
 
 
 # A launch on a GPU without the GPU: the launcher's own code up to the compiled kernel
@@ -692,7 +692,7 @@ def test_wrong_usage(options, message, capsys):
         (["--arch", ELSEWHERE], f"--arch {ELSEWHERE}: the GPU here is"),
         (["--part", ELSEWHERE], f"--arch {ELSEWHERE}: the GPU here is"),  # its older name
         (["--merge", "no-such-file"], "no-such-file holds no list of measured tiles: No such file"),
-        (["--merge", __file__], "holds no list of measured tiles: MEASURED is not assigned"),
+        (["--merge", __file__], "holds no list of measured tiles: Extra data"),
     ],
 )
 def test_bad_input(options, message, capsys, tmp_path):

@@ -1,7 +1,7 @@
 """The best predicted tiles of the large products, checked and timed by tools/tune.py.
 
-tune.py keeps tune-ARCH.json and tiles-ARCH.py in the folder of the visit after each shape, so that
-what it has decided outlives it; here its records become lines of the table.
+tune.py keeps tune-ARCH.json and tiles-ARCH.json in the folder of the visit after each shape, so
+that what it has decided outlives it; here its records become lines of the table.
 """
 
 import json
