@@ -21,7 +21,7 @@ from gemcut.engine.placement import is_plain_torch
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import cpu, reference
 from gemcut.kernels.cpu import HEAD_ROWS
-from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, most_partials
+from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, least_split, most_partials
 
 FLOAT = 4  # bytes of a float32
 # Bytes for each row and vocabulary entry, float32 logits and all, where every setting is in use.
@@ -31,7 +31,6 @@ TORCH_CHOICE = 4 * FLOAT + 3 * 8
 KERNELS_CHOICE = 4 * FLOAT + 1
 # cuBLAS's own, from torch's allocator: 32 MiB on Hopper and later, 8 on what is older
 CUBLAS_BYTES = 2**25
-SPLIT = 64  # keys of decode attention's shortest split
 
 
 def prefill_bytes(
@@ -67,7 +66,8 @@ def decode_bytes(
     else:
         tokens = max(B, min(ROWS, B * (1 + MAX_DRAFT)))
         # a window's ends may cut off a split and a group more
-        partials = min(MAX_SPLITS + MAX_GROUPS, 2 + sum(most_partials(max_seq_len, SPLIT, False)))
+        split = least_split(config.num_q_heads, config.num_kv_heads, config.head_dim)
+        partials = min(MAX_SPLITS + MAX_GROUPS, 2 + sum(most_partials(max_seq_len, split, False)))
         layer = _moment(config, dtype, tokens, ops)
         layer += tokens * config.num_q_heads * partials * (config.head_dim + 2) * FLOAT
     return max(tokens * _held(config, dtype) + layer, _choice_bytes(config, dtype, tokens, ops))

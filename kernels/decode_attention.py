@@ -47,7 +47,13 @@ from gemcut.kernels.kv_combine import (
     split_of,
     store_partial,
 )
-from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD, MAX_SPLITS, count_splits, most_partials
+from gemcut.kernels.kv_splits import (
+    COUNTERS_PER_HEAD,
+    MAX_SPLITS,
+    RULE_SPLIT,
+    count_splits,
+    most_partials,
+)
 from gemcut.kernels.tiles import tuned
 
 MAX_Q_LEN = 8  # tokens of a row; more are a prefill
@@ -269,7 +275,7 @@ def _tile(head_dim: int, group_size: int, itemsize: int, arch: str) -> dict[str,
     tile_bytes = 8192 if is_small else 16384
     row_bytes = itemsize * triton.next_power_of_2(head_dim)
     return {
-        "SPLIT": 64 if group_size < 8 else 128,
+        "SPLIT": RULE_SPLIT if group_size < 8 else 2 * RULE_SPLIT,
         "BLOCK_N": max(16, min(32, tile_bytes // row_bytes)),
         "num_warps": 4 if is_narrow else 8,
         # three programs of four warps; or two, as shared memory has it, or where 168 would spill

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gemcut.engine import Engine, SamplingParams
+from gemcut.engine import PUBLISHED, Engine, SamplingParams
 from gemcut.engine.memory import Build, Estimate
+from gemcut.kernels import cpu
 
 # every setting in use: the most that a choice of tokens takes
 ALL_SETTINGS = SamplingParams(
@@ -54,6 +55,18 @@ def tensor_bytes(root: Any) -> int:
     """Bytes of the storages of all tensors within reach; a shared storage counts once."""
     storages = {storage._cdata: storage for storage in map(Tensor.untyped_storage, tensors(root))}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def make(folder: Path, sizes: tuple[int, int, int], dtype: str = "float32", **arguments) -> Engine:
+    """An engine on a CPU of so many slots, tokens of each, and tokens of a chunk."""
+    slots, length, chunk = sizes
+    arguments |= {"max_batch_size": slots, "max_seq_len": length, "prefill_chunk": chunk}
+    return Engine.from_pretrained(folder, device="cpu", dtype=dtype, **arguments)
+
+
+def build_of(name: str, ops=cpu, **arguments) -> Build:
+    """A published model on a CPU in float32, without weights."""
+    return Build(PUBLISHED[name], torch.device("cpu"), torch.float32, ops, **arguments)
 
 
 def estimate_of(engine: Engine) -> Estimate:

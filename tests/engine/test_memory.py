@@ -1,4 +1,4 @@
-"""The memory of an engine: the estimate is what is allocated, and the sizes chosen fit it."""
+"""The estimate of an engine's memory is what is allocated."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ from pathlib import Path
 import allocations
 import pytest
 import torch
-from allocations import estimate_of, peak_on_cpu, tensor_bytes, work_hard
+from allocations import build_of, estimate_of, make, peak_on_cpu, tensor_bytes, work_hard
 from engines import save_random_model
-from random_models import MODEL_TYPES
+from random_models import MODEL_TYPES, random_config
 
 from gemcut import kernels
 from gemcut.bench.engines.random_model import published_config, random_weights
-from gemcut.engine import PUBLISHED, Engine, memory
+from gemcut.engine import PUBLISHED, Engine
 from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes
 from gemcut.engine.checkpoints import hub
 from gemcut.engine.checkpoints.load import load_checkpoint
@@ -25,9 +25,11 @@ from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.weights import empty_weights
 from gemcut.engine.memory import Build
-from gemcut.kernels import cpu, reference
+from gemcut.kernels import cpu, decode_attention, reference, tiles
+from gemcut.kernels.gpu_arch import arch_of
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 MODELS = ["demo", *MODEL_TYPES]
 SHARE = 0.05  # of the estimate, which is the promise
 # slots, tokens of each, tokens of a chunk
@@ -61,12 +63,6 @@ def large(tmp_path_factory) -> Path:
     weights = random_weights(config, device=CPU, dtype=torch.bfloat16)
     save_checkpoint(folder, config, weights, tokenizer_file=hub.DEMO / "tokenizer.model")
     return folder
-
-
-def make(folder: Path, sizes: tuple[int, int, int], dtype: str = "float32", **arguments) -> Engine:
-    slots, length, chunk = sizes
-    arguments |= {"max_batch_size": slots, "max_seq_len": length, "prefill_chunk": chunk}
-    return Engine.from_pretrained(folder, device="cpu", dtype=dtype, **arguments)
 
 
 # The estimate is what is allocated
@@ -232,21 +228,7 @@ def test_the_peak_on_a_gpu_is_the_estimate(large, sizes):
     assert abs(peak - estimate) <= SHARE * estimate
 
 
-# The sizes chosen fit
-
-
-@pytest.fixture
-def set_free(monkeypatch):
-    """A way to say how many bytes are free."""
-
-    def set_free(free: float) -> None:
-        monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
-
-    return set_free
-
-
-def build_of(name: str, ops=cpu, **arguments) -> Build:
-    return Build(PUBLISHED[name], CPU, torch.float32, ops, **arguments)
+# The estimate by itself
 
 
 @pytest.mark.parametrize("ops", [cpu, reference, kernels], ids=["cpu", "reference", "kernels"])
@@ -288,130 +270,33 @@ def test_graphs_and_long_chunks_count_where_they_are():
     assert estimate(chunk=1024, reuse_prefixes=False).activations == usual.activations
 
 
-def test_slots_are_the_most_that_fit(set_free):
-    build = build_of("gemma-2-2b")
-    for slots in (16, 8, 4, 2, 1):
-        needed = build.estimate(slots, 4000).total
-        set_free(needed / 0.8 + 1e6)
-        assert build.choose("auto", 4000) == (slots, 4000)
-        if slots > 1:
-            set_free(needed / 0.8 - 1e6)
-            assert build.choose("auto", 4000) == (slots // 2, 4000)
+@pytest.mark.parametrize("window", [None, 600], ids=["global", "local"])
+@pytest.mark.parametrize("split", [None, 16, 32, 64, 128])
+def test_the_splits_of_a_measured_tile_are_in_the_estimate(split, window, monkeypatch):
+    """The workspace of decode attention grows as splits get shorter."""
+    C, B, T = 4096, 2, 8
+    overrides = {"vocab_size": 32, "intermediate_size": 16, "hidden_size": 16}
+    config = ModelConfig.from_dict(random_config("gemma", **overrides).to_dict())
+    HQ, HK, K = config.num_q_heads, config.num_kv_heads, config.head_dim
+    tile = {} if split is None else {"SPLIT": split}
+    arch = arch_of(DEVICE)
+    monkeypatch.setattr(tiles, "TUNED", {arch: {("attention_decode", (HQ, HK, K)): tile}})
+    allocated = []
 
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **given: allocated.extend(
+                given[name].nbytes for name in ("acc_ptr", "m_ptr", "l_ptr")
+            )
 
-@pytest.mark.parametrize("auto", ["auto", None])
-def test_slots_shrink_before_their_length(set_free, auto):
-    build = build_of("gemma-2-2b")
-    set_free(build.estimate(1, 8192).total / 0.8 + 1e6)
-    assert build.choose("auto", auto) == (1, 8192)
-    set_free(build.estimate(1, 8192).total / 0.8 - 1e6)
-    slots, length = build.choose("auto", auto)
-    assert slots == 1
-    assert 8000 < length < 8192
-
-
-@pytest.mark.parametrize("slots", [1, 8, 100])
-def test_the_length_is_the_most_that_fits(set_free, slots):
-    build = build_of("gemma-2-2b")
-    budget = build.estimate(slots, 2).total + 1e9
-    set_free(budget / 0.8)
-    chosen, length = build.choose(slots, "auto")
-    assert chosen == slots
-    assert 2 < length < 8192
-    assert build.estimate(slots, length).total <= budget < build.estimate(slots, length + 1).total
-
-
-def test_plenty_of_memory_gives_the_model_s_limit(set_free):
-    set_free(1e15)
-    for name, config in PUBLISHED.items():
-        assert build_of(name).choose("auto", "auto") == (16, config.context_length)
-        assert build_of(name).choose(8, None) == (8, config.context_length)
-
-
-def test_weights_that_are_loaded_are_not_needed_again(set_free):
-    build = build_of("gemma-2-2b")
-    estimate = build.estimate(4, 2048)
-    set_free(estimate.total - estimate.weights)
-    assert build.choose(4, 2048, loaded=True) == (4, 2048)
-    with pytest.raises(MemoryError):
-        build.choose(4, 2048)
-    set_free((estimate.total - estimate.weights) / 0.8 + 1e6)
-    assert build.choose("auto", 2048, loaded=True) == (4, 2048)
-    set_free((estimate.total - estimate.weights) / 0.8 - 1e6)
-    assert build.choose("auto", 2048, loaded=True) == (2, 2048)
-
-
-def test_an_engine_of_a_loaded_model_needs_no_second_copy(folders, set_free):
-    arguments = {"max_batch_size": 2, "max_seq_len": 128, "prefill_chunk": 32}
-    with make(folders["demo"], (2, 128, 32)) as first:
-        estimate = estimate_of(first)
-        set_free(estimate.total - estimate.weights)
-        Engine(first.model, first.tokenizer, **arguments).close()
-        set_free(estimate.total - estimate.weights - 1)
-        with pytest.raises(MemoryError):
-            Engine(first.model, first.tokenizer, **arguments)
-
-
-def test_sizes_asked_for_may_take_all_that_is_free(set_free):
-    build = build_of("gemma-2-2b")
-    needed = build.estimate(8, 4096).total
-    set_free(needed)
-    assert build.choose(8, 4096) == (8, 4096)
-    set_free(needed - 1)
-    with pytest.raises(MemoryError):
-        build.choose(8, 4096)
-
-
-def test_the_error_names_what_is_needed_what_is_free_and_what_would_fit(set_free):
-    build = build_of("gemma-2-2b")
-    set_free(20e9)
-    with pytest.raises(MemoryError) as error:
-        build.choose(64, 8192)
-    assert str(error.value) == (
-        "64 slots of 8192 tokens need 100.03 GB, but cpu has 20.00 GB free; "
-        "3 slots of 8192 tokens or 64 slots of 346 tokens would fit"
+    monkeypatch.setattr(decode_attention, "attention_decode_kernel", Kernel())
+    q, cache = (
+        torch.zeros(shape, device=DEVICE, dtype=torch.bfloat16)
+        for shape in ((B, T, HQ, K), (B, HK, C, K))
     )
-    assert build.estimate(3, 8192).total <= 16e9 < build.estimate(4, 8192).total
-    assert build.estimate(64, 346).total <= 16e9 < build.estimate(64, 347).total
-
-
-def test_an_error_of_a_size_chosen_here_says_what_may_be_taken(set_free):
-    build = build_of("gemma-2-2b")
-    set_free(13e9)
-    with pytest.raises(MemoryError) as error:
-        build.choose(8, "auto")
-    assert str(error.value).endswith(
-        "but cpu has 13.00 GB free, of which 10.40 GB may be taken; no size of this model would fit"
-    )
-
-
-def test_nothing_is_loaded_that_does_not_fit(folders, set_free, monkeypatch):
-    """Or a machine would swap, or kill the process, before it could say so."""
-    monkeypatch.setattr(
-        "gemcut.engine.engine.load_checkpoint", lambda *a, **k: pytest.fail("loaded")
-    )
-    set_free(2e6)
-    for sizes in ((2, 128, 32), ("auto", 128, 32), (2, "auto", 32), ("auto", "auto", 32)):
-        with pytest.raises(MemoryError) as error:
-            make(folders["demo"], sizes)
-        assert len(str(error.value).splitlines()) == 1
-
-
-def test_an_engine_of_automatic_sizes_is_made_and_serves(folders, set_free):
-    with make(folders["demo"], ("auto", "auto", 512)) as engine:
-        assert (engine.cache.num_slots, engine.max_seq_len) == (16, 512)
-        assert len(engine.generate("Once").token_ids) > 0
-    needed = estimate_of(engine)
-    set_free((needed.total - needed.kv_cache / 2) / 0.8)
-    with make(folders["demo"], ("auto", "auto", 512)) as smaller:
-        assert (smaller.cache.num_slots, smaller.max_seq_len) == (8, 512)
-        assert estimate_of(smaller).total <= needed.total - needed.kv_cache / 2
-
-
-def test_free_memory_of_a_cpu_counts_what_the_page_cache_gives_back(monkeypatch, tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:    500 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", meminfo)
-    assert memory.free_bytes(CPU) == 500 * 1024
-    meminfo.unlink()
-    assert memory.free_bytes(CPU) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    index = torch.zeros(B, device=DEVICE, dtype=torch.int64)
+    decode_attention.attention_decode(q, cache, cache, index, index, 1.0, None, window)
+    estimate = decode_bytes(config, torch.bfloat16, B, C, kernels)
+    assert sum(allocated) <= estimate
+    if window is None and split in (16, 32, 64):  # and not by far
+        assert estimate <= 1.2 * sum(allocated)
