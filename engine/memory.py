@@ -1,6 +1,6 @@
-"""What an engine takes of a device's memory, and the sizes that fit it.
+"""The memory that an engine takes of a device, and the sizes that fit it.
 
-`Build` says what an engine is made of, but for its sizes; its estimates follow from the config
+`Build` says what an engine is made of, except its sizes; its estimates follow from the config
 alone: no tensor is made.  `Build.choose` turns "auto" into the number of slots and their length:
 first fewer slots, then shorter ones.
 """
@@ -24,8 +24,8 @@ from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
 from gemcut.engine.placement import is_plain_torch
 
 MEMINFO = Path("/proc/meminfo")
-# Of the free memory, for an engine whose size is chosen here.  A CPU's is everyone's; on a GPU the
-# estimate may be 5 % too low.
+# Of the free memory, for an engine whose size is chosen here.  A CPU's memory is for all processes;
+# on a GPU the estimate may be 5 % too low.
 MEMORY_SHARE = {"cpu": 0.8, "cuda": 0.95}
 DEFAULT_BATCH_SIZE = 8  # the engine's
 AUTO_BATCH_SIZES = (16, 8, 4, 2, 1)
@@ -50,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Build:
-    """An engine but for its sizes."""
+    """An engine except its sizes."""
 
     config: ModelConfig
     device: torch.device

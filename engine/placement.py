@@ -1,4 +1,4 @@
-"""What `auto` means for device, dtype and ops: what the machine has."""
+"""The device, dtype and ops that a caller names, or the machine's for "auto"."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor

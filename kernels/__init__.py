@@ -1,15 +1,14 @@
 """Fused Triton kernels for Gemma: each op has the name and the signature of its oracle.
 
-`reference` holds the oracles in plain torch.  Docstrings of the modules tell what each op computes,
-where it rounds, what it costs and what bounds it.
-
+`reference` holds the oracles in plain torch, `cpu` the same written for speed on a CPU.  Docstrings
+of the modules tell what each op computes, where it rounds, what it costs and what bounds it.
 
 `torch.ops.gemcut` holds the same for torch.compile: see registration.py.
 """
 
 import sys
 
-if sys.platform == "linux":  # Triton is built for Linux; elsewhere the oracles are all there is
+if sys.platform == "linux":  # Triton is built for Linux; elsewhere there are only the ops in torch
     from gemcut.kernels.advance import advance_
     from gemcut.kernels.decode_attention import attention_decode
     from gemcut.kernels.head import embed, lm_head, lm_head_argmax

@@ -1,10 +1,10 @@
-"""The end of a decode step: each row's choice becomes what its slot starts the next step from.
+"""The end of a decode step: each row's choice is written to its slot, for the next step.
 
     id        = chosen, or -1 where the row was inactive or had nothing to choose (score not finite)
     position  = position + 1, or -1 (inactive from now on) after such a row, an end, or the limit
 
 chosen, scores, slots [B]; tokens, positions, limits [num_slots]; is_end [num_slots, V].  So a step
-that is launched before the host has read the last one's tokens already knows who has ended.
+that is started before the host has read the last one's tokens already knows which rows have ended.
 
 Cost: one program for 128 rows, 42 bytes a row; bound by the latency of two dependent loads.
 """
@@ -57,7 +57,7 @@ def advance_(
     """Write each row's choice to its slot: the ids [B] int64, -1 where there is none.
 
     chosen [B] int, scores [B] float32, slots [B] int; tokens, positions, limits [num_slots] int64,
-    is_end [num_slots, V] bool.  A slot may stand in several rows only where it is inactive.
+    is_end [num_slots, V] bool.  A slot may be that of several rows only where it is inactive.
     """
     (B,) = chosen.shape
     check_tensors(

@@ -1,7 +1,7 @@
-"""What prefill and decode attention share: tiles of a ring, one step of online softmax, checks.
+"""Code shared by prefill and decode attention: tiles of a ring, one step of online softmax, checks.
 
 Scores come from tl.dot in float32.  Softmax runs in base 2: log2(e) is part of the factor that
-multiplies a score, which stands behind the softcap where there is one, so that either way
+multiplies a score, after the softcap where there is one, so that either way
 
     p = exp2(s * factor - m_i)
 

@@ -1,4 +1,4 @@
-"""Checks that stand before a launch: a kernel launched on wrong shapes reads foreign memory."""
+"""Checks before a launch: a kernel launched on wrong shapes reads foreign memory."""
 
 import math
 
@@ -18,7 +18,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_tensors(x: Tensor, /, **others: Tensor | None) -> None:
-    """Everything lies on x's device, which a kernel can run on, and floats have x's dtype."""
+    """ValueError unless all are on x's device, where kernels run, and floats have x's dtype."""
     require(
         x.is_cuda or (INTERPRETED and x.is_cpu),
         f"a kernel needs tensors on cuda, not {x.device}; a CPU runs gemcut.kernels.reference, "
@@ -47,7 +47,7 @@ def check_shape(name: str, x: Tensor, *shape: int) -> None:
 
 
 def check_rows(name: str, x: Tensor, width: int) -> None:
-    """Rows of a matrix, [M, width]; they may lie apart, each is contiguous."""
+    """Rows of a matrix, [M, width]; they may have gaps between them, each is contiguous."""
     require(
         x.dim() == 2 and x.shape[1] == width,
         f"{name} is {list(x.shape)}, must be [M, {width}]",

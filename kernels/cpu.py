@@ -1,6 +1,6 @@
-"""The op table that is fast on a CPU: the oracles' names, rewritten where torch has a faster way.
+"""The op table for a CPU: the oracles' names, written for speed where torch has a faster way.
 
-What each op computes is said in `reference`, and what gains nothing here is taken from there.  A
+`reference` defines what each op computes; ops that would gain nothing are taken from there.  A
 decode step of a small model has few arithmetic operations and many calls of torch, each of which
 costs a microsecond or more.  So tensors of constants are kept, an operation that would change
 nothing is left out, and products take the order of operands that torch reads fastest.

@@ -6,7 +6,7 @@
 q, y [B, T, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C.
 
 The queries that share a KV head are one tile of tl.dot: those of one token, or of several while
-they are at most 16.  The keys are cut into splits at absolute positions (splits.py).  A program
+they are at most 16.  The keys are cut into splits at absolute positions (kv_splits.py).  A program
 takes a run of a tile's splits, in one pipelined loop over their keys; at the end of each it leaves
 the split's unnormalised acc, m and l in a workspace.  Then it counts its splits, in each group of
 16.  The one that completes a group adds the group's splits up, and the one that completes the last
@@ -22,7 +22,8 @@ shape and the arch.
 
 Scores, softmax and partial sums are float32; p is rounded to v's dtype for the second product, and
 y once.  A row yields zeros where positions[b] < 0, and NaN where its slot does not exist, where it
-sees more than C keys or stands beyond 2 ** 30: wrong input shows, and never reads foreign memory.
+sees more than C keys or is at a position beyond 2 ** 30: wrong input shows, and never reads foreign
+memory.
 
 Cost: for a row that sees S keys 2 S HK K elements of cache are read, for T tokens T * GROUP_SIZE /
 16 times, mostly from L2.  The workspace adds 8 T HQ K bytes for each split, written and read back
@@ -306,7 +307,7 @@ def attention_decode(
 ) -> Tensor:
     """Attention of each row's T newest tokens: q [B, T, HQ, K] -> new tensor of the same shape.
 
-    k_cache, v_cache [slots, HK, C, K]; slots, positions [B]; query t of row b stands at
+    k_cache, v_cache [slots, HK, C, K]; slots, positions [B]; query t of row b has position
     positions[b] + t, and its key is in the cache.  T is 1 to 8.
 
     `counters` is scratch that every call finds and leaves zero, int32 [at least B * T * HK *

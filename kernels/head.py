@@ -46,7 +46,7 @@ def embed_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     token_id = tl.load(token_ids_ptr + row).to(tl.int64)
-    # an id outside the table would read foreign memory: it yields NaN, which nobody overlooks
+    # an id outside the table would read foreign memory: it yields NaN, which shows
     width = tl.where((token_id >= 0) & (token_id < V), D, 0)
     x = tl.load(table_ptr + token_id * D + offs_d, mask=offs_d < width, other=float("nan"))
     y = x.to(tl.float32) * SCALE

@@ -4,7 +4,7 @@ Where TRITON_INTERPRET=1 is set before this module is imported, kernels run in N
 after another.  The interpreter keeps bfloat16 as uint16 and gets it wrong in two ways (still so in
 Triton 3.9): products and sums compute with the bits as if they were integers, and a cast to
 bfloat16 truncates.  Here the bits are widened before arithmetic and every cast rounds to the
-nearest even, as a GPU does.  tests/test_interpreter.py holds the patch against torch.
+nearest even, as a GPU does.  tests/kernels/test_interpreter.py holds the patch against torch.
 """
 
 from collections.abc import Callable

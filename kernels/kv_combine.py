@@ -1,4 +1,4 @@
-"""Splits of decode attention on the device: where they lie, who takes them, how they are added up.
+"""Splits of decode attention on the device: their bounds, their programs, and their sum.
 
 A split leaves acc [num_rows, K], not yet divided, and the running maximum m and sum l [num_rows] of
 its queries.  Partials are summed 16 at a time, each at the place that the last four bits of its
@@ -21,7 +21,7 @@ FAN = tl.constexpr(GROUP)
 
 @triton.jit
 def split_of(key, SPLIT: tl.constexpr, IS_LOCAL: tl.constexpr):
-    """The split that holds a key; see splits.py."""
+    """The split that holds a key; see kv_splits.py."""
     x = key // SPLIT
     if IS_LOCAL:
         return x

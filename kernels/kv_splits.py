@@ -37,5 +37,5 @@ def most_partials(keys: int, split: int, is_local: bool) -> tuple[int, int]:
     if not is_local:
         splits = count_splits(keys, split)
         return splits, -(-splits // GROUP)
-    splits = (keys - 2) // split + 2  # wherever the first key stands
+    splits = (keys - 2) // split + 2  # wherever the first key is
     return splits, (splits - 2) // GROUP + 2

@@ -3,7 +3,7 @@
     geglu           gelu(gate) * up             gate_up [M, 2 F], gate first: prefill
     linear_geglu    the same of x @ gate_up.T   few rows: decode
 
-GELU is its tanh approximation, which is what every published Gemma was trained with.  Arithmetic is
+GELU is its tanh approximation, as every published Gemma was trained with.  Arithmetic is
 float32, rounded once.  In decode a program owns the same BLOCK_F rows of gate and of up, so that
 nothing between the two products leaves its registers.
 
@@ -87,7 +87,7 @@ def _tile(F: int, x: Tensor) -> dict[str, int]:
 
 
 def geglu(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up: gate_up [M, 2 F], gate first -> [M, F].  Rows may lie apart."""
+    """gelu(gate) * up: gate_up [M, 2 F], gate first -> [M, F].  Rows may have gaps."""
     require(
         gate_up.dim() == 2 and gate_up.shape[1] > 0 and gate_up.shape[1] % 2 == 0,
         f"gate_up is {list(gate_up.shape)}, must be [M, 2 F]",

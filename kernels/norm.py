@@ -1,12 +1,12 @@
-"""Gemma's RMSNorm, alone and behind a residual add: one program holds one row.
+"""Gemma's RMSNorm, alone and after a residual add: one program holds one row.
 
     rmsnorm         y = x * rsqrt(mean(x ** 2) + eps) * (1 + w)
     add_rmsnorm_    residual += x, or residual += rmsnorm(x, post_weight)
                     y = rmsnorm(residual, next_weight)
                     x may come as partial sums, which are added up first, in their order
 
-Gemma stores the weight as an offset from one.  Arithmetic is float32; what is stored is rounded
-once, and so is the sum before the second norm reads it.
+Gemma stores the weight as an offset from one.  Arithmetic is float32; results are rounded once,
+and so is the sum before the second norm reads it.
 
 Cost: 2 M D elements moved for rmsnorm, 4 M D for add_rmsnorm_ (read both, write both; weights stay
 in L2), about 5 and 12 operations for each: bound by memory bandwidth.  The one program of a decode

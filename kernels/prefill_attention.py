@@ -1,4 +1,4 @@
-"""Causal attention of chunks of new tokens over the cache, in which their keys already stand.
+"""Causal attention of chunks of new tokens over the cache, which holds their keys already.
 
     s[i, j] = softcap(q[i] . k[j] * scale)     query i sees key j iff i - W < j <= i
     y[i]    = sum_j softmax_j(s[i, j]) * v[j]
@@ -11,7 +11,7 @@ many fewer registers than two loops that a tile of 128 x 64 does not spill at he
 
 Scores and softmax are float32; p is rounded to v's dtype for the second product, and y once.
 
-Where a chunk begins and how long it is stands on the device, so the grid is the most tiles that M
+A chunk's first row and length are known on the device alone, so the grid is the most tiles that M
 rows in B chunks can need: chunk b owns the tiles from cu_seqlens[b] // BLOCK_M + b on.  The tiles
 with the most keys start first, for all heads, so that none of them is left over at the end.
 
@@ -156,7 +156,7 @@ TILES = {
 
 def _tile(head_dim: int, itemsize: int, arch: str) -> dict[str, int]:
     width = max(64, triton.next_power_of_2(head_dim))
-    if itemsize == 4:  # no tensor cores: operands of the products lie in registers
+    if itemsize == 4:  # no tensor cores: operands of the products are in registers
         tile = (32 if width == 256 else 64, 32, 8, 1)
     elif arch == "interpreter":
         tile = (64, 64, 8, 1)

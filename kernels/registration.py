@@ -1,4 +1,4 @@
-"""The ops as `torch.ops.gemcut.*`, for torch.compile and for whoever embeds them in torch.
+"""The ops as `torch.ops.gemcut.*`, for torch.compile and for other modules in torch.
 
 Tensors on cuda go to the kernel; tensors on a CPU to cpu.py, or to the kernel where Triton's
 interpreter is on.  Each op has a fake implementation (shapes and dtypes without data), so a module
@@ -17,7 +17,7 @@ from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
 
 # Not the counters of attention_decode and lm_head_argmax: they are zero before and after, so that
-# nobody sees a change, and torch 2.11 fails for a mutated argument that is left to its default.
+# no caller sees a change, and torch 2.11 fails for a mutated argument that is left to its default.
 MUTATED = {
     "add_rmsnorm_": ("residual",),
     "advance_": ("tokens", "positions"),

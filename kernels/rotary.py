@@ -213,7 +213,7 @@ def rope_and_store_(
 ) -> Tensor:
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
-    qkv [M, (HQ + 2 HK) * K], rows may lie apart, or partial sums of them [S, M, (HQ + 2 HK) * K] in
+    qkv [M, (HQ + 2 HK) * K], rows may have gaps, or partial sums of them [S, M, (HQ + 2 HK) * K] in
     float32, which are added up and rounded first; k_cache, v_cache [slots, HK, C, K], written at
     each token's slot and position % C; slots, positions [M] int; cos, sin [M, 1, K] -> [M, HQ, K].
     A negative position stores nothing.  A slot outside the cache stores nothing and yields NaN:

@@ -7,7 +7,7 @@
                 noise = -log(-log(u)),  u = (top 23 bits of hash(seed, position, v) + 1/2) / 2**23
 
 logits [B, V] float32, every setting [B].  min_p keeps scaled >= log(min_p), a share of the greatest
-probability; top-k and top-p are thresholds too (thresholds.py), so nothing is sorted and the
+probability; top-k and top-p are thresholds too (top_k_top_p.py), so nothing is sorted and the
 draw needs no list of what is kept.  The hash is SplitMix64 in 64-bit integers: bit for bit the
 oracle's.  A row of temperature 0, or one where nothing can be drawn (NaN), takes the maximum; NaN
 counts as the greatest, as in torch.
@@ -272,7 +272,7 @@ def _choose_(
     seeds: Tensor | None,
     positions: Tensor | None,
 ) -> Tensor:
-    """Write the ids; return the state of every row (thresholds.py), which holds its threshold."""
+    """Write the ids; return the state of every row (top_k_top_p.py), which holds its threshold."""
     B, V = logits.shape
     num_chunks = triton.cdiv(V, CHUNK)
     grid = (B, num_chunks)

@@ -96,7 +96,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) 
 
 
 def assert_row_invariant(op: Callable[[slice], Tensor | tuple[Tensor, ...]], count: int) -> None:
-    """Alone and in company of 2 to `count`, an op gives the same bits for the same row."""
+    """An op gives the same bits for a row alone and beside 1 to `count` - 1 others."""
 
     def bits(rows: slice) -> list[Tensor]:
         result = op(rows)

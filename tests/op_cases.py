@@ -1,4 +1,4 @@
-"""One small call of every op: for whatever must hold for all of them."""
+"""One small call of every op, for tests of what must hold for all of them."""
 
 from typing import Any
 

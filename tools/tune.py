@@ -202,7 +202,7 @@ def print_candidates(subject: Subject) -> None:
 
 
 def print_winner(subject: Subject) -> None:
-    """What came of a subject, and everyone that failed."""
+    """The outcome of a subject, and the candidates that failed."""
     timed = sum(candidate.status == OK for candidate in subject.candidates)
     for candidate in subject.candidates:
         if candidate.status not in (OK, DROPPED, THE_RULE) and candidate.detail != NO_TIME:

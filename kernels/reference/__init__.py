@@ -1,7 +1,7 @@
 """The oracle of every op: its definition in plain torch, with the name and signature of its kernel.
 
-It says what a kernel must compute and runs on any machine, without a thought for speed: `cpu` is
-what runs fast on a CPU.
+It says what a kernel must compute, and runs on any machine, but slowly: `cpu` is written for speed
+on a CPU.
 """
 
 from gemcut.kernels.reference.attention import attention_decode, attention_prefill

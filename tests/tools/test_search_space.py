@@ -49,7 +49,7 @@ def test_a_kernel_takes_what_was_measured(kernel, folder, launches, small_grid, 
             assert (taken == CONSTANTS[kernel]) == bool(constants)
 
 
-def test_a_measured_tile_is_for_its_part_shape_and_dtype(monkeypatch):
+def test_a_measured_tile_is_for_its_arch_shape_and_dtype(monkeypatch):
     x = torch.zeros(2, 48, dtype=BF16, device=DEVICE)
     weight, other = torch.zeros(32, 48, device=DEVICE), torch.zeros(64, 48, device=DEVICE)
     key = ("skinny_linear", (32, 48))
