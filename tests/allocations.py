@@ -75,11 +75,11 @@ def work_hard(engine: Engine) -> None:
 @torch.inference_mode()
 def _run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> None:
     """In this thread: a profiler sees no other."""
-    core = engine._loop
+    loop = engine._loop
     for request in engine._builder.batch(prompts, params)[0]:
-        core.add(request)
-    while core.is_busy:
-        core.step()
+        loop.add(request)
+    while loop.is_busy:
+        loop.step()
 
 
 def peak_on_cpu(work: Callable[[], Any], mapped: Path) -> int:
@@ -88,7 +88,7 @@ def peak_on_cpu(work: Callable[[], Any], mapped: Path) -> int:
     The checkpoint's file is left aside: the profiler counts it as it is mapped, but those are pages
     that the page cache gives back.
     """
-    with mock.patch("gemcut.engine.engine.in_passing_thread", lambda load: load()):
+    with mock.patch("gemcut.engine.engine.in_temporary_thread", lambda load: load()):
         return peak_bytes(work, aside=mapped.stat().st_size)
 
 

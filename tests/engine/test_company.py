@@ -97,10 +97,10 @@ class Rig:
         admit = engine._scheduler.admit
 
         def noted():
-            placement = admit()
-            if placement is not None:
-                admitted.append(int(placement.sequence.request_id))
-            return placement
+            admission = admit()
+            if admission is not None:
+                admitted.append(int(admission.sequence.request_id))
+            return admission
 
         engine._scheduler.admit = noted
         tokens: dict[int, list[int]] = {i: [] for i in range(len(batch))}

@@ -34,17 +34,17 @@ class Stub:
 
 def run(scheduler: Scheduler, *prompts: list[int], keep: bool = False) -> list[tuple]:
     """(slot, reused, source) of prompts that come and end one after the other."""
-    placements = []
+    admissions = []
     for prompt in prompts:
         sequence = Stub(prompt)
         scheduler.add(sequence)
-        placement = scheduler.admit()
-        assert placement.sequence is sequence
-        assert (sequence.slot, sequence.reused) == (placement.slot, placement.reused)
-        placements.append((placement.slot, placement.reused, placement.source))
+        admission = scheduler.admit()
+        assert admission.sequence is sequence
+        assert (sequence.slot, sequence.reused) == (admission.slot, admission.reused)
+        admissions.append((admission.slot, admission.reused, admission.source))
         if not keep:
             scheduler.remove(sequence)
-    return placements
+    return admissions
 
 
 LONG, OTHER = list(range(100)), list(range(500, 600))

@@ -24,7 +24,7 @@ from gemcut.engine.placement import (
     choose_device_map,
     choose_dtype,
     choose_ops,
-    in_passing_thread,
+    in_temporary_thread,
 )
 from gemcut.engine.transformers_api.models.arrays import converter_to_kind_of
 from gemcut.engine.transformers_api.models.caches import StaticCache
@@ -159,7 +159,7 @@ class PreTrainedModel:
             model._read_more(folder)
             return model
 
-        model = in_passing_thread(load) if target.type == "cpu" else load()
+        model = in_temporary_thread(load) if target.type == "cpu" else load()
         if made:
             warnings.warn(
                 f"{folder} has no {' and no '.join(made)}: made at random; train it before use",
