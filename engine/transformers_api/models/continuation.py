@@ -90,6 +90,7 @@ class Continuation:
         if config.do_sample:
             drawn = {"top_k": config.top_k or 0, "min_p": config.min_p or 0.0}
             drawn["top_p"] = 1.0 if config.top_p is None else config.top_p
+        with_prompt = [_with_prompt(prompt_ids, processor) for processor in processors]
         return SamplingParams(
             temperature=config.temperature if config.do_sample else 0.0,
             **drawn,
@@ -97,8 +98,7 @@ class Continuation:
             min_tokens=min(fewest, self._new_tokens),
             stop=config.stop_strings,
             repetition_penalty=config.repetition_penalty,
-            logits_processors=[_with_prompt(prompt_ids, processor) for processor in processors]
-            or None,
+            logits_processors=with_prompt or None,
         )
 
     def run(self) -> Tensor:
