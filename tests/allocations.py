@@ -31,6 +31,23 @@ ALL_SETTINGS = SamplingParams(
     seed=0,
 )
 
+# slots, tokens of each, tokens of a chunk
+SIZES = {
+    "one chunk": (8, 128, 128),
+    "four chunks": (2, 128, 32),
+    "chunks shorter than drafts": (1, 128, 4),
+    "more slots than a chunk has tokens": (18, 32, 16),
+}
+
+
+def make_engine(
+    folder: Path, sizes: tuple[Any, Any, int], dtype: str = "float32", **arguments: Any
+) -> Engine:
+    """An engine of these sizes on the CPU."""
+    slots, length, chunk = sizes
+    arguments |= {"max_batch_size": slots, "max_seq_len": length, "prefill_chunk": chunk}
+    return Engine.from_pretrained(folder, device="cpu", dtype=dtype, **arguments)
+
 
 def tensors(root: Any) -> Iterator[Tensor]:
     """Every tensor within reach of `root`, through attributes and containers."""
@@ -93,7 +110,7 @@ def peak_on_cpu(work: Callable[[], Any], mapped: Path) -> int:
 
 
 def peak_bytes(work: Callable[[], Any], aside: int | None = None) -> int:
-    """The most bytes that torch held at a time during `work`, but for tensors of `aside` bytes."""
+    """The most bytes that torch held at a time during `work`, except tensors of `aside` bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     assert profiled.profiler is not None

@@ -5,6 +5,8 @@ import torch
 from documented_twins import BATCH, LENGTH, MASKS, VOCAB, assert_close, random_ids, twins
 from random_models import MODEL_TYPES
 
+import gemcut.engine
+from gemcut.engine import transformers_api
 from gemcut.engine.transformers_api import DynamicCache, StaticCache
 
 by_family = pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -311,3 +313,9 @@ def test_bfloat16_errs_no_more_than_twice_what_transformers_does(model_type, tmp
     assert (actual.logits - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     states = model(random_ids(), output_hidden_states=True).hidden_states
     assert all(x.dtype == torch.bfloat16 for x in states)
+
+
+def test_every_documented_name_is_in_the_engine():
+    for name in transformers_api.__all__:
+        assert getattr(gemcut.engine, name) is getattr(transformers_api, name)
+        assert name in gemcut.engine.__all__
