@@ -1,4 +1,4 @@
-"""What is really allocated: bytes of the tensors that an object reaches, and the peak of a run."""
+"""Measured allocations: bytes of the tensors that an object reaches, and the peak of a run."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -74,7 +74,7 @@ def tensor_bytes(root: Any) -> int:
 
 
 def estimate_of(engine: Engine) -> Estimate:
-    """What is said, before it is made, of an engine like this."""
+    """The estimate of an engine's memory, from the arguments that it was made with."""
     model, cache = engine.model, engine.cache
     build = Build(engine.config, model.device, model.dtype, model.ops, cache.prefill_chunk)
     return build.estimate(cache.num_slots, engine.max_seq_len)
@@ -91,7 +91,7 @@ def work_hard(engine: Engine) -> None:
 
 @torch.inference_mode()
 def _run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> None:
-    """In this thread: a profiler sees no other."""
+    """Make the steps in this thread: a profiler sees no other."""
     loop = engine._loop
     for request in engine._builder.batch(prompts, params)[0]:
         loop.add(request)
@@ -102,8 +102,8 @@ def _run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> No
 def peak_on_cpu(work: Callable[[], Any], mapped: Path) -> int:
     """The most bytes that torch held at a time during `work`, which loads an engine.
 
-    The checkpoint's file is left aside: the profiler counts it as it is mapped, but those are pages
-    that the page cache gives back.
+    The checkpoint's file does not count: the profiler counts it when it is mapped, but those are
+    pages that the page cache gives back.
     """
     with mock.patch("gemcut.engine.engine.in_temporary_thread", lambda load: load()):
         return peak_bytes(work, aside=mapped.stat().st_size)
@@ -124,7 +124,7 @@ def peak_bytes(work: Callable[[], Any], aside: int | None = None) -> int:
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in physical memory: at most so far, of its own, and of files."""
+    """Bytes of this process in physical memory: the peak so far, private ones, and of files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     names = ("VmHWM", "RssAnon", "RssFile")
     return {name: int(lines[name].split()[0]) * 1024 for name in names}
@@ -133,7 +133,7 @@ def resident() -> dict[str, int]:
 def main(folder: str, slots: str, length: str) -> None:
     """Print how much a process grows while it serves a checkpoint, and its estimate."""
     with Engine.from_pretrained("demo", device="cpu", max_batch_size=2) as engine:
-        work_hard(engine)  # what torch itself takes is there before
+        work_hard(engine)  # so that torch's own memory is there before
     del engine
     before = resident()
     with Engine.from_pretrained(

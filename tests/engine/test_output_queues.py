@@ -38,7 +38,7 @@ def test_a_stream_that_nobody_reads_takes_no_slot(engine):
 
 
 def test_a_stream_may_be_abandoned_in_the_midst_of_a_step(engine):
-    """As the garbage collector does: the step holds the lock that the cancellation wants."""
+    """As the garbage collector may do it: the step holds the lock that the cancellation needs."""
     abandoned = [engine.stream("x", SamplingParams(ignore_eos=True))]
     next(abandoned[0])
 
