@@ -55,17 +55,20 @@ class PendingTokens:
 class TokenCollector:
     """Steps whose tokens the host has not read, the oldest first."""
 
-    def __init__(self, hand_out: Callable[[PendingTokens], object]) -> None:
-        self._hand_out = hand_out
+    def __init__(self) -> None:
         self._pending: deque[PendingTokens] = deque()
 
     def add(self, pending: PendingTokens) -> None:
         self._pending.append(pending)
 
-    def collect(self, keep: int) -> None:
-        """Hand out all tokens except those of the latest `keep` steps."""
+    def collect(self, keep: int, hand_out: Callable[[PendingTokens], object]) -> None:
+        """Hand out all tokens except those of the latest `keep` steps.
+
+        `hand_out` is not stored: a method of the collector's owner would make a reference cycle,
+        and keep an engine's memory until the garbage collector runs.
+        """
         while len(self._pending) > keep:
-            self._hand_out(self._pending.popleft())
+            hand_out(self._pending.popleft())
 
     def clear(self) -> None:
         """Forget all steps; their tokens are dropped."""

@@ -39,7 +39,7 @@ class StepLoop:
         self.background: set[Request] = set()  # unfinished, stepped by the engine's own thread
         self.fault: Exception | None = None
         self.depth = runner.depth  # steps whose tokens may stay unread
-        self._collector = TokenCollector(self._hand_out)
+        self._collector = TokenCollector()
         self._owners: dict[TokenSequence, Request] = {}
 
     def add(self, request: Request) -> None:
@@ -73,19 +73,19 @@ class StepLoop:
         self.metrics.steps += 1
         self._prefill()
         if self._must_be_read():
-            self._collector.collect(0)
+            self._collect(0)
         sequences = self.scheduler.decoding
         if sequences:
             self._guarded(sequences, lambda: self._decode(sequences))
         is_late = sequences and not self._must_be_read()
-        self._collector.collect(self.depth if is_late else 0)
+        self._collect(self.depth if is_late else 0)
 
     def warm_up(self, shown: Callable[[Iterable[Work]], Iterable[Work]] = iter) -> None:
         """Make every kind of step once, as `shown` yields them; no slot in use changes.
 
         The stepping thread makes their tensors here, in the stream in which they are read.
         """
-        self._collector.collect(0)
+        self._collect(0)
         if (slot := self.scheduler.empty_slot()) is not None:
             end = self.runner.cache.max_seq_len
             longest = self.scheduler.chunk_at(0, end, others_decode=False)
@@ -129,7 +129,7 @@ class StepLoop:
         if first is not None:
             self._collector.add(first)
             if self.depth == 0:
-                self._collector.collect(0)
+                self._collect(0)
         elif sequence.score_only and sequence.is_prefilled:
             sequence.finish_scored()
 
@@ -152,6 +152,10 @@ class StepLoop:
         return self.depth == 0 or any(
             s.needs_logits or s.params.prompt_lookup_num_tokens for s in self.scheduler.running
         )
+
+    def _collect(self, keep: int) -> None:
+        """Hand out the tokens of all steps except the latest `keep`."""
+        self._collector.collect(keep, self._hand_out)
 
     def _hand_out(self, pending: PendingTokens) -> None:
         """Give the sequences of a step their tokens, and count these."""

@@ -1,8 +1,10 @@
 """The peak memory of an engine, from loading to decoding, is its estimate."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from random_models import MODEL_TYPES
 
 from gemcut import kernels
 from gemcut.bench.engines.random_model import published_config, random_weights
-from gemcut.engine import PUBLISHED, Engine
+from gemcut.engine import PUBLISHED, Engine, SamplingParams
 from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes
 from gemcut.engine.checkpoints import hub
 from gemcut.engine.checkpoints.load import load_checkpoint
@@ -116,6 +118,19 @@ def test_loading_holds_the_weights_once(large, dtype):
     )
     weights = config.num_parameters() * dtype.itemsize
     assert weights <= peak <= weights * (1 + SHARE)
+
+
+def test_an_engine_gives_its_memory_back_without_the_garbage_collector(folders):
+    """A reference cycle would keep the cache beside that of the next engine."""
+    gc.disable()
+    try:
+        with make_engine(folders["demo"], SIZES["one chunk"]) as engine:
+            engine.generate("Once", SamplingParams(max_tokens=3))
+            cache = weakref.ref(engine.cache)
+        del engine
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 @NEEDS_PROC

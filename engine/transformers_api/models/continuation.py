@@ -164,13 +164,13 @@ class Continuation:
 
     def _run_steps(self, first: PendingTokens, start: Start, depth: int) -> None:
         """Start step after step until no row wants a token; up to `depth` may stay unread."""
-        collector = TokenCollector(self._take)
+        collector = TokenCollector()
         collector.add(first)
-        collector.collect(depth)
+        collector.collect(depth, self._take)
         while wanting := [s for s in self._sequences if s.wants_token]:
             collector.add(start(wanting))
-            collector.collect(depth)
-        collector.collect(0)
+            collector.collect(depth, self._take)
+        collector.collect(0, self._take)
 
     def _masked_steps(self, runner: Runner, mask: Tensor | None, cache: StaticCache) -> Start:
         """A function that starts a step by `forward`: decode kernels would ignore the mask."""
