@@ -67,11 +67,14 @@ def sample_tokens(
         used("random", seeds),
         positions,
     )
-    if "penalties" in features:
-        cells = slots * state.vocab_size + chosen
-        ones = torch.ones_like(cells, dtype=state.output_counts.dtype)
-        state.output_counts.view(-1).scatter_add_(0, cells, ones)
     return _scored(chosen, logits)
+
+
+def count_tokens(token_ids: Tensor, slots: Tensor, state: SlotState) -> None:
+    """Count new tokens for later penalties: token_ids [B], slots [B]."""
+    cells = slots * state.vocab_size + token_ids
+    ones = torch.ones_like(cells, dtype=state.output_counts.dtype)
+    state.output_counts.view(-1).scatter_add_(0, cells, ones)
 
 
 def _scored(chosen: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

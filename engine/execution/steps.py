@@ -19,7 +19,7 @@ from torch import Tensor
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.sampler import GREEDY, KINDS, Features, sample_tokens
+from gemcut.engine.execution.sampler import GREEDY, KINDS, Features, count_tokens, sample_tokens
 from gemcut.engine.execution.slot_state import INACTIVE, SlotState, upload
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 
@@ -85,7 +85,7 @@ class Steps:
             scores, sampled = self.model.ops.lm_head_argmax(
                 hidden, self._head, self.model.config.final_softcap, counters=self.cache.counters
             )
-            return self._advance(sampled, scores, slots)
+            return self._advance(sampled, scores, slots, features)
         return self._sample(self._logits(hidden), slots, positions + 1, features)
 
     def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
@@ -114,7 +114,7 @@ class Steps:
             0, slots, torch.where(positions < 0, INACTIVE, positions + accepted.squeeze(1))
         )
         last = sampled.gather(1, accepted).squeeze(1), scores.gather(1, accepted).squeeze(1)
-        self._advance(*last, slots)
+        self._advance(*last, slots, features)
         is_valid = (scores.abs() < torch.inf) & (positions >= 0).unsqueeze(-1)
         return torch.where(is_valid, sampled, -1)
 
@@ -161,10 +161,15 @@ class Steps:
     ) -> Tensor:
         ops = self.model.ops
         sampled, scores = sample_tokens(logits, slots, positions, self.state, features, ops)
-        return self._advance(sampled, scores, slots)
+        return self._advance(sampled, scores, slots, features)
 
-    def _advance(self, sampled: Tensor, scores: Tensor, slots: Tensor) -> Tensor:
+    def _advance(
+        self, sampled: Tensor, scores: Tensor, slots: Tensor, features: Features
+    ) -> Tensor:
+        """Go on from the last token of each slot: sampled, scores, slots [B] -> ids [B]."""
         state = self.state
+        if "penalties" in features:  # requests with penalties have no drafts: it is their only one
+            count_tokens(sampled, slots, state)
         return self.model.ops.advance_(
             sampled, scores, slots, state.tokens, state.positions, state.limits, state.is_end
         )

@@ -1,6 +1,10 @@
 """Sampling settings: bias, penalties and seeds."""
 
-from gemcut.engine import SamplingParams
+import torch
+
+from gemcut.engine import Engine, SamplingParams
+from gemcut.engine.execution.sampler import FULL
+from gemcut.engine.execution.steps import NO_DRAFT
 
 PROMPTS = ["Once upon a time", "It was", "The quick brown fox jumps over the lazy dog. " * 2]
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -26,6 +30,18 @@ def test_penalties_spread_tokens(engine):
         assert len(set(spread)) > len(set(plain))
     absolute = SamplingParams(**fixed, presence_penalty=1e6)
     assert len(set(engine.generate("x", absolute).token_ids)) == 40
+
+
+@torch.inference_mode()
+def test_a_step_with_drafts_counts_one_token_of_a_slot_without_one(folder):
+    """Penalties must not count what padding samples, beside the draft of another request."""
+    with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32", device="cpu") as engine:
+        steps = engine._loop.runner.steps
+        steps.state.positions[:2] = 3
+        steps.state.limits[:2] = 50
+        drafts = torch.tensor([[5, 6, 7], [NO_DRAFT] * 3])
+        steps.verify(torch.tensor([0, 1]), drafts, FULL)
+        assert steps.state.output_counts[1].sum() == 1
 
 
 def test_a_seed_gives_the_same_text_whatever_else_runs(engine):
