@@ -1,9 +1,9 @@
 """Engine: prompts in, text out.
 
-A call checks its prompts, makes a request of each and waits for what becomes of it:
+A call checks its prompts, makes a request of each and waits for its tokens (README.md has more):
 
-    prompt -> request_builder -> Request -> worker -> core.step -> scheduler -> runner
-           -> steps (model, sampler) -> sequence.take -> delivery -> caller
+    prompt -> request_builder -> worker -> step_loop -> scheduler -> runner -> steps
+           -> pending_tokens -> sequence -> output_queues -> caller
 
 Any number of threads and asyncio tasks may call one engine.  Their requests share the decode batch;
 worker.py says which thread makes the steps.
@@ -11,7 +11,7 @@ worker.py says which thread makes the steps.
 
 import sys
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -31,7 +31,7 @@ from gemcut.engine.execution.runner import Runner
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.memory import Build
-from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_passing_thread
+from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_temporary_thread
 from gemcut.engine.requests.outputs import Delta, RequestOutput, ScoreOutput
 from gemcut.engine.requests.request_builder import Prompt, RequestBuilder
 from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
@@ -67,14 +67,13 @@ class Engine:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
         prefill_chunk: tokens of a prompt that are computed at once while others decode.
-        reuse_prefixes: a prompt that begins like what a slot holds is not computed again from its
-        first token, and on a GPU its chunks are longer while nobody decodes (chunks.py); without,
-        every run computes the same products.  max_waiting: completions that may wait beyond the
-        free slots; more are refused.  cuda_graphs: a GPU replays captured steps; without, it runs
-        them kernel by kernel, as tools such as compute-sanitizer need it.  make_steps: makes the
-        device's steps of model, cache and state, in place of those that suit the device.
-        ValueError names a value out of range, MemoryError what is needed, what is free and what
-        would fit.
+        reuse_prefixes: a prompt takes over the prefix that a slot already holds, and on a GPU its
+        chunks are longer while no request decodes (prefill_chunks.py); without, every run computes
+        the same products.  max_waiting: completions that may wait beyond the free slots; more are
+        refused.  cuda_graphs: a GPU replays captured steps; without, it runs them kernel by kernel,
+        as tools such as compute-sanitizer need it.  make_steps: builds the steps from model, cache
+        and state, in place of those that suit the device.  ValueError names a value out of range,
+        MemoryError what is needed, what is free and what would fit.
         """
         config = model.config
         if len(tokenizer) > config.vocab_size:
@@ -105,7 +104,7 @@ class Engine:
             max_batch_size,
             prefill_chunk,
             ring=self.cache.ring,
-            # frequencies that change with the length: keys of another length are of no use
+            # where frequencies change with the length, keys of another length are of no use
             reuse_prefixes=reuse_prefixes and not model.rope_depends_on_length,
             long_chunks=build.has_long_chunks,
         )
@@ -114,7 +113,8 @@ class Engine:
         self._loop = StepLoop(runner, self._scheduler)
         self._worker = Worker(self._loop, max_waiting)
         self._stop = weakref.finalize(self, self._worker.stop)
-        self._driven, self._mail = output_queues.Driven(self._worker), output_queues.Mail()
+        self._step_interface = output_queues.StepInterface(self._worker)
+        self._sender = output_queues.AsyncioSender()
 
     @classmethod
     def from_pretrained(
@@ -136,8 +136,8 @@ class Engine:
 
         device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and float32 on a
         CPU; max_batch_size "auto" is the most of 16, 8, 4, 2, 1 slots that free memory holds;
-        max_seq_len None or "auto" is the model's own limit, capped by it.  ValueError names what is
-        wrong with an argument or the checkpoint, in one line.
+        max_seq_len None or "auto" is the model's own limit, or less if free memory holds less.
+        ValueError says in one line what is wrong with an argument or the checkpoint.
         """
         if quantization is not None:
             raise NotImplementedError(f"quantization {quantization!r} is not there yet; None is")
@@ -173,9 +173,9 @@ class Engine:
                 cuda_graphs=cuda_graphs,
             )
 
-        return in_passing_thread(load) if target.type == "cpu" else load()
+        return in_temporary_thread(load) if target.type == "cpu" else load()
 
-    # Callers
+    # Calls
 
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
@@ -196,8 +196,8 @@ class Engine:
         SamplingParams for all or one for each, and show a progress bar on a terminal (`use_tqdm`).
         Bad input raises ValueError before anything runs.
         """
-        requests, is_batch = self._checked.batch(prompt, params)
-        output_queues.finish(self._worker, requests, is_batch and _shows(use_tqdm))
+        requests, is_batch = self._requests.batch(prompt, params)
+        output_queues.submit_and_wait(self._worker, requests, is_batch and _shows(use_tqdm))
         return _unpacked([request.output() for request in requests], is_batch)
 
     @overload
@@ -212,8 +212,8 @@ class Engine:
 
     async def agenerate(self, prompt, params=None):
         """`generate` in an event loop, which it does not block."""
-        requests, is_batch = self._checked.batch(prompt, params)
-        await output_queues.afinish(self._worker, self._mail, requests)
+        requests, is_batch = self._requests.batch(prompt, params)
+        await output_queues.asubmit_and_wait(self._worker, self._sender, requests)
         return _unpacked([request.output() for request in requests], is_batch)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -221,11 +221,11 @@ class Engine:
 
         Bad input raises ValueError at the call.  An abandoned stream frees its slot.
         """
-        return output_queues.stream(self._worker, self._checked.one(prompt, params))
+        return output_queues.stream(self._worker, self._requests.one(prompt, params))
 
     def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
         """`stream` for `async for`."""
-        return output_queues.astream(self._worker, self._mail, self._checked.one(prompt, params))
+        return output_queues.astream(self._worker, self._sender, self._requests.one(prompt, params))
 
     @overload
     def chat(
@@ -254,10 +254,10 @@ class Engine:
         "content".  Gemma has no system role: it is refused, or with `merge_system` put before the
         first user content.  The answer ends at the end of the turn.
         """
-        request = self._checked.chat(messages, params, merge_system)
+        request = self._requests.chat(messages, params, merge_system)
         if stream:
             return output_queues.stream(self._worker, request)
-        output_queues.finish(self._worker, [request], show=False)
+        output_queues.submit_and_wait(self._worker, [request], show=False)
         return request.output()
 
     async def achat(
@@ -268,8 +268,8 @@ class Engine:
         merge_system: bool = False,
     ) -> RequestOutput:
         """`chat` in an event loop, which it does not block."""
-        request = self._checked.chat(messages, params, merge_system)
-        await output_queues.afinish(self._worker, self._mail, [request])
+        request = self._requests.chat(messages, params, merge_system)
+        await output_queues.asubmit_and_wait(self._worker, self._sender, [request])
         return request.output()
 
     def achat_stream(
@@ -280,8 +280,8 @@ class Engine:
         merge_system: bool = False,
     ) -> AsyncIterator[Delta]:
         """`chat` with `stream`, for `async for`."""
-        request = self._checked.chat(messages, params, merge_system)
-        return output_queues.astream(self._worker, self._mail, request)
+        request = self._requests.chat(messages, params, merge_system)
+        return output_queues.astream(self._worker, self._sender, request)
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
@@ -296,19 +296,19 @@ class Engine:
     def score(self, texts, *, use_tqdm=None):
         """Log-probabilities of a text's tokens, each given those before it; a list for a list.
 
-        A string gets a BOS, whose own probability is not asked.  A text must fit a slot.
+        A string gets a BOS, which has no log-probability itself.  A text must fit a slot.
         """
-        requests, is_batch = self._checked.batch(texts, None, score=True)
-        output_queues.finish(self._worker, requests, is_batch and _shows(use_tqdm))
+        requests, is_batch = self._requests.batch(texts, None, score=True)
+        output_queues.submit_and_wait(self._worker, requests, is_batch and _shows(use_tqdm))
         return _unpacked([request.score() for request in requests], is_batch)
 
     async def ascore(self, texts: Prompt | Sequence[Prompt]) -> ScoreOutput | list[ScoreOutput]:
         """`score` in an event loop, which it does not block."""
-        requests, is_batch = self._checked.batch(texts, None, score=True)
-        await output_queues.afinish(self._worker, self._mail, requests)
+        requests, is_batch = self._requests.batch(texts, None, score=True)
+        await output_queues.asubmit_and_wait(self._worker, self._sender, requests)
         return _unpacked([request.score() for request in requests], is_batch)
 
-    # For another scheduler, which makes the steps itself
+    # The step interface, for a caller that makes the steps itself
 
     def add(
         self,
@@ -317,39 +317,39 @@ class Engine:
         *,
         request_id: str | None = None,
     ) -> str:
-        """Queue a prompt for `step`: its id, by which deltas and `cancel` name it.
+        """Queue a prompt for `step`, and return its id, by which deltas and `cancel` name it.
 
         ValueError for bad input, and for an id that is in use.
         """
-        request = self._checked.one(prompt, params, request_id=request_id)
-        self._driven.add(request)
+        request = self._requests.one(prompt, params, request_id=request_id)
+        self._step_interface.add(request)
         return request.request_id
 
     def step(self) -> list[Delta]:
-        """Make a step for all requests: what became of those of `add` since the last, in order.
+        """Make a step for all requests: the deltas of those of `add` since the last step, in order.
 
         A completion's last delta has a finish_reason: "stop", "length", "abort" after `cancel`, or
-        "error" with the exception in `error`.  Without work it is empty at once.
+        "error" with the exception in `error`.  Without work the list is empty at once.
         """
-        return self._driven.step()
+        return self._step_interface.step()
 
     def cancel(self, request_id: str) -> None:
-        """End a request of `add` where it stands; one that has ended already is left alone."""
-        self._driven.cancel(request_id)
+        """End a request of `add` now; one that has already ended stays as it is."""
+        self._step_interface.cancel(request_id)
 
     @property
     def has_work(self) -> bool:
-        """Whether a request of `add` has not ended, or `step` has not told so yet."""
-        return self._driven.has_work
+        """Whether a request of `add` has not ended, or `step` has yet to return its last delta."""
+        return self._step_interface.has_work
 
-    # Its own state
+    # State
 
     def warmup(self, *, use_tqdm: bool | None = None) -> None:
-        """Compile every kernel and, on a GPU, capture every graph, behind a progress bar.
+        """Compile every kernel and, on a GPU, capture every graph, with a progress bar.
 
         After it nothing is compiled, captured or allocated any more: see `metrics`.
         """
-        shown = _with_progress if _shows(use_tqdm) else iter
+        shown = (lambda steps: tqdm(list(steps), unit="step")) if _shows(use_tqdm) else iter
         self._worker.call(lambda: self._loop.warm_up(shown))
         self._loop.metrics.at_warmup = self._costs()
 
@@ -380,8 +380,8 @@ class Engine:
         self.close()
 
     @property
-    def _checked(self) -> RequestBuilder:
-        """What makes requests, while there is someone to serve them."""
+    def _requests(self) -> RequestBuilder:
+        """The request builder; RuntimeError once the engine is closed."""
         self._worker.check_open()
         return self._builder
 
@@ -391,10 +391,6 @@ class Engine:
 
 def _shows(use_tqdm: bool | None) -> bool:
     return sys.stderr.isatty() if use_tqdm is None else use_tqdm
-
-
-def _with_progress(steps: Iterable[Any]) -> Iterable[Any]:
-    return tqdm(list(steps), unit="step")
 
 
 def _unpacked(outputs: list[Any], is_batch: bool) -> Any:

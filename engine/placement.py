@@ -1,4 +1,4 @@
-"""The device, dtype and ops that a caller names, or the machine's for "auto"."""
+"""The choice of device, dtype and op table; "auto" takes what suits the machine."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,11 @@ from gemcut.kernels.gpu_arch import arch_of
 T = TypeVar("T")
 
 
-def in_passing_thread(work: Callable[[], T]) -> T:
-    """What `work` returns, done by a thread that ends with it.
+def in_temporary_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread that ends with it, and return its result.
 
     Loading computes, and a thread that computes on a CPU keeps a team of OpenMP threads as long as
-    it lives.  Beside the engine's own team there would be more of them than cores, and they no
+    it lives.  With the engine's own team there would be more threads than cores, and then they no
     longer spin: 160 tokens/s of the demo model instead of 390, measured on two cores.
     """
     with ThreadPoolExecutor(1) as thread:

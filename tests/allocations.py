@@ -1,4 +1,4 @@
-"""What is really allocated: bytes of the tensors that an object reaches, and the peak of a run."""
+"""Measured allocations: bytes of the tensors that an object reaches, and the peak of a run."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gemcut.engine import PUBLISHED, Engine, SamplingParams
+from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.memory import Build, Estimate
-from gemcut.kernels import cpu
 
 # every setting in use: the most that a choice of tokens takes
 ALL_SETTINGS = SamplingParams(
@@ -31,6 +30,23 @@ ALL_SETTINGS = SamplingParams(
     ignore_eos=True,
     seed=0,
 )
+
+# slots, tokens of each, tokens of a chunk
+SIZES = {
+    "one chunk": (8, 128, 128),
+    "four chunks": (2, 128, 32),
+    "chunks shorter than drafts": (1, 128, 4),
+    "more slots than a chunk has tokens": (18, 32, 16),
+}
+
+
+def make_engine(
+    folder: Path, sizes: tuple[Any, Any, int], dtype: str = "float32", **arguments: Any
+) -> Engine:
+    """An engine of these sizes on the CPU."""
+    slots, length, chunk = sizes
+    arguments |= {"max_batch_size": slots, "max_seq_len": length, "prefill_chunk": chunk}
+    return Engine.from_pretrained(folder, device="cpu", dtype=dtype, **arguments)
 
 
 def tensors(root: Any) -> Iterator[Tensor]:
@@ -57,20 +73,8 @@ def tensor_bytes(root: Any) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def make(folder: Path, sizes: tuple[int, int, int], dtype: str = "float32", **arguments) -> Engine:
-    """An engine on a CPU of so many slots, tokens of each, and tokens of a chunk."""
-    slots, length, chunk = sizes
-    arguments |= {"max_batch_size": slots, "max_seq_len": length, "prefill_chunk": chunk}
-    return Engine.from_pretrained(folder, device="cpu", dtype=dtype, **arguments)
-
-
-def build_of(name: str, ops=cpu, **arguments) -> Build:
-    """A published model on a CPU in float32, without weights."""
-    return Build(PUBLISHED[name], torch.device("cpu"), torch.float32, ops, **arguments)
-
-
 def estimate_of(engine: Engine) -> Estimate:
-    """What is said, before it is made, of an engine like this."""
+    """The estimate of an engine's memory, from the arguments that it was made with."""
     model, cache = engine.model, engine.cache
     build = Build(engine.config, model.device, model.dtype, model.ops, cache.prefill_chunk)
     return build.estimate(cache.num_slots, engine.max_seq_len)
@@ -87,26 +91,26 @@ def work_hard(engine: Engine) -> None:
 
 @torch.inference_mode()
 def _run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> None:
-    """In this thread: a profiler sees no other."""
-    core = engine._loop
+    """Make the steps in this thread: a profiler sees no other."""
+    loop = engine._loop
     for request in engine._builder.batch(prompts, params)[0]:
-        core.add(request)
-    while core.is_busy:
-        core.step()
+        loop.add(request)
+    while loop.is_busy:
+        loop.step()
 
 
 def peak_on_cpu(work: Callable[[], Any], mapped: Path) -> int:
     """The most bytes that torch held at a time during `work`, which loads an engine.
 
-    The checkpoint's file is left aside: the profiler counts it as it is mapped, but those are pages
-    that the page cache gives back.
+    The checkpoint's file does not count: the profiler counts it when it is mapped, but those are
+    pages that the page cache gives back.
     """
-    with mock.patch("gemcut.engine.engine.in_passing_thread", lambda load: load()):
+    with mock.patch("gemcut.engine.engine.in_temporary_thread", lambda load: load()):
         return peak_bytes(work, aside=mapped.stat().st_size)
 
 
 def peak_bytes(work: Callable[[], Any], aside: int | None = None) -> int:
-    """The most bytes that torch held at a time during `work`, but for tensors of `aside` bytes."""
+    """The most bytes that torch held at a time during `work`, except tensors of `aside` bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     assert profiled.profiler is not None
@@ -120,7 +124,7 @@ def peak_bytes(work: Callable[[], Any], aside: int | None = None) -> int:
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in physical memory: at most so far, of its own, and of files."""
+    """Bytes of this process in physical memory: the peak so far, private ones, and of files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     names = ("VmHWM", "RssAnon", "RssFile")
     return {name: int(lines[name].split()[0]) * 1024 for name in names}
@@ -129,7 +133,7 @@ def resident() -> dict[str, int]:
 def main(folder: str, slots: str, length: str) -> None:
     """Print how much a process grows while it serves a checkpoint, and its estimate."""
     with Engine.from_pretrained("demo", device="cpu", max_batch_size=2) as engine:
-        work_hard(engine)  # what torch itself takes is there before
+        work_hard(engine)  # so that torch's own memory is there before
     del engine
     before = resident()
     with Engine.from_pretrained(

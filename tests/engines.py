@@ -1,4 +1,4 @@
-"""Engines on small random models, and a way to make them say what a test needs."""
+"""Engines on small random models, run as on a GPU or made to generate given tokens."""
 
 import shutil
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def replayed_steps(model: Gemma, cache: KVCache, state: SlotState) -> GraphedSte
 def run_as_on_a_gpu(engine: Engine) -> None:
     """Replayed steps, each read when the next one is under way, in a thread of their own.
 
-    Chunks of prompts are padded, and longer while nobody decodes.
+    Chunks of prompts are padded, and longer while no request decodes.
     """
     if engine.model.device.type == "cpu":
         replay(engine)
@@ -64,7 +64,7 @@ def run_as_on_a_gpu(engine: Engine) -> None:
 
 
 def replay(engine: Engine) -> GraphedSteps:
-    """Let steps be replayed as on a GPU, chunks of prompts among them; these steps."""
+    """Replay the engine's steps as on a GPU, chunks of prompts too; return these steps."""
     runner = engine._loop.runner
     runner.steps = replayed_steps(runner.model, runner.cache, runner.state)
     return runner.steps

@@ -1,4 +1,4 @@
-"""Small random models of every family, from transformers: the reference that others are held to."""
+"""Small random transformers models of every family, with which gemcut's are compared."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
 MODEL_TYPES = list(CONFIG_CLASSES)
 
 # head_dim is not hidden_size / heads, the score's scale is not head_dim's, and the window is
-# shorter than the prompts in use: whoever confuses two of them gets other numbers.
+# shorter than the prompts in use: code that confuses two of them gets other numbers.
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 48,

@@ -1,4 +1,4 @@
-"""Imports point one way, are absolute, and stand at the top of the file but for two reasons."""
+"""Imports point one way, are absolute, and are at the top of a file, with listed exceptions."""
 
 import ast
 import sys

@@ -22,7 +22,7 @@ def gemcut_twin(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Gemma:
-    """The model that gemcut makes of what transformers saves."""
+    """The gemcut model with the weights of a transformers model."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_model(Path(folder), ops, dtype, device)
@@ -31,7 +31,7 @@ def gemcut_twin(
 def load_model(
     folder: Path, ops: ModuleType | SimpleNamespace, dtype: torch.dtype, device: str
 ) -> Gemma:
-    """A checkpoint, run on `ops`."""
+    """The model of a checkpoint, on `ops`."""
     config = ModelConfig.from_file(folder)
     return Gemma(config, load_checkpoint(folder, config, device=device, dtype=dtype), ops)
 
@@ -52,7 +52,7 @@ def new_cache(
 
 
 def poison(cache: KVCache) -> None:
-    """Fill a fresh cache with NaN: whoever reads what was never written will show it."""
+    """Fill a fresh cache with NaN, so that a read of what was never written shows."""
     for layer in cache.layers:
         layer.k.fill_(torch.nan)
         layer.v.fill_(torch.nan)

@@ -45,7 +45,7 @@ from gemcut.bench.measure.timing import clock
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checks import check_int, check_number
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
-from gemcut.engine.placement import in_passing_thread
+from gemcut.engine.placement import in_temporary_thread
 
 SIGMA = 0.6  # of a length's logarithm: one in twenty is 2.7 times the median
 PERCENTILES = (50, 90, 99)
@@ -103,7 +103,7 @@ def replay(engine: Engine, trace: Sequence[Arrival], served: list[Served]) -> No
     ]
     # no request should wait for a compiler
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    in_passing_thread(lambda: engine.generate(prompts, params, use_tqdm=False))
+    in_temporary_thread(lambda: engine.generate(prompts, params, use_tqdm=False))
     stopped = threading.Event()
     with ThreadPoolExecutor(len(trace)) as threads:
         started = clock()
@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_int("seed", arguments.seed, 0, 2**63 - 1)
     settings = report_settings(arguments, setup)
     results = Results("serve-sim", settings, setup.device, arguments.json)
-    results.set_ceilings(in_passing_thread(lambda: measure_ceilings(setup.device, setup.dtype)))
+    results.set_ceilings(in_temporary_thread(lambda: measure_ceilings(setup.device, setup.dtype)))
     try:
         for rate in dict.fromkeys(arguments.rate):
             _run_rate(results, setup, arguments, rate)
@@ -226,7 +226,7 @@ def _run_rate(results: Results, setup: Setup, arguments: argparse.Namespace, rat
     }
     served: list[Served] = []
     try:
-        with in_passing_thread(lambda: make_engine(setup, trace, arguments.batch)) as engine:
+        with in_temporary_thread(lambda: make_engine(setup, trace, arguments.batch)) as engine:
             replay(engine, trace, served)
     except MemoryError as error:
         record |= {"status": NO_MEMORY, "detail": str(error)}

@@ -1,1 +1,1 @@
-"""What runs on the device: the model, its cache, a step, its CUDA graphs, the choice of tokens."""
+"""Execution on the device: the model, its cache, the steps, their CUDA graphs, and sampling."""

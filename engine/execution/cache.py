@@ -2,10 +2,10 @@
 
     k, v: [slots, HK, capacity, K] for each layer
 
-A slot holds one sequence.  Position p stands at index p % capacity.  A global layer's capacity is
-the longest sequence, so that p % capacity is p.  A local layer keeps its window and one prefill
-chunk: it is written before it is attended to, and with that much room it overwrites nothing
-that one of its own queries still sees.  The drafts of one decode step are such a chunk.
+A slot holds one sequence.  Position p is stored at index p % capacity.  A global layer's capacity
+is that of the longest sequence, so that p % capacity is p.  A local layer keeps its window and one
+prefill chunk: a chunk is written before its queries attend, and with that much room it overwrites
+no key that they still see.  The drafts of one decode step are such a chunk.
 """
 
 from dataclasses import dataclass
@@ -63,15 +63,15 @@ class KVCache:
             ) from error
         self.layers = layers
         self.ring = ring_of(config, max_seq_len, prefill_chunk)
-        # scratch by which the programs of one launch count themselves; zero between launches
+        # scratch in which the programs of one launch count themselves; zero between launches
         self.counters = torch.zeros(
             count_counters(config, num_slots), device=device, dtype=torch.int32
         )
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """The first `length` tokens of one slot into another, wherever the source still has them.
+        """Copy the first `length` tokens of one slot to another, as far as the source has them.
 
-        Of a ring that is all it holds: what its window needs of them is there (scheduler.py knows).
+        Of a ring that is all it holds, and all that the window needs (prefix_reuse.py checks it).
         """
         for layer in self.layers:
             for x in (layer.k, layer.v):
@@ -79,9 +79,9 @@ class KVCache:
                 x[target, :, :count].copy_(x[source, :, :count])
 
     def copy_from(self, smaller: "KVCache") -> None:
-        """What a cache of the same slots and shorter ones holds, each token at its index.
+        """Copy a cache of as many but shorter slots, each token to the same index.
 
-        A ring that has turned has the same capacity in both, and one that has not begins alike.
+        A ring that has turned has the same capacity in both; one that has not begins at index 0.
         """
         for new, old in zip(self.layers, smaller.layers, strict=True):
             new.k[:, :, : old.k.shape[2]].copy_(old.k)
@@ -91,8 +91,8 @@ class KVCache:
 def layer_capacity(config: ModelConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:
     """Tokens that a slot holds in `layer`.
 
-    A ring has room for the longest chunk behind its window: of a prefill, or of a decode step's
-    drafts where the prefill's chunks are shorter than those.
+    A ring has room for its window and the longest chunk: of a prefill, or of a decode step's drafts
+    where the prefill's chunks are shorter than those.
     """
     if config.sliding_window is None or not config.is_local(layer):
         return max_seq_len
@@ -100,7 +100,7 @@ def layer_capacity(config: ModelConfig, layer: int, max_seq_len: int, prefill_ch
 
 
 def ring_of(config: ModelConfig, max_seq_len: int, prefill_chunk: int) -> Ring | None:
-    """The ring of local layers, where they hold less than a whole slot."""
+    """The ring of local layers; None where every layer holds whole sequences."""
     capacity = min(
         layer_capacity(config, layer, max_seq_len, prefill_chunk)
         for layer in range(config.num_layers)
@@ -122,10 +122,10 @@ def slot_bytes(
 
 
 def count_counters(config: ModelConfig, num_slots: int) -> int:
-    """Counters that all layers share: for each token of a step, drafts among them."""
+    """How many counters all layers share: for each token of a step, drafts included."""
     return max(num_slots, ROWS) * config.num_kv_heads * COUNTERS_PER_HEAD
 
 
 def counter_bytes(config: ModelConfig, num_slots: int) -> int:
-    """Bytes of those counters."""
+    """Bytes of these counters."""
     return count_counters(config, num_slots) * torch.int32.itemsize

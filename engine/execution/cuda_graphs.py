@@ -1,6 +1,6 @@
 """CUDA graphs of steps: captured once, replayed from fixed input tensors.
 
-A graph is a step with everything in it decided except the contents of its inputs.  Replaying it
+A graph is a step in which everything is fixed except the contents of its inputs.  Replaying it
 costs the host some microseconds, however many kernels it launches.  The device still pays for each
 of them: on an H200 a kernel in a graph begins 0.4 to 0.5 us after the one before it has ended, and
 a decode step of 26 layers has about 190.
@@ -17,7 +17,7 @@ from torch import Tensor
 from gemcut.engine.placement import is_plain_torch
 
 Step = Callable[..., Tensor]
-ROWS = 16  # of one pass over the weights: a step of fewer rows costs hardly less
+ROWS = 16  # rows of one pass over the weights: a step of fewer costs hardly less
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
@@ -27,7 +27,7 @@ def graph_sizes(max_batch_size: int) -> list[int]:
 
 
 class Blank(NamedTuple):
-    """An input of a graph of which no row is active: its shape and the value that fills it."""
+    """A graph's input with no active row: its shape and the value that fills it."""
 
     shape: tuple[int, ...]
     value: int
@@ -40,7 +40,7 @@ class Captured:
     inputs: Sequence[Tensor]
     output: Tensor
     replay: Callable[[], object]
-    given: Sequence[Tensor] = ()  # what the inputs were copied from, and is never written to
+    given: Sequence[Tensor] = ()  # what the inputs were last copied from; it is never written to
 
 
 def can_be_captured(device: torch.device, ops: ModuleType) -> bool:
@@ -49,9 +49,9 @@ def can_be_captured(device: torch.device, ops: ModuleType) -> bool:
 
 
 def capture(step: Step, inputs: Sequence[Tensor], pool: Any, stream: Any) -> Captured:
-    """The graph of a step, to be replayed in any stream: captured in `stream`, beside the current.
+    """Capture a step in `stream`, beside the current one; it can be replayed in any stream.
 
-    `inputs` must be such that running it once changes nothing.
+    `inputs` must be such that running the step on them changes nothing.
     """
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -68,7 +68,7 @@ def capture(step: Step, inputs: Sequence[Tensor], pool: Any, stream: Any) -> Cap
                 cause = error
                 raise
     except Exception as error:
-        # the end of a broken capture fails as well, and says nothing of what broke it
+        # ending a broken capture fails as well, with an error that does not name the cause
         raise cause or error from None
     return Captured(inputs, output, graph.replay)
 
@@ -78,7 +78,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._stream: Any = None  # one: the pool lends memory to captures in the same stream alone
+        self._stream: Any = None  # one: the pool shares memory only among captures in one stream
         self._captured: dict[object, Captured] = {}
 
     def __len__(self) -> int:
@@ -91,10 +91,10 @@ class Graphs:
         inputs: Sequence[Tensor],
         blanks: Sequence[Blank],
     ) -> Tensor:
-        """What the step gives for these inputs; it is overwritten when the next one runs.
+        """Replay the step on these inputs: its output, which the next replay overwrites.
 
-        key tells apart steps that differ in anything but the contents of their inputs.  Inputs may
-        be smaller than the graph's own, which are blank around them.
+        key: differs wherever steps differ in more than the contents of their inputs.  Inputs may be
+        smaller than the graph's own; the rest of those is blank.
         """
         captured = self._captured.get(key)
         if captured is None:
@@ -119,7 +119,7 @@ class Graphs:
 
 
 def _write(fixed: Tensor, given: Tensor, blank: int) -> None:
-    """Copy an input into the first corner of a graph's own; the rest of it becomes blank."""
+    """Copy an input to the beginning of a graph's own, on each axis; the rest becomes blank."""
     if given.shape != fixed.shape:
         fixed.fill_(blank)
         fixed = fixed[tuple(slice(size) for size in given.shape)]

@@ -1,17 +1,17 @@
-"""The CUDA stream of an engine's own, in which all its steps run, whichever thread makes them.
+"""The CUDA stream of one engine, in which all its steps run, whichever thread makes them.
 
-Work in one stream runs in order, and work in two streams in no order at all.  Steps follow each
-other through the cache and the tokens on the device, and callers drive an engine from streams of
-their own, so every driver enters this one.  What a caller does on the device is ordered with it by
-waits of the device, and the host goes on:
+Work in one stream runs in order; work in two streams has no order.  Each step reads what the last
+one left in the cache and in the tokens on the device, and callers have streams of their own, so
+every stepping thread enters this one.  Waits of the device order it with the caller's stream, and
+the host goes on:
 
     a caller asks       the steps wait for what the caller's stream holds (weights just loaded,
                         tensors of a logits processor)
-    a caller is given   the caller's stream waits for the steps that were launched
+    a caller is given   the caller's stream waits for the steps that were started
     the engine closes   the host waits: memory that a step reads must not be given to others
 
-On a CPU there is no stream, and all of it does nothing.  A device that has failed has no order to
-keep: the waits pass over it, and the core tells every caller why (EngineFault).
+On a CPU there is no stream, and these calls do nothing.  After a failure of the device the waits
+are skipped, and the step loop tells every caller why (EngineFault).
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class StepStream:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Launch into it, and not into the thread's stream, within a `with`."""
+        """Make it the thread's current stream within a `with`."""
         if self._stream is None:
             yield
             return
@@ -37,13 +37,13 @@ class StepStream:
             yield
 
     def wait_for_caller(self) -> None:
-        """Steps launched from now on run behind what the calling thread's stream holds."""
+        """Steps started from now on run after what the calling thread's stream holds."""
         if self._stream is not None:
             with suppress(RuntimeError):
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def make_caller_wait(self) -> None:
-        """What the calling thread launches from now on runs behind all steps launched so far."""
+        """What the calling thread launches from now on runs after all steps started so far."""
         if self._stream is not None:
             with suppress(RuntimeError):
                 torch.cuda.current_stream(self._device).wait_stream(self._stream)
@@ -56,5 +56,5 @@ class StepStream:
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream beside all others; None on a CPU."""
+    """A new CUDA stream; None on a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None

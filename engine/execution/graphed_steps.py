@@ -1,4 +1,4 @@
-"""Steps of a GPU: each is the replay of a CUDA graph, captured when it is first asked for.
+"""Steps on a GPU as CUDA graphs: each is captured at its first call and replayed from then on.
 
 A graph has one batch size, one width of drafts and one set of sampling features.  A batch is padded
 with inactive rows to the next size that has a graph, drafts to its width, and the features are
@@ -66,11 +66,11 @@ class GraphedSteps(Steps):
         return self._run("logits", super().logits, slots)
 
     def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
-        """No graph: logits processors may have made its logits on the host."""
+        """Sample without a graph: logits processors may have made the logits on the host."""
         return super().sample(logits, slots, _rounded(features))
 
     def _run(self, kind: object, step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Replay a step of slots [B], and drafts [B, T - 1] where it verifies some -> [B, ...]."""
+        """Replay a step of slots [B], and of drafts [B, T - 1] if it verifies them -> [B, ...]."""
         rows = len(inputs[0])
         size = self.batch_size(rows)
         slots = Blank((size,), self.state.num_slots)
@@ -81,5 +81,5 @@ class GraphedSteps(Steps):
 
 
 def _rounded(features: Features) -> Features:
-    """The least of the sets that have graphs which holds these."""
+    """The least set of features with a graph that holds these."""
     return next(kind for kind in reversed(KINDS) if features <= kind)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, from logits in blocks of rows: never a long text's all at once."""
+"""Log-probabilities of tokens, from blocks of logits: never those of a long text all at once."""
 
 from collections.abc import Iterator
 
@@ -50,7 +50,7 @@ def _show(tokenizer: Tokenizer | None, token_id: int) -> str:
 
 
 def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float]:
-    """The log-probability of the token behind each state: hidden [T, D], following [T or T - 1]."""
+    """The log-probability of the token after each state: hidden [T, D], following [T or T - 1]."""
     scores = [token_logprobs(logits, ids) for logits, ids in _blocks(model, hidden, following)]
     return torch.cat(scores).tolist() if scores else []
 
@@ -58,7 +58,7 @@ def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float
 def prompt_logprobs(
     model: Gemma, hidden: Tensor, following: Tensor, top: int, tokenizer: Tokenizer | None
 ) -> list[TokenLogprobs]:
-    """The same with the likeliest tokens: one entry for each of `following`."""
+    """The same with the `top` likeliest tokens: one entry for each of `following`."""
     blocks = _blocks(model, hidden, following)
     return [entry for block in blocks for entry in describe_tokens(*block, top, tokenizer)]
 

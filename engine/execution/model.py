@@ -1,4 +1,4 @@
-"""Gemma over a static cache: token ids in, hidden states and logits out.
+"""The Gemma model over a static cache: token ids in, hidden states and logits out.
 
     residual = embed(ids)                                   h = norm(residual)
     for each layer:
@@ -7,11 +7,11 @@
         h  = add_norm(residual, geglu(h @ gate_up) @ down)
     logits = softcap(h @ lm_head)
 
-Prefill runs just that.  Decode runs the same in ops for few rows: rotation and GeGLU stand inside
-their products, and a product leaves partial sums to the norm that reads it.  Each is one loop for
-all four families: where a family lacks a norm, its weight is None.  `ops` is a module:
-`gemcut.kernels`, or `gemcut.kernels.reference` of the same names and signatures, which runs on any
-machine.
+Prefill runs exactly that.  Decode runs the same in ops for few rows: rotation and GeGLU are fused
+into their products, and a product leaves partial sums to the norm that reads it.  Each is one loop
+for all four families: where a family lacks a norm, its weight is None.  `ops` is a module:
+`gemcut.kernels`, or `gemcut.kernels.reference` with the same names and signatures, which runs on
+any machine.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from gemcut.engine.execution.weights import Weights
 
 
 class Gemma:
-    """The weights of one model and the ops that it is computed with."""
+    """The weights of one model and the ops that compute it."""
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: ModuleType) -> None:
         self.config = config
@@ -54,12 +54,12 @@ class Gemma:
             "sliding_window": None,
         }
         self._local_attention = self._global_attention | {"sliding_window": config.sliding_window}
-        # what each layer's last add is normalised by: the next layer's first norm
+        # the norm after each layer's last add: the next layer's first one
         self.next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
 
     @property
     def rope_depends_on_length(self) -> bool:
-        """Whether a token's key depends on how long the text is in which it stands."""
+        """Whether a token's key depends on the length of its sequence."""
         return self.rope_global.depends_on_length or self.rope_local.depends_on_length
 
     def prefill(
@@ -72,10 +72,10 @@ class Gemma:
     ) -> Tensor:
         """Normed hidden states of one sequence's new tokens: token_ids [T] -> [T, D].
 
-        The tokens stand at positions start to start + T - 1 of the slot, whose earlier positions
-        are already there.  Long prompts are computed in chunks of `cache.prefill_chunk`.  `length`
-        is the whole prompt's, where these tokens are only a part of it: frequencies that depend on
-        it must not see how it was cut.
+        The tokens go to positions start to start + T - 1 of the slot, which already holds the
+        earlier ones.  Long prompts are computed in chunks of `cache.prefill_chunk`.  `length` is
+        the whole prompt's, where these tokens are only a part of it: frequencies that depend on it
+        must not see how it was cut.
         """
         end = start + token_ids.shape[0]
         if not (0 <= slot < cache.num_slots and 0 <= start < end <= cache.max_seq_len):
@@ -92,7 +92,7 @@ class Gemma:
     def prefill_chunk(
         self, token_ids: Tensor, cache: KVCache, slot: int, start: int, length: int
     ) -> Tensor:
-        """`prefill` of tokens that are computed at once: no more than a ring has room for."""
+        """`prefill` of one chunk: token_ids [T], no more than a ring has room for -> [T, D]."""
         T = token_ids.shape[0]
         positions = torch.arange(start, start + T, device=self.device)
         chunk = {
@@ -105,7 +105,7 @@ class Gemma:
         return self._prefill_rows(token_ids, cache, slots, positions, lengths, chunk)
 
     def prefill_padded(self, token_ids: Tensor, cache: KVCache, place: Tensor) -> Tensor:
-        """A chunk with padding behind its tokens, of which the host knows the size alone.
+        """Normed hidden states of a chunk padded at its end; the host knows only its size T.
 
         token_ids [T]; place [4], on the device: slot, position of the first token, how many tokens
         there are, length of the whole prompt -> [T, D].  A row of padding stores nothing and
@@ -135,7 +135,8 @@ class Gemma:
     ) -> Tensor:
         """Normed hidden states of tokens [M] at slots and positions [M] -> [M, D].
 
-        lengths [M] are those of the whole sequences; attention is told of them by `chunks`.
+        lengths [M] are those of the whole sequences; `chunks` tells attention which rows belong
+        together and where they begin.
         """
         ops = self.ops
 
@@ -148,7 +149,7 @@ class Gemma:
         return self.run_layers(residual, cache, slots, positions, tables, attend)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Where the residual stream begins: token_ids [M] -> [M, D]."""
+        """Scaled embeddings, which begin the residual stream: token_ids [M] -> [M, D]."""
         return self.ops.embed(token_ids, self.weights.embedding, self.embedding_scale)
 
     def run_layers(
@@ -164,8 +165,8 @@ class Gemma:
         """Normed hidden states of many new tokens: residual [M, D], which is overwritten -> [M, D].
 
         Their keys and values go to slots and positions [M] of the cache, rotated by `tables`.
-        `attend` yields what a layer's queries [M, HQ, K] see; `observe` is shown what goes into a
-        layer, and must copy what it keeps.
+        `attend` computes a layer's attention for its queries [M, HQ, K]; `observe` is given each
+        layer's input, and must copy what it keeps.
         """
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
@@ -201,9 +202,9 @@ class Gemma:
         """Normed hidden states of a few new tokens of each row.
 
         token_ids [B] or [B, T], slots [B], positions [B] of the first of them -> [B * T, D].  Rows
-        may be of any lengths; one with a negative position is inactive, and of T tokens those with
-        a negative id.  `tables` rotate otherwise than by position.  Seven kernels a layer, eight
-        where q and k are normalised.
+        may be of any lengths; one with a negative position is inactive, and so is a token of T > 1
+        with a negative id.  `tables` replace the rotation by position.  Seven kernels a layer,
+        eight where q and k are normalised.
         """
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         T = token_ids.shape[1] if token_ids.dim() == 2 else 1
@@ -254,7 +255,7 @@ class Gemma:
     def rope_tables(self, positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Cos and sin of global layers, then of local ones: positions, lengths [M].
 
-        `lengths` says how long each token's sequence is as the token is computed.
+        `lengths`: how long each token's sequence is when the token is computed.
         """
 
         def of(rope: Rope) -> tuple[Tensor, Tensor]:
@@ -267,7 +268,7 @@ class Gemma:
         return [of_global, of_global if one_kind else of(self.rope_local)]
 
     def attention(self, layer: int) -> dict[str, Any]:
-        """What a layer's attention is told beside its tensors."""
+        """Scale, softcap and window of a layer's attention, as keyword arguments."""
         return self._local_attention if self.config.is_local(layer) else self._global_attention
 
 

@@ -1,4 +1,4 @@
-"""Tokens that the device is computing: the host hands them to their sequences when it reads them.
+"""Pending tokens: those of steps under way, which go to their sequences once the host reads them.
 
 A GPU copies the tokens of a step to pinned memory after the step.  The host may start the next step
 before it reads them, so the device never waits for the host.
@@ -26,7 +26,7 @@ class PendingTokens:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     def read(self) -> list[list[int]]:
-        """The tokens of each sequence, at least one; -1 stands where none could be sampled."""
+        """The tokens of each sequence, at least one; -1 where none could be sampled."""
         if self.event is not None:
             self.event.synchronize()
         rows = self.ids.tolist()
@@ -38,7 +38,7 @@ class PendingTokens:
         ]
 
     def hand_out(self) -> tuple[int, int]:
-        """Give each sequence its tokens: how many were taken, and how many drafts were right.
+        """Give each sequence its tokens -> how many were taken, and how many were accepted drafts.
 
         A sequence that has ended takes none: the step was started before its end was known.
         """
@@ -55,20 +55,23 @@ class PendingTokens:
 class TokenCollector:
     """Steps whose tokens the host has not read, the oldest first."""
 
-    def __init__(self, hand_out: Callable[[PendingTokens], object]) -> None:
-        self._hand_out = hand_out
+    def __init__(self) -> None:
         self._pending: deque[PendingTokens] = deque()
 
     def add(self, pending: PendingTokens) -> None:
         self._pending.append(pending)
 
-    def collect(self, keep: int) -> None:
-        """Hand out all tokens except those of the latest `keep` steps."""
+    def collect(self, keep: int, hand_out: Callable[[PendingTokens], object]) -> None:
+        """Hand out all tokens except those of the latest `keep` steps.
+
+        `hand_out` is not stored: a method of the collector's owner would make a reference cycle,
+        and keep an engine's memory until the garbage collector runs.
+        """
         while len(self._pending) > keep:
-            self._hand_out(self._pending.popleft())
+            hand_out(self._pending.popleft())
 
     def clear(self) -> None:
-        """Forget all steps; nobody gets their tokens."""
+        """Forget all steps; their tokens are dropped."""
         self._pending.clear()
 
 

@@ -1,4 +1,4 @@
-"""Rotary frequencies: how fast each pair of a head's dimensions turns with the position.
+"""Rotary (RoPE) frequencies: how fast each pair of a head's dimensions turns with the position.
 
     angle[p, i] = p * inv_freq[i]        inv_freq[i] = theta ** (-2 i / K),  i < K / 2
 
@@ -117,7 +117,7 @@ def _yarn(parameters: RopeParameters, inv_freq: Tensor, max_length: int) -> Tens
 
 
 def _llama3(parameters: RopeParameters, inv_freq: Tensor) -> Tensor:
-    """[K/2] -> [K/2]; kept from high_freq_factor turns in training on, divided up to low's."""
+    """[K/2] -> [K/2]; pairs are divided up to low_freq_factor turns, kept from high's on."""
     original = _given(parameters.original_max_position_embeddings)
     low, high = _given(parameters.low_freq_factor), _given(parameters.high_freq_factor)
     wavelength = 2 * math.pi / inv_freq
@@ -154,6 +154,6 @@ def _factor(parameters: RopeParameters, max_length: int) -> float:
 
 
 def _given(value: T | None) -> T:
-    """What RopeParameters has checked to be there, for the type checker's sake."""
+    """A value that RopeParameters has checked to be there; this tells the type checker."""
     assert value is not None
     return value

@@ -1,6 +1,6 @@
-"""Starts the steps of sequences, and says what each step needs of them.
+"""The runner: starts the prefills and decode steps of sequences, and their first tokens.
 
-The host starts a step and goes on; pending_tokens.py reads what it has sampled.
+The host starts a step and goes on; pending_tokens.py reads the tokens that it has sampled.
 """
 
 from collections.abc import Collection, Sequence
@@ -33,7 +33,7 @@ class Runner:
         self._batch: tuple[Sequence[int | None], Tensor] | None = None
 
     def start_prefill(self, sequence: TokenSequence, count: int) -> PendingTokens | None:
-        """Compute `count` more tokens of a prompt; the last of them bring the first token."""
+        """Compute `count` more tokens of a prompt -> the first new token, if they are the last."""
         assert sequence.slot is not None
         start, end = sequence.prefilled, sequence.prefilled + count
         prompt_ids = sequence.prompt_ids
@@ -66,7 +66,7 @@ class Runner:
     def start_decode(
         self, sequences: list[TokenSequence], drafts: list[list[int]] | None
     ) -> PendingTokens:
-        """One step for all these sequences; with drafts, perhaps empty ones, for each of them."""
+        """Decode one step of all these sequences, with a draft, perhaps empty, for each or none."""
         slots, features = self._slots(sequences), _features(sequences)
         width = 1 if drafts is None else 1 + max(map(len, drafts))
         for sequence in sequences:
@@ -81,7 +81,7 @@ class Runner:
         return self._pending(sequences, ids, drafts=drafts)
 
     def rewind(self, sequence: TokenSequence) -> None:
-        """Let the next step go on from where the host knows that a sequence stands."""
+        """Let the next step of a sequence go on from the tokens that the host has read."""
         assert sequence.slot is not None
         sequence.in_flight = 0
         if sequence.output_ids:
@@ -90,7 +90,7 @@ class Runner:
             sequence.prefilled = sequence.reused = 0
 
     def warm_up_prefill(self, slot: int, lengths: Collection[int]) -> None:
-        """Run chunks of these lengths, the longest first, in a slot that holds nothing of use."""
+        """Run chunks of these lengths, the longest first, in a slot whose content is not needed."""
         for count in sorted(lengths, reverse=True):
             self.model.logits(self.steps.prefill([0] * count, slot, 0, count)[-1:])
 
@@ -126,5 +126,5 @@ class Runner:
 
 
 def _features(sequences: list[TokenSequence]) -> Features:
-    """What sampling must compute for any of these."""
+    """The sampling features that any of these sequences uses."""
     return frozenset().union(*(s.uses for s in sequences))

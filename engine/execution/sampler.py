@@ -1,7 +1,7 @@
-"""The choice of each row's next token, on the device, by the settings of its slot.
+"""Sampling: the choice of each row's next token, on the device, by the settings of its slot.
 
-`features` names the settings that a batch uses, and what it leaves out is not computed.  Leaving
-out and neutral settings give the same token, so a graph that knows more features than a batch needs
+`features` names the settings that a batch uses; the others are not computed.  A setting that is
+left out and a neutral one give the same token, so a graph with more features than a batch needs
 serves it too.
 """
 
@@ -31,8 +31,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row: logits [B, V], slots [B], positions [B] of these tokens.
 
-    -> ids [B] and what speaks for them, float32 [B]: not finite where a row had nothing to choose,
-    as of NaN logits, or where all tokens are banned.
+    -> ids [B] and their logits, float32 [B]: not finite where a row has no token to choose, because
+    its logits are NaN or all its tokens are banned.
     """
     if features == GREEDY:
         return _scored(ops.sample(logits), logits)
@@ -67,11 +67,14 @@ def sample_tokens(
         used("random", seeds),
         positions,
     )
-    if "penalties" in features:
-        cells = slots * state.vocab_size + chosen
-        ones = torch.ones_like(cells, dtype=state.output_counts.dtype)
-        state.output_counts.view(-1).scatter_add_(0, cells, ones)
     return _scored(chosen, logits)
+
+
+def count_tokens(token_ids: Tensor, slots: Tensor, state: SlotState) -> None:
+    """Count new tokens for later penalties: token_ids [B], slots [B]."""
+    cells = slots * state.vocab_size + token_ids
+    ones = torch.ones_like(cells, dtype=state.output_counts.dtype)
+    state.output_counts.view(-1).scatter_add_(0, cells, ones)
 
 
 def _scored(chosen: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What a decode step reads and writes by slot, in tensors on the device.
+"""The state of each slot on the device: newest token, position, limits and sampling settings.
 
-Nothing that changes from step to step is a number of the host: a step is told which slots take
-part, finds their tokens, positions and settings here, and leaves the new ones here.  Row
+A step takes no number from the host that changes from step to step: it is given the slots that take
+part, reads their tokens, positions and settings here, and writes the new ones here.  Row
 `num_slots` belongs to no slot: it pads a batch to the size of its graph, and is never active.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemcut.engine.requests.sequence import TokenSequence
 
-INACTIVE = -1  # as a position: the row computes nothing that anyone reads
+INACTIVE = -1  # as a position: nothing reads what the row computes
 
 
 class SlotState:
@@ -38,8 +38,8 @@ class SlotState:
                 f"{device} has no memory for the sampling settings of {num_slots} slots; "
                 f"lower max_batch_size"
             ) from error
-        # tokens: the newest, not yet in the cache; positions: where it stands; limits: where the
-        # last one may stand; first_end: the first position at which an end may stand
+        # tokens: the newest, not yet in the cache; positions: its position; limits: that of the
+        # last token allowed; first_end: the first position at which an end is allowed
         self.newest = self.integers.narrow(0, 0, 2)  # tokens and positions, which every step reads
         self.tokens, self.positions, self.limits, *_ = self.integers.unbind()
         self.positions.fill_(INACTIVE)
@@ -47,13 +47,13 @@ class SlotState:
         self._biased: set[int] = set()
 
     def admit(self, slot: int, sequence: TokenSequence) -> None:
-        """Write where a sequence stands, whose prompt is in the cache, and its settings."""
+        """Write the position and the settings of a sequence whose prompt is in the cache."""
         params = sequence.params
         newest = sequence.output_ids[-1] if sequence.output_ids else 0
         last = len(sequence.prompt_ids) - 1
         first_end = len(sequence.prompt_ids) + params.min_tokens
         top_k = max(int(params.top_k), 0)
-        # in the order of `integers` and `floats`; float(): torch takes no number of NumPy
+        # in the order of `integers` and `floats`; float(): torch takes no NumPy number
         integers = [newest, sequence.length - 1, last + sequence.max_tokens]
         integers += [top_k, sequence.seed, first_end]
         floats = [params.temperature, params.top_p, params.min_p]
@@ -88,6 +88,6 @@ class SlotState:
 
 
 def upload(values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers of the host in a tensor on the device; a GPU is not waited for."""
+    """A tensor on the device of these numbers; the host does not wait for a GPU."""
     on_gpu = device.type == "cuda"
     return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=True)

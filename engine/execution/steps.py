@@ -1,4 +1,4 @@
-"""The steps of the device: each begins and ends in tensors, and finds what it needs by slot.
+"""The steps that the device computes: tensors in, tensors out; the state of slots is found by slot.
 
     prefill  a chunk of a prompt goes through the model
     decode   the newest token of each slot goes through the model, and the next one is sampled
@@ -6,8 +6,8 @@
     logits   the first half of decode, for a host that must see logits before the next token
     sample   the second half of decode, and the end of a prefill
 
-`Steps` launches them kernel by kernel.  `GraphedSteps` (graphed_steps.py) replays CUDA graphs of
-them behind the same methods.
+`Steps` launches them kernel by kernel.  `GraphedSteps` (graphed_steps.py) has the same methods, and
+replays CUDA graphs of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.sampler import GREEDY, KINDS, Features, sample_tokens
+from gemcut.engine.execution.sampler import GREEDY, KINDS, Features, count_tokens, sample_tokens
 from gemcut.engine.execution.slot_state import INACTIVE, SlotState, upload
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 
@@ -45,11 +45,11 @@ class Steps:
         self._head = model.weights.lm_head.narrow(0, 0, state.vocab_size)
 
     def batch_size(self, rows: int) -> int:
-        """Rows of the step that computes so many: padding is computed too."""
+        """Rows that a step for `rows` sequences computes, padding included."""
         return rows
 
     def draft_width(self, rows: int) -> int:
-        """Tokens of each of so many rows that one pass over the weights verifies.
+        """Tokens of each row that one pass over the weights verifies, in a step of `rows` rows.
 
         The newest one is among them: 1 where there is no room for a draft.
         """
@@ -85,15 +85,15 @@ class Steps:
             scores, sampled = self.model.ops.lm_head_argmax(
                 hidden, self._head, self.model.config.final_softcap, counters=self.cache.counters
             )
-            return self._advance(sampled, scores, slots)
+            return self._advance(sampled, scores, slots, features)
         return self._sample(self._logits(hidden), slots, positions + 1, features)
 
     def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
         """What the model samples after each draft: slots [B], drafts [B, T - 1] -> ids [B, T].
 
         Drafts are guesses of the next tokens, NO_DRAFT where there are none.  Column t is sampled
-        after the newest token and t drafts; it holds as long as all drafts before it were sampled.
-        The slot goes on from the last column that holds.
+        after the newest token and t drafts; it is valid if all drafts before it were sampled.  The
+        slot goes on from the last valid column.
         """
         state, (B, T) = self.state, (drafts.shape[0], drafts.shape[1] + 1)
         newest, positions = self._newest(slots)
@@ -114,9 +114,9 @@ class Steps:
             0, slots, torch.where(positions < 0, INACTIVE, positions + accepted.squeeze(1))
         )
         last = sampled.gather(1, accepted).squeeze(1), scores.gather(1, accepted).squeeze(1)
-        self._advance(*last, slots)
-        holds = (scores.abs() < torch.inf) & (positions >= 0).unsqueeze(-1)
-        return torch.where(holds, sampled, -1)
+        self._advance(*last, slots, features)
+        is_valid = (scores.abs() < torch.inf) & (positions >= 0).unsqueeze(-1)
+        return torch.where(is_valid, sampled, -1)
 
     def logits(self, slots: Tensor) -> Tensor:
         """Logits of each slot's next token: slots [B] -> [B, V] float32."""
@@ -161,10 +161,15 @@ class Steps:
     ) -> Tensor:
         ops = self.model.ops
         sampled, scores = sample_tokens(logits, slots, positions, self.state, features, ops)
-        return self._advance(sampled, scores, slots)
+        return self._advance(sampled, scores, slots, features)
 
-    def _advance(self, sampled: Tensor, scores: Tensor, slots: Tensor) -> Tensor:
+    def _advance(
+        self, sampled: Tensor, scores: Tensor, slots: Tensor, features: Features
+    ) -> Tensor:
+        """Go on from the last token of each slot: sampled, scores, slots [B] -> ids [B]."""
         state = self.state
+        if "penalties" in features:  # requests with penalties have no drafts: it is their only one
+            count_tokens(sampled, slots, state)
         return self.model.ops.advance_(
             sampled, scores, slots, state.tokens, state.positions, state.limits, state.is_end
         )

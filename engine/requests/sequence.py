@@ -210,7 +210,7 @@ class Request:
     prompt: str | None
     sequences: list[TokenSequence]
     ended: Callable[["Request"], object] = _drop  # called once, when all sequences have ended
-    attended: bool = True  # the stepping thread makes its steps; False: its caller does
+    in_background: bool = True  # the engine's own thread makes its steps; else its caller does
     arrived_at: float = field(default_factory=time.perf_counter)
 
     @property

@@ -1,1 +1,1 @@
-"""How requests share one engine: slots, the step loop and its thread, and what callers wait on."""
+"""Serving many requests: the scheduler of slots, the step loop, its thread, queues to callers."""

@@ -1,4 +1,4 @@
-"""What an engine has done so far, in a dict and in Prometheus' text format."""
+"""Engine metrics: counters and gauges, in a dict and in Prometheus' text format."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ import torch
 
 from gemcut.engine.requests.sequence import TokenSequence
 
-# name: (kind, help); a counter only grows, a gauge is of this moment
+# name: (kind, help); a counter only grows, a gauge holds the present value
 DESCRIPTIONS = {
     "steps": ("counter", "Steps made"),
     "decode_steps": ("counter", "Steps that decoded"),
@@ -39,7 +39,7 @@ DESCRIPTIONS = {
 
 @dataclass
 class EngineMetrics:
-    """Counts since the engine was made; the core alone writes them."""
+    """Counts since the engine was made; only the step loop writes them."""
 
     steps: int = 0
     decode_steps: int = 0
@@ -55,12 +55,12 @@ class EngineMetrics:
     at_warmup: dict[str, int] = field(default_factory=dict)  # costs() as the warm-up ended
 
     def count_end(self, sequence: TokenSequence) -> None:
-        """Note how a completion ended."""
+        """Count a completion by how it ended."""
         self.ended["error" if sequence.error is not None else str(sequence.finish_reason)] += 1
 
 
 def costs(device: torch.device, captures: int) -> dict[str, int]:
-    """What should stand still after a warm-up: graphs, variants of kernels, blocks of memory."""
+    """Counts that should not grow after a warm-up: graphs, kernel variants, blocks of memory."""
     on_gpu = device.type == "cuda"
     return {
         "graph_captures": captures,
@@ -92,7 +92,7 @@ def snapshot(
     waiting: int,
     cache_use: float,
 ) -> dict[str, Any]:
-    """Everything in one dict, by the names of DESCRIPTIONS, and `ended` by reason."""
+    """All metrics in one dict: the names of DESCRIPTIONS, `ended` by reason, and the time."""
     rows = metrics.decode_steps * slots
     counted = {name: getattr(metrics, name) for name in DESCRIPTIONS if hasattr(metrics, name)}
     since = {name: spent[name] - metrics.at_warmup.get(name, spent[name]) for name in spent}

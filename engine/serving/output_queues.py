@@ -1,7 +1,6 @@
-"""From whoever makes the steps to whoever waits: a thread, an asyncio task, or another scheduler.
+"""Queues from the stepping thread to callers: threads, asyncio tasks and `Engine.step`.
 
-What is delivered is queued, so a consumer that pauses delays nobody, and one that leaves cancels
-its request.
+A consumer that pauses lets its queue grow and delays no other; one that leaves cancels its request.
 """
 
 import asyncio
@@ -22,11 +21,11 @@ T = TypeVar("T")
 Pending = deque[tuple["asyncio.Queue[Any]", Any]]
 
 
-def finish(worker: Worker, requests: Sequence[Request], show: bool) -> None:
-    """Wait for requests that run together; the first error ends them all and is raised."""
+def submit_and_wait(worker: Worker, requests: Sequence[Request], show: bool) -> None:
+    """Run requests together until all have ended; the first error ends them all and is raised."""
     ended: queue.SimpleQueue[Request] = queue.SimpleQueue()
     for request in requests:
-        request.ended, request.attended = ended.put, not worker.drives_here
+        request.ended, request.in_background = ended.put, not worker.caller_steps
     waiting = set(requests)
     progress = tqdm(total=len(requests), unit="prompt") if show else None  # it starts a thread
     try:
@@ -50,7 +49,7 @@ def stream(worker: Worker, request: Request) -> Iterator[Delta]:
     arrived: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
     for sequence in request.sequences:
         sequence.deliver = arrived.put
-    request.ended, request.attended = lambda _: arrived.put(None), not worker.drives_here
+    request.ended, request.in_background = lambda _: arrived.put(None), not worker.caller_steps
     try:
         worker.add([request])
         while (delta := worker.wait(arrived)) is not None:
@@ -61,10 +60,12 @@ def stream(worker: Worker, request: Request) -> Iterator[Delta]:
         _leave(worker, [request])
 
 
-async def afinish(worker: Worker, mail: "Mail", requests: Sequence[Request]) -> None:
-    """`finish` without blocking the event loop."""
+async def asubmit_and_wait(
+    worker: Worker, sender: "AsyncioSender", requests: Sequence[Request]
+) -> None:
+    """`submit_and_wait` without blocking the event loop."""
     ended: asyncio.Queue[Request] = asyncio.Queue()
-    put = mail.box(ended)
+    put = sender.putter(ended)
     for request in requests:
         request.ended = put
     try:
@@ -77,10 +78,12 @@ async def afinish(worker: Worker, mail: "Mail", requests: Sequence[Request]) -> 
         _leave(worker, requests)
 
 
-async def astream(worker: Worker, mail: "Mail", request: Request) -> AsyncIterator[Delta]:
+async def astream(
+    worker: Worker, sender: "AsyncioSender", request: Request
+) -> AsyncIterator[Delta]:
     """`stream` without blocking the event loop."""
     arrived: asyncio.Queue[Delta | None] = asyncio.Queue()
-    put = mail.box(arrived)
+    put = sender.putter(arrived)
     for sequence in request.sequences:
         sequence.deliver = put
     request.ended = lambda _: put(None)
@@ -94,8 +97,8 @@ async def astream(worker: Worker, mail: "Mail", request: Request) -> AsyncIterat
         _leave(worker, [request])
 
 
-class Driven:
-    """Requests whose steps someone else makes, and what became of them since the last step."""
+class StepInterface:
+    """Requests whose steps the caller makes by `Engine.step`, and their deltas since the last."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -110,7 +113,7 @@ class Driven:
         """Queue a request; ValueError where its id is in use."""
         if self._requests.setdefault(request.request_id, request) is not request:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        request.attended = False
+        request.in_background = False
         for sequence in request.sequences:
             sequence.deliver = self._deltas.append
         request.ended = self._end
@@ -121,16 +124,16 @@ class Driven:
             raise
 
     def step(self) -> list[Delta]:
-        """Make a step; every delta since the last one."""
+        """Make a step, and return every delta since the last one."""
         return self._worker.call(self._step)
 
     def cancel(self, request_id: str) -> None:
         """End a request, if it runs."""
         request = self._requests.get(request_id)
         if request is None:
-            return  # its end may be among deltas that the caller has not come to
+            return  # its end may be among deltas that the caller has not read yet
         self._worker.cancel([request])
-        self._worker.call(lambda: None)  # until it has been done
+        self._worker.call(lambda: None)  # returns once the cancellation is done
 
     def _step(self) -> list[Delta]:
         self._worker.step()
@@ -152,17 +155,17 @@ def _leave(worker: Worker, requests: Sequence[Request]) -> None:
     worker.cancel([request for request in requests if not request.finished])
 
 
-class Mail:
-    """Brings items to asyncio queues from another thread.
+class AsyncioSender:
+    """Puts items into asyncio queues from another thread.
 
-    An event loop is woken once for all that is put before it looks: a step of 16 streams costs the
+    An event loop is woken once for all items put before it runs: a step of 16 streams costs the
     worker one system call, not 16.
     """
 
     def __init__(self) -> None:
         self._pending: WeakKeyDictionary[asyncio.AbstractEventLoop, Pending] = WeakKeyDictionary()
 
-    def box(self, queue: "asyncio.Queue[T]") -> Callable[[T], None]:
+    def putter(self, queue: "asyncio.Queue[T]") -> Callable[[T], None]:
         """A function for the other thread that puts into a queue of the running event loop."""
         loop = asyncio.get_running_loop()
         pending = self._pending.setdefault(loop, deque())
@@ -175,7 +178,7 @@ class Mail:
         def put(item: T) -> None:
             pending.append((queue, item))
             if len(pending) == 1:
-                with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                with suppress(RuntimeError):  # the loop was closed: no task waits any more
                     loop.call_soon_threadsafe(deliver)
 
         return put

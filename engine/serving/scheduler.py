@@ -1,8 +1,8 @@
-"""Which sequence runs next: slots of the cache, given out in the order of arrival.
+"""The scheduler: gives the slots of the cache to sequences in the order of arrival.
 
-No tensors here.  A sequence waits until a slot is free.  It takes over what a slot holds of its
-prompt, is prefilled chunk by chunk, then takes part in every decode step until it ends.  Whoever
-decodes waits for one chunk at most between two tokens (chunks.py).
+It holds no tensors.  A sequence waits until a slot is free.  It takes over what a slot holds of its
+prompt, is prefilled chunk by chunk, then takes part in every decode step until it ends.  A sequence
+that decodes waits for one chunk at most between two tokens (prefill_chunks.py).
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,18 @@ from gemcut.engine.requests.sequence import TokenSequence
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A sequence that got a slot, and whence the beginning of its prompt comes."""
+class Admission:
+    """A sequence that got a slot, and where the beginning of its prompt comes from."""
 
     sequence: TokenSequence
     slot: int
-    reused: int = 0  # tokens at the beginning of its prompt that are there already
+    reused: int = 0  # tokens at the beginning of its prompt that are in the cache already
     source: int | None = None  # the slot to copy them from; None: they are in place
 
 
 class Scheduler:
+    """The waiting and the running sequences, and the free slots with the tokens they still hold."""
+
     def __init__(
         self,
         num_slots: int,
@@ -41,12 +43,12 @@ class Scheduler:
 
     @property
     def running(self) -> list[TokenSequence]:
-        """Those that have a slot."""
+        """The sequences that have a slot."""
         return list(self._running.values())
 
     @property
     def decoding(self) -> list[TokenSequence]:
-        """Those whose next token is due."""
+        """The prefilled sequences whose next token is due."""
         return [s for s in self._running.values() if s.is_prefilled and s.wants_token]
 
     @property
@@ -59,33 +61,33 @@ class Scheduler:
 
     @property
     def held_tokens(self) -> int:
-        """Tokens in the cache, of those that run and of those that have ended."""
-        # copies: other threads ask this too, while slots change hands
+        """Tokens in the cache, of running sequences and of those that have ended."""
+        # copies: other threads read this too, while slots change hands
         running, free = list(self._running.values()), list(self._free.values())
         return sum(s.length for s in running) + sum(len(held.token_ids) for held in free)
 
     def all(self) -> list[TokenSequence]:
-        """Those that run and those that wait."""
+        """The running and the waiting sequences."""
         return [*self._running.values(), *self._waiting]
 
     def add(self, sequence: TokenSequence) -> None:
         self._waiting[sequence] = None
 
     def prefilling(self) -> TokenSequence | None:
-        """The sequence of which a chunk is due: one at a time, in order."""
+        """The sequence whose next chunk is due: one at a time, in order of admission."""
         return next((s for s in self._running.values() if not s.is_prefilled), None)
 
     def chunk_at(self, start: int, end: int, *, others_decode: bool) -> int:
-        """Tokens of the chunk at position `start` of a prompt that ends at `end`."""
+        """The number of tokens of the chunk at position `start` of a prompt that ends at `end`."""
         may_be_long = self._long_chunks and not others_decode
         return next_chunk(self.prefill_chunk, self._ring, start, end, may_be_long=may_be_long)
 
-    def admit(self) -> Placement | None:
+    def admit(self) -> Admission | None:
         """Give a free slot to the sequence that has waited longest; None where either is missing.
 
         The longest prefix that any slot holds is reused.  A free slot that holds it is taken over
-        if most of what it holds goes on; otherwise, and from a slot that runs, it is copied to the
-        slot that was unused longest, and both stay of use.
+        if the prefix is at least half of what it holds.  Otherwise, and from a running slot, the
+        prefix is copied to the slot that was unused longest, and both can be reused later.
         """
         if not (self._waiting and self._free):
             return None
@@ -110,10 +112,10 @@ class Scheduler:
         self._running[slot] = sequence
         del self._waiting[sequence]
         self.admitted += 1
-        return Placement(sequence, slot, reused, source)
+        return Admission(sequence, slot, reused, source)
 
     def empty_slot(self) -> int | None:
-        """A free slot, whose tokens are of no use to anyone from now on; None where all run."""
+        """A free slot, whose tokens are forgotten; None where all slots run."""
         if not self._free:
             return None
         slot = next(iter(self._free))
@@ -130,7 +132,7 @@ class Scheduler:
             self._free[sequence.slot] = sequence.held()
 
     def recover(self) -> None:
-        """Make whole what an interrupted call left half done: no slot and no sequence is lost."""
+        """Repair what an interrupted call left half done: no slot and no sequence is lost."""
         for sequence in list(self._waiting):
             if sequence.slot is not None:  # it had been placed
                 self._running.pop(sequence.slot, None)

@@ -1,13 +1,13 @@
 """The step loop: it starts the steps that the scheduler chooses, and hands out their tokens.
 
-    admit     a waiting sequence gets a slot, and what a slot holds of its prompt
+    admit     a waiting sequence gets a slot, with what a slot already holds of its prompt
     prefill   one chunk of one prompt; while nothing decodes, a longer one, or several short prompts
-    decode    one token for every sequence that has begun; or a draft and one token
-    collect   the tokens of the step before go to their callers
+    decode    one token for every prefilled sequence; with a draft, its accepted tokens and one more
+    collect   the tokens of the previous step go to their callers
 
-On a GPU the tokens of a step are read when the next step is under way; a sequence that has ended by
-then takes no more.  They are read at once on a CPU, and where the host must know a token before the
-next step (logits processors, log-probabilities, drafts).
+On a GPU the host reads the tokens of a step while the next step runs; a sequence that has ended by
+then takes no more.  It reads them at once on a CPU, and where it must know a token before the next
+step (logits processors, log-probabilities, drafts).
 
 One thread at a time calls a step loop (worker.py).
 """
@@ -36,16 +36,16 @@ class StepLoop:
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner, self.scheduler = runner, scheduler
         self.metrics = EngineMetrics()
-        self.attended: set[Request] = set()  # unfinished ones, for which the thread makes steps
+        self.background: set[Request] = set()  # unfinished, stepped by the engine's own thread
         self.fault: Exception | None = None
         self.depth = runner.depth  # steps whose tokens may stay unread
-        self._collector = TokenCollector(self._hand_out)
+        self._collector = TokenCollector()
         self._owners: dict[TokenSequence, Request] = {}
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences."""
-        if request.attended:
-            self.attended.add(request)
+        if request.in_background:
+            self.background.add(request)
         for sequence in request.sequences:
             self._owners[sequence] = request
             self.scheduler.add(sequence)
@@ -53,7 +53,7 @@ class StepLoop:
             self._fail(request.sequences, self.fault)
 
     def cancel(self, request: Request) -> None:
-        """End a request where it stands; one that has ended stays as it is."""
+        """End a request now; one that has already ended stays as it is."""
         for sequence in request.sequences:
             sequence.abort()
             self._settle(sequence)
@@ -69,23 +69,23 @@ class StepLoop:
         return bool(self._owners)
 
     def step(self) -> None:
-        """One chunk and one token; a failure ends the sequences concerned, and no others."""
+        """Compute a chunk and decode a token; a failure ends only the sequences concerned."""
         self.metrics.steps += 1
         self._prefill()
         if self._must_be_read():
-            self._collector.collect(0)
+            self._collect(0)
         sequences = self.scheduler.decoding
         if sequences:
             self._guarded(sequences, lambda: self._decode(sequences))
         is_late = sequences and not self._must_be_read()
-        self._collector.collect(self.depth if is_late else 0)
+        self._collect(self.depth if is_late else 0)
 
     def warm_up(self, shown: Callable[[Iterable[Work]], Iterable[Work]] = iter) -> None:
-        """Make every kind of step once, as `shown` yields them: none changes a slot in use.
+        """Make every kind of step once, as `shown` yields them; no slot in use changes.
 
-        Their tensors are made here, by the driver: in the stream in which they are read.
+        The stepping thread makes their tensors here, in the stream in which they are read.
         """
-        self._collector.collect(0)
+        self._collect(0)
         if (slot := self.scheduler.empty_slot()) is not None:
             end = self.runner.cache.max_seq_len
             longest = self.scheduler.chunk_at(0, end, others_decode=False)
@@ -97,29 +97,29 @@ class StepLoop:
     # The parts of a step
 
     def _prefill(self) -> None:
-        """Chunks of waiting prompts: one, and more up to `prefill_chunk` where nobody decodes."""
+        """Compute a chunk of a prompt, or several up to `prefill_chunk` while nothing decodes."""
         scheduler = self.scheduler
-        others_wait = bool(scheduler.decoding)
+        others_decode = bool(scheduler.decoding)
         room = scheduler.prefill_chunk
         while True:
             sequence = scheduler.prefilling()
             if sequence is None:
-                if (placement := scheduler.admit()) is None:
+                if (admission := scheduler.admit()) is None:
                     return
-                sequence = placement.sequence
-                if placement.source is not None:
-                    copied = (placement.source, placement.slot, placement.reused)
+                sequence = admission.sequence
+                if admission.source is not None:
+                    copied = (admission.source, admission.slot, admission.reused)
                     self._guarded([sequence], lambda c=copied: self.runner.cache.copy_prefix(*c))
-                self.metrics.reused_tokens += placement.reused
+                self.metrics.reused_tokens += admission.reused
                 if sequence.finished:
                     continue
             start, end = sequence.prefilled, len(sequence.prompt_ids)
-            count = scheduler.chunk_at(start, end, others_decode=others_wait)
-            if count > room and room < scheduler.prefill_chunk:  # it is not the step's first
+            count = scheduler.chunk_at(start, end, others_decode=others_decode)
+            if count > room and room < scheduler.prefill_chunk:  # not the first of this step
                 return
             room -= count
             self._guarded([sequence], lambda s=sequence, n=count: self._prefill_chunk(s, n))
-            if others_wait or room <= 0:
+            if others_decode or room <= 0:
                 return
 
     def _prefill_chunk(self, sequence: TokenSequence, count: int) -> None:
@@ -129,7 +129,7 @@ class StepLoop:
         if first is not None:
             self._collector.add(first)
             if self.depth == 0:
-                self._collector.collect(0)
+                self._collect(0)
         elif sequence.score_only and sequence.is_prefilled:
             sequence.finish_scored()
 
@@ -139,7 +139,7 @@ class StepLoop:
         self._collector.add(self.runner.start_decode(sequences, self._drafts(sequences)))
 
     def _drafts(self, sequences: list[TokenSequence]) -> list[list[int]] | None:
-        """A guess for each sequence that wants them, None where there is no guess at all."""
+        """A draft for each sequence, perhaps empty; None where none is wanted or found."""
         most = self.runner.steps.draft_width(len(sequences)) - 1
         if most == 0 or any(s.needs_logits for s in sequences):
             return None
@@ -153,20 +153,24 @@ class StepLoop:
             s.needs_logits or s.params.prompt_lookup_num_tokens for s in self.scheduler.running
         )
 
-    def _hand_out(self, pending: PendingTokens) -> None:
-        """Give the sequences of a step their tokens."""
+    def _collect(self, keep: int) -> None:
+        """Hand out the tokens of all steps except the latest `keep`."""
+        self._collector.collect(keep, self._hand_out)
 
-        def count() -> None:
+    def _hand_out(self, pending: PendingTokens) -> None:
+        """Give the sequences of a step their tokens, and count these."""
+
+        def hand_out() -> None:
             taken, accepted = pending.hand_out()
             self.metrics.generated_tokens += taken
             self.metrics.accepted_tokens += accepted
 
-        self._guarded(pending.sequences, count)
+        self._guarded(pending.sequences, hand_out)
 
     # Ends
 
     def recover(self) -> None:
-        """Undo what an interrupted step had begun: the host says where each sequence stands."""
+        """Undo an interrupted step: sequences go on from the tokens that the host has read."""
         self._collector.clear()
         for sequence in list(self._owners):
             sequence.fail_if_interrupted()
@@ -176,7 +180,7 @@ class StepLoop:
             self._guarded([sequence], lambda s=sequence: self.runner.rewind(s))
 
     def _guarded(self, sequences: Sequence[TokenSequence], work: Work) -> None:
-        """Do `work`; where it fails, the sequences concerned end with the reason, and no others."""
+        """Do `work`; where it fails, only these sequences end, with the error as the reason."""
         try:
             work()
         except Exception as error:
@@ -192,21 +196,21 @@ class StepLoop:
             self._settle(sequence)
 
     def _settle(self, sequence: TokenSequence) -> None:
-        """Free the slot of a sequence that has ended; its request may have ended with it."""
+        """Free the slot of a sequence that has ended, and end its request if that was the last."""
         if not sequence.finished or (request := self._owners.get(sequence)) is None:
             return
         self.scheduler.remove(sequence)
         self.metrics.count_end(sequence)
         if request.finished:
-            self.attended.discard(request)
+            self.background.discard(request)
             request.ended(request)
-        del self._owners[sequence]  # at last: what was interrupted is settled again
+        del self._owners[sequence]  # last of all: if interrupted before, all this is done again
 
     def _is_fatal(self, error: Exception) -> bool:
-        """Whether the device itself has failed: then nothing runs on it any more."""
+        """Whether the device itself has failed, so that nothing runs on it any more."""
         if isinstance(error, torch.AcceleratorError):
             return True
-        try:  # Triton's errors are plain ones, and a fault may show anywhere
+        try:  # Triton raises plain errors, and a fault may surface at any call
             if self.runner.device.type == "cuda":
                 torch.cuda.synchronize(self.runner.device)
         except RuntimeError:
@@ -214,7 +218,7 @@ class StepLoop:
         return False
 
     def die(self, error: Exception) -> None:
-        """End every request, and all that come, with what broke the engine."""
+        """End every request, and all later ones, with the error that broke the engine."""
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         self.fault = EngineFault(f"the engine is dead: {reason}")
         self._collector.clear()
@@ -222,7 +226,7 @@ class StepLoop:
 
 
 def _draft(sequence: TokenSequence, most: int) -> list[int]:
-    """A guess of what comes next, that neither the slot nor the request ends before."""
+    """Tokens guessed to come next, no more than the slot and the request have room for."""
     wanted = sequence.params.prompt_lookup_num_tokens
     count = min(most, wanted, sequence.max_tokens - len(sequence.output_ids) - 1)
     if count < 1:

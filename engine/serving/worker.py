@@ -1,15 +1,15 @@
-"""Who makes the steps, and how others ask something of it.
+"""The stepping thread and its command queue.
 
-One thread at a time drives the engine, as a rule one of the engine's own.  On a CPU the main thread
-drives it itself while it waits, as long as nobody else does: every thread that computes there keeps
-a team of OpenMP threads, and where the teams outnumber the cores, steps take twice as long.
+One thread at a time makes the steps, usually the engine's own.  On a CPU the main thread makes them
+itself while it waits, unless another thread does: every thread that computes there keeps a team of
+OpenMP threads, and where the teams outnumber the cores, steps take twice as long.
 
-Everything is asked through a queue: new requests, cancellations, a single step.  Whoever drives
-looks at it before each step.  So nobody needs a lock during a step, and a consumer may leave at any
+Everything else is a command in a queue: new requests, cancellations, a single step.  The stepping
+thread runs the commands before each step.  So a step needs no lock, and a consumer may leave at any
 time, even from within a destructor.  A step that Ctrl-C has interrupted is made again.
 
-On a GPU whoever drives does so in the engine's own CUDA stream (cuda_stream.py), entered once for
-all the steps of a turn.
+On a GPU the stepping thread enters the engine's own CUDA stream (cuda_stream.py), once for all the
+steps that it makes before it releases the step lock.
 """
 
 import queue
@@ -35,27 +35,27 @@ class QueueFullError(RuntimeError):
 
 
 class Worker:
-    """Owns a core.  Its thread begins when it is first needed and ends with `stop`."""
+    """Owns a step loop.  Its thread begins when it is first needed and ends with `stop`."""
 
     def __init__(self, step_loop: StepLoop, max_waiting: int | None = None) -> None:
         self._loop, self._max_waiting = step_loop, max_waiting
-        self.inline = step_loop.runner.device.type == "cpu"  # the main thread may drive
+        self.inline = step_loop.runner.device.type == "cpu"  # the main thread may make steps
         self.stream = StepStream(step_loop.runner.device)
         self.stream.wait_for_caller()  # weights, cache and state were made in the caller's stream
         self._commands: deque[Callable[[], object]] = deque()
         # Held for moments.  Reentrant: the garbage collector may end an abandoned stream, which
-        # cancels its request, wherever it likes.
+        # cancels its request, at any line.
         self._lock = threading.RLock()
-        self._turn = threading.Lock()  # of whoever drives
-        self._driver: threading.Thread | None = None
-        self._blocked = 0  # callers that wait while another drives
+        self._step_lock = threading.Lock()  # held by the stepping thread
+        self._stepping_thread: threading.Thread | None = None
+        self._blocked = 0  # callers that wait while another thread makes the steps
         self._interrupted = False  # the last step was not finished
         self._thread: threading.Thread | None = None
         self._wake_ups: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._submitted = 0  # completions
+        self._submitted = 0  # completions that were ever queued
         self.stopped = False
 
-    # What is asked
+    # For callers, from any thread
 
     @property
     def waiting(self) -> int:
@@ -63,12 +63,12 @@ class Worker:
         return self._submitted - self._loop.scheduler.admitted
 
     @property
-    def drives_here(self) -> bool:
-        """Whether this thread makes the steps that it waits for."""
+    def caller_steps(self) -> bool:
+        """Whether the calling thread makes the steps that it waits for."""
         return self.inline and threading.current_thread() is threading.main_thread()
 
     def check_open(self) -> None:
-        """Nothing, or RuntimeError where nobody answers any more."""
+        """Nothing, or RuntimeError once the engine is closed."""
         if self.stopped:
             raise RuntimeError(CLOSED)
 
@@ -85,17 +85,17 @@ class Worker:
             for request in requests:
                 self._put(partial(self._loop.add, request))
             self._submitted += count
-        if any(request.attended for request in requests):
+        if any(request.in_background for request in requests):
             self._wake_thread()
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """End these where they stand; their slots are free before the next step."""
+        """End these requests; their slots are free before the next step."""
         self._commands.extend(partial(self._loop.cancel, request) for request in requests)
-        if requests and not self.drives_here:
+        if requests and not self.caller_steps:
             self._wake_ups.put(True)
 
     def call(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, done between two steps."""
+        """Run `work` between two steps, and return or raise what it does."""
         answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
         def answered() -> None:
@@ -112,25 +112,25 @@ class Worker:
         return result  # pyright: ignore[reportReturnType]  # None only where T is
 
     def wait(self, answer: "queue.SimpleQueue[T]") -> T:
-        """The next thing put there; until it comes, steps are made here or elsewhere."""
+        """The next item of this queue; until it comes, this thread or another makes steps."""
         with self._lock:
-            may_drive = self.drives_here or self._thread is None
-            drives = may_drive and self._turn.acquire(blocking=False)
-            self._blocked += not drives
+            may_step = self.caller_steps or self._thread is None
+            steps = may_step and self._step_lock.acquire(blocking=False)
+            self._blocked += not steps
         try:
-            return self._drive_for_caller(answer) if drives else answer.get()
+            return self._step_for_caller(answer) if steps else answer.get()
         finally:
             with self._lock:
-                if not drives:
+                if not steps:
                     self._blocked -= 1
                 else:
-                    self._driver = None
-                    self._turn.release()
-                    if self._wants_steps:
+                    self._stepping_thread = None
+                    self._step_lock.release()
+                    if self._thread_is_needed:
                         self._wake_thread()
 
     def stop(self) -> None:
-        """End every request and the thread; whoever calls afterwards is refused."""
+        """End every request and the thread; later calls are refused."""
         closed: queue.SimpleQueue[bool] = queue.SimpleQueue()
         with self._lock:
             is_first, self.stopped = not self.stopped, True
@@ -138,53 +138,53 @@ class Worker:
                 self._commands.append(self._loop.close)
                 self._commands.append(self.stream.synchronize)  # then memory may go back
                 self._commands.append(partial(closed.put, True))
-        if not is_first or self._driver is threading.current_thread():
-            return  # in the midst of a step: its driver will find it
+        if not is_first or self._stepping_thread is threading.current_thread():
+            return  # called within a step: this thread runs the commands before its next one
         self._wake_ups.put(True)
         self.wait(closed)
         self._wake_ups.put(False)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    # What is done; by the driver alone
+    # For the stepping thread alone
 
     def step(self) -> None:
-        """One step, counted; whatever breaks the core itself ends every request."""
+        """One step, timed; an error of the step loop itself ends every request."""
         started = time.perf_counter()
         try:
             self._interrupted = True
             self._loop.step()
-        except Exception as error:  # a mistake of ours: nobody may wait for ever
+        except Exception as error:  # a bug of the engine: no caller may wait for ever
             self._loop.die(error)
         self._interrupted = False
         self._loop.metrics.busy_seconds += time.perf_counter() - started
 
-    def _drain(self) -> None:
-        """Do what was asked for; what Ctrl-C has interrupted, a step or this, is mended first."""
+    def _run_commands(self) -> None:
+        """Run the queued commands, after repairing what Ctrl-C interrupted: a step, or this."""
         if self._interrupted:
             self._loop.recover()
             self._interrupted = False
         while self._commands:
             try:
                 self._commands[0]()
-            except Exception as error:  # a mistake of ours, as in `step`
+            except Exception as error:  # a bug of the engine, as in `step`
                 self._loop.die(error)
             self._commands.popleft()
 
-    def _drive_for_caller(self, answer: "queue.SimpleQueue[T]") -> T:
-        """Drive between what the caller's stream holds now and what it will hold."""
+    def _step_for_caller(self, answer: "queue.SimpleQueue[T]") -> T:
+        """Make steps after what the caller's stream holds now and before what it will hold."""
         self.stream.wait_for_caller()
         try:
             with self.stream.entered():
-                return self._drive_until(answer)
+                return self._step_until(answer)
         finally:
             self.stream.make_caller_wait()
 
     @torch.inference_mode()
-    def _drive_until(self, answer: "queue.SimpleQueue[T]") -> T:
-        self._driver = threading.current_thread()
+    def _step_until(self, answer: "queue.SimpleQueue[T]") -> T:
+        self._stepping_thread = threading.current_thread()
         while True:
-            self._drain()
+            self._run_commands()
             try:
                 return answer.get_nowait()
             except queue.Empty:
@@ -195,43 +195,43 @@ class Worker:
         # the device on which Triton launches
         with torch.accelerator.device_index(self._loop.runner.device.index):
             while self._wake_ups.get():
-                self._turn.acquire()
-                self._driver = threading.current_thread()
+                self._step_lock.acquire()
+                self._stepping_thread = threading.current_thread()
                 with self.stream.entered():
-                    self._drive_while_wanted()
+                    self._step_while_needed()
 
-    def _drive_while_wanted(self) -> None:
-        while not self._leaves():
-            self._drain()
-            if self._wants_steps and self._loop.is_busy:
+    def _step_while_needed(self) -> None:
+        while not self._release_if_idle():
+            self._run_commands()
+            if self._thread_is_needed and self._loop.is_busy:
                 self.step()
-            else:  # somebody has an answer and has not seen it yet
+            else:  # a caller has its answer and has not read it yet
                 time.sleep(0)
 
     @property
-    def _wants_steps(self) -> bool:
-        """Whether someone waits for the thread: not whoever makes the steps of `Engine.step`."""
-        return bool(self._loop.attended) or (self.inline and self._blocked > 0)
+    def _thread_is_needed(self) -> bool:
+        """Whether a caller waits for steps of the engine's thread; `Engine.step`'s does not."""
+        return bool(self._loop.background) or (self.inline and self._blocked > 0)
 
-    def _leaves(self) -> bool:
-        """Give the turn back where nobody waits for another step."""
+    def _release_if_idle(self) -> bool:
+        """Release the step lock if no caller waits for another step; whether it did."""
         with self._lock:
-            if self._wants_steps or self._commands:
+            if self._thread_is_needed or self._commands:
                 return False
-            self._driver = None
-            self._turn.release()
+            self._stepping_thread = None
+            self._step_lock.release()
             return True
 
-    # Both sides
+    # For both
 
     def _put(self, command: Callable[[], object]) -> None:
         with self._lock:
             self.check_open()
-            if self._driver is threading.current_thread():
+            if self._stepping_thread is threading.current_thread():
                 raise RuntimeError("a logits processor must not call its own engine")
             self.stream.wait_for_caller()
             self._commands.append(command)
-        if not self.drives_here:
+        if not self.caller_steps:
             self._wake_thread()
 
     def _wake_thread(self) -> None:

@@ -1,4 +1,4 @@
-"""AutoModel and its kin, which pick a class by config.json; and the names of the Flax documents."""
+"""AutoModel..., which pick a class by config.json; and the classes named by the Flax documents."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,7 +94,7 @@ class AutoTokenizer(_Auto):
 
 
 class _Flax:
-    """What the Flax documents' calls have beside: `params`, `dropout_rng`, `train`."""
+    """A model's call with the Flax documents' extra arguments: params, dropout_rng, train."""
 
     def __call__(
         self,
@@ -107,22 +107,22 @@ class _Flax:
         train: bool = False,
         **options: Any,
     ) -> Any:
-        """`forward`, by the signature that the Flax documents have."""
+        """`forward`, with the signature of the Flax documents."""
         if params is not None:
             raise NotImplementedError("params: a model has its own weights; see load_state_dict")
         if train or dropout_rng is not None:
             raise NotImplementedError("gemcut runs models and does not train them; leave out train")
-        return self.forward(  # pyright: ignore[reportAttributeAccessIssue]  # of the model beside
+        return self.forward(  # pyright: ignore[reportAttributeAccessIssue]  # of the other base
             input_ids, attention_mask, position_ids, past_key_values, **options
         )
 
 
 class FlaxGemmaModel(_Flax, models.GemmaModel):
-    """Gemma 1 without a head, by the name that the Flax documents have."""
+    """Gemma 1 without a head, by its name in the Flax documents."""
 
 
 class FlaxGemmaForCausalLM(_Flax, models.GemmaForCausalLM):
-    """Gemma 1 with a head, by the name that the Flax documents have."""
+    """Gemma 1 with a head, by its name in the Flax documents."""
 
     def generate(self, *args: Any, **settings: Any) -> Any:
         """`generate`, whose ids are in the output's `sequences`, as in Flax."""

@@ -9,7 +9,7 @@ from gemcut.engine.transformers_api.auto import AutoModelForCausalLM, AutoTokeni
 from gemcut.engine.transformers_api.models.generation import GenerativeModel
 from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
-# what transformers' pipeline does where neither the caller nor the checkpoint says otherwise
+# transformers' own settings, where neither the caller nor the checkpoint has others
 DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
 
 Messages = Sequence[Mapping[str, str]]
@@ -27,7 +27,7 @@ def pipeline(
 ) -> "TextGenerationPipeline":
     """A callable from prompts to texts: `pipeline("text-generation", model=folder)("It was")`.
 
-    model: "demo", a folder, a Hugging Face id, or a model that is there, with its tokenizer.
+    model: "demo", a folder, a Hugging Face id, or a loaded model, with its tokenizer.
     device or device_map: a name, a GPU's number, or "auto"; -1 is the CPU.  Options such as dtype
     go to the model's from_pretrained.
     """
@@ -77,7 +77,7 @@ class TextGenerationPipeline:
         A prompt is a text, or a chat: a list of messages with role and content; then the generated
         text is the chat with the answer.  return_full_text=False leaves the prompt out;
         return_tensors gives "generated_token_ids" instead.  batch_size: prompts computed together.
-        Settings are those of `generate`; without any of a checkpoint, 256 new tokens are drawn
+        Settings are those of `generate`; where the checkpoint has none, 256 new tokens are drawn
         with temperature 0.7.
         """
         prompts, is_list = _prompts(text_inputs)
@@ -133,14 +133,14 @@ class TextGenerationPipeline:
         return prompt + answer if is_whole else answer
 
     def _cut(self, new: list[int]) -> list[int]:
-        """New ids up to the first that fills up a row that has ended."""
+        """New ids without the padding that fills up a row after its end."""
         pad = self.model.generation_config.pad_token_id
         while new and new[-1] == pad:
             new = new[:-1]
         return new
 
     def _defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What holds where neither the call nor the checkpoint's own file says anything."""
+        """The defaults for settings that neither the call nor the checkpoint's own file has."""
         own = self.model.generation_config
         defaults = dict(DEFAULTS)
         if "max_length" in settings or own.max_length is not None or own.max_new_tokens is not None:

@@ -1,4 +1,4 @@
-"""The engine inside an event loop that it must not block."""
+"""The async calls of the engine, which must not block the event loop."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""In any company a request gets the tokens that it gets alone, and every slot comes back.
+"""A request gets the same tokens beside others as alone, and every slot is freed.
 
 Random requests arrive, stop and are cancelled between random steps, through the step interface, so
 that an example is the same in every run.
@@ -70,7 +70,7 @@ def jobs(most_tokens: int):
 
 
 class Rig:
-    """An engine whose steps a test makes, and another one for what a request gets alone."""
+    """An engine whose steps a test makes, and another that runs each request alone."""
 
     def __init__(self, folder, *, late: bool = False, reuse: bool = True, **options) -> None:
         options = {"dtype": "float32", "prefill_chunk": CHUNK, "max_seq_len": 64} | options
@@ -97,10 +97,10 @@ class Rig:
         admit = engine._scheduler.admit
 
         def noted():
-            placement = admit()
-            if placement is not None:
-                admitted.append(int(placement.sequence.request_id))
-            return placement
+            admission = admit()
+            if admission is not None:
+                admitted.append(int(admission.sequence.request_id))
+            return admission
 
         engine._scheduler.admit = noted
         tokens: dict[int, list[int]] = {i: [] for i in range(len(batch))}
@@ -119,7 +119,7 @@ class Rig:
                 if job.cancelled == step and i in arrived and i not in reasons:
                     try:
                         engine.cancel(str(i))
-                    except ValueError:  # it has ended, which the next step will tell
+                    except ValueError:  # it has ended: the next step returns its last delta
                         continue
                     cancelled.add(i)
             for delta in engine.step():
@@ -131,7 +131,7 @@ class Rig:
                     reasons[i] = delta.finish_reason
             step += 1
         engine._scheduler.admit = admit
-        self.engine.step()  # what was launched before the last one ended is dropped
+        self.engine.step()  # what was started before the last one ended is dropped
         assert admitted == [i for i in arrived if i in admitted], "not in the order of arrival"
         assert all(i in admitted for i in arrived if i not in cancelled)
         assert not engine.has_work
@@ -173,7 +173,7 @@ def rig(small_folder, request):
 @settings(max_examples=60)
 @given(st.lists(jobs(12), min_size=1, max_size=8))
 def test_a_request_gets_what_it_gets_alone(rig, batch):
-    """On the oracles, in float32: rounding differs, but no two tokens here are that close."""
+    """On the oracles, in float32: rounding differs, but by less than any two tokens do here."""
     rig.check(batch)
 
 

@@ -1,4 +1,4 @@
-"""Decode steps by batch size: padded, replayed from fixed tensors, equal to plain calls."""
+"""CUDA graphs of steps: padded, replayed from fixed tensors, equal to plain steps."""
 
 from contextlib import nullcontext
 
@@ -77,7 +77,7 @@ def test_after_a_warm_up_nothing_is_captured(folder):
 
 
 def test_a_warm_up_changes_no_slot_in_use(folder):
-    """The text goes on where it was, and what is reused was there."""
+    """The text goes on where it was, and prefixes are still reused."""
     with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32") as engine:
         params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
         alone = engine.generate(PROMPTS[0], params)
@@ -100,7 +100,7 @@ def family(request, tmp_path_factory, tokenizer_file):
 
 @pytest.mark.parametrize("chunk", [512, 8], ids=["one-chunk", "a-ring-that-turns"])
 def test_replayed_prefills_give_what_plain_ones_give(family, chunk):
-    """Prompts of many lengths, in all slots; the same again, and longer, behind what was there."""
+    """Prompts of many lengths, in all slots; then the same and longer ones, by prefix reuse."""
     prompts = [[2, *range(30, 30 + n)] for n in (1, 2, 6, 7, 8, 15, 40, 62, 63, 64, 65, 99)]
     longer = [[*prompt, 7, 9, 11] for prompt in prompts[3:-1]]
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -136,7 +136,7 @@ def test_replayed_prefills_give_what_plain_ones_give(family, chunk):
 
 
 def test_frequencies_of_a_replayed_chunk_are_those_of_its_prompt(tmp_path, tokenizer_file):
-    """Of a prompt of 60 tokens where 32 were trained, in chunks of 8."""
+    """A prompt of 60 tokens where 32 were trained, in chunks of 8."""
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
     short = {"rope_parameters": dynamic, "max_position_embeddings": 32}
     save_random_model(tmp_path, tokenizer_file, "gemma", **short)
@@ -188,7 +188,7 @@ def test_an_engine_captures_unless_it_is_told_not_to(folder, claims_to_be_a_gpu,
 
 
 def test_all_captures_share_a_stream_and_a_pool(monkeypatch):
-    """A pool lends the memory of one capture to another in the same stream alone."""
+    """A pool shares the memory of captures only among those in one stream."""
     made, seen = [], []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)

@@ -1,4 +1,4 @@
-"""All work of an engine runs in one CUDA stream, ordered with those of its callers.
+"""The CUDA stream of an engine: all its work runs there, ordered with the streams of its callers.
 
 Streams are stand-ins that note who waits for whom, and each op notes the stream that it runs in.
 """
@@ -85,7 +85,7 @@ def streams(monkeypatch) -> Streams:
 
 @pytest.fixture(params=["callers-drive", "own-thread"])
 def engine(folder, streams, request):
-    """One whose every op notes the stream that it runs in."""
+    """An engine whose every op notes the stream that it runs in."""
     with Engine.from_pretrained(folder, device="cpu", dtype="float32") as plain:
         ops = {name: getattr(reference, name) for name in reference.__all__}
     noting = SimpleNamespace(**{name: streams.noting("work", op) for name, op in ops.items()})
@@ -151,11 +151,11 @@ def test_tensors_of_a_warm_up_are_made_where_they_are_read(engine, streams, monk
 
 
 def test_a_single_step_is_ordered_with_its_caller_s_stream(engine, streams):
-    """In any thread and in any stream of it."""
+    """In any thread, and in any stream of the thread."""
     engine.add("It was", PARAMS)
     failures = []
 
-    def drive() -> None:
+    def make_steps() -> None:
         try:
             with streams.entered(Stream("another", streams.log)):
                 while engine.has_work:
@@ -168,7 +168,7 @@ def test_a_single_step_is_ordered_with_its_caller_s_stream(engine, streams):
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=drive)
+    thread = threading.Thread(target=make_steps)
     thread.start()
     thread.join(timeout=60)
     assert failures == []
@@ -230,7 +230,7 @@ def test_a_device_that_has_failed_keeps_nobody_from_closing(folder, streams, mon
     engine = Engine.from_pretrained(folder, device="cpu", dtype="float32")
     monkeypatch.setattr(Stream, "wait_stream", fail)
     monkeypatch.setattr(Stream, "synchronize", fail)
-    assert engine.generate("x", PARAMS).token_ids  # why it failed, the step itself would tell
+    assert engine.generate("x", PARAMS).token_ids  # a step on a real device would raise the reason
     engine.close()
 
 

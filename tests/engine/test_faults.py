@@ -1,4 +1,4 @@
-"""Faults of a step: one clear error to whom it concerns, and the others never notice."""
+"""Faults of a step: the requests concerned get one clear error, and the others go on."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ def engine(folder, request):
 
 
 def failing(function, error: Exception, *, when):
-    """The same function, but for calls at which `when()` holds."""
+    """The same function, which raises `error` at calls for which `when()` is true."""
 
     def call(*args, **kwargs):
         if when():

@@ -1,78 +1,34 @@
-"""The estimate of an engine's memory is what is allocated."""
+"""The memory of an engine: the estimate counts every tensor, and the sizes chosen fit it."""
 
 import os
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
 
-import allocations
 import pytest
 import torch
-from allocations import build_of, estimate_of, make, peak_on_cpu, tensor_bytes, work_hard
+from allocations import SIZES, estimate_of, make_engine, tensor_bytes
 from engines import save_random_model
-from random_models import MODEL_TYPES, random_config
+from random_models import MODEL_TYPES
 
 from gemcut import kernels
-from gemcut.bench.engines.random_model import published_config, random_weights
-from gemcut.engine import PUBLISHED, Engine
-from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes
-from gemcut.engine.checkpoints import hub
-from gemcut.engine.checkpoints.load import load_checkpoint
-from gemcut.engine.checkpoints.save import save_checkpoint
-from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine import PUBLISHED, Engine, memory
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.weights import empty_weights
 from gemcut.engine.memory import Build
-from gemcut.kernels import cpu, decode_attention, reference, tiles
-from gemcut.kernels.gpu_arch import arch_of
+from gemcut.kernels import cpu, reference
 
 CPU = torch.device("cpu")
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 MODELS = ["demo", *MODEL_TYPES]
 SHARE = 0.05  # of the estimate, which is the promise
-# slots, tokens of each, tokens of a chunk
-SIZES = {
-    "one chunk": (8, 128, 128),
-    "four chunks": (2, 128, 32),
-    "chunks shorter than drafts": (1, 128, 4),
-    "more slots than a chunk has tokens": (18, 32, 16),
-}
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-NEEDS_PROC = pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc"
-)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer_file) -> dict[str, Path]:
-    """A small checkpoint of each family, and the demo."""
-    found = {"demo": hub.DEMO}
-    for model_type in MODEL_TYPES:
-        found[model_type] = tmp_path_factory.mktemp(model_type)
-        save_random_model(found[model_type], tokenizer_file, model_type)
-    return found
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
-    """Two layers of Gemma 2 2B with the demo's vocabulary: 0.3 GB in bfloat16."""
-    folder = tmp_path_factory.mktemp("large")
-    config = replace(published_config("gemma-2-2b", 2), vocab_size=3072)
-    weights = random_weights(config, device=CPU, dtype=torch.bfloat16)
-    save_checkpoint(folder, config, weights, tokenizer_file=hub.DEMO / "tokenizer.model")
-    return folder
-
-
-# The estimate is what is allocated
+# The estimate counts every tensor
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_of_an_engine_is_in_the_estimate(folders, name, dtype):
     for sizes in SIZES.values():
-        with make(folders[name], sizes, dtype) as engine:
+        with make_engine(folders[name], sizes, dtype) as engine:
             estimate = estimate_of(engine)
             assert tensor_bytes(engine.model.weights) == estimate.weights
             assert tensor_bytes(engine.cache) == estimate.kv_cache
@@ -86,7 +42,7 @@ def test_every_tensor_of_an_engine_is_in_the_estimate(folders, name, dtype):
 )
 def test_biases_and_a_head_of_its_own_are_in_the_estimate(tmp_path, tokenizer_file, overrides):
     save_random_model(tmp_path, tokenizer_file, "gemma", **overrides)
-    with make(tmp_path, SIZES["one chunk"]) as engine:
+    with make_engine(tmp_path, SIZES["one chunk"]) as engine:
         assert tensor_bytes(engine.model.weights) == estimate_of(engine).weights
 
 
@@ -111,124 +67,21 @@ def test_published_sizes_are_estimated_to_the_byte(name, dtype):
         assert tensor_bytes(SlotState(slots, config.vocab_size, meta)) == estimate.state
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    ("dtype", "size"),
-    [
-        *(("float32", size) for size in SIZES),
-        ("bfloat16", "one chunk"),  # all is widened, scores or the head first of all
-        ("bfloat16", "more slots than a chunk has tokens"),
-    ],
-)
-def test_the_peak_from_loading_to_decoding_is_the_estimate(folders, name, dtype, size):
-    check_peak(folders[name], SIZES[size], dtype)
+# The sizes chosen fit
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    ("dtype", "size"),
-    [("float32", "one chunk"), ("float32", "four chunks"), ("bfloat16", "one chunk")],
-)
-def test_the_peak_on_the_definitions_is_the_estimate(folders, name, dtype, size):
-    check_peak(folders[name], SIZES[size], dtype, ops="reference")
+@pytest.fixture
+def set_free(monkeypatch):
+    """A way to say how many bytes are free."""
+
+    def set_free(free: float) -> None:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
+
+    return set_free
 
 
-def check_peak(folder: Path, sizes: tuple[int, int, int], dtype: str, **arguments: str) -> None:
-    estimates = []
-
-    def work() -> None:
-        with make(folder, sizes, dtype, **arguments) as engine:
-            work_hard(engine)
-            estimates.append(estimate_of(engine).total)
-
-    peak = peak_on_cpu(work, folder / "model.safetensors")
-    assert abs(peak - estimates[0]) <= SHARE * estimates[0]
-
-
-WIDE = {"hidden_size": 512, "intermediate_size": 16, "num_attention_heads": 1}
-WIDE |= {"num_key_value_heads": 1, "num_hidden_layers": 2}
-MANY_NEURONS = {"intermediate_size": 4096, "num_hidden_layers": 1}
-LOCAL_ALONE = {"layer_types": ["sliding_attention"] * 4}
-
-
-# Of a whole model's bytes these are few: here they are the most
-@pytest.mark.parametrize(
-    ("model_type", "overrides", "sizes", "dtype"),
-    [
-        pytest.param("gemma", WIDE, (1, 2048, 256), "float32", id="states-beside-scores"),
-        pytest.param("gemma2", LOCAL_ALONE, (1, 2048, 64), "float32", id="window-of-keys"),
-        pytest.param(
-            "gemma",
-            {"head_dim": 64, "num_hidden_layers": 1},
-            (1, 2048, 64),
-            "bfloat16",
-            id="keys-widened",
-        ),
-        pytest.param("gemma", MANY_NEURONS, (1, 128, 128), "float32", id="mlp"),
-        pytest.param("gemma", MANY_NEURONS, (1, 128, 128), "bfloat16", id="mlp-widened"),
-        pytest.param(
-            "gemma3_text",
-            {"head_dim": 256, "num_hidden_layers": 2},
-            (1, 256, 256),
-            "float32",
-            id="rotation",
-        ),
-    ],
-)
-@pytest.mark.parametrize("ops", ["auto", "reference"])
-def test_the_peak_where_one_thing_outweighs_the_rest(
-    tmp_path, tokenizer_file, model_type, overrides, sizes, dtype, ops
-):
-    save_random_model(
-        tmp_path, tokenizer_file, model_type, max_position_embeddings=2048, **overrides
-    )
-    check_peak(tmp_path, sizes, dtype, ops=ops)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_loading_holds_the_weights_once(large, dtype):
-    config = ModelConfig.from_file(large)
-    peak = peak_on_cpu(
-        lambda: load_checkpoint(large, config, device=CPU, dtype=dtype),
-        large / "model.safetensors",
-    )
-    weights = config.num_parameters() * dtype.itemsize
-    assert weights <= peak <= weights * (1 + SHARE)
-
-
-@NEEDS_PROC
-def test_a_process_grows_by_the_estimate(large):
-    """In physical memory.  While it loads, the pages of the checkpoint's file come to that."""
-    command = [sys.executable, "-P", allocations.__file__, str(large), "8", "1024"]
-    # a mapping for each tensor: what is freed goes back at once, and does not linger in the heap
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=True
-    )
-    peak, loading, estimate = map(int, done.stdout.split())
-    assert abs(peak - estimate) <= SHARE * estimate
-    file_size = (large / "model.safetensors").stat().st_size
-    assert loading <= estimate * (1 + SHARE) + file_size
-
-
-@NEEDS_GPU
-@pytest.mark.parametrize("sizes", [(8, 2048, 512), (16, 256, 512)])
-def test_the_peak_on_a_gpu_is_the_estimate(large, sizes):
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    slots, length, chunk = sizes
-    with Engine.from_pretrained(
-        large, device="cuda", max_batch_size=slots, max_seq_len=length, prefill_chunk=chunk
-    ) as engine:
-        engine.warmup()
-        work_hard(engine)
-        estimate = estimate_of(engine).total
-    peak = torch.cuda.max_memory_allocated() - before
-    assert abs(peak - estimate) <= SHARE * estimate
-
-
-# The estimate by itself
+def build_of(name: str, ops=cpu, **arguments) -> Build:
+    return Build(PUBLISHED[name], CPU, torch.float32, ops, **arguments)
 
 
 @pytest.mark.parametrize("ops", [cpu, reference, kernels], ids=["cpu", "reference", "kernels"])
@@ -244,59 +97,130 @@ def test_an_estimate_grows_with_each_size(name, ops):
     assert totals == sorted(totals)
 
 
-def test_graphs_and_long_chunks_count_where_they_are():
-    """Estimates for a GPU, from the config alone: nothing of it was measured."""
-    gpu, config = torch.device("cuda"), PUBLISHED["gemma-3-1b"]
+def test_slots_are_the_most_that_fit(set_free):
+    build = build_of("gemma-2-2b")
+    for slots in (16, 8, 4, 2, 1):
+        needed = build.estimate(slots, 4000).total
+        set_free(needed / 0.8 + 1e6)
+        assert build.choose("auto", 4000) == (slots, 4000)
+        if slots > 1:
+            set_free(needed / 0.8 - 1e6)
+            assert build.choose("auto", 4000) == (slots // 2, 4000)
 
-    def estimate(ops=kernels, chunk=512, **options):
-        return Build(config, gpu, torch.bfloat16, ops, chunk, **options).estimate(1, 4096)
 
-    usual, eager = estimate(), estimate(cuda_graphs=False)
-    assert eager.graphs == 0
-    assert replace(usual, graphs=0) == eager
-    states = sum(range(64, 513, 64)) * config.hidden_size * 2
-    sizes = config, torch.bfloat16
-    largest = max(
-        prefill_bytes(*sizes, 512, 4096, kernels),
-        decode_bytes(*sizes, 1, 4096, kernels),
+@pytest.mark.parametrize("auto", ["auto", None])
+def test_slots_shrink_before_their_length(set_free, auto):
+    build = build_of("gemma-2-2b")
+    set_free(build.estimate(1, 8192).total / 0.8 + 1e6)
+    assert build.choose("auto", auto) == (1, 8192)
+    set_free(build.estimate(1, 8192).total / 0.8 - 1e6)
+    slots, length = build.choose("auto", auto)
+    assert slots == 1
+    assert 8000 < length < 8192
+
+
+@pytest.mark.parametrize("slots", [1, 8, 100])
+def test_the_length_is_the_most_that_fits(set_free, slots):
+    build = build_of("gemma-2-2b")
+    budget = build.estimate(slots, 2).total + 1e9
+    set_free(budget / 0.8)
+    chosen, length = build.choose(slots, "auto")
+    assert chosen == slots
+    assert 2 < length < 8192
+    assert build.estimate(slots, length).total <= budget < build.estimate(slots, length + 1).total
+
+
+def test_plenty_of_memory_gives_the_model_s_limit(set_free):
+    set_free(1e15)
+    for name, config in PUBLISHED.items():
+        assert build_of(name).choose("auto", "auto") == (16, config.context_length)
+        assert build_of(name).choose(8, None) == (8, config.context_length)
+
+
+def test_weights_that_are_loaded_are_not_needed_again(set_free):
+    build = build_of("gemma-2-2b")
+    estimate = build.estimate(4, 2048)
+    set_free(estimate.total - estimate.weights)
+    assert build.choose(4, 2048, loaded=True) == (4, 2048)
+    with pytest.raises(MemoryError):
+        build.choose(4, 2048)
+    set_free((estimate.total - estimate.weights) / 0.8 + 1e6)
+    assert build.choose("auto", 2048, loaded=True) == (4, 2048)
+    set_free((estimate.total - estimate.weights) / 0.8 - 1e6)
+    assert build.choose("auto", 2048, loaded=True) == (2, 2048)
+
+
+def test_an_engine_of_a_loaded_model_needs_no_second_copy(folders, set_free):
+    arguments = {"max_batch_size": 2, "max_seq_len": 128, "prefill_chunk": 32}
+    with make_engine(folders["demo"], (2, 128, 32)) as first:
+        estimate = estimate_of(first)
+        set_free(estimate.total - estimate.weights)
+        Engine(first.model, first.tokenizer, **arguments).close()
+        set_free(estimate.total - estimate.weights - 1)
+        with pytest.raises(MemoryError):
+            Engine(first.model, first.tokenizer, **arguments)
+
+
+def test_sizes_asked_for_may_take_all_that_is_free(set_free):
+    build = build_of("gemma-2-2b")
+    needed = build.estimate(8, 4096).total
+    set_free(needed)
+    assert build.choose(8, 4096) == (8, 4096)
+    set_free(needed - 1)
+    with pytest.raises(MemoryError):
+        build.choose(8, 4096)
+
+
+def test_the_error_names_what_is_needed_what_is_free_and_what_would_fit(set_free):
+    build = build_of("gemma-2-2b")
+    set_free(20e9)
+    with pytest.raises(MemoryError) as error:
+        build.choose(64, 8192)
+    assert str(error.value) == (
+        "64 slots of 8192 tokens need 100.03 GB, but cpu has 20.00 GB free; "
+        "3 slots of 8192 tokens or 64 slots of 346 tokens would fit"
     )
-    assert usual.graphs == largest + states + CUBLAS_BYTES
-    for ops in (cpu, reference):
-        assert estimate(ops=ops).graphs == 0
-        assert estimate(ops=ops, reuse_prefixes=False) == estimate(ops=ops)
-    strict = estimate(reuse_prefixes=False)
-    assert strict.kv_cache == usual.kv_cache
-    assert strict.activations < usual.activations  # chunks of 512, and of 1024
-    assert estimate(chunk=1024, reuse_prefixes=False).activations == usual.activations
+    assert build.estimate(3, 8192).total <= 16e9 < build.estimate(4, 8192).total
+    assert build.estimate(64, 346).total <= 16e9 < build.estimate(64, 347).total
 
 
-@pytest.mark.parametrize("window", [None, 600], ids=["global", "local"])
-@pytest.mark.parametrize("split", [None, 16, 32, 64, 128])
-def test_the_splits_of_a_measured_tile_are_in_the_estimate(split, window, monkeypatch):
-    """The workspace of decode attention grows as splits get shorter."""
-    C, B, T = 4096, 2, 8
-    overrides = {"vocab_size": 32, "intermediate_size": 16, "hidden_size": 16}
-    config = ModelConfig.from_dict(random_config("gemma", **overrides).to_dict())
-    HQ, HK, K = config.num_q_heads, config.num_kv_heads, config.head_dim
-    tile = {} if split is None else {"SPLIT": split}
-    arch = arch_of(DEVICE)
-    monkeypatch.setattr(tiles, "TUNED", {arch: {("attention_decode", (HQ, HK, K)): tile}})
-    allocated = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda **given: allocated.extend(
-                given[name].nbytes for name in ("acc_ptr", "m_ptr", "l_ptr")
-            )
-
-    monkeypatch.setattr(decode_attention, "attention_decode_kernel", Kernel())
-    q, cache = (
-        torch.zeros(shape, device=DEVICE, dtype=torch.bfloat16)
-        for shape in ((B, T, HQ, K), (B, HK, C, K))
+def test_an_error_of_a_size_chosen_here_says_what_may_be_taken(set_free):
+    build = build_of("gemma-2-2b")
+    set_free(13e9)
+    with pytest.raises(MemoryError) as error:
+        build.choose(8, "auto")
+    assert str(error.value).endswith(
+        "but cpu has 13.00 GB free, of which 10.40 GB may be taken; no size of this model would fit"
     )
-    index = torch.zeros(B, device=DEVICE, dtype=torch.int64)
-    decode_attention.attention_decode(q, cache, cache, index, index, 1.0, None, window)
-    estimate = decode_bytes(config, torch.bfloat16, B, C, kernels)
-    assert sum(allocated) <= estimate
-    if window is None and split in (16, 32, 64):  # and not by far
-        assert estimate <= 1.2 * sum(allocated)
+
+
+def test_nothing_is_loaded_that_does_not_fit(folders, set_free, monkeypatch):
+    """Or a machine would swap, or kill the process, before it could say so."""
+    monkeypatch.setattr(
+        "gemcut.engine.engine.load_checkpoint", lambda *a, **k: pytest.fail("loaded")
+    )
+    set_free(2e6)
+    for sizes in ((2, 128, 32), ("auto", 128, 32), (2, "auto", 32), ("auto", "auto", 32)):
+        with pytest.raises(MemoryError) as error:
+            make_engine(folders["demo"], sizes)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_engine_of_automatic_sizes_is_made_and_serves(folders, set_free):
+    with make_engine(folders["demo"], ("auto", "auto", 512)) as engine:
+        assert (engine.cache.num_slots, engine.max_seq_len) == (16, 512)
+        assert len(engine.generate("Once").token_ids) > 0
+    needed = estimate_of(engine)
+    set_free((needed.total - needed.kv_cache / 2) / 0.8)
+    with make_engine(folders["demo"], ("auto", "auto", 512)) as smaller:
+        assert (smaller.cache.num_slots, smaller.max_seq_len) == (8, 512)
+        assert estimate_of(smaller).total <= needed.total - needed.kv_cache / 2
+
+
+def test_free_memory_of_a_cpu_counts_what_the_page_cache_gives_back(monkeypatch, tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:    500 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    assert memory.free_bytes(CPU) == 500 * 1024
+    meminfo.unlink()
+    assert memory.free_bytes(CPU) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

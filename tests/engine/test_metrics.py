@@ -1,4 +1,4 @@
-"""What an engine says of itself, read by Prometheus' own parser."""
+"""Engine metrics: what they count, and their text, read by Prometheus' own parser."""
 
 import pytest
 from engines import replay, run_as_on_a_gpu
@@ -18,7 +18,7 @@ def engine(folder):
 
 @pytest.mark.parametrize("late", [False, True], ids=["read-at-once", "read-late"])
 def test_counts_are_what_was_done(engine, late):
-    """Read late too no step is made for a token that nobody wants."""
+    """When tokens are read late too, no step is made for a token that no request wants."""
     if late:
         run_as_on_a_gpu(engine)
     prompt = [2, *range(30, 50)]

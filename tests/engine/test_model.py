@@ -41,7 +41,7 @@ def gemma3_rope(**of_global) -> dict:
     return {"rope_parameters": {LOCAL: local, GLOBAL: {"rope_theta": 1e6, **of_global}}}
 
 
-# A random model each: what it is there for, its family, and what it changes.
+# Random models: what each is there for, its family, and the config keys that it changes.
 CASES = {
     "gemma": ("gemma", {}),
     "gemma-one-kv-head": ("gemma", {"num_key_value_heads": 1}),
@@ -150,7 +150,7 @@ def test_bf16_logits_err_at_most_twice_as_much_as_those_of_transformers(model_ty
     assert (all_logits(ours, ids) - exact).abs().max() <= budget
 
 
-# Against itself, in float64: what is left is rounding, far below the smallest real difference.
+# Against itself, in float64: rounding is far below the smallest real difference.
 
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
@@ -223,7 +223,7 @@ def test_a_prompt_continues_where_an_earlier_one_ended(precise):
 @pytest.mark.parametrize(("count", "size"), [(1, 8), (7, 8), (8, 8), (5, 32), (0, 8)])
 @torch.inference_mode()
 def test_a_padded_chunk_gives_what_its_tokens_give(precise, count, size, start):
-    """What a captured graph runs; padding is NaN here, is not stored and is not seen.
+    """As a captured graph runs it; padding is NaN here, is not stored and is not seen.
 
     Slot 1 of 3, in a ring that has turned at the last start.
     """
@@ -269,7 +269,7 @@ def test_frequencies_of_a_padded_chunk_are_those_of_its_prompt():
 
 @torch.inference_mode()
 def test_inactive_rows_change_nothing(precise):
-    """A negative position: what a captured graph runs for slots that nobody uses."""
+    """A negative position, as a captured graph has it for unused slots."""
     cache = new_cache(precise, 2, prefill_chunk=4)
     precise.prefill(random_ids(9, 97), cache, slot=0)
     before = [layer.k.clone() for layer in cache.layers]

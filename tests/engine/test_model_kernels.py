@@ -60,7 +60,7 @@ def test_greedy_tokens_of_every_family(model_type):
 
 
 def test_logits_of_the_demo_model():
-    """Its window is 64; with chunks of 16 its ring has 80 places, which 84 tokens wrap."""
+    """Its window is 64; with chunks of 16 its ring holds 80 tokens, and 84 wrap around it."""
     ids = torch.randint(4, 3000, (84,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     assert_same_logits_by_the_rule(
         lambda ops, dtype: load_model(DEMO, ops, dtype, DEVICE), ids, prefilled=78, chunk=16
@@ -92,7 +92,7 @@ def test_a_sequence_decodes_to_the_same_bits_in_any_company(dtype):
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 @torch.inference_mode()
 def test_a_padded_chunk_is_what_its_tokens_are(model_type, dtype, poisoned):
-    """But for the rounding of products of other sizes.  Fresh buffers are NaN, as the cache was."""
+    """Except for the rounding of products of other sizes.  Fresh buffers and the cache are NaN."""
     model = random_twin(model_type, kernels, dtype)
     ids = random_ids(19, 97).to(DEVICE)
     caches = [new_cache(model, 2, prefill_chunk=7) for _ in range(2)]
@@ -103,7 +103,7 @@ def test_a_padded_chunk_is_what_its_tokens_are(model_type, dtype, poisoned):
         padded = model.prefill_padded(tokens, caches[0], place)
         plain = model.prefill_chunk(ids[start : start + count], caches[1], 1, start, len(ids))
         torch.testing.assert_close(padded[:count], plain)
-        assert padded.isfinite().all()  # initcheck would see what was never written
+        assert padded.isfinite().all()  # initcheck would report a value that was never written
     for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
         torch.testing.assert_close(one.k, other.k, equal_nan=True)
         torch.testing.assert_close(one.v, other.v, equal_nan=True)

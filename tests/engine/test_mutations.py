@@ -1,7 +1,7 @@
 """Mistakes that an implementation of Gemma makes easily: each must show in the logits.
 
-A mistake is made in a copy of the oracles' source, or in the config; the model is then no longer
-transformers'.  What test_model.py asserts fails for every one of them.
+A mistake is made in a copy of the oracles' source, or in the config; the model then differs from
+transformers'.  What test_model.py asserts fails for each mistake.
 """
 
 import inspect

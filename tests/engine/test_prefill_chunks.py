@@ -1,4 +1,4 @@
-"""How prompts are cut: no chunk overwrites what it sees, and who is alone gets long ones."""
+"""Prompt chunks: none overwrites a key that it sees, and they are long while nothing decodes."""
 
 import pytest
 from engines import run_as_on_a_gpu, save_random_model
@@ -81,7 +81,7 @@ def test_sizes_grow_with_the_host_s_share():
 
 @pytest.fixture(scope="module", params=["gemma", "gemma2"])
 def roomy(request, tmp_path_factory, tokenizer_file):
-    """Without a window, and with one of 50 tokens: a ring of 58."""
+    """Models without a window, and with one of 50 tokens: a ring of 58."""
     path = tmp_path_factory.mktemp("model")
     windowed = {} if request.param == "gemma" else {"sliding_window": 50}
     save_random_model(path, tokenizer_file, request.param, **windowed)

@@ -1,6 +1,6 @@
-"""Ctrl-C at any line of the engine: whoever asked is told, and everyone else gets what is theirs.
+"""Ctrl-C at any line of the engine: the interrupted call raises it, all others get their tokens.
 
-On a CPU the main thread may drive the engine for others.  Here a trace function raises
+On a CPU the main thread may make steps for other callers.  Here a trace function raises
 KeyboardInterrupt at the n-th line that it executes inside the engine, for one n after another.
 """
 
@@ -52,7 +52,7 @@ class InterruptAt:
         return self._line if self._within(frame) else None
 
     def _within(self, frame) -> bool:
-        """Whether a step is being made: what a caller does before is its own affair."""
+        """Whether a step is being made: lines of a caller outside of steps do not count."""
         while frame is not None:
             if _is_step_loop(frame):
                 return True
@@ -82,9 +82,9 @@ def engine(folder):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_interrupted_step_harms_no_other(engine, setting):
-    """The main thread drives for itself and for a stream that it began before.
+    """The main thread makes steps for itself and for a stream that it began before.
 
-    What both prompts begin with, and is copied from slot to slot, is another for each n.
+    The prefix that both prompts share, and that is copied from slot to slot, differs for each n.
     """
     params = SamplingParams(max_tokens=6, ignore_eos=True, **SETTINGS[setting])
     options = {"max_batch_size": 1, "reuse_prefixes": False}
@@ -109,7 +109,7 @@ def test_an_interrupted_step_harms_no_other(engine, setting):
         try:
             for delta in other:
                 ids = ids + delta.token_ids
-        except RuntimeError as error:  # half a token was taken: that one cannot go on
+        except RuntimeError as error:  # interrupted while it took a token: it cannot go on
             failed = str(error)
         assert failed in (None, "interrupted in the midst of a token"), n
         assert ids == (alone[0] if failed is None else alone[0][: len(ids)]), n

@@ -1,4 +1,4 @@
-"""Who gets which slot, and whence the beginning of its prompt comes."""
+"""The scheduler: which sequence gets which slot, and which prefix of its prompt is reused."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from gemcut.engine.serving.scheduler import Scheduler
 
 @dataclass(eq=False)
 class Stub:
-    """What a scheduler asks of a sequence."""
+    """The part of a sequence that a scheduler uses."""
 
     prompt_ids: list[int]
     answer: list[int] = field(default_factory=list)
@@ -34,17 +34,17 @@ class Stub:
 
 def run(scheduler: Scheduler, *prompts: list[int], keep: bool = False) -> list[tuple]:
     """(slot, reused, source) of prompts that come and end one after the other."""
-    placements = []
+    admissions = []
     for prompt in prompts:
         sequence = Stub(prompt)
         scheduler.add(sequence)
-        placement = scheduler.admit()
-        assert placement.sequence is sequence
-        assert (sequence.slot, sequence.reused) == (placement.slot, placement.reused)
-        placements.append((placement.slot, placement.reused, placement.source))
+        admission = scheduler.admit()
+        assert admission.sequence is sequence
+        assert (sequence.slot, sequence.reused) == (admission.slot, admission.reused)
+        admissions.append((admission.slot, admission.reused, admission.source))
         if not keep:
             scheduler.remove(sequence)
-    return placements
+    return admissions
 
 
 LONG, OTHER = list(range(100)), list(range(500, 600))
@@ -104,7 +104,7 @@ def test_where_nothing_may_be_reused_nothing_is(reuse):
 
 
 def test_what_was_written_behind_a_prefix_is_not_forgotten():
-    """Of a ring it says what is lost; a prefix that was taken over has lost the same."""
+    """`written` tells what a ring has lost; a prefix that is taken over has lost the same."""
     scheduler = Scheduler(1, 8, ring=Ring(window=5, capacity=13))
     run(scheduler, list(range(13)))
     sequence = Stub([*range(6), 99])
@@ -128,7 +128,7 @@ def test_a_cancelled_sequence_leaves_the_queue_and_its_slot():
 
 
 def test_an_admission_that_was_interrupted_is_made_again():
-    """Before the queue forgot the sequence, and before its slot was anyone's."""
+    """Interrupted before the queue forgot the sequence, and before its slot was assigned."""
     scheduler = Scheduler(2, 8)
     sequence = Stub(LONG)
     scheduler.add(sequence)
@@ -144,7 +144,7 @@ def test_an_admission_that_was_interrupted_is_made_again():
 
 
 def test_tokens_may_be_counted_while_slots_change_hands():
-    """Another thread asks: here the slots change in the midst of its count."""
+    """Another thread counts: here the slots change in the middle of its count."""
     scheduler = Scheduler(3, 8)
 
     class Changing(Stub):

@@ -1,4 +1,4 @@
-"""add, step and cancel: another scheduler makes the steps."""
+"""The step interface (add, step, cancel), for a caller that makes the steps itself."""
 
 import time
 
@@ -68,11 +68,11 @@ def test_a_cancelled_request_says_so_once_and_frees_its_slot(engine):
     engine.cancel(waits)
     engine.cancel(runs)
     for ended in (runs, waits, "never", None, 5):
-        engine.cancel(ended)  # whoever looks at a step's deltas one by one may be late
+        engine.cancel(ended)  # a caller that reads a step's deltas one by one may be late
     ends = {d.request_id: d.finish_reason for d in engine.step() if d.finish_reason}
     assert ends == {runs: "abort", waits: "abort"}
     engine.cancel(also)
-    assert engine.has_work  # the step has yet to say so
+    assert engine.has_work  # the next step has yet to return its last delta
     assert [d.finish_reason for d in engine.step()][-1] == "abort"
     assert not engine.has_work
     assert_serves(engine)

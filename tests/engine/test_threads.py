@@ -1,4 +1,4 @@
-"""Many callers on one engine: everyone gets an answer, and nothing is left behind."""
+"""Many threads on one engine: each call gets its answer, and no slot or thread is left over."""
 
 import gc
 import random
@@ -98,10 +98,12 @@ def _locked(numbers, lock):
         yield number
 
 
-by_driver = pytest.mark.parametrize("late", [False, True], ids=["callers-drive", "own-thread"])
+by_stepping_thread = pytest.mark.parametrize(
+    "late", [False, True], ids=["callers-drive", "own-thread"]
+)
 
 
-@by_driver
+@by_stepping_thread
 def test_one_thread_at_most_serves_and_ends_with_the_engine(folder, late):
     before = len(engine_threads())
     engine = Engine.from_pretrained(folder, dtype="float32")
@@ -117,7 +119,7 @@ def test_one_thread_at_most_serves_and_ends_with_the_engine(folder, late):
     assert len(engine_threads()) == before
 
 
-@by_driver
+@by_stepping_thread
 def test_an_engine_that_nobody_holds_is_collected_with_its_thread(folder, late):
     before = len(engine_threads())
     engine = Engine.from_pretrained(folder, dtype="float32")
@@ -134,7 +136,7 @@ def test_an_engine_that_nobody_holds_is_collected_with_its_thread(folder, late):
 
 
 def test_callers_hand_the_turn_to_each_other(folder):
-    """On a CPU the main thread drives while it waits, and then the engine's own."""
+    """On a CPU the main thread makes the steps while it waits, and then the engine's own thread."""
     with Engine.from_pretrained(folder, max_batch_size=2, dtype="float32") as engine:
         long = SamplingParams(max_tokens=100, ignore_eos=True)
         short = SamplingParams(max_tokens=5, ignore_eos=True)

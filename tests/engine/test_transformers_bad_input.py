@@ -1,4 +1,4 @@
-"""What the documented classes refuse: one line that says what to do, and the model goes on."""
+"""Bad input to the documented classes: one line that says what to do, and the model goes on."""
 
 import re
 
@@ -30,7 +30,7 @@ def model():
 
 
 def refused(call, kind, message) -> None:
-    """It raises just this, in one line."""
+    """The call raises exactly this error, in one line."""
     with pytest.raises(kind, match=message) as caught:
         call()
     assert type(caught.value) is kind

@@ -23,7 +23,7 @@ GREEDY = {"max_new_tokens": 30, "do_sample": False}
 
 
 def untied(model_type: str = "gemma2"):
-    """With heads of their own, and no end: tied random models repeat one token for ever."""
+    """Twins with untied heads and no EOS: tied random models repeat one token for ever."""
     return twins("AutoModelForCausalLM", model_type, tie_word_embeddings=False, eos_token_id=None)
 
 
@@ -59,7 +59,7 @@ def test_greedy_tokens(model_type, mask):
 
 @by_family
 def test_padding_on_the_right_changes_nothing(model_type):
-    """Transformers warns of it, and reads the first token off a pad."""
+    """Transformers warns, and samples the first token from the state of a pad."""
     _, ours = untied(model_type)
     ids = random_ids(length=LENGTH)
     mask = torch.ones_like(ids)
@@ -75,7 +75,7 @@ def test_pads_are_found_where_no_mask_is_given(pair):
     ids[0, :4], ids[1, :2] = 0, 0
     expected, actual = (m.generate(ids, pad_token_id=0, **GREEDY) for m in pair)
     assert torch.equal(actual, expected)
-    # a pad that is also an end says nothing
+    # a pad that is also an EOS masks nothing
     given = {"pad_token_id": 0, "eos_token_id": 0, **GREEDY}
     expected, actual = (m.generate(ids, **given) for m in pair)
     assert torch.equal(actual, expected)
@@ -229,7 +229,7 @@ def test_a_rows_tokens_are_those_that_it_gets_alone(pair):
 
 
 def test_steps_replayed_and_read_late_as_on_a_gpu(pair):
-    """The stand-in for CUDA graphs: rows end at other times, and one step runs ahead."""
+    """With the stand-in for CUDA graphs: rows end at different times, and one step runs ahead."""
     _, ours = pair
     ids = random_ids(length=LENGTH)
     settings = {**GREEDY, "eos_token_id": with_eos(ours, ids), "pad_token_id": 0}
@@ -269,7 +269,7 @@ def test_settings_come_from_the_call_the_object_the_file_and_the_default(pair, t
     assert model.generate(ids, max_length=LENGTH + 6).shape[1] == LENGTH + 6
     assert model.generate(ids, GenerationConfig(max_new_tokens=2)).shape[1] == LENGTH + 2
     assert model.generate(ids, GenerationConfig(max_new_tokens=2), max_new_tokens=3).shape[1] == 15
-    # an object that names no end has the model's
+    # an object that names no EOS has the model's
     model.generation_config.eos_token_id = int(model.generate(ids)[0, LENGTH + 1])
     assert model.generate(ids, GenerationConfig(max_new_tokens=4)).shape[1] == LENGTH + 2
     model.generation_config.eos_token_id = [1, 9]

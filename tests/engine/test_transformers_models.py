@@ -5,6 +5,8 @@ import torch
 from documented_twins import BATCH, LENGTH, MASKS, VOCAB, assert_close, random_ids, twins
 from random_models import MODEL_TYPES
 
+import gemcut.engine
+from gemcut.engine import transformers_api
 from gemcut.engine.transformers_api import DynamicCache, StaticCache
 
 by_family = pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -17,10 +19,10 @@ def masked(mask: str) -> dict:
 
 
 def check(actual, expected, mask: str, *names: str) -> None:
-    """These outputs agree, wherever a token stands."""
+    """These outputs agree in every column that holds a token."""
     for name in names:
         ours, theirs = actual[name], expected[name]
-        if name == "attentions":  # [B, HQ, T, S]: the columns stand second
+        if name == "attentions":  # [B, HQ, T, S]: the columns are the third axis
             ours, theirs = [[x.transpose(1, 2) for x in xs] for xs in (ours, theirs)]
         if not isinstance(theirs, tuple | list):
             ours, theirs = [ours], [theirs]
@@ -86,7 +88,7 @@ def test_positions_and_embeddings_that_the_caller_chose(model_type, mask):
 @by_family
 @torch.no_grad()
 def test_sequences_packed_in_a_row(model_type):
-    """Without a mask and a cache, positions that begin anew begin a new sequence."""
+    """Without a mask and a cache, positions that restart begin a new sequence."""
     theirs, ours = twins("AutoModelForCausalLM", model_type)
     positions = torch.stack(
         [torch.cat([torch.arange(n), torch.arange(LENGTH - n)]) for n in (7, 1, LENGTH)]
@@ -180,7 +182,7 @@ def test_the_loss_of_the_next_token(model_type, mask):
     theirs, ours = twins("AutoModelForCausalLM", model_type)
     labels = random_ids(seed=1)
     labels[torch.rand(BATCH, LENGTH) < 0.2] = -100
-    if MASKS[mask] is not None:  # transformers has a state behind padding, gemcut has none
+    if MASKS[mask] is not None:  # transformers has a state at padding, gemcut has none
         before = torch.cat([torch.ones(BATCH, 1), MASKS[mask][:, :-1]], dim=1)
         labels[before == 0] = -100
     given = {"labels": labels, **masked(mask)}
@@ -311,3 +313,9 @@ def test_bfloat16_errs_no_more_than_twice_what_transformers_does(model_type, tmp
     assert (actual.logits - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     states = model(random_ids(), output_hidden_states=True).hidden_states
     assert all(x.dtype == torch.bfloat16 for x in states)
+
+
+def test_every_documented_name_is_in_the_engine():
+    for name in transformers_api.__all__:
+        assert getattr(gemcut.engine, name) is getattr(transformers_api, name)
+        assert name in gemcut.engine.__all__

@@ -1,6 +1,6 @@
-"""Arrays in and out: torch, NumPy, and whatever speaks DLPack, such as jax.Array.
+"""Arrays in and out: torch, NumPy, and those with DLPack, such as jax.Array.
 
-The model computes in torch; an answer comes back in the kind of array that the question came in.
+The model computes in torch; outputs come back as arrays of the kind that the inputs had.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from torch import Tensor
 from gemcut.engine.checks import shorten
 
 Convert = Callable[[Tensor], Any]
-DL_CPU = 1  # DLPack's number of the host's memory
+DL_CPU = 1  # DLPack's number for host memory
 
 
 def as_tensor(name: str, x: Any, device: torch.device) -> Tensor:
-    """The tensor on `device` that holds `x`; ValueError where it is no array or lies elsewhere.
+    """The tensor on `device` that holds `x`; ValueError where it is no array or is elsewhere.
 
-    Arrays of the host's memory that are not torch's are copied to the device.
+    Arrays in host memory that are not torch's are copied to the device.
     """
     if isinstance(x, Tensor):
         if x.device != device and not (
@@ -43,14 +43,14 @@ def as_tensor(name: str, x: Any, device: torch.device) -> Tensor:
 
 
 def converter_to_kind_of(x: Any) -> Convert:
-    """What turns a tensor into an array of x's kind, and on x's side of the machine."""
+    """A function from a tensor to an array of x's kind, on the host or the device as x is."""
     if isinstance(x, Tensor):
         return lambda tensor: tensor
     if isinstance(x, np.ndarray):
         return to_numpy
     namespace = x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
     if namespace is None or not hasattr(namespace, "from_dlpack"):
-        return lambda tensor: tensor  # DLPack alone says how to give, not how to take
+        return lambda tensor: tensor  # DLPack alone says how to export, not how to import
     on_host = x.__dlpack_device__()[0] == DL_CPU
 
     def to_foreign(tensor: Tensor) -> Any:
@@ -60,7 +60,7 @@ def converter_to_kind_of(x: Any) -> Convert:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The same numbers for NumPy, which has no bfloat16: that becomes float32."""
+    """The same numbers in a NumPy array; NumPy has no bfloat16: that becomes float32."""
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
 
 

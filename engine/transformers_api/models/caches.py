@@ -1,8 +1,8 @@
 """`past_key_values`: the static cache of a batch, from one call of a model to the next.
 
-The cache holds tokens and no padding: the n-th real token of a row stands at its position n, which
-is called its rank.  The columns of a batch are what users see: `get_seq_length` counts them, and
-masks have one entry for each.  Which column a token came from is remembered here.
+The cache holds tokens and no padding: the n-th real token of a row is at position n of its slot,
+which is called its rank.  The columns of a batch are what users see: `get_seq_length` counts them,
+and masks have one entry for each.  The cache remembers which column a token came from.
 """
 
 from typing import Any
@@ -34,10 +34,10 @@ class StaticCache:
             if size is not None:
                 check_int(name, size, 1, 2**31 - 1)
         self.max_cache_len, self.max_batch_size = max_cache_len, max_batch_size
-        self.config = config  # asked for by the documents; what counts is the model's
+        self.config = config  # a documented argument; the model's own is what counts
         self.kv: KVCache | None = None
-        self.runner: Any = None  # what generation has captured over these very tensors
-        self._owner: Any = None  # whose keys they are
+        self.runner: Any = None  # generate's Runner, with the graphs captured over these tensors
+        self._owner: Any = None  # config, device and dtype of the model whose keys these are
         self.reset()
 
     def reset(self) -> None:
@@ -50,7 +50,7 @@ class StaticCache:
         return self._columns
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """The most columns that it holds; -1 where it grows with what is asked of it."""
+        """The most columns that it holds; -1 where it grows as needed."""
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class StaticCache:
     def prepare(
         self, config: ModelConfig, rows: int, columns: int, device: torch.device, dtype: torch.dtype
     ) -> KVCache:
-        """The memory for so many rows and columns in all; ValueError where that does not fit."""
+        """The memory for `rows` and `columns` in all; ValueError where these do not fit."""
         if self.max_cache_len is not None and columns > self.max_cache_len:
             raise ValueError(
                 f"the cache is full: it holds {self.max_cache_len} columns, of which "
@@ -113,7 +113,7 @@ class StaticCache:
         return grown
 
     def take(self, other: "StaticCache", times: int) -> None:
-        """What another cache holds, each of its rows so often; memory for it has been prepared."""
+        """Copy another cache, each of its rows `times` times, into memory from `prepare`."""
         assert self.kv is not None
         assert other.kv is not None
         for to, source in zip(self.kv.layers, other.kv.layers, strict=True):
@@ -124,7 +124,7 @@ class StaticCache:
         self._column_of = [of_row for of_row in other._column_of for _ in range(times)]
 
     def extend(self, columns: int, new: list[Tensor]) -> None:
-        """Note `columns` more of them, and which ones of each row hold a token."""
+        """Record `columns` new columns, and which of them hold a token, for each row."""
         self._column_of = [
             torch.cat([of_row, more + self._columns])
             for of_row, more in zip(self._column_of, new, strict=True)
@@ -133,7 +133,7 @@ class StaticCache:
 
 
 class DynamicCache(StaticCache):
-    """A cache that grows: `StaticCache` without a given length, by the documents' name."""
+    """A cache that grows: `StaticCache` without a given length, by its documented name."""
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

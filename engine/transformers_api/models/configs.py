@@ -1,8 +1,8 @@
-"""GemmaConfig and its kin: a model's parameters by their documented names and defaults.
+"""GemmaConfig, Gemma2Config...: a model's parameters by their documented names and defaults.
 
-They are what users write and change; ModelConfig (engine/config/model_config.py) is what the engine
-computes with, and its validation is the only one: `model_config` goes through it, at construction
-and again when a model is made.
+Users write and change these; the engine computes with ModelConfig (engine/config/model_config.py),
+whose validation is the only one: `model_config` runs it, at construction and again when a model is
+made.
 """
 
 import inspect
@@ -20,7 +20,7 @@ C = TypeVar("C", bound="PreTrainedConfig")
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 DEFAULT_LABELS = 2
-# How older documents spell what stands in rope_parameters and dtype now.
+# Older spellings of what rope_parameters and dtype hold now.
 _OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "torch_dtype")
 _OLDER += ("sliding_window_pattern", "num_labels")
 
@@ -107,11 +107,11 @@ class PreTrainedConfig:
         return self.dtype
 
     def get_text_config(self) -> "PreTrainedConfig":
-        """The config itself: these models have no other part than the text's."""
+        """The config itself: these models have only text."""
         return self
 
     def model_config(self, architecture: str | None = None) -> ModelConfig:
-        """What the engine computes with; ValueError names a value out of range."""
+        """The ModelConfig that the engine computes with; ValueError names a value out of range."""
         names = self.architectures if architecture is None else [architecture]
         return ModelConfig.from_dict(self._values() | {"architectures": names})
 
@@ -139,7 +139,7 @@ class PreTrainedConfig:
 
     @classmethod
     def from_dict(cls: type[C], config_dict: Mapping[str, Any], **overrides: Any) -> C:
-        """The config that a parsed config.json of either generation describes."""
+        """The config that a parsed config.json describes, in the newer or the older spelling."""
         model_type = model_type_of(config_dict)
         if model_type != cls.model_type:
             raise ValueError(
@@ -183,7 +183,7 @@ class PreTrainedConfig:
         return f"{type(self).__name__} {self.to_json_string()}"
 
     def _values(self) -> dict[str, Any]:
-        """What is set, as keys of config.json."""
+        """The values that are set, as keys of config.json."""
         skipped = ("output_hidden_states", "output_attentions", "return_dict", "problem_type")
         own = {name: getattr(self, name) for name in self.parameters if name not in skipped}
         if own["id2label"] == _numbered(DEFAULT_LABELS):

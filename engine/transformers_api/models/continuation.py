@@ -28,7 +28,7 @@ Start = Callable[[list[TokenSequence]], PendingTokens]
 
 
 class Continuation:
-    """One call of `generate`, checked."""
+    """One call of `generate` with its checked settings, and its sequences."""
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class Continuation:
         if config.do_sample:
             drawn = {"top_k": config.top_k or 0, "min_p": config.min_p or 0.0}
             drawn["top_p"] = 1.0 if config.top_p is None else config.top_p
+        with_prompt = [_with_prompt(prompt_ids, processor) for processor in processors]
         return SamplingParams(
             temperature=config.temperature if config.do_sample else 0.0,
             **drawn,
@@ -97,7 +98,7 @@ class Continuation:
             min_tokens=min(fewest, self._new_tokens),
             stop=config.stop_strings,
             repetition_penalty=config.repetition_penalty,
-            logits_processors=[_behind(prompt_ids, processor) for processor in processors] or None,
+            logits_processors=with_prompt or None,
         )
 
     def run(self) -> Tensor:
@@ -123,7 +124,7 @@ class Continuation:
         return self._result(max(len(s.output_ids) for s in self._sequences))
 
     def logits(self) -> tuple[Tensor, ...]:
-        """What each new token was chosen from, [B * times, V]; rows that have ended are zero."""
+        """The logits of each new token, [B * times, V]; those of rows that have ended are zero."""
         steps = max(map(len, self._seen_logits))
         blank = torch.zeros_like(self._seen_logits[0][0])
         return tuple(
@@ -154,7 +155,7 @@ class Continuation:
         return last.repeat_interleave(self._times, dim=0), cache
 
     def _runner(self, cache: StaticCache) -> Runner:
-        """What starts steps over this cache; its graphs serve later calls too."""
+        """The runner of steps over this cache; later calls use its graphs too."""
         if cache.runner is None:
             assert cache.kv is not None
             state = SlotState(cache.kv.num_slots, self._model.config.vocab_size, self._model.device)
@@ -162,17 +163,17 @@ class Continuation:
         return cache.runner
 
     def _run_steps(self, first: PendingTokens, start: Start, depth: int) -> None:
-        """Start step after step, until no row wants another token; `depth` may stay unread."""
-        collector = TokenCollector(self._take)
+        """Start step after step until no row wants a token; up to `depth` may stay unread."""
+        collector = TokenCollector()
         collector.add(first)
-        collector.collect(depth)
+        collector.collect(depth, self._take)
         while wanting := [s for s in self._sequences if s.wants_token]:
             collector.add(start(wanting))
-            collector.collect(depth)
-        collector.collect(0)
+            collector.collect(depth, self._take)
+        collector.collect(0, self._take)
 
     def _masked_steps(self, runner: Runner, mask: Tensor | None, cache: StaticCache) -> Start:
-        """Starts steps for rows that kernels would take for whole ones: each is a `forward`."""
+        """A function that starts a step by `forward`: decode kernels would ignore the mask."""
         model, rows = self._model, len(self._sequences)
 
         def start(wanting: list[TokenSequence]) -> PendingTokens:
@@ -199,7 +200,7 @@ class Continuation:
                 raise sequence.error
         count = max(len(s.output_ids) for s in self._sequences)
         if count == before:
-            return  # a step ahead, of which all rows had ended
+            return  # a step started ahead, when all rows had ended
         if self._streamer is not None:
             self._streamer.put(self._result(count)[:, -1].cpu())
         for criterion in self._criteria:
@@ -226,6 +227,6 @@ class Continuation:
         return torch.cat([prompt_ids.repeat_interleave(self._times, dim=0), new], dim=1)
 
 
-def _behind(prompt_ids: list[int], processor: LogitsProcessor) -> LogitsProcessor:
+def _with_prompt(prompt_ids: list[int], processor: LogitsProcessor) -> LogitsProcessor:
     """A processor that sees the prompt too."""
     return lambda output_ids, logits: processor(prompt_ids + output_ids, logits)

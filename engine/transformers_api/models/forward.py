@@ -1,13 +1,13 @@
-"""One call of a model on a batch as transformers lays it out: [rows, columns], with padding.
+"""The forward pass of a batch as transformers lays it out: [rows, columns], with padding.
 
-Padding costs nothing here: only the real tokens of a row are computed, one behind the other, at
-their ranks in the cache (caches.py).  What stands in a masked column is zero in every output.
+Padding costs nothing here: only the real tokens of a row are computed, one after the other, at
+their ranks in the cache (caches.py).  Masked columns are zero in every output.
 
-A row whose tokens stand side by side is just a sequence, and the kernels attend to it; one new
-column is a step of decoding, in its fewer and larger kernels.  What they cannot express goes
+A row whose tokens are side by side is just a sequence, and the attention kernels compute it; one
+new column is a decode step, in its fewer and larger kernels.  What these cannot express goes
 through attention_masked, in plain torch: holes in a mask that make the distance in columns, by
-which windows are measured, another than in tokens; several sequences packed in a row; a mask that
-hides tokens which are in the cache; and attention weights as an output.
+which windows are measured, differ from that in tokens; several sequences packed in a row; a mask
+that hides tokens which are in the cache; and attention weights as an output.
 """
 
 from collections.abc import Callable
@@ -29,19 +29,19 @@ from gemcut.kernels.reference.attention import attention_masked
 
 @dataclass
 class Batch:
-    """New columns of a batch, checked.  What decides where tokens go lies on the host."""
+    """New columns of a batch, checked.  All that decides where tokens go is on the host."""
 
     token_ids: Tensor | None  # [B, T] on the device, or
     embeds: Tensor | None  # [B, T, D] on the device
     shape: tuple[int, int]  # B, T
     mask: Tensor | None  # [B, past + T] bool on the host; None: no column is masked
-    position_ids: Tensor  # [B, T] int64 on the host: by what tokens are rotated
+    position_ids: Tensor  # [B, T] int64 on the host: by which tokens are rotated
     segments: Tensor | None  # [B, T] on the host: which of several packed sequences
 
 
 @dataclass
 class States:
-    """What a call yields, in the model's dtype; masked columns are zero."""
+    """Hidden states and attentions of a call, in the model's dtype; masked columns are zero."""
 
     last: Tensor  # [B, T, D]
     hidden: tuple[Tensor, ...] | None  # L + 1 of [B, T, D]
@@ -58,7 +58,7 @@ class Run:
     returns_cache: bool
     output_hidden_states: bool
     output_attentions: bool
-    kind: Convert  # to what the caller's arrays are
+    kind: Convert  # to the kind of the caller's arrays
     as_mapping: bool
 
     @cached_property
@@ -78,7 +78,7 @@ class Run:
         return None if mask is None else mask[:, -self.batch.shape[1] :]
 
     def answer(self, output_class: type[ModelOutput], **values: Any) -> Any:
-        """The output that holds these values, and what the call yields beside them."""
+        """The output with these values, the cache, the hidden states and the attentions."""
         values |= {
             "past_key_values": self.cache if self.returns_cache else None,
             "hidden_states": self.states.hidden,
@@ -106,7 +106,7 @@ def forward(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
 ) -> States:
-    """Compute a batch behind what the cache holds, and add it there."""
+    """Compute a batch that goes on from what the cache holds, and add it there."""
     (B, T), past, config = batch.shape, cache.get_seq_length(), model.config
     kv = cache.prepare(config, B, past + T, model.device, model.dtype)
     real = [_real_columns(batch, row, past) for row in range(B)]
@@ -171,7 +171,7 @@ def forward(
 def _step(
     model: Gemma, kv: KVCache, batch: Batch, real: list[Tensor], held: list[int], last: Tensor
 ) -> None:
-    """Compute one more token of each row that has one, as decoding does: it goes to last [B, D]."""
+    """Decode one token of each row that has one; its state goes to last [B, D]."""
     rows = torch.tensor([row for row, columns in enumerate(real) if len(columns)])
     if len(rows):
         assert batch.token_ids is not None
@@ -189,7 +189,7 @@ def _real_columns(batch: Batch, row: int, past: int) -> Tensor:
 
 
 def _chunks(real: list[Tensor], held: list[int], chunk: int) -> list[list[Piece]]:
-    """The new tokens of all rows, in parts that no row's ring is too short for."""
+    """The new tokens of all rows, in chunks that fit every row's ring."""
     longest = max((len(columns) for columns in real), default=0)
     return [
         [
@@ -204,9 +204,9 @@ def _chunks(real: list[Tensor], held: list[int], chunk: int) -> list[list[Piece]
 def rows_are_plain(
     mask: Tensor | None, columns: list[Tensor], end: int, window: int | None
 ) -> bool:
-    """Whether each row is one sequence, up to column `end`: all that it holds is seen, in order.
+    """Whether each row is one sequence up to column `end`, of which all tokens are seen in order.
 
-    Holes count where some of the columns lie outside the window.
+    Holes count where some of the columns are outside the window.
     """
     if window is not None and end > window and any(_has_holes(of_row) for of_row in columns):
         return False
@@ -216,7 +216,7 @@ def rows_are_plain(
 
 
 def _has_holes(columns: Tensor) -> bool:
-    """Whether masked columns stand between those [n] that hold a row's tokens."""
+    """Whether there are masked columns between those [n] that hold a row's tokens."""
     return len(columns) > 0 and int(columns[-1] - columns[0]) + 1 != len(columns)
 
 
@@ -266,7 +266,7 @@ def _attend_by_mask(
         out, begin = torch.empty_like(q), 0
         for piece in pieces:
             count = len(piece.columns)
-            # a window of columns holds no more tokens than as many ranks
+            # a window of columns holds no more tokens than a window of ranks
             first = 0 if window is None else max(0, piece.start - window + 1)
             keys = columns[piece.row][first : piece.start + count]
             visible = _visible(piece, keys, batch, past, window)

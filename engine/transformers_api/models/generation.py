@@ -1,4 +1,4 @@
-"""`generate`: what callers ask for, checked; continuation.py makes the steps."""
+"""`generate`: checks its arguments; continuation.py makes the steps."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from gemcut.tokenizer import Tokenizer
 
 
 class GenerativeModel(PreTrainedModel):
-    """What gives a model with a head its `generate`."""
+    """A model with a head, and its `generate`."""
 
     generation_config: GenerationConfig
 
@@ -54,18 +54,18 @@ class GenerativeModel(PreTrainedModel):
         tokenizer: Any = None,
         **settings: Any,
     ) -> Any:
-        """Prompts and what follows: ids [B, T] -> ids [B * num_return_sequences, T + new].
+        """Prompts and their continuations: ids [B, T] -> ids [B * num_return_sequences, T + new].
 
         A row ends with its EOS and is filled up with pad_token_id.  attention_mask [B, T] hides
         padding, on whichever side; without one, pad_token_id does where it is no EOS.  `settings`
         are GenerationConfig's, and come before those of the model.  inputs_embeds [B, T, D] in
-        place of ids: only the new ids come back.  past_key_values: the cache of what the first
-        columns hold; afterwards it holds all but the newest token.  logits_processor: functions of
+        place of ids: only the new ids come back.  past_key_values: the cache that holds the first
+        columns; afterwards it holds all but the newest token.  logits_processor: functions of
         (ids [1, n], logits [1, V]), without padding; stopping_criteria: of (ids [B, n], None),
         true where a row, or all, should end.  streamer: an object with put(ids) and end().
-        tokenizer: needed for stop_strings alone.  Sampling draws its seeds from torch's generator.
-        With return_dict_in_generate an object: sequences, logits, past_key_values.  Memory that a
-        call takes is kept for the next, until the model moves.
+        tokenizer: only needed for stop_strings.  Sampling draws its seeds from torch's generator.
+        With return_dict_in_generate the result is an object: sequences, logits, past_key_values.
+        Memory that a call takes is kept for the next, until the model moves.
         """
         if inputs is not None:
             if input_ids is not None:
@@ -111,8 +111,8 @@ class GenerativeModel(PreTrainedModel):
         cache.reset()
         return cache
 
-    def _set_up(self, *parts: Any, **named: Any) -> None:
-        super()._set_up(*parts, **named)
+    def _set_up(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_up(*args, **kwargs)
         self.__dict__.pop("_generation_cache", None)  # of another device or dtype
 
 
@@ -126,7 +126,7 @@ def _for_one_row(processor: Callable[[Tensor, Tensor], Tensor]) -> LogitsProcess
 
 
 def _codec_of(tokenizer: Any, config: GenerationConfig) -> Tokenizer | None:
-    """What finds stop strings in the text; ValueError where there is none and one is needed."""
+    """The Tokenizer that finds stop strings; ValueError where one is needed and missing."""
     if not config.stop_strings:
         return None
     codec = getattr(tokenizer, "codec", tokenizer)

@@ -12,13 +12,13 @@ from gemcut.engine.config.config_file import as_token_ids
 from gemcut.engine.config.generation_file import read_generation_config
 from gemcut.engine.transformers_api.models.configs import PreTrainedConfig
 
-# What transformers knows beside, and the values at which it changes nothing: others are refused.
+# Other settings of transformers, and the values at which they change nothing: others are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "use_cache": (True,),
-    "cache_implementation": ("static", "dynamic", "hybrid"),  # it is static whatever one calls it
-    "early_stopping": (False, True, "never"),  # of beams, which there are none of
+    "cache_implementation": ("static", "dynamic", "hybrid"),  # always a static one
+    "early_stopping": (False, True, "never"),  # of beam search, which gemcut does not have
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
@@ -61,12 +61,12 @@ NEUTRAL |= dict.fromkeys(
     ),
     (),
 )
-DEFAULT_MAX_LENGTH = 20  # new tokens, where nobody says how many
+DEFAULT_MAX_LENGTH = 20  # new tokens, where no length is given
 
 
 @dataclass
 class GenerationConfig:
-    """The settings of `generate`; None is what the next in line says: a file, or the default."""
+    """The settings of `generate`; None leaves the value to the file, or else to the default."""
 
     max_length: int | None = None  # tokens with the prompt's columns
     max_new_tokens: int | None = None  # the same without; decides where both are set
@@ -89,7 +89,7 @@ class GenerationConfig:
 
     @classmethod
     def of_model(cls, config: PreTrainedConfig, folder: str | Path | None) -> "GenerationConfig":
-        """That of a checkpoint: generation_config.json, and config.json where it says nothing."""
+        """The settings of a checkpoint: generation_config.json, and config.json for missing ids."""
         values = {} if folder is None else read_generation_config(folder)
         result = cls.from_dict(values)
         ids = as_token_ids(config.eos_token_id) + as_token_ids(result.eos_token_id)
@@ -125,14 +125,14 @@ class GenerationConfig:
         (Path(save_directory) / "generation_config.json").write_text(text + "\n")
 
     def updated(self, values: Mapping[str, Any]) -> "GenerationConfig":
-        """These settings with others in their place; an error names one that nobody knows."""
+        """These settings, some replaced by `values`; an error names one that is unknown."""
         names = {f.name for f in fields(self)} - {"extra"}
         refuse_unknown("generate", values, {*names, *NEUTRAL})
         for name, value in {**self.extra, **values}.items():
             if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
                 raise NotImplementedError(f"{name}={shorten(value)} is not supported; leave it out")
         own = {key: x for key, x in values.items() if key in names}
-        # what a file or a config object says of lengths is no wish of this call
+        # a length of this call comes before those of a file or a config object
         if "max_length" in own and "max_new_tokens" not in own:
             own["max_new_tokens"] = None
         result = replace(self, **own)
@@ -170,7 +170,7 @@ class GenerationConfig:
                 check_int(name, token_id, 0, vocab_size - 1)
 
     def new_tokens(self, columns: int, most: int) -> int:
-        """How many tokens go behind a prompt of so many columns, of `most` in all."""
+        """How many tokens may follow a prompt of `columns` columns, with `most` in all."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None:

@@ -1,4 +1,4 @@
-"""What callers give to a model, checked: every mistake is one line that says what to do."""
+"""Checks of the arrays given to a model: each error is one line that says what to do."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def read_batch(
     *,
     may_be_packed: bool,
 ) -> Batch:
-    """The batch that these arrays are; ValueError names the one that cannot be.
+    """The batch that these arrays hold; ValueError names one that is invalid.
 
     `may_be_packed`: position_ids that begin anew within a row tell several sequences apart, as they
     do in transformers where there is neither a mask nor a cache.
@@ -101,7 +101,7 @@ def check_targets_are_seen(labels: Tensor, seen: Tensor | None, what: str) -> No
 
 
 def check_is_stored(mask: Tensor, cache: StaticCache) -> None:
-    """Nothing, or ValueError where a mask [B, past + T] shows what the cache did not take in."""
+    """Nothing, or ValueError where a mask [B, past + T] shows a column that is not cached."""
     past = cache.get_seq_length()
     for row in range(mask.shape[0] if past else 0):
         stored = torch.zeros(past, dtype=torch.bool)
@@ -114,7 +114,7 @@ def check_is_stored(mask: Tensor, cache: StaticCache) -> None:
 
 
 def check_cache_position(value: Any, past: int, count: int, device: torch.device) -> None:
-    """Nothing, or ValueError where new columns are said to stand but behind the cache."""
+    """Nothing, or ValueError where the new columns would not follow the cached ones."""
     if value is None:
         return
     expected = torch.arange(past, past + count)

@@ -1,7 +1,7 @@
-"""GemmaModel, GemmaForCausalLM, the classifiers, and their kin of the other families.
+"""GemmaModel, GemmaForCausalLM, the classifiers, and the same classes of the other families.
 
 Signatures, names and shapes are those of the Hugging Face documents.  A family's class says which
-config it takes; what it computes is the same for all.
+config it takes; the computation is the same for all.
 """
 
 from numbers import Integral
@@ -60,9 +60,9 @@ class TextModel(PreTrainedModel):
 
         attention_mask [B, past + T]: 1 for a token, 0 for padding, whose outputs are zero.
         position_ids [B, T]: by default the columns' numbers.  inputs_embeds [B, T, D], scaled, in
-        place of ids.  past_key_values: the cache of an earlier call, behind which the new ids go
-        on.  output_attentions computes attention in plain torch, by the oracle, not by a kernel.
-        Arrays come back in the kind of the ids.  ValueError names an argument that cannot be.
+        place of ids.  past_key_values: the cache of an earlier call, which the new ids continue.
+        output_attentions computes attention in plain torch, by the oracle, not by a kernel.  Arrays
+        come back in the kind of the ids.  ValueError names an argument that is invalid.
         """
         run = self._run(
             input_ids,
@@ -77,7 +77,7 @@ class TextModel(PreTrainedModel):
 
 
 class WithHead(PreTrainedModel):
-    """A decoder with something behind it."""
+    """A decoder with a head on it."""
 
     base_class: ClassVar[type[TextModel]]
 
@@ -90,7 +90,7 @@ class WithHead(PreTrainedModel):
 
 
 class CausalLM(WithHead, GenerativeModel):
-    """The decoder with its head."""
+    """The decoder with its language-model head."""
 
     @on_its_device
     def forward(
@@ -108,8 +108,8 @@ class CausalLM(WithHead, GenerativeModel):
         """Logits of a batch: input_ids [B, T] -> logits [B, kept, V] float32, and more.
 
         labels [B, kept]: the ids themselves, -100 where none is asked for; the loss is the mean
-        cross entropy of each next one.  Beside a loss, logits are computed when they are first
-        looked at: a loss alone never holds all of them.  logits_to_keep: 0 keeps all columns, n
+        cross entropy of each next one.  With labels, logits are computed when they are first
+        accessed: a loss alone never holds all of them.  logits_to_keep: 0 keeps all columns, n
         the last n, an array [kept] or [B, kept] these, a bool array [B, T] those that are true
         (then logits are [kept, V]).  Otherwise as the model without a head.
         """

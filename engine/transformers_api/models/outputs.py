@@ -1,11 +1,11 @@
-"""What a model's call yields: an object that is a mapping, an index and a tuple too."""
+"""The outputs of a model's call: objects that also work as a mapping and as a tuple."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 
 class ModelOutput:
-    """Named values in a fixed order; those that are None are not there.
+    """Named values in a fixed order; those that are None are left out.
 
     `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `loss, logits = output`
     and `**output` all work.  A value given as a function is computed when it is first asked for.
@@ -27,11 +27,11 @@ class ModelOutput:
         return value
 
     def keys(self) -> list[str]:
-        """The names of the values that are there, in order."""
+        """The names of the values that are not None, in order."""
         return [name for name, value in self._values.items() if value is not None]
 
     def values(self) -> list[Any]:
-        """The values that are there."""
+        """The values that are not None."""
         return [getattr(self, name) for name in self.keys()]
 
     def items(self) -> list[tuple[str, Any]]:
@@ -39,7 +39,7 @@ class ModelOutput:
         return list(zip(self.keys(), self.values(), strict=True))
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are there, as a tuple."""
+        """The values that are not None, as a tuple."""
         return tuple(self.values())
 
     def get(self, name: str, default: Any = None) -> Any:

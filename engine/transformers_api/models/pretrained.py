@@ -1,4 +1,4 @@
-"""What all documented models share: a config, weights, files, and a place to run."""
+"""The base of all documented models: config, weights, files, device and dtype."""
 
 import inspect
 import warnings
@@ -24,7 +24,7 @@ from gemcut.engine.placement import (
     choose_device_map,
     choose_dtype,
     choose_ops,
-    in_passing_thread,
+    in_temporary_thread,
 )
 from gemcut.engine.transformers_api.models.arrays import converter_to_kind_of
 from gemcut.engine.transformers_api.models.caches import StaticCache
@@ -36,7 +36,7 @@ M = TypeVar("M", bound="PreTrainedModel")
 F = TypeVar("F", bound=Callable[..., Any])
 
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-# what a caller of transformers may ask for, and has here anyway
+# options of transformers that change nothing here, and their accepted values
 GRANTED = {"low_cpu_mem_usage": (True, False), "trust_remote_code": (True, False)}
 GRANTED |= {"use_safetensors": (True, None), "local_files_only": (False,)}
 
@@ -53,13 +53,13 @@ def on_its_device(compute: F) -> F:
 
 
 class PreTrainedModel:
-    """A model in inference: `forward` computes, and nothing of it can be differentiated.
+    """A model for inference: nothing that `forward` computes can be differentiated.
 
     One call at a time; `Engine` serves many callers.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]]
-    is_bare: ClassVar[bool] = False  # it has hidden states alone, and no head
+    is_bare: ClassVar[bool] = False  # it yields hidden states and has no head
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class PreTrainedModel:
         device: str | torch.device = "cpu",
         ops: str = "auto",
     ) -> None:
-        """A model with random weights, as transformers begins to train one."""
+        """A model with random weights, distributed as transformers' are before training."""
         if not isinstance(config, self.config_class):
             raise ValueError(
                 f"{type(self).__name__} needs a {self.config_class.__name__}, "
@@ -137,7 +137,7 @@ class PreTrainedModel:
             )
         target = choose_device_map(device_map)
         chosen = _choose_dtype(dtype or torch_dtype or "auto", config, target)
-        choose_ops(ops, target)  # a refusal comes before the weights
+        choose_ops(ops, target)  # refuses before the weights are loaded
         model_config = cls._model_config(config)
         made: list[str] = []
 
@@ -159,7 +159,7 @@ class PreTrainedModel:
             model._read_more(folder)
             return model
 
-        model = in_passing_thread(load) if target.type == "cpu" else load()
+        model = in_temporary_thread(load) if target.type == "cpu" else load()
         if made:
             warnings.warn(
                 f"{folder} has no {' and no '.join(made)}: made at random; train it before use",
@@ -168,7 +168,7 @@ class PreTrainedModel:
         return model
 
     def _read_more(self, folder: Path) -> None:
-        """What a subclass reads of a checkpoint beside config and weights."""
+        """Read what a subclass needs of a checkpoint beside config and weights."""
 
     @classmethod
     def from_config(cls: type[M], config: PreTrainedConfig, **options: Any) -> M:
@@ -201,16 +201,16 @@ class PreTrainedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return self._gemma.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in, and hidden states computed in."""
+        """The dtype of the weights and of hidden states."""
         return self._gemma.dtype
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The names of a checkpoint, and the weights that they stand for."""
+        """The weights, each with its name in a checkpoint."""
         prefix = "model." if self.is_bare else ""
         for tensor in checkpoint_tensors(self._gemma.config):
             if not (self.is_bare and is_head(tensor.name)):
@@ -244,7 +244,7 @@ class PreTrainedModel:
         return sum(tensor.numel() for tensor in self.parameters())
 
     def get_input_embeddings(self) -> "Embedding":
-        """What makes `inputs_embeds` of ids: it scales the table's rows, as the model does."""
+        """A function from ids to `inputs_embeds`: it scales the table's rows as the model does."""
         return Embedding(self._gemma)
 
     def to(self: M, *places: Any, device: Any = None, dtype: Any = None) -> M:
@@ -297,7 +297,7 @@ class PreTrainedModel:
     # Calls
 
     def init_cache(self, batch_size: int, max_length: int) -> StaticCache:
-        """An empty cache for so many rows of so many columns, in memory that is taken now."""
+        """An empty cache of `batch_size` rows of `max_length` columns, allocated now."""
         cache = StaticCache(self.config, max_length, batch_size)
         cache.prepare(self._gemma.config, batch_size, 0, self.device, self.dtype)
         return cache
@@ -307,7 +307,7 @@ class PreTrainedModel:
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What a subclass computes."""
+        """Defined by subclasses; NotImplementedError here."""
         raise NotImplementedError(
             f"{type(self).__name__} has no forward; use one of its subclasses"
         )
@@ -327,8 +327,8 @@ class PreTrainedModel:
         return_dict: bool | None = None,
         **unknown: Any,
     ) -> Run:
-        """A call, once all that it was given has been checked."""
-        core, config = self._gemma, self.config
+        """A call whose arguments are all checked."""
+        config = self.config
         refuse_unknown(f"{type(self).__name__}.forward", unknown, self._keywords())
 
         def wanted(asked: bool | None, default: bool) -> bool:
@@ -342,7 +342,7 @@ class PreTrainedModel:
         has_cache = past_key_values is not None or wanted(use_cache, config.use_cache)
         cache = past_key_values if past_key_values is not None else StaticCache(config)
         batch = read_batch(
-            core,
+            self._gemma,
             cache,
             input_ids,
             attention_mask,
@@ -352,7 +352,7 @@ class PreTrainedModel:
         )
         check_cache_position(cache_position, cache.get_seq_length(), batch.shape[1], self.device)
         return Run(
-            core,
+            self._gemma,
             batch,
             cache,
             returns_cache=has_cache,
@@ -363,7 +363,7 @@ class PreTrainedModel:
         )
 
     def _keywords(self) -> set[str]:
-        """What `forward` takes by name."""
+        """The keywords that `forward` takes."""
         taken = inspect.signature(self._run).parameters | inspect.signature(self.forward).parameters
         return {name for name, x in taken.items() if x.kind is not inspect.Parameter.VAR_KEYWORD}
 
@@ -371,8 +371,8 @@ class PreTrainedModel:
 class Embedding:
     """The input embeddings of a model: ids [B, T] -> [B, T, D], scaled."""
 
-    def __init__(self, core: Gemma) -> None:
-        self._gemma = core
+    def __init__(self, gemma: Gemma) -> None:
+        self._gemma = gemma
 
     @property
     def weight(self) -> Tensor:
@@ -387,7 +387,7 @@ class Embedding:
 
 
 def _initialise(name: str, tensor: Tensor, std: float) -> None:
-    """Weights before training: norms are offsets from one, so all that has one axis is zero."""
+    """Initial weights, in place: norms are offsets from one, so tensors of one axis are zero."""
     if tensor.dim() == 1:
         tensor.zero_()
     else:

@@ -1,4 +1,4 @@
-"""The prompts of one `generate`: a batch of them, and the columns that are not in the cache yet."""
+"""The prompts of one `generate`: the whole batch, and the columns that are not yet in the cache."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,10 @@ from gemcut.engine.transformers_api.models.inputs import check_is_stored, read_b
 
 @dataclass
 class PromptBatch:
-    """A batch of prompts: all of it, and what is to be computed of it."""
+    """A batch of prompts, and the columns of it that must be computed."""
 
     whole: Batch
-    new: Batch
+    new: Batch  # the columns that are not in the cache
 
     def ids_of(self, row: int) -> list[int]:
         """The ids of a row without its padding; zeros where only embeddings are known."""
@@ -32,7 +32,7 @@ class PromptBatch:
 def read_prompts(
     model: Gemma, cache: StaticCache, ids: Any, mask: Any, embeds: Any, config: GenerationConfig
 ) -> PromptBatch:
-    """The prompts that these arrays are, where the cache may hold their first columns.
+    """The prompts in these arrays; the cache may hold their first columns.
 
     ValueError says what is wrong with an array, or that it does not fit the cache.
     """
@@ -68,7 +68,7 @@ def read_prompts(
 
 
 def _mask_of_padding(ids: Tensor, config: GenerationConfig) -> Tensor | None:
-    """What a mask would say, guessed from pad_token_id: [B, T] bool on the host."""
+    """The mask that pad_token_id implies, [B, T] bool on the host; None without padding."""
     pad = config.pad_token_id
     if pad is None or pad in as_token_ids(config.eos_token_id):
         return None
