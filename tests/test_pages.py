@@ -62,6 +62,15 @@ def test_its_links_lead_somewhere(page, link):
         assert heading in {re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings}
 
 
+def test_the_tests_that_pages_and_sources_name_are_there():
+    sources = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
+    present = {file.name for folder in ("tests", "bench") for file in (ROOT / folder).rglob("*.py")}
+    for file in (*PAGES, *sources):
+        named = set(re.findall(r"\btest_\w+\.py\b", file.read_text()))
+        # the example of a page that says how to add one
+        assert named - present <= {"test_clamp.py"}, file
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_file_stands_in_its_tree(folder):
     """In the README of its folder, by its room where it has one."""

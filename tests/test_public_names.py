@@ -45,6 +45,11 @@ PUBLIC = {
         geglu gumbel_noise linear linear_geglu linear_rope_and_store_ lm_head
         lm_head_argmax penalize rmsnorm rope_and_store_ rope_tables sample skinny_linear
     """,
+    "gemcut.kernels.cpu": """
+        add_rmsnorm_ advance_ attention_decode attention_prefill embed filter_logits
+        geglu gumbel_noise linear linear_geglu linear_rope_and_store_ lm_head
+        lm_head_argmax penalize rmsnorm rope_and_store_ rope_tables sample skinny_linear
+    """,
     "gemcut.tokenizer": """
         StopStrings StreamDecoder Tokenizer render_chat
     """,
