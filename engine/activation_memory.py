@@ -1,9 +1,9 @@
 """The bytes that a step holds at its peak, beside the weights, the cache and the sampling state.
 
 Counted from model.py and the ops, tensor by tensor, as the names that are still bound keep them
-alive.  Letters are those of STYLE: T new tokens, S visible keys, B rows, D, F, V, HQ, HK, K.  The
-ops in plain torch, reference and cpu, keep the scores of a whole chunk, and float32 copies of
-tensors that are not float32; the kernels keep neither.
+alive.  Letters: T new tokens, S visible keys, B rows, D hidden size, F MLP width, V vocabulary, HQ
+and HK query and KV heads, K head_dim.  The ops in plain torch, reference and cpu, keep the scores
+of a whole chunk, and float32 copies of tensors that are not float32; the kernels keep neither.
 
     prefill   the greatest moment of a layer of a chunk; or its states and the first token's choice
     decode    the greatest moment of a layer; or the choice: logits, and what is made of them

@@ -23,7 +23,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("model", "parameters", "kib_per_token"),
-    [  # GEMMA.md's table
+    [  # from the published config.json files
         ("gemma-2b", 2.506e9, 18),
         ("gemma-7b", 8.538e9, 448),
         ("gemma-2-2b", 2.614e9, 104),
