@@ -16,7 +16,7 @@ PIPE_CLOSED = 128 + 13
 
 EPILOG = """\
 exit codes: 0 fine, 1 an error (one line on standard error), 2 wrong usage, 130 after Ctrl-C,
-141 where whoever read the output has left
+141 where the reader of the output has left
 """
 GENERATE = """\
 Print the text with which the model goes on from a prompt, as it comes, and a newline.  The prompt

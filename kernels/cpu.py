@@ -285,6 +285,31 @@ def attention_decode(
     return torch.cat(runs) if len(runs) > 1 else runs[0] if runs else torch.empty_like(q)
 
 
+def attention_masked(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: int,
+    first: int,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention [T, HQ, K] where a mask [T, S] says what is seen, and its weights [HQ, T, S].
+
+    No kernel does this: it runs on a GPU too.
+    """
+    (T, HQ, K), HK = q.shape, k_cache.shape[1]
+    rows, end = slice(slot * HK, (slot + 1) * HK), first + visible.shape[1]
+    k, v = _tokens(k_cache, rows, first, end), _tokens(v_cache, rows, first, end)  # [HK, S, K]
+    by_head = widened(q).view(T, HK, -1, K).permute(1, 2, 0, 3).reshape(HK, -1, K)  # [HK, G T, K]
+    scores = _scores(by_head, widened(k), scale, softcap).view(HQ, T, -1)
+    weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
+    out = torch.bmm(weights.view(HK, -1, weights.shape[-1]), widened(v))  # [HK, G T, K]
+    out = out.view(HQ, T, K).transpose(0, 1)
+    return rounded(out, q.dtype), rounded(weights, q.dtype)
+
+
 def _runs(slots: list[int], starts: list[int]) -> Iterator[tuple[int, int]]:
     """The first and the end of each run of rows that are equally long and adjacent in the cache.
 

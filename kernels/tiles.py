@@ -54,9 +54,10 @@ def read_measured(file: Path) -> tuple[Measured, ...]:
 def _block(number: int, block: Any) -> Measured:
     if not isinstance(block, dict):
         raise ValueError(f"block {number} is no object")
-    if list(block) != [field.name for field in fields(Measured)]:
-        raise ValueError(f"block {number} gives {', '.join(block)}")
-    *place, tiles = block.values()
+    names = [field.name for field in fields(Measured)]
+    if set(block) != set(names):
+        raise ValueError(f"block {number} gives {', '.join(block)}, not {', '.join(names)}")
+    *place, tiles = (block[name] for name in names)
     levels = [tiles, *tiles.values()] if isinstance(tiles, dict) else [None]
     if not all(isinstance(text, str) for text in place) or not all(
         isinstance(level, dict) for level in levels

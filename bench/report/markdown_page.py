@@ -80,6 +80,8 @@ def load_reports(files: Iterable[Path]) -> dict[Path, Report]:
             continue
         found = {}
         for candidate in sorted(file.glob("*.json")):
+            if candidate.name.startswith("tiles-"):  # those of tools/tune.py, kept beside reports
+                continue
             try:
                 found[candidate] = read_report(candidate)
             except ValueError as error:

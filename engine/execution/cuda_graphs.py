@@ -6,10 +6,10 @@ of them: on an H200 a kernel in a graph begins 0.4 to 0.5 us after the one befor
 a decode step of 26 layers has about 190.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from gemcut.engine.placement import is_plain_torch
 
 Step = Callable[..., Tensor]
+K = TypeVar("K", bound=Hashable)
 ROWS = 16  # rows of one pass over the weights: a step of fewer costs hardly less
 
 
@@ -40,6 +41,7 @@ class Captured:
     inputs: Sequence[Tensor]
     output: Tensor
     replay: Callable[[], object]
+    blanks: Sequence[int] = ()  # what fills each input where no row is active
     given: Sequence[Tensor] = ()  # what the inputs were last copied from; it is never written to
 
 
@@ -85,28 +87,27 @@ class Graphs:
         return len(self._captured)
 
     def run(
-        self,
-        key: object,
-        step: Step,
-        inputs: Sequence[Tensor],
-        blanks: Sequence[Blank],
+        self, key: K, inputs: Sequence[Tensor], new: Callable[[K], tuple[Step, Sequence[Blank]]]
     ) -> Tensor:
-        """Replay the step on these inputs: its output, which the next replay overwrites.
+        """Replay the step of `key` on these inputs: its output, which the next replay overwrites.
 
-        key: differs wherever steps differ in more than the contents of their inputs.  Inputs may be
-        smaller than the graph's own; the rest of those is blank.
+        key: differs wherever steps differ in more than the contents of their inputs.  new: the step
+        of a key and its blank inputs, asked for once.  Inputs may be smaller than the graph's own;
+        the rest of those is blank.
         """
         captured = self._captured.get(key)
         if captured is None:
+            step, blanks = new(key)
             fixed = [
                 torch.full(blank.shape, blank.value, dtype=given.dtype, device=given.device)
                 for given, blank in zip(inputs, blanks, strict=True)
             ]
             captured = self._captured[key] = self.capture(step, fixed)
+            captured.blanks = [blank.value for blank in blanks]
         known = captured.given or (None,) * len(inputs)
-        for fixed, given, last, blank in zip(captured.inputs, inputs, known, blanks, strict=True):
-            if given is not last:  # the batch has changed: most steps copy nothing
-                _write(fixed, given, blank.value)
+        for i, given in enumerate(inputs):
+            if given is not known[i]:  # the batch has changed: most steps copy nothing
+                _write(captured.inputs[i], given, captured.blanks[i])
         captured.given = inputs
         captured.replay()
         return captured.output

@@ -5,18 +5,20 @@ with inactive rows to the next size that has a graph, drafts to its width, and t
 rounded up to the least set that holds them: a neutral setting gives the same token as none.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import lru_cache, partial
 
 from torch import Tensor
 
 from gemcut.engine.execution.cache import KVCache
-from gemcut.engine.execution.cuda_graphs import Blank, Graphs, can_be_captured, graph_sizes
+from gemcut.engine.execution.cuda_graphs import Blank, Graphs, Step, can_be_captured, graph_sizes
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.prefill_chunks import padded_sizes
 from gemcut.engine.execution.sampler import KINDS, Features
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import NO_DRAFT, Steps
+
+Key = tuple[str, Features | None, int]  # method of Steps, features, batch size or chunk
 
 
 def choose_steps(
@@ -48,38 +50,42 @@ class GraphedSteps(Steps):
         return next(size for size in reversed(self.batch_sizes) if size >= rows)
 
     def prefill_padded(self, chunk: Tensor) -> Tensor:
-        size = len(chunk)
-        step, blank = super().prefill_padded, Blank((size,), 0)
-        return self._graphs.run(("prefill", size), step, (chunk,), (blank,))
+        return self._graphs.run(("prefill_padded", None, len(chunk)), (chunk,), self._new)
 
     def decode(self, slots: Tensor, features: Features) -> Tensor:
-        features = _rounded(features)
-        step = partial(super().decode, features=features)
-        return self._run(("decode", features), step, slots)
+        return self._replay("decode", _rounded(features), slots)
 
     def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
-        features = _rounded(features)
-        step = partial(super().verify, features=features)
-        return self._run(("verify", features), step, slots, drafts)
+        return self._replay("verify", _rounded(features), slots, drafts)
 
     def logits(self, slots: Tensor) -> Tensor:
-        return self._run("logits", super().logits, slots)
+        return self._replay("logits", None, slots)
 
     def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
         """Sample without a graph: logits processors may have made the logits on the host."""
         return super().sample(logits, slots, _rounded(features))
 
-    def _run(self, kind: object, step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _replay(self, name: str, features: Features | None, *inputs: Tensor) -> Tensor:
         """Replay a step of slots [B], and of drafts [B, T - 1] if it verifies them -> [B, ...]."""
         rows = len(inputs[0])
         size = self.batch_size(rows)
-        slots = Blank((size,), self.state.num_slots)
-        drafts = Blank((size, self.draft_width(size) - 1), NO_DRAFT)
-        blanks = (slots, drafts)[: len(inputs)]
-        output = self._graphs.run((kind, size), step, inputs, blanks)
+        output = self._graphs.run((name, features, size), inputs, self._new)
         return output if size == rows else output[:rows]
 
+    def _new(self, key: Key) -> tuple[Step, list[Blank]]:
+        """The step of a key, and its blank inputs."""
+        name, features, size = key
+        step = partial(getattr(Steps, name), self)
+        if features is not None:
+            step = partial(step, features=features)
+        if name == "prefill_padded":
+            return step, [Blank((size,), 0)]
+        slots = Blank((size,), self.state.num_slots)
+        drafts = Blank((size, self.draft_width(size) - 1), NO_DRAFT)
+        return step, [slots, drafts] if name == "verify" else [slots]
 
+
+@lru_cache
 def _rounded(features: Features) -> Features:
     """The least set of features with a graph that holds these."""
     return next(kind for kind in reversed(KINDS) if features <= kind)

@@ -40,7 +40,7 @@ class TokenSequence:
     slot: int | None = None
     reused: int = 0  # tokens of the prompt that the slot held already
     prefilled: int = 0  # tokens of the prompt in the cache
-    in_flight: int = 0  # tokens chosen on the device that the host has not read
+    in_flight: int = 0  # tokens sampled on the device that the host has not read
     is_taking: bool = False  # it is taking a token; if that was interrupted, it cannot go on
     written: int = 0  # positions of the slot that were ever written
     output_ids: list[int] = field(default_factory=list)
@@ -111,9 +111,9 @@ class TokenSequence:
         return self.finish_reason is not None or self.error is not None
 
     def take(self, token_ids: Sequence[int], logprobs: TokenLogprobs | None) -> int:
-        """Append the chosen tokens, up to the one that ends the sequence; returns how many.
+        """Append the sampled tokens, up to the one that ends the sequence; returns how many.
 
-        -1 stands for a token that could not be chosen: it ends the sequence with an error.
+        -1 stands for a token that could not be sampled: it ends the sequence with an error.
         """
         self.is_taking = True
         count = 0
@@ -129,7 +129,7 @@ class TokenSequence:
         return count
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """Append the chosen token, which may end the sequence, and deliver its text."""
+        """Append the sampled token, which may end the sequence, and deliver its text."""
         self.last_token_at = time.perf_counter()
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at

@@ -68,11 +68,14 @@ async def asubmit_and_wait(
     put = sender.putter(ended)
     for request in requests:
         request.ended = put
+    waiting = set(requests)
     try:
         worker.add(requests)
-        for _ in requests:
-            if (error := (await ended.get()).error) is not None:
-                raise error
+        while waiting:
+            request = await ended.get()
+            if request.error is not None:
+                raise request.error
+            waiting.discard(request)
         worker.stream.make_caller_wait()
     finally:
         _leave(worker, requests)
@@ -142,7 +145,7 @@ class StepInterface:
         return deltas
 
     def _end(self, request: Request) -> None:
-        del self._requests[request.request_id]
+        self._requests.pop(request.request_id, None)  # an interrupted end is told again
         for sequence in request.sequences:
             if sequence.error is not None:
                 where = {"index": sequence.index, "request_id": request.request_id}

@@ -201,7 +201,8 @@ class StepLoop:
             return
         self.scheduler.remove(sequence)
         self.metrics.count_end(sequence)
-        if request.finished:
+        others = (one for one in request.sequences if one is not sequence)
+        if not any(other in self._owners for other in others):
             self.background.discard(request)
             request.ended(request)
         del self._owners[sequence]  # last of all: if interrupted before, all this is done again

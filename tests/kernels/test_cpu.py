@@ -11,6 +11,7 @@ from accuracy import assert_accurate, assert_within_budget, outcome
 
 from gemcut.kernels import cpu, reference
 from gemcut.kernels.cpu import FEW_ROWS, HEAD_ROWS
+from gemcut.kernels.reference.attention import attention_masked
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])
@@ -43,12 +44,12 @@ def hold(op: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     There the oracle is the exact result, and its error unknown: it is taken to be that in float32,
     smaller by the ratio of the two epsilons.
     """
-    oracle = getattr(reference, op.__name__)
+    oracle = getattr(reference, op.__name__, attention_masked)
     arguments = inspect.signature(oracle).bind(*args, **kwargs).arguments
     if not any(
         isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in arguments.values()
     ):
-        assert_accurate(op, **arguments)
+        assert_accurate(op, oracle=oracle, **arguments)
         return
 
     def single(x: Any) -> Any:
@@ -319,3 +320,25 @@ def test_no_rows_give_an_empty_result(ops):
     zero = torch.zeros(1).long()
     assert ops.attention_prefill(q, cache, cache, none, none, zero, *options).shape == q.shape
     assert ops.linear(torch.empty(0, 8), torch.empty(12, 8)).shape == (0, 12)
+
+
+@by_dtype
+@by_softcap
+@by_heads
+@pytest.mark.parametrize(("T", "first", "S"), [(1, 3, 30), (7, 0, 20), (5, 35, 12)], ids=str)
+def test_attention_masked(T, first, S, heads, softcap, dtype):
+    """The last one's keys wrap around the ring of 40."""
+    HQ, HK = heads
+    visible = torch.rand(T, S) < 0.5
+    visible[:, 0] = True
+    caches = (normal(3, HK, C, 16, dtype=dtype) for _ in range(2))
+    hold(
+        cpu.attention_masked,
+        normal(T, HQ, 16, dtype=dtype),
+        *caches,
+        1,
+        first,
+        visible,
+        0.3,
+        softcap,
+    )

@@ -205,7 +205,7 @@ def test_what_fails_harms_nobody_after_it(run, try_tiles, known_speed, monkeypat
 @interpreted
 @pytest.mark.parametrize(("seconds", "status"), [(13, "untried"), (15, "ok")])
 def test_the_time_is_up(seconds, status, run, try_tiles, known_speed, monkeypatch, tmp_path):
-    """In the second shape's heat or its final: what was decided is kept, the rest undecided."""
+    """In the second shape's trial or its final: what was decided is kept, the rest undecided."""
     prepare, prepared = trials.prepare, []
 
     def slow(calls, device):
@@ -217,7 +217,7 @@ def test_the_time_is_up(seconds, status, run, try_tiles, known_speed, monkeypatc
         monkeypatch.setattr(module, "clock", lambda: float(len(prepared)))  # a second for each
     known_speed[16] = 5.0
     try_tiles("skinny_linear", {"BLOCK_N": 16}, {"BLOCK_N": 32})
-    # a heat of 6 and a final of 4 seconds for each of two shapes
+    # a trial of 6 and a final of 4 seconds for each of two shapes
     code, report = run("--kernels", "skinny_linear", "--minutes", str(seconds / 60))
     assert code == 0
     first, second = (

@@ -114,7 +114,8 @@ class Continuation:
         first = runner.start_first_token(self._sequences, states)
         if rows_are_plain(mask, held, end, window):
             # a GPU computes the next step while the host reads the last
-            depth = 0 if self._criteria else runner.depth
+            reads_at_once = self._criteria or any(s.needs_logits for s in self._sequences)
+            depth = 0 if reads_at_once else runner.depth
             self._run_steps(first, lambda rows: runner.start_decode(rows, None), depth)
             self._note_decoded(cache)
         else:

@@ -24,7 +24,7 @@ from gemcut.engine.execution.model import Gemma
 from gemcut.engine.transformers_api.models.arrays import Convert, convert
 from gemcut.engine.transformers_api.models.caches import StaticCache
 from gemcut.engine.transformers_api.models.outputs import ModelOutput
-from gemcut.kernels.reference.attention import attention_masked
+from gemcut.kernels.cpu import attention_masked
 
 
 @dataclass

@@ -125,7 +125,7 @@ def test_replayed_prefills_give_what_plain_ones_give(family, chunk):
     with Engine.from_pretrained(family, **options) as engine:
         graphs = replay(engine)._graphs
         engine.warmup()
-        sizes = {key[1] - PLACE for key in graphs._captured if key[0] == "prefill"}
+        sizes = {key[2] - PLACE for key in graphs._captured if key[0] == "prefill_padded"}
         assert sizes == ({64, 128} if chunk == 512 else {8})
         tokens, *numbers = run(engine)
         assert tokens == expected[0]

@@ -48,6 +48,16 @@ def test_async_calls_give_what_the_others_give(engine):
     assert_serves(engine)
 
 
+def test_completions_that_end_in_one_step_end_their_request_once(engine):
+    """Or the end of the first request would be taken for that of the second."""
+    short = SamplingParams(n=2, seed=1, max_tokens=3, ignore_eos=True)
+    long = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    outputs = asyncio.run(engine.agenerate(PROMPTS[:2], [short, long]))
+    lengths = [[len(one.token_ids) for one in output.outputs] for output in outputs]
+    assert lengths == [[3, 3], [30]]
+    assert [o.finish_reason for output in outputs for o in output.outputs] == ["length"] * 3
+
+
 def test_a_thousand_tasks_share_the_slots(engine):
     async def all_tasks():
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

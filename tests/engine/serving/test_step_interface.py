@@ -46,6 +46,15 @@ def test_steps_give_what_generate_gives(engine):
     assert_serves(engine)
 
 
+def test_completions_that_end_in_one_step_end_their_request_once(engine):
+    """A second end would kill the engine: the first has taken the request's id away."""
+    params = SamplingParams(n=2, seed=1, max_tokens=3, ignore_eos=True)
+    engine.add("It was", params, request_id="two")
+    ends = [d.index for d in drain(engine)["two"] if d.finish_reason == "length"]
+    assert sorted(ends) == [0, 1]
+    assert_serves(engine)
+
+
 def test_nothing_moves_between_steps(engine):
     engine.add("x", GREEDY)
     before = engine.metrics()["steps"]

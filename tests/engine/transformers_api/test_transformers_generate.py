@@ -244,6 +244,33 @@ def test_steps_replayed_and_read_late_as_on_a_gpu(pair):
         assert cache.runner.steps.captures > 0
 
 
+def test_processors_see_each_token_where_steps_could_run_ahead(pair):
+    """On a GPU too, a step that shows its logits begins when all ids before it are known."""
+    _, ours = pair
+    ids = random_ids(1, LENGTH)
+    cache, seen = StaticCache(), []
+    cache.prepare(ours._gemma.config, 1, 60, ours.device, ours.dtype)
+    state = SlotState(1, VOCAB, ours.device)
+    cache.runner = Runner(replayed_steps(ours._gemma, cache.kv, state), None)
+    cache.runner.depth = 1
+
+    def note(ids, logits):
+        seen.append(ids.shape[1])
+        return logits
+
+    out = ours.generate(
+        ids,
+        past_key_values=cache,
+        logits_processor=[note],
+        return_dict_in_generate=True,
+        output_logits=True,
+        **GREEDY,
+    )
+    new = out.sequences.shape[1] - LENGTH
+    assert seen == list(range(LENGTH, LENGTH + new))
+    assert len(out.logits) == new
+
+
 def test_memory_and_graphs_outlive_a_call(pair):
     _, ours = pair
     ids = random_ids(length=LENGTH)
