@@ -57,7 +57,7 @@ class Continuation:
             seeds = torch.randint(INT64_MAX, (len(rows),)).tolist()
         self._sequences = []
         for slot, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-            ids = prompt.ids_of(row)
+            ids = list(prompt.token_ids[row])
             sequence = TokenSequence(
                 ids,
                 self._params(columns, ids, processors),

@@ -76,15 +76,13 @@ class GenerativeModel(PreTrainedModel):
             own = generation_config.with_ids_of(own)
         config = own.updated(settings)
         config.check_token_ids(self.config.vocab_size)
-        cache = StaticCache(self.config) if past_key_values is None else past_key_values
+        cache = self._kept_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, StaticCache):
             raise ValueError(
                 f"past_key_values is a {type(cache).__name__}; give init_cache(batch_size, "
                 f"max_length) or gemcut.engine.DynamicCache()"
             )
         prompt = read_prompts(self._gemma, cache, input_ids, attention_mask, inputs_embeds, config)
-        if past_key_values is None:
-            cache = self._kept_cache()
         continuation = Continuation(
             model=self._gemma,
             config=config,

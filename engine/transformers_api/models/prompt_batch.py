@@ -19,14 +19,7 @@ class PromptBatch:
 
     whole: Batch
     new: Batch  # the columns that are not in the cache
-
-    def ids_of(self, row: int) -> list[int]:
-        """The ids of a row without its padding; zeros where only embeddings are known."""
-        mask = self.whole.mask
-        if self.whole.token_ids is None:
-            return [0] * (self.whole.shape[1] if mask is None else int(mask[row].sum()))
-        ids = self.whole.token_ids[row].cpu()
-        return (ids if mask is None else ids[mask[row]]).tolist()
+    token_ids: list[list[int]]  # of each row, without padding; zeros where embeddings are given
 
 
 def read_prompts(
@@ -64,7 +57,15 @@ def read_prompts(
         check_is_stored(whole.mask, cache)
     elif any(length != past for length in cache.lengths):
         raise ValueError("the cache was filled with padding: give attention_mask here too")
-    return PromptBatch(whole, new)
+    return PromptBatch(whole, new, [_token_ids(whole, row) for row in range(B)])
+
+
+def _token_ids(batch: Batch, row: int) -> list[int]:
+    mask = batch.mask
+    if batch.token_ids is None:
+        return [0] * (batch.shape[1] if mask is None else int(mask[row].sum()))
+    ids = batch.token_ids[row].cpu()
+    return (ids if mask is None else ids[mask[row]]).tolist()
 
 
 def _mask_of_padding(ids: Tensor, config: GenerationConfig) -> Tensor | None:
