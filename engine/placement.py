@@ -94,5 +94,5 @@ def choose_ops(ops: str, device: torch.device) -> ModuleType:
 
 
 def is_plain_torch(ops: ModuleType) -> bool:
-    """Whether an op table is no kernels: it asks the host for numbers, and keeps whole scores."""
+    """Whether ops are plain torch: they read numbers on the host and keep all scores of a chunk."""
     return ops in (reference, cpu)

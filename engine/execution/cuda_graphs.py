@@ -17,7 +17,7 @@ from torch import Tensor
 from gemcut.engine.placement import is_plain_torch
 
 Step = Callable[..., Tensor]
-K = TypeVar("K", bound=Hashable)
+Key = TypeVar("Key", bound=Hashable)
 ROWS = 16  # rows of one pass over the weights: a step of fewer costs hardly less
 
 
@@ -87,7 +87,7 @@ class Graphs:
         return len(self._captured)
 
     def run(
-        self, key: K, inputs: Sequence[Tensor], new: Callable[[K], tuple[Step, Sequence[Blank]]]
+        self, key: Key, inputs: Sequence[Tensor], new: Callable[[Key], tuple[Step, Sequence[Blank]]]
     ) -> Tensor:
         """Replay the step of `key` on these inputs: its output, which the next replay overwrites.
 

@@ -201,6 +201,7 @@ class StepLoop:
             return
         self.scheduler.remove(sequence)
         self.metrics.count_end(sequence)
+        # several may have finished in this step: the one that is settled last ends the request
         others = (one for one in request.sequences if one is not sequence)
         if not any(other in self._owners for other in others):
             self.background.discard(request)

@@ -116,7 +116,7 @@ def test_a_subject_has_the_cases_of_every_batch(folder, small_grid):
     for subject in subjects:
         by_kernel.setdefault(subject.key[0], []).append(subject)
     assert list(by_kernel) == list(search_space.CANDIDATES)
-    assert len(by_kernel["skinny_linear"]) == 2  # behind attention, and behind the MLP
+    assert len(by_kernel["skinny_linear"]) == 2  # after attention, and after the MLP
     (head,) = by_kernel["lm_head"]
     assert {case.op for case in head.cases} == {"lm_head", "lm_head_argmax"}
     for subject in chain.from_iterable(by_kernel.values()):

@@ -85,7 +85,7 @@ def test_what_breaks_a_rule_is_dropped(compile_fakes):
 
 
 def test_candidates_are_timed_in_the_order_of_their_predictions(monkeypatch):
-    """The tile in use before all others; what is gone, behind."""
+    """The tile in use before all others; what is gone, last."""
     predicted = {"a=1": 30.0, "a=2": 10.0, "a=3": 20.0, "a=4": 5.0, "the rule": 20.0}
     subject = Subject(("k", (1,)), [], [Candidate({"a": n}, "compiled") for n in (1, 2, 3, 4)])
     subject.candidates[3].status = "dropped"
