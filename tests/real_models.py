@@ -1,0 +1,30 @@
+"""Real checkpoints, where GEMCUT_REAL_MODEL names the folder that holds them; tests skip without.
+
+gemma-3-270m         config.json, model.safetensors, tokenizer.model
+gemma-3-270m-json    the same weights with tokenizer.json and tokenizer_config.json alone
+gemma3, gemini       packages of npm: package/models/ has the tokenizer.json and
+                     tokenizer_config.json of Gemma 3, and of Gemma 1 and 2
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+NAME = "GEMCUT_REAL_MODEL"
+
+
+def real_folder(name: str) -> Path:
+    """A folder below that of GEMCUT_REAL_MODEL; the test skips where there is none."""
+    base = os.environ.get(NAME)
+    if base is None:
+        pytest.skip(f"{NAME} names no folder of real checkpoints")
+    folder = Path(base) / name
+    if not folder.is_dir():
+        pytest.skip(f"{NAME} has no {name}")
+    return folder
+
+
+def real_tokenizer(name: str) -> Path:
+    """The folder with the tokenizer files of "gemma3", or of "gemini" (Gemma 1 and 2)."""
+    return real_folder(f"{name}/package/models")
