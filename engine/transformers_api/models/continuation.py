@@ -191,7 +191,8 @@ class Continuation:
                     f"{getattr(scores, 'shape', scores)!r}"
                 )
         self.outputs.add_scores(whole, scores)
-        return scores.index_select(0, slots)
+        # a rule may force a token by an infinite score; the sampler chooses finite ones
+        return scores.index_select(0, slots).clamp(max=torch.finfo(scores.dtype).max)
 
     @property
     def _count(self) -> int:

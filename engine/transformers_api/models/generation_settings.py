@@ -111,6 +111,10 @@ def check(config: GenerationConfig) -> None:
             )
         check_int("exponential_decay_length_penalty: start", decay[0], 0, LARGEST)
         check_number("exponential_decay_length_penalty: factor", decay[1], above=0)
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = set(token_ids_of(getattr(config, name)))
+        if forced and forced <= set(token_ids_of(config.suppress_tokens)):
+            raise ValueError(f"{name} {shorten(getattr(config, name))} is in suppress_tokens too")
     _check_stop_strings(config.stop_strings)
 
 

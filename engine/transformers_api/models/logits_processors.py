@@ -62,9 +62,7 @@ def make_processors(
 
     A processor of the caller's takes the place of the rule that has its class' name.
     """
-    rules = _rules(config, shape)
-    if prefix_allowed_tokens_fn is not None:
-        rules["PrefixConstrainedLogitsProcessor"] = _allow(prefix_allowed_tokens_fn, shape.times)
+    rules = _rules(config, shape, prefix_allowed_tokens_fn)
     of_name = {type(processor).__name__: processor for processor in reversed(custom)}
     chosen = [of_name.get(name, rule) for name, rule in rules.items()]
     chosen += [processor for processor in custom if processor not in chosen]
@@ -75,7 +73,9 @@ def make_processors(
     return chosen
 
 
-def _rules(config: GenerationConfig, shape: Shape) -> dict[str, Processor]:
+def _rules(
+    config: GenerationConfig, shape: Shape, allowed: Callable[[int, Tensor], Any] | None
+) -> dict[str, Processor]:
     """The rules that hold whether tokens are drawn or not, by transformers' names and order."""
     ends = [token_id for token_id in config.eos_token_id if token_id >= 0]
     begin, fewest = shape.id_columns, fewest_tokens(config, shape.columns)
@@ -96,6 +96,8 @@ def _rules(config: GenerationConfig, shape: Shape) -> dict[str, Processor]:
     if fewest and ends:
         given = "MinLength" if config.min_new_tokens is None else "MinNewTokensLength"
         rules[f"{given}LogitsProcessor"] = _ban(ends, lambda length: length - begin < fewest)
+    if allowed is not None:
+        rules["PrefixConstrainedLogitsProcessor"] = _allow(allowed, shape.times)
     if config.forced_bos_token_id is not None:
         forced = token_ids_of(config.forced_bos_token_id)
         rules["ForcedBOSTokenLogitsProcessor"] = _force(forced, 1)
