@@ -1,6 +1,8 @@
 """`generate`: checks its arguments; continuation.py makes the steps."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from gemcut.engine.transformers_api.models.outputs import GenerateDecoderOnlyOut
 from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel, on_its_device
 from gemcut.engine.transformers_api.models.prompt_batch import read_prompts
 from gemcut.tokenizer import Tokenizer
+
+SPARE_CACHES = 8  # kept for later calls: as many calls at once take no new memory
 
 
 class GenerativeModel(PreTrainedModel):
@@ -76,42 +80,60 @@ class GenerativeModel(PreTrainedModel):
             own = generation_config.with_ids_of(own)
         config = own.updated(settings)
         config.check_token_ids(self.config.vocab_size)
-        cache = self._kept_cache() if past_key_values is None else past_key_values
-        if not isinstance(cache, StaticCache):
+        if past_key_values is not None and not isinstance(past_key_values, StaticCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; give init_cache(batch_size, "
-                f"max_length) or gemcut.engine.DynamicCache()"
+                f"past_key_values is a {type(past_key_values).__name__}; give init_cache("
+                f"batch_size, max_length) or gemcut.engine.DynamicCache()"
             )
-        prompt = read_prompts(self._gemma, cache, input_ids, attention_mask, inputs_embeds, config)
-        continuation = Continuation(
-            model=self._gemma,
-            config=config,
-            prompt=prompt,
-            cache=cache,
-            processors=[_for_one_row(p) for p in logits_processor or ()],
-            criteria=list(stopping_criteria or ()),
-            streamer=streamer,
-            tokenizer=_codec_of(tokenizer, config),
-        )
+        with self._cache_for(past_key_values) as cache:
+            continuation = Continuation(
+                model=self._gemma,
+                config=config,
+                prompt=read_prompts(
+                    self._gemma, cache, input_ids, attention_mask, inputs_embeds, config
+                ),
+                cache=cache,
+                processors=[_for_one_row(p) for p in logits_processor or ()],
+                criteria=list(stopping_criteria or ()),
+                streamer=streamer,
+                tokenizer=_codec_of(tokenizer, config),
+            )
+            ids = continuation.run()
         kind = converter_to_kind_of(inputs_embeds if input_ids is None else input_ids)
-        sequences = kind(continuation.run())
+        sequences = kind(ids)
         if not config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             logits=convert(continuation.logits(), kind) if config.output_logits else None,
-            past_key_values=None if past_key_values is None else cache,
+            past_key_values=past_key_values,
         )
 
-    def _kept_cache(self) -> StaticCache:
-        """A cache that outlives the call: its memory, and the graphs that were captured over it."""
-        cache = self.__dict__.setdefault("_generation_cache", StaticCache(self.config))
+    @contextmanager
+    def _cache_for(self, given: StaticCache | None) -> Iterator[StaticCache]:
+        """The given cache, or a spare one of the model's own, for one call alone.
+
+        A spare cache outlives the call: its memory, and the graphs that were captured over it.
+        """
+        if given is not None:
+            with given.in_use():
+                yield given
+            return
+        spares = self._spare_caches
+        try:
+            cache = spares.pop()
+        except IndexError:
+            cache = StaticCache(self.config)
         cache.reset()
-        return cache
+        try:
+            yield cache
+        finally:
+            spares.append(cache)
 
     def _set_up(self, *args: Any, **kwargs: Any) -> None:
         super()._set_up(*args, **kwargs)
-        self.__dict__.pop("_generation_cache", None)  # of another device or dtype
+        # those of another device or dtype go
+        self._spare_caches: deque[StaticCache] = deque(maxlen=SPARE_CACHES)
 
 
 def _for_one_row(processor: Callable[[Tensor, Tensor], Tensor]) -> LogitsProcessor:
