@@ -5,7 +5,7 @@ hands out their tokens, and TokenSequence says when a row ends.  Where the sampl
 the settings it chooses alone; otherwise the processors make the scores of a whole batch first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from gemcut.engine.execution.runner import Runner
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.requests.sampling_params import INT64_MAX, MAX_DRAFT, SamplingParams
 from gemcut.engine.requests.sequence import TokenSequence
-from gemcut.engine.transformers_api.models.caches import StaticCache
+from gemcut.engine.transformers_api.models.caches import LateTokens, StaticCache
 from gemcut.engine.transformers_api.models.forward import Batch, States, forward, rows_are_plain
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
 from gemcut.engine.transformers_api.models.generation_settings import fewest_tokens
@@ -60,7 +60,7 @@ class Continuation:
         rows = [row for row in range(len(prompt.token_ids)) for _ in range(shape.times)]
         seeds = [0] * len(rows)
         if config.do_sample:  # of torch's generator: its seed decides, as in transformers
-            seeds = torch.randint(INT64_MAX, (len(rows),)).tolist()
+            seeds = torch.randint(INT64_MAX, (len(rows),), device="cpu").tolist()
         params = self._params()
         self._sequences = []
         for slot, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
@@ -117,6 +117,7 @@ class Continuation:
             self._run_steps(first, self._recomputed_steps(runner, mask), depth=0)
         else:
             self._run_steps(first, self._masked_steps(runner, mask, cache), depth=0)
+        self._note_late(cache)
         if self._streamer is not None:
             self._streamer.end()
         return self._result(max(len(s.output_ids) for s in self._sequences))
@@ -141,7 +142,7 @@ class Continuation:
         self.outputs.add_states(states, times)
         last = states.last[:, -1]
         if new.mask is not None:
-            columns = torch.arange(new.shape[1]) * new.mask[:, -new.shape[1] :]
+            columns = torch.arange(new.shape[1], device="cpu") * new.mask[:, -new.shape[1] :]
             where = columns.argmax(1).to(self._model.device)
             last = states.last[torch.arange(len(where), device=self._model.device), where]
         return last.repeat_interleave(times, dim=0), cache
@@ -165,7 +166,7 @@ class Continuation:
 
     def _runner(self, cache: StaticCache) -> Runner:
         """The runner of steps over this cache; later calls use its graphs too."""
-        if cache.runner is None:
+        if cache.runner is None or cache.runner.model is not self._model:
             assert cache.kv is not None
             state = SlotState(cache.kv.num_slots, self._model.config.vocab_size, self._model.device)
             cache.runner = Runner(choose_steps(self._model, cache.kv, state), tokenizer=None)
@@ -249,7 +250,7 @@ class Continuation:
         def start(wanting: list[TokenSequence]) -> PendingTokens:
             nonlocal mask
             if mask is None:
-                mask = torch.ones(rows, cache.get_seq_length(), dtype=torch.bool)
+                mask = torch.ones(rows, cache.get_seq_length(), dtype=torch.bool, device="cpu")
             mask = torch.cat([mask, self._goes_on()], dim=1)
             newest = self._result(self._count)[:, -1:]
             batch = Batch(newest, None, (rows, 1), mask, self._newest_positions(), None)
@@ -260,7 +261,7 @@ class Continuation:
     def _recomputed_steps(self, runner: Runner, mask: Tensor | None) -> Start:
         """A function that starts a step with all columns, whose states are wanted each time."""
         positions = self._prompt.whole.position_ids.repeat_interleave(self._shape.times, dim=0)
-        mask = torch.ones(positions.shape, dtype=torch.bool) if mask is None else mask
+        mask = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
 
         def start(wanting: list[TokenSequence]) -> PendingTokens:
             nonlocal mask, positions
@@ -284,7 +285,7 @@ class Continuation:
 
     def _goes_on(self) -> Tensor:
         """Which rows have a newest token that is no padding: bool [B, 1]."""
-        return torch.tensor([[s.wants_token] for s in self._sequences])
+        return _on_host([[s.wants_token] for s in self._sequences]).bool()
 
     def _newest_positions(self) -> Tensor:
         positions = self._prompt.next_positions(self._count - 1)
@@ -310,7 +311,7 @@ class Continuation:
     def _ask_criteria(self, count: int) -> None:
         """End the rows of which a criterion says so, `count` tokens after the prompts."""
         ids, rows = self._result(count), len(self._sequences)
-        ended = torch.zeros(rows, dtype=torch.bool)
+        ended = torch.zeros(rows, dtype=torch.bool, device="cpu")
         for criterion in self._criteria:
             said = torch.as_tensor(criterion(ids, self.outputs.scores_so_far), dtype=torch.bool)
             ended |= said.reshape(-1).cpu().expand(rows)
@@ -327,7 +328,17 @@ class Continuation:
     def _note_decoded(self, cache: StaticCache) -> None:
         """Tell the cache which tokens the steps have left in it: all but each row's newest."""
         counts = [len(s.output_ids) - 1 for s in self._sequences]
-        cache.extend(max(counts), [torch.arange(count) for count in counts])
+        cache.extend(max(counts), [torch.arange(count, device="cpu") for count in counts])
+
+    def _note_late(self, cache: StaticCache) -> None:
+        """Tell the cache what no step has computed: the ends of rows that end before others."""
+        end = max(len(s.output_ids) for s in self._sequences) - 1
+        late = []
+        for s in self._sequences:
+            ids = (s.output_ids + [self._pad_id] * end)[len(s.output_ids) - 1 : end]
+            first = s.length - 1  # the position of its newest token
+            late.append(LateTokens(_on_host(ids), _on_host(range(first, first + len(ids)))))
+        cache.leave_late(late)
 
     def _result(self, count: int) -> Tensor:
         """The prompts, where they are ids, and `count` new ones: [B * times, T + count]."""
@@ -336,3 +347,7 @@ class Continuation:
         new = torch.tensor(padded, dtype=torch.int64, device=self._model.device)
         ids = self._prompt.ids.repeat_interleave(self._shape.times, dim=0)
         return torch.cat([ids, new.view(len(rows), count)], dim=1)
+
+
+def _on_host(numbers: Sequence[Any]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever torch's default is

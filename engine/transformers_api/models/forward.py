@@ -107,9 +107,11 @@ def forward(
     output_attentions: bool = False,
 ) -> States:
     """Compute a batch that goes on from what the cache holds, and add it there."""
-    (B, T), past, config = batch.shape, cache.get_seq_length(), model.config
+    if late := max(map(len, cache.late), default=0):
+        batch = _after_late_tokens(model, batch, cache, late)
+    (B, T), past, config = batch.shape, cache.get_seq_length() - late, model.config
     kv = cache.prepare(config, B, past + T, model.device, model.dtype)
-    real = [_real_columns(batch, row, past) for row in range(B)]
+    real = [_real_columns(batch, row, past, cache, late) for row in range(B)]
     held = cache.lengths
     columns = [
         torch.cat([cache.columns_of(row), new + past]) for row, new in enumerate(real)
@@ -144,7 +146,7 @@ def forward(
             _residual(model, batch, where),
             kv,
             _upload(torch.cat([torch.full_like(p.columns, p.row) for p in pieces]), model),
-            _upload(torch.cat([torch.arange(len(p.columns)) + p.start for p in pieces]), model),
+            _upload(torch.cat([_ranks(p) for p in pieces]), model),
             _rope_tables(model, batch, flat),
             attend,
             observe,
@@ -159,12 +161,36 @@ def forward(
     cache.extend(T, real)
 
     def by_row(x: Tensor) -> Tensor:
-        return x.view(B, T, -1)
+        return x.view(B, T, -1)[:, late:]
 
     return States(
         last=by_row(last),
         hidden=None if hidden is None else tuple(by_row(x) for x in (*hidden, last)),
-        attentions=None if attentions is None else tuple(attentions),
+        attentions=None if attentions is None else tuple(x[:, :, late:] for x in attentions),
+    )
+
+
+def _after_late_tokens(model: Gemma, batch: Batch, cache: StaticCache, width: int) -> Batch:
+    """A batch with the cache's last `width` columns before it, and their late tokens in these."""
+    (B, T), late = batch.shape, cache.late
+    ids = torch.zeros(B, width, dtype=torch.int64, device="cpu")
+    positions = torch.zeros_like(ids)
+    for row, tokens in enumerate(late):
+        first = width - len(tokens)
+        ids[row, first:], positions[row, first:] = tokens.token_ids, tokens.positions
+    ids, token_ids, embeds = _upload(ids, model), batch.token_ids, batch.embeds
+    if token_ids is not None:
+        token_ids = torch.cat([ids, token_ids], dim=1)
+    if embeds is not None:
+        before = model.embed(ids.flatten()).view(B, width, -1)
+        embeds = torch.cat([before.to(embeds.dtype), embeds], dim=1)
+    return Batch(
+        token_ids,
+        embeds,
+        (B, width + T),
+        batch.mask,
+        torch.cat([positions, batch.position_ids], dim=1),
+        batch.segments,
     )
 
 
@@ -172,20 +198,25 @@ def _step(
     model: Gemma, kv: KVCache, batch: Batch, real: list[Tensor], held: list[int], last: Tensor
 ) -> None:
     """Decode one token of each row that has one; its state goes to last [B, D]."""
-    rows = torch.tensor([row for row, columns in enumerate(real) if len(columns)])
+    rows = _on_host([row for row, columns in enumerate(real) if len(columns)])
     if len(rows):
         assert batch.token_ids is not None
         where = _upload(rows, model)
-        ranks = _upload(torch.tensor(held)[rows], model)
+        ranks = _upload(_on_host(held)[rows], model)
         ids = batch.token_ids.flatten().index_select(0, where)
         tables = _rope_tables(model, batch, rows)
         last.index_copy_(0, where, model.decode(ids, kv, where, ranks, tables))
 
 
-def _real_columns(batch: Batch, row: int, past: int) -> Tensor:
-    if batch.mask is None:
-        return torch.arange(batch.shape[1])
-    return batch.mask[row, past:].nonzero().flatten()
+def _real_columns(batch: Batch, row: int, past: int, cache: StaticCache, late: int) -> Tensor:
+    """The columns whose tokens are computed, of the `late` cached ones and the new ones."""
+    columns = torch.arange(batch.shape[1], device="cpu")
+    is_real = torch.ones_like(columns, dtype=torch.bool)
+    if late:  # the others of these columns are in the cache
+        is_real[: late - len(cache.late[row])] = False
+    if batch.mask is not None:
+        is_real &= batch.mask[row, past:]
+    return columns[is_real]
 
 
 def _chunks(real: list[Tensor], held: list[int], chunk: int) -> list[list[Piece]]:
@@ -237,10 +268,10 @@ def _rope_tables(model: Gemma, batch: Batch, flat: Tensor) -> list[tuple[Tensor,
 def _attend_plainly(
     model: Gemma, kv: KVCache, pieces: list[Piece]
 ) -> Callable[[int, Tensor], Tensor]:
-    lengths = torch.tensor([0, *(len(piece.columns) for piece in pieces)])
+    lengths = _on_host([0, *(len(piece.columns) for piece in pieces)])
     where = {
-        "slots": _upload(torch.tensor([piece.row for piece in pieces]), model),
-        "starts": _upload(torch.tensor([piece.start for piece in pieces]), model),
+        "slots": _upload(_on_host([piece.row for piece in pieces]), model),
+        "starts": _upload(_on_host([piece.start for piece in pieces]), model),
         "cu_seqlens": _upload(lengths.cumsum(0), model),
     }
 
@@ -302,6 +333,14 @@ def _visible(piece: Piece, keys: Tensor, batch: Batch, past: int, window: int | 
         of_row = batch.segments[piece.row]
         visible &= of_row[keys] == of_row[piece.columns].unsqueeze(-1)
     return visible
+
+
+def _on_host(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever torch's default is
+
+
+def _ranks(piece: Piece) -> Tensor:
+    return torch.arange(piece.start, piece.start + len(piece.columns), device="cpu")
 
 
 def _upload(x: Tensor, model: Gemma) -> Tensor:

@@ -1,7 +1,9 @@
 """`generate`: checks its arguments; continuation.py makes the steps."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from gemcut.engine.transformers_api.models.outputs import GenerateDecoderOnlyOut
 from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel, on_its_device
 from gemcut.engine.transformers_api.models.prompt_batch import PromptBatch, read_prompts
 from gemcut.engine.transformers_api.models.stop_strings import StopStringCriteria
+
+SPARE_CACHES = 8  # kept for later calls: as many calls at once take no new memory
 
 
 class GenerativeModel(PreTrainedModel):
@@ -106,37 +110,37 @@ class GenerativeModel(PreTrainedModel):
                 f"max_length) or gemcut.engine.DynamicCache()"
             )
         returns_cache = config.return_dict_in_generate and config.use_cache
-        if given is not None:
-            used = given
-        else:  # what the caller gets is the caller's own
-            used = StaticCache(self.config) if returns_cache else self._kept_cache()
-        prompt = read_prompts(
-            self._gemma, used, input_ids, attention_mask, inputs_embeds, position_ids, config
-        )
-        shape = _shape_of(prompt, config, self._gemma.config.context_length)
+        if given is None and returns_cache:  # what the caller gets is the caller's own
+            given = StaticCache(self.config)
         custom = as_list("logits_processor", logits_processor)
-        processors = None
-        if custom or prefix_allowed_tokens_fn is not None or not runs_on_device(config, shape):
-            processors = make_processors(config, shape, custom, prefix_allowed_tokens_fn)
-        continuation = Continuation(
-            model=self._gemma,
-            config=config,
-            prompt=prompt,
-            shape=shape,
-            cache=used,
-            processors=processors,
-            criteria=criteria,
-            streamer=streamer,
-        )
+        with self._cache_for(given) as used:
+            prompt = read_prompts(
+                self._gemma, used, input_ids, attention_mask, inputs_embeds, position_ids, config
+            )
+            shape = _shape_of(prompt, config, self._gemma.config.context_length)
+            processors = None
+            if custom or prefix_allowed_tokens_fn is not None or not runs_on_device(config, shape):
+                processors = make_processors(config, shape, custom, prefix_allowed_tokens_fn)
+            continuation = Continuation(
+                model=self._gemma,
+                config=config,
+                prompt=prompt,
+                shape=shape,
+                cache=used,
+                processors=processors,
+                criteria=criteria,
+                streamer=streamer,
+            )
+            ids = continuation.run()
         kind = converter_to_kind_of(inputs_embeds if input_ids is None else input_ids)
-        sequences = kind(continuation.run())
+        sequences = kind(ids)
         if not config.return_dict_in_generate:
             return sequences
         outputs = continuation.outputs.as_tuples()
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             **{name: convert(value, kind) for name, value in outputs.items()},
-            past_key_values=used if returns_cache else None,
+            past_key_values=given if returns_cache else None,
         )
 
     def compute_transition_scores(
@@ -158,15 +162,31 @@ class GenerativeModel(PreTrainedModel):
         new = sequences[:, sequences.shape[1] - stacked.shape[1] :]
         return stacked.gather(2, new.unsqueeze(-1)).squeeze(-1)
 
-    def _kept_cache(self) -> StaticCache:
-        """A cache that outlives the call: its memory, and the graphs that were captured over it."""
-        cache = self.__dict__.setdefault("_generation_cache", StaticCache(self.config))
+    @contextmanager
+    def _cache_for(self, given: StaticCache | None) -> Iterator[StaticCache]:
+        """The given cache, or a spare one of the model's own, for one call alone.
+
+        A spare cache outlives the call: its memory, and the graphs that were captured over it.
+        """
+        if given is not None:
+            with given.in_use():
+                yield given
+            return
+        spares = self._spare_caches
+        try:
+            cache = spares.pop()
+        except IndexError:
+            cache = StaticCache(self.config)
         cache.reset()
-        return cache
+        try:
+            yield cache
+        finally:
+            spares.append(cache)
 
     def _set_up(self, *args: Any, **kwargs: Any) -> None:
         super()._set_up(*args, **kwargs)
-        self.__dict__.pop("_generation_cache", None)  # of another device or dtype
+        # those of another device or dtype go
+        self._spare_caches: deque[StaticCache] = deque(maxlen=SPARE_CACHES)
 
 
 def _own_criteria(config: GenerationConfig, tokenizer: Any) -> list[Callable[..., Any]]:

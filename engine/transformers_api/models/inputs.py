@@ -104,8 +104,8 @@ def check_is_stored(mask: Tensor, cache: StaticCache) -> None:
     """Nothing, or ValueError where a mask [B, past + T] shows a column that is not cached."""
     past = cache.get_seq_length()
     for row in range(mask.shape[0] if past else 0):
-        stored = torch.zeros(past, dtype=torch.bool)
-        stored[cache.columns_of(row)] = True
+        stored = torch.zeros(past, dtype=torch.bool, device="cpu")
+        stored[cache.shown_columns(row)] = True
         if (lost := (mask[row, :past] & ~stored).nonzero()).numel():
             raise ValueError(
                 f"attention_mask shows column {int(lost[0])} of row {row}, but it was hidden when "
@@ -117,7 +117,7 @@ def check_cache_position(value: Any, past: int, count: int, device: torch.device
     """Nothing, or ValueError where the new columns would not follow the cached ones."""
     if value is None:
         return
-    expected = torch.arange(past, past + count)
+    expected = torch.arange(past, past + count, device="cpu")
     if not torch.equal(as_tensor("cache_position", value, device).cpu().to(torch.int64), expected):
         raise ValueError(
             f"cache_position {shorten(value)} is not {past} to {past + count - 1}, where the cache "
@@ -152,7 +152,7 @@ def _read_mask(
 
 def _read_positions(value: Any, rows: int, columns: int, past: int, model: Gemma) -> Tensor:
     if value is None:
-        return torch.arange(past, past + columns).expand(rows, columns)
+        return torch.arange(past, past + columns, device="cpu").expand(rows, columns)
     positions = as_tensor("position_ids", value, model.device)
     shape = tuple(positions.shape)
     if positions.dtype not in INTEGERS or shape not in ((rows, columns), (1, columns)):

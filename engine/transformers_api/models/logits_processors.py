@@ -94,8 +94,10 @@ def _rules(
         ]
         rules["NoBadWordsLogitsProcessor"] = _bias([(ids, -INF) for ids in banned])
     if fewest and ends:
-        given = "MinLength" if config.min_new_tokens is None else "MinNewTokensLength"
-        rules[f"{given}LogitsProcessor"] = _ban(ends, lambda length: length - begin < fewest)
+        early = _ban(ends, lambda length: length - begin < fewest)
+        rules["MinLengthLogitsProcessor"] = early
+        if config.min_new_tokens is not None:
+            rules["MinNewTokensLengthLogitsProcessor"] = early
     if allowed is not None:
         rules["PrefixConstrainedLogitsProcessor"] = _allow(allowed, shape.times)
     if config.forced_bos_token_id is not None:

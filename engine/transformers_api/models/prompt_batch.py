@@ -26,7 +26,7 @@ class PromptBatch:
     def next_positions(self, count: int) -> Tensor:
         """The positions of the tokens after `count` new ones: int64 [B, 1] on the host."""
         if self.counts_ranks:
-            lengths = torch.tensor([[len(ids)] for ids in self.token_ids])
+            lengths = torch.tensor([[len(ids)] for ids in self.token_ids], device="cpu")
         else:
             lengths = self.whole.position_ids[:, -1:] + 1
         return lengths + count
@@ -72,7 +72,9 @@ def read_prompts(
     if whole.mask is not None and not (rows := whole.mask[:, past:].any(1)).all():
         row = int((~rows).nonzero()[0])
         raise ValueError(f"row {row} of the prompt has no token that is not masked")
-    real = torch.ones(B, T, dtype=torch.bool) if whole.mask is None else whole.mask
+    real = whole.mask
+    if real is None:
+        real = torch.ones(B, T, dtype=torch.bool, device="cpu")
     ranks = (real.long().cumsum(-1) - 1).clamp(min=0)  # as transformers counts in generate
     if position_ids is None:
         whole.position_ids = ranks
@@ -86,7 +88,7 @@ def read_prompts(
     )
     if past and whole.mask is not None:
         check_is_stored(whole.mask, cache)
-    elif any(length != past for length in cache.lengths):
+    elif cache.has_holes:
         raise ValueError("the cache was filled with padding: give attention_mask here too")
     on_host = given.cpu()
     return PromptBatch(
