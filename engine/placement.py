@@ -1,5 +1,7 @@
 """The choice of device, dtype and op table; "auto" takes what suits the machine."""
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -27,6 +29,24 @@ def in_temporary_thread(work: Callable[[], T]) -> T:
         return thread.submit(work).result()
 
 
+_THREAD = threading.local()
+
+
+def check_process() -> None:
+    """Nothing, or RuntimeError where this thread would wait for threads that a fork left behind.
+
+    A thread that has computed on a CPU has a team of OpenMP threads.  In a child process that was
+    forked by it the team is gone, and its next parallel region waits for it for ever.
+    """
+    process = os.getpid()
+    if getattr(_THREAD, "process", process) != process and torch.get_num_threads() > 1:
+        raise RuntimeError(
+            "this process was forked by a thread that had computed, whose helpers are not here: "
+            "start it by spawn, or call torch.set_num_threads(1) in it first"
+        )
+    _THREAD.process = process
+
+
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Within it torch computes as it does by itself, on this device, whatever the caller has set.
@@ -34,6 +54,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     No gradients, no autocast, and tensors that may be written to outside inference mode.  A default
     device or dtype stays, for callbacks: gemcut's own tensors are made with both.
     """
+    check_process()
     with ExitStack() as settings:
         settings.enter_context(torch.inference_mode(False))
         settings.enter_context(torch.no_grad())

@@ -122,7 +122,8 @@ class CausalLM(WithHead, GenerativeModel):
         after padding is predicted from nothing, and does not count.  With labels, logits are
         computed when they are first accessed: a loss alone never holds all of them.
         logits_to_keep: 0 keeps all columns, n the last n, an array [kept] or [B, kept] these, a
-        bool array [B, T] those that are true (then logits are [kept, V]).  Otherwise as the model without a head.
+        bool array [B, T] those that are true (then logits are [kept, V]).  Otherwise as the model
+        without a head.
         """
         with self._run(
             input_ids,
