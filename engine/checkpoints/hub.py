@@ -47,6 +47,7 @@ _NEUTRAL = {
     "use_auth_token": (None,),
     "proxies": (None, {}),
 }
+CONFIG_FILES = ["config.json", "adapter_config.json"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 

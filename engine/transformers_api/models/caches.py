@@ -321,3 +321,17 @@ def _copy_rows(source: KVCache, target: KVCache, rows: list[int]) -> None:
         for x, y in ((old.k, new.k), (old.v, new.v)):
             count = min(x.shape[2], y.shape[2])
             y[:, :, :count].copy_(x[rows, :, :count])
+
+
+def one_cache(past_key_values: Any, cache: Any) -> StaticCache | None:
+    """The cache of a call, which has an older and a newer keyword; ValueError for what is none."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument: give one")
+    name = "past_key_values" if cache is None else "cache"
+    given = past_key_values if cache is None else cache
+    if given is None or isinstance(given, StaticCache):
+        return given
+    raise ValueError(
+        f"{name} is a {type(given).__name__}; give what an earlier call returned, "
+        f"init_cache(batch_size, max_length), or gemcut.engine.DynamicCache()"
+    )

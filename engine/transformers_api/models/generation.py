@@ -47,11 +47,12 @@ class GenerativeModel(PreTrainedModel):
     def _read_more(self, folder: Path) -> None:
         self.generation_config = GenerationConfig.of_model(self.config, folder)
 
-    def save_pretrained(
-        self, save_directory: str | Path, *, max_shard_size: int = 5 * 10**9
-    ) -> None:
+    def can_generate(self) -> bool:
+        return True
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write config.json, generation_config.json and the weights to a folder."""
-        super().save_pretrained(save_directory, max_shard_size=max_shard_size)
+        super().save_pretrained(save_directory, **options)
         self.generation_config.save_pretrained(save_directory)
 
     @on_its_device

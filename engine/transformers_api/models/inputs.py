@@ -1,5 +1,6 @@
 """Checks of the arrays given to a model: each error is one line that says what to do."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -123,6 +124,38 @@ def check_cache_position(value: Any, past: int, count: int, device: torch.device
             f"cache_position {shorten(value)} is not {past} to {past + count - 1}, where the cache "
             f"goes on; leave it out"
         )
+
+
+def read_columns(which: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """The columns of which logits are wanted: int64 [kept] or [B, kept], or bool [B, T]."""
+    T = shape[1]
+    if isinstance(which, Integral) and not isinstance(which, bool):
+        if which < 0:
+            raise ValueError(f"logits_to_keep {which} is negative; 0 keeps all columns")
+        return torch.arange(T, device=device)[-int(which) :]
+    columns = as_tensor("logits_to_keep", which, device)
+    if columns.dtype == torch.bool and tuple(columns.shape) == shape:
+        return columns
+    if columns.dtype not in INTEGERS or columns.dim() not in (1, 2):
+        raise ValueError(
+            f"logits_to_keep is {columns.dtype} {list(columns.shape)}, must be a number, columns "
+            f"[kept] or [{shape[0]}, kept], or a bool for each of {list(shape)}"
+        )
+    if columns.dim() == 2 and columns.shape[0] != shape[0]:
+        raise ValueError(f"logits_to_keep has {columns.shape[0]} rows, the batch {shape[0]}")
+    columns = columns.to(torch.int64)
+    if columns.numel() and not (int(columns.min()) >= -T and int(columns.max()) < T):
+        raise ValueError(f"logits_to_keep names a column outside {-T}..{T - 1}")
+    return columns % T
+
+
+def keep_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """The columns of x [B, T, D] that `read_columns` has chosen: [B, kept, D] or [kept, D]."""
+    if columns.dtype == torch.bool:
+        return x[columns]
+    if columns.dim() == 1:
+        return x.index_select(1, columns)
+    return x.take_along_dim(columns.unsqueeze(-1), dim=1)
 
 
 def _read_mask(

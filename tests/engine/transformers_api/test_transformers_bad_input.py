@@ -344,7 +344,11 @@ def test_a_config_of_another_family(model, tmp_path):
 
 
 LOADING = {
-    "quantized": ({"quantization_config": {}}, NotImplementedError, "is not there yet"),
+    "quantized": (
+        {"quantization_config": {}},
+        NotImplementedError,
+        "quantization_config={} is not",
+    ),
     "attention": ({"attn_implementation": "paged"}, ValueError, "'paged' is unknown; 'eager'"),
     "remote": ({"use_safetensors": False}, NotImplementedError, "use_safetensors=False"),
     "half": ({"dtype": torch.float16}, ValueError, "float16 is refused: .* overflow"),
