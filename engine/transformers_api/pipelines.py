@@ -1,6 +1,5 @@
 """`pipeline("text-generation")`: text in, text out."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.engine.checks import check_int, shorten
+from gemcut.engine.checks import check_int, shorten, warn_caller
 from gemcut.engine.transformers_api.auto import AutoModelForCausalLM, AutoTokenizer
 from gemcut.engine.transformers_api.models.generation import GenerativeModel
 from gemcut.engine.transformers_api.models.generation_config import (
@@ -77,9 +76,7 @@ def pipeline(
             raise ValueError("a model that is loaded needs its tokenizer too: tokenizer=")
         for name, value in {**loading, "device_map": device_map}.items():
             if value is not None:
-                warnings.warn(
-                    f"{name}={shorten(value)} has no effect: the model is loaded", stacklevel=2
-                )
+                warn_caller(f"{name}={shorten(value)} has no effect: the model is loaded")
         if device is not None:
             model.to("cpu" if device == -1 else device)
         loaded = model

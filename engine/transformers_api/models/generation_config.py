@@ -1,13 +1,12 @@
 """GenerationConfig: the settings of `generate` by their documented names, and their file."""
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checks import refuse_unknown, shorten
+from gemcut.engine.checks import refuse_unknown, shorten, warn_caller
 from gemcut.engine.config.config_file import as_token_ids, read_json_object
 from gemcut.engine.config.generation_file import read_generation_config
 from gemcut.engine.transformers_api.models.configs import PreTrainedConfig
@@ -173,7 +172,7 @@ class GenerationConfig:
         unknown = [k for k in result.extra if k[:1] != "_" and k != "transformers_version"]
         if unknown:
             names = ", ".join(map(shorten, unknown))
-            warnings.warn(f"{FILE}: nothing here reads {names}", stacklevel=2)
+            warn_caller(f"{FILE}: nothing here reads {names}")
         for name, value in settings.items():
             setattr(result, name, value)
         return result

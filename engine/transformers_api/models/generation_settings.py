@@ -1,10 +1,16 @@
 """The settings of one `generate`: what call, config object, file and defaults give, checked."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gemcut.engine.checks import check_bool, check_int, check_number, refuse_unknown, shorten
+from gemcut.engine.checks import (
+    check_bool,
+    check_int,
+    check_number,
+    refuse_unknown,
+    shorten,
+    warn_caller,
+)
 from gemcut.engine.transformers_api.models.generation_config import (
     DEFAULTS,
     NAMES,
@@ -195,16 +201,12 @@ def _warn_of_no_effect(of_caller: Mapping[str, Any], config: GenerationConfig) -
     usual = {**DEFAULTS, **OF_BEAMS}
     for name, needed in said:
         if (value := of_caller.get(name)) is not None and value != usual[name]:
-            _warn(f"{name}={shorten(value)} has no effect without {needed}")
+            warn_caller(f"{name}={shorten(value)} has no effect without {needed}")
     for more, less in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         value = of_caller.get(less)
         if value is not None and (decides := getattr(config, more)) is not None:
-            _warn(f"{less}={value} has no effect beside {more}={decides}, which decides")
+            warn_caller(f"{less}={value} has no effect beside {more}={decides}, which decides")
     if (most := config.max_new_tokens) is not None and (config.min_new_tokens or 0) > most:
-        _warn(f"min_new_tokens={config.min_new_tokens} is above max_new_tokens={most}")
+        warn_caller(f"min_new_tokens={config.min_new_tokens} is above max_new_tokens={most}")
     if any(token_id < 0 for token_id in config.eos_token_id):
-        _warn(f"eos_token_id={shorten(of_caller.get('eos_token_id'))}: no token is below 0")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=6)  # of the caller of `generate`, through its wrapper
+        warn_caller(f"eos_token_id={shorten(of_caller.get('eos_token_id'))}: no token is below 0")
