@@ -1,0 +1,178 @@
+"""Prompts and conversations as callers give them, here and in programs written for vLLM.
+
+a prompt         "text", [2, 5], an array of ids, {"prompt": "text"}, {"prompt_token_ids": [2]}
+prompts          a list of these, of one kind or mixed; an array of ids with two dimensions
+a conversation   [{"role": "user", "content": "text"}], or content in parts of text
+conversations    a list of these
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from torch import Tensor
+
+from gemcut.engine.checks import check_bool, shorten
+from gemcut.tokenizer import Tokenizer, render_chat
+
+
+class TextPrompt(TypedDict):
+    """A prompt by its text."""
+
+    prompt: str
+
+
+class _Tokens(TypedDict):
+    prompt_token_ids: Sequence[int]
+
+
+class TokensPrompt(_Tokens, total=False):
+    """A prompt by its token ids, and perhaps the text that the output shows for them."""
+
+    prompt: str
+
+
+class ChatTemplate(TypedDict, total=False):
+    """How a conversation becomes a prompt; what is not given has the first value."""
+
+    merge_system: bool  # False; True puts a system message before the first user content
+    add_generation_prompt: bool  # True opens the turn of the model; False ends with the last turn
+    continue_final_message: bool  # False; True leaves the last turn open, for the model to go on
+
+
+Prompt = str | Sequence[int] | np.ndarray | Tensor | TextPrompt | TokensPrompt
+Messages = Sequence[Mapping[str, Any]]
+PARTS = ("text", "input_text")  # types of a content part that are text
+
+
+def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
+    """The prompts of a batch, or the only one, and whether it was a batch."""
+    plain = _plain(prompt)
+    if isinstance(plain, str | Mapping):
+        return [plain], False
+    if isinstance(plain, bytes | bytearray | memoryview) or not isinstance(plain, Sequence):
+        raise ValueError(f"prompt {shorten(prompt)} is neither a string nor a list")
+    is_batch = len(plain) > 0 and isinstance(_plain(plain[0]), str | Mapping | Sequence)
+    return (list(plain), True) if is_batch else ([plain], False)
+
+
+def encode_prompt(
+    prompt: Any, tokenizer: Tokenizer, vocab_size: int
+) -> tuple[str | None, list[int]]:
+    """The text, if there is one, and the ids of a prompt; ValueError says why it has none.
+
+    Ids are checked here, on the host: one past the embedding would read foreign memory on a GPU.
+    """
+    text = None
+    if isinstance(prompt, Mapping):
+        text, prompt = _read_mapping(prompt)
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        return prompt, tokenizer.encode(prompt, parse_special=True)
+    prompts, is_batch = split_prompts(prompt)
+    if is_batch:
+        raise ValueError("a prompt is a string or a list of token ids, not a list of lists")
+    ids = []
+    for token_id in prompts[0]:
+        try:
+            index = operator.index(token_id)  # numpy's integers too
+        except TypeError:
+            index = -1
+        if isinstance(token_id, bool) or not 0 <= index < vocab_size:
+            raise ValueError(
+                f"token id {shorten(token_id)} in the prompt is outside 0..{vocab_size - 1}"
+            )
+        ids.append(index)
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return text, ids
+
+
+def split_conversations(messages: Any) -> tuple[list[Any], bool]:
+    """The conversations of a batch, or the only one, and whether it was a batch."""
+    is_batch = isinstance(messages, list | tuple) and isinstance(
+        next(iter(messages), None), list | tuple
+    )
+    return (list(messages), True) if is_batch else ([messages], False)
+
+
+def join_parts(messages: Any) -> Any:
+    """Messages whose content is a string: parts of text are joined by newlines, as in vLLM.
+
+    ValueError names a part that is no text.  Anything else is left for the renderer to check.
+    """
+    if not isinstance(messages, list | tuple):
+        return messages
+    return [_with_joined_content(index, message) for index, message in enumerate(messages)]
+
+
+def render(
+    tokenizer: Tokenizer,
+    messages: Any,
+    *,
+    merge_system: bool = False,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> list[int]:
+    """The ids of a conversation."""
+    check_bool("add_generation_prompt", add_generation_prompt)
+    check_bool("continue_final_message", continue_final_message)
+    if add_generation_prompt and continue_final_message:
+        raise ValueError(
+            "continue_final_message=True goes on with the last turn, and needs "
+            "add_generation_prompt=False: a new turn would end it"
+        )
+    ids = render_chat(
+        tokenizer, messages, add_generation_prompt=add_generation_prompt, merge_system=merge_system
+    )
+    if continue_final_message:
+        while ids.pop() != tokenizer.end_of_turn_id:  # the newline after it
+            pass
+    return ids
+
+
+def _with_joined_content(index: int, message: Any) -> Any:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list | tuple):
+        return message
+    texts = []
+    for part in content:
+        text = part
+        if isinstance(part, Mapping):
+            kind = part.get("type", "text")
+            if kind not in PARTS:
+                raise ValueError(
+                    f"message {index} has a part of type {shorten(kind)}; only text is supported"
+                )
+            text = part.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f"message {index} has a part without text: {shorten(part)}")
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
+
+
+def _plain(value: Any) -> Any:
+    """An array as lists or a number; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | Tensor) else value
+
+
+def _read_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """The text and the prompt of one of vLLM's mappings."""
+    for name, value in prompt.items():
+        if name not in ("prompt", "prompt_token_ids") and value is not None:
+            raise ValueError(
+                f"a prompt with {shorten(name)} is not supported: it has 'prompt' or "
+                f"'prompt_token_ids'"
+            )
+    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"'prompt' {shorten(text)} of a prompt is not a string")
+    if ids is not None:
+        if isinstance(ids, str | Mapping):
+            raise ValueError(f"'prompt_token_ids' {shorten(ids)} is not a list of token ids")
+        return text, ids
+    if text is None:
+        raise ValueError("a prompt has neither 'prompt' nor 'prompt_token_ids'")
+    return text, text
