@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -38,6 +38,9 @@ from gemcut.engine.serving.scheduler import Scheduler
 from gemcut.engine.serving.step_loop import StepLoop
 from gemcut.engine.serving.worker import Worker
 from gemcut.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
 MakeSteps = Callable[[Gemma, KVCache, SlotState], Steps]
 
@@ -74,6 +77,7 @@ class Engine(Calls):
         MemoryError what is needed, what is free and what would fit.
         """
         super().__init__()
+        self._folder: Path | None = None
         config = model.config
         if len(tokenizer) > config.vocab_size:
             raise ValueError(
@@ -183,7 +187,7 @@ class Engine(Calls):
 
         def load() -> Engine:
             weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
-            return cls(
+            engine = cls(
                 Gemma(config, weights, op_table),
                 tokenizer,
                 eos_ids=eos_ids,
@@ -195,6 +199,8 @@ class Engine(Calls):
                 max_waiting=max_waiting,
                 cuda_graphs=cuda_graphs,
             )
+            engine._folder = folder
+            return engine
 
         return in_temporary_thread(load) if target.type == "cpu" else load()
 
@@ -238,9 +244,14 @@ class Engine(Calls):
         """A copy of the settings that a call without any has."""
         return self._builder.defaults.clone()
 
-    def get_tokenizer(self) -> Tokenizer:
-        """The engine's tokenizer."""
-        return self.tokenizer
+    def get_tokenizer(self) -> "GemmaTokenizer":
+        """The documented tokenizer, with the methods of transformers', of the model's folder."""
+        if self._folder is None:
+            raise ValueError("an engine that is not from_pretrained has `tokenizer` alone")
+        # not at the top: most engines are never asked for one
+        from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
+
+        return GemmaTokenizer.from_pretrained(self._folder)
 
     def warmup(self, *, use_tqdm: bool | None = None) -> None:
         """Compile every kernel and, on a GPU, capture every graph, with a progress bar.

@@ -34,6 +34,8 @@ LATE |= {
     ("bench/engines/compiled_gemma.py", "torchao"),
 }
 LATE |= {("bench/engines/peers.py", "gemcut.bench.engines.compiled_gemma")}
+# transformers' tokenizer of an engine, which most are never asked for
+LATE |= {("engine/engine.py", "gemcut.engine.transformers_api.tokenizers.tokenizer")}
 # torch, in the processes of a visit alone
 LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.engine.placement")}
 # a peer's arrays, files and templates, which not every user has
