@@ -13,7 +13,7 @@ from typing import Any
 
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
 from gemcut.engine.checks import check_int, check_number
-from gemcut.engine.transformers_api.tokenizers import chat_templates, tokenizer_files
+from gemcut.engine.transformers_api.tokenizers import tokenizer_files
 from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, Segment, check_side
 from gemcut.engine.transformers_api.tokenizers.special_tokens import NAMES
 from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
@@ -22,7 +22,7 @@ from gemcut.engine.transformers_api.tokenizers.vocabularies import (
     SentencePieceVocabulary,
     inside_special_literals,
 )
-from gemcut.tokenizer import Tokenizer, render_chat
+from gemcut.tokenizer import Tokenizer, chat_templates, render_chat
 
 MASK = "<mask>"
 # the arguments of from_pretrained that choose another file or another process, and their defaults
