@@ -23,6 +23,7 @@ def render(
     *,
     inside_literal: re.Pattern[str] | None = None,
     continue_final: str | None = None,
+    tokens: Mapping[str, str] | None = None,
     **variables: Any,
 ) -> list[str]:
     """The rendered chat, cut into parts that must be encoded apart.
@@ -49,7 +50,7 @@ def render(
         variables = _with_marks(variables, inside_literal, cut) | special
     if continue_final is not None:
         _mark_end(given, continue_final, end)
-    text = _render(template, given, variables)
+    text = _render(template, given, {**(tokens or {}), **variables})
     if continue_final is not None:
         text = _before_end(text, end, continue_final)
     return text.split(cut)
@@ -68,6 +69,11 @@ def by_name(template: Any) -> str | dict[str, str] | None:
     if isinstance(template, list | tuple):
         return {one["name"]: one["template"] for one in template}
     raise ValueError(f"chat_template is a {type(template).__name__}, not a string")
+
+
+def check(template: str) -> None:
+    """Nothing, or ValueError where a template is not jinja."""
+    _compiled(template)
 
 
 def _plain(value: Any) -> Any:

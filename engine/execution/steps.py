@@ -81,7 +81,10 @@ class Steps:
         hidden = self.model.decode(tokens, self.cache, slots, positions)
         if features == GREEDY:
             scores, sampled = self.model.ops.lm_head_argmax(
-                hidden, self.model.weights.lm_head, self.model.config.final_softcap, counters=self.cache.counters
+                hidden,
+                self.model.weights.lm_head,
+                self.model.config.final_softcap,
+                counters=self.cache.counters,
             )
             return self._advance(sampled, scores, slots, features)
         return self._sample(self.model.logits(hidden), slots, positions + 1, features)
