@@ -14,15 +14,14 @@ from typing import Any
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
 from gemcut.engine.checks import check_int, check_number
 from gemcut.engine.transformers_api.tokenizers import tokenizer_files
-from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, Segment, check_side
+from gemcut.engine.transformers_api.tokenizers.chat_coder import ChatCoder
+from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, check_side
 from gemcut.engine.transformers_api.tokenizers.special_tokens import NAMES
-from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
 from gemcut.engine.transformers_api.tokenizers.vocabularies import (
     JsonVocabulary,
     SentencePieceVocabulary,
-    inside_special_literals,
 )
-from gemcut.tokenizer import Tokenizer, chat_templates, render_chat
+from gemcut.tokenizer import Tokenizer, chat_templates
 
 MASK = "<mask>"
 # the arguments of from_pretrained that choose another file or another process, and their defaults
@@ -39,7 +38,7 @@ _HUB_DEFAULTS = {
 }
 
 
-class GemmaTokenizer(TextCoder):
+class GemmaTokenizer(ChatCoder):
     """Text to ids and back, with the arguments, attributes and results of transformers' class.
 
     `vocab_file` is a tokenizer.model, `tokenizer_file` a tokenizer.json (read by the tokenizers
@@ -103,6 +102,7 @@ class GemmaTokenizer(TextCoder):
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
         )
+        self._is_random = dropout > 0
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.use_default_system_prompt = use_default_system_prompt
@@ -215,139 +215,6 @@ class GemmaTokenizer(TextCoder):
         self._vocabulary.save(path, before, after)
         return (str(path),)
 
-    def get_chat_template(
-        self, chat_template: str | None = None, tools: Sequence[Any] | None = None
-    ) -> str | None:
-        """The jinja template that renders a chat, or None for Gemma's own turns."""
-        named = self.chat_template if isinstance(self.chat_template, dict) else {}
-        if chat_template is not None:
-            return named.get(chat_template, chat_template)
-        if not isinstance(self.chat_template, dict):
-            return self.chat_template
-        name = "tool_use" if tools is not None and "tool_use" in named else "default"
-        if name not in named:
-            raise ValueError(f"no chat template is the default; give chat_template={sorted(named)}")
-        return named[name]
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Any],
-        tools: Sequence[Any] | None = None,
-        documents: Sequence[Any] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool | str = False,
-        tokenize: bool = True,
-        sanitize_control_tokens: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool = True,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: Mapping[str, Any] | None = None,
-        **variables: Any,
-    ) -> Any:
-        """The encoding of a conversation, or of a list of them, with no BOS except the chat's own.
-
-        Without a template the turns are Gemma's own (gemcut.tokenizer.render_chat, which takes
-        `merge_system`), in which contents are encoded apart from markers.  A jinja template yields
-        one string, so literals of special tokens are marked in the messages first and stay text
-        (chat_templates).  Either way a user who types "<start_of_turn>" opens no turn;
-        transformers needs `sanitize_control_tokens` for that.  Two things are not guarded: a
-        literal that a template builds from pieces, and the string that `tokenize=False` yields,
-        which must not be encoded again.  `variables` are the template's; one that it never reads
-        is refused.
-        """
-        if not sanitize_control_tokens:
-            raise ValueError("sanitize_control_tokens=False: messages never write special tokens")
-        if return_assistant_tokens_mask:
-            raise NotImplementedError("return_assistant_tokens_mask=True is not supported")
-        if add_generation_prompt and continue_final_message:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        template = self.get_chat_template(chat_template, tools)
-        if isinstance(conversation, str | Mapping) or not isinstance(conversation, Sequence):
-            kind = type(conversation).__name__
-            raise ValueError(f"conversation must be a list of messages, got {kind}")
-        if not conversation:
-            raise ValueError("conversation is empty; a chat has at least one message")
-        is_batch = isinstance(conversation[0], list | tuple)
-        chats = conversation if is_batch else [conversation]
-        variables |= {"tools": tools, "documents": documents}
-        if template is None:
-            rows = [
-                self._own_turns(chat, add_generation_prompt, continue_final_message, variables)
-                for chat in chats
-            ]
-            texts = [self.decode(ids) for ids in rows] if not tokenize else []
-        else:
-            variables = self.special_tokens_map | variables
-            variables["add_generation_prompt"] = add_generation_prompt
-            parts = [
-                self._templated(template, chat, continue_final_message, tokenize, variables)
-                for chat in chats
-            ]
-            texts = ["".join(one) for one in parts]
-            encode = self._vocabulary.encode
-            rows = [
-                [i for part in one for i in encode(part, add_bos=False, parse_special=True)]
-                for one in (parts if tokenize else [])
-            ]
-        if not tokenize:
-            return texts if is_batch else texts[0]
-        encoding = self.batch(
-            [[Segment(ids, [(0, 0)] * len(ids))] for ids in rows],
-            is_batch,
-            add_special_tokens=False,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            **_without_offsets(tokenizer_kwargs),
-        )
-        return encoding if return_dict else encoding.input_ids
-
-    def _own_turns(
-        self,
-        chat: Sequence[Any],
-        add_generation_prompt: bool,
-        continue_final: bool | str,
-        variables: Mapping[str, Any],
-    ) -> list[int]:
-        given = {name for name, value in variables.items() if value is not None}
-        if unread := sorted(given - {"merge_system"}):
-            raise ValueError(f"without a chat template there is no use for {unread}")
-        if continue_final not in (True, False, "content"):
-            raise ValueError(f"continue_final_message={continue_final!r}: a turn has 'content'")
-        ids = render_chat(
-            self._vocabulary,
-            chat,
-            add_generation_prompt=add_generation_prompt,
-            merge_system=bool(variables.get("merge_system")),
-        )
-        if continue_final:
-            ends = [i for i, token in enumerate(ids) if token == self._vocabulary.end_of_turn_id]
-            ids = ids[: ends[-1]]
-        first = [] if self.bos_token_id is None else [self.bos_token_id]
-        return [*first, *ids[1:]]
-
-    def _templated(
-        self,
-        template: str,
-        chat: Sequence[Any],
-        continue_final: bool | str,
-        guarded: bool,
-        variables: dict[str, Any],
-    ) -> list[str]:
-        field = continue_final if isinstance(continue_final, str) else "content"
-        return chat_templates.render(
-            template,
-            chat,
-            inside_literal=inside_special_literals(self._vocabulary) if guarded else None,
-            continue_final=field if continue_final else None,
-            **variables,
-        )
-
 
 GemmaTokenizerFast = GemmaTokenizer
 _SETTINGS = {
@@ -388,9 +255,3 @@ def _holds(model: Path, folder: Path) -> bool:
     """Whether tokenizer.model has all tokens that the checkpoint's other files add."""
     pieces = SentencePieceVocabulary(model).pieces
     return not _missing({piece: i for i, piece in enumerate(pieces)}, folder)
-
-
-def _without_offsets(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    if options and options.get("return_offsets_mapping"):
-        raise NotImplementedError("return_offsets_mapping=True is not supported for a chat")
-    return dict(options or {})

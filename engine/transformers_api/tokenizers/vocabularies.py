@@ -10,13 +10,19 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from gemcut.engine.transformers_api.tokenizers.padding import Segment
 from gemcut.tokenizer import Tokenizer
 from gemcut.tokenizer.codec import END_OF_TURN, MARK_EACH_BYTE, START_OF_TURN, check_text
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Segment(NamedTuple):
+    """The ids of one text, and the range of characters of each, as (start, end)."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class Vocabulary(Protocol):
@@ -52,6 +58,7 @@ class SentencePieceVocabulary:
         self.base_size = len(self.codec)
         self.pieces = [self.codec.piece(i) for i in range(self.base_size)]
         self.special_ids = self.codec.special_ids
+        self.added_ids = self.special_ids | user_defined(self.codec.serialized())
         self.bos_id = self.codec.bos_id
         self.start_of_turn_id = self.codec.start_of_turn_id
         self.end_of_turn_id = self.codec.end_of_turn_id
@@ -87,6 +94,7 @@ class JsonVocabulary:
         if self.text_of(self._backend.encode(probe, add_special_tokens=False).ids) != probe:
             raise ValueError(f"{path} alters spaces; Gemma's vocabularies keep them")
         added = self._backend.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)
         markers = (self.id_of(START_OF_TURN), self.id_of(END_OF_TURN))
         special = {i for i, token in added.items() if token.special}
         special |= {i for i in markers if i is not None}
@@ -209,3 +217,25 @@ def _read_json(path: str | os.PathLike[str]) -> Any:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # it raises no narrower type
         raise ValueError(f"vocabulary {path} is not a tokenizer.json: {error}") from error
+
+
+def user_defined(model: bytes) -> frozenset[int]:
+    """The ids of the user-defined pieces in the bytes of a tokenizer.model."""
+    found, at, number = set(), 0, 0
+    while at < len(model) and model[at] == 0x0A:  # field 1 of the file: a piece
+        size, at = _varint(model, at + 1)
+        # its last field, 3, is its type: 4
+        if model[at + size - 2 : at + size] == b"\x18\x04":
+            found.add(number)
+        at, number = at + size, number + 1
+    return frozenset(found)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of protobuf's, and the place after it."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return value, at
