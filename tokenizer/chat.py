@@ -15,7 +15,7 @@ role's name and content cannot merge across.
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from gemcut.tokenizer.codec import END_OF_TURN, START_OF_TURN
+from gemcut.tokenizer.vocabularies import END_OF_TURN, START_OF_TURN
 
 ROLES = {"user": "user", "model": "model", "assistant": "model"}
 

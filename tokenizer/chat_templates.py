@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 # Noncharacters: Unicode keeps them for a program's own use, so no message needs them.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 # what a message's reasoning is called, the present name first
@@ -121,6 +122,34 @@ def by_name(template: Any) -> str | dict[str, str] | None:
     if isinstance(template, list | tuple):
         return {one["name"]: one["template"] for one in template}
     raise ValueError(f"chat_template is a {type(template).__name__}, not a string")
+
+
+def files(templates: str | Mapping[str, str] | None, prefix: str = "") -> dict[str, str]:
+    """The files that hold templates, by name within a folder; ValueError for a name that is none.
+
+    The only template or the default one has the first file, the others are in a folder below.
+    """
+    if templates is None:
+        return {}
+    if isinstance(templates, str):
+        return {f"{prefix}{TEMPLATE_FILE}": templates}
+    found: dict[str, str] = {}
+    for name, template in templates.items():
+        if name == "default":
+            found[f"{prefix}{TEMPLATE_FILE}"] = template
+            continue
+        # the name comes with a checkpoint, and may lead out of the folder
+        if not isinstance(name, str) or not name.strip(".") or re.search(r"[/\\\0]", name):
+            raise ValueError(f"chat template name {name!r} is no name of a file")
+        found[f"{prefix}{TEMPLATE_FOLDER}/{name}.jinja"] = template
+    return found
+
+
+def as_setting(templates: str | Mapping[str, str]) -> str | list[dict[str, str]]:
+    """Templates as a value in tokenizer_config.json."""
+    if isinstance(templates, str):
+        return templates
+    return [{"name": name, "template": template} for name, template in templates.items()]
 
 
 def _plain(value: Any) -> Any:

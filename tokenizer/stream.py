@@ -7,7 +7,8 @@ depend on how their input was cut.
 import codecs
 from collections.abc import Sequence
 
-from gemcut.tokenizer.codec import MARK_EACH_BYTE, Tokenizer
+from gemcut.tokenizer.codec import Tokenizer
+from gemcut.tokenizer.vocabularies import MARK_EACH_BYTE
 
 
 class StreamDecoder:

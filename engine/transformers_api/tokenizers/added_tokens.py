@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gemcut.tokenizer.added_tokens import AddedToken
+from gemcut.tokenizer.added_tokens import OPTIONS, AddedToken
 from gemcut.tokenizer.tokenizer_files import token_content
-
-_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized")
-_ALL = (*_OPTIONS, "special")
 
 
 def as_added_token(name: str, token: Any, *, special: bool) -> AddedToken:
@@ -18,10 +15,7 @@ def as_added_token(name: str, token: Any, *, special: bool) -> AddedToken:
     content = token_content(name, token)
     if isinstance(token, str):
         return AddedToken(content, special=special, normalized=not special)
-    given = token if isinstance(token, Mapping) else {n: getattr(token, n, None) for n in _ALL}
-    options = {n: bool(given[n]) for n in _OPTIONS if given.get(n) is not None}
-    special = special or bool(given.get("special"))
-    return AddedToken(content, special=special, **{"normalized": not special} | options)
-
-
-
+    given = token if isinstance(token, Mapping) else {n: getattr(token, n, None) for n in OPTIONS}
+    options = {n: bool(given[n]) for n in OPTIONS if given.get(n) is not None}
+    options["special"] = special or options.get("special", False)
+    return AddedToken(content, **{"normalized": not options["special"]} | options)

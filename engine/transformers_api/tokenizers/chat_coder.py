@@ -8,7 +8,6 @@ import numpy as np
 
 from gemcut.engine.transformers_api.tokenizers.encodings import Encoding, Passage
 from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
-from gemcut.engine.transformers_api.tokenizers.vocabularies import inside_special_literals
 from gemcut.tokenizer import chat_templates, render_chat
 from gemcut.tokenizer.chat_templates import Rendered
 
@@ -90,7 +89,7 @@ class ChatCoder(TextCoder):
                     template,
                     chat,
                     name=self._template_name(template),
-                    inside_literal=inside_special_literals(self._vocabulary) if tokenize else None,
+                    inside_literal=self._vocabulary.inside_marker if tokenize else None,
                     continue_final="content" if field is True else field or None,
                     tokens=self.special_tokens_map,
                     **(variables | {"add_generation_prompt": add_generation_prompt}),

@@ -1,6 +1,7 @@
 """Special tokens by name, pieces by id, and the tokens put around an encoded text."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 from gemcut.engine.transformers_api.tokenizers.added_tokens import as_added_token
@@ -86,7 +87,9 @@ class SpecialTokens:
     ):
         self._vocabulary = vocabulary
         if extra is not None and not isinstance(extra, list | tuple | Mapping):
-            raise ValueError(f"extra_special_tokens is a list or a mapping of tokens, got {extra!r}")
+            raise ValueError(
+                f"extra_special_tokens is a list or a mapping of tokens, got {extra!r}"
+            )
         by_name = dict.fromkeys(NAMES) | dict(named)
         by_name |= extra if isinstance(extra, Mapping) else {}
         tokens = {
@@ -117,7 +120,9 @@ class SpecialTokens:
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(type(self), name) or name.removesuffix("_id") not in self.__dict__.get("named", ()):
+        if hasattr(type(self), name) or name.removesuffix("_id") not in self.__dict__.get(
+            "named", ()
+        ):
             super().__setattr__(name, value)
         elif name.endswith("_id"):
             self.set_token_id(name, value)
@@ -139,14 +144,14 @@ class SpecialTokens:
         return None if piece is None else self.id_of(piece)
 
     @property
-    def SPECIAL_TOKENS_ATTRIBUTES(self) -> list[str]:  # noqa: N802  the documented name
+    def SPECIAL_TOKENS_ATTRIBUTES(self) -> list[str]:
         """The names of tokens, a checkpoint's own last."""
         return list(self.named)
 
     @property
     def vocab_size(self) -> int:
         """The number of pieces, without tokens that a tokenizer.json adds after them."""
-        return self._vocabulary.base_size
+        return self._vocabulary.vocabulary.base_size
 
     def __len__(self) -> int:
         return len(self._vocabulary.pieces)
@@ -190,11 +195,15 @@ class SpecialTokens:
 
     def piece_of(self, token_id: Any) -> str:
         """The piece of an id, or ValueError where the vocabulary has no such id."""
+        return self._vocabulary.pieces[self.checked_id(token_id)]
+
+    def checked_id(self, token_id: Any) -> int:
+        """An id as an int, or ValueError where the vocabulary has no such id."""
         size = len(self)
         index = token_id.item() if hasattr(token_id, "item") else token_id
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < size:
             raise ValueError(f"token id {index!r} is no integer from 0 to {size - 1}")
-        return self._vocabulary.pieces[index]
+        return index
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a piece, or the list of ids of a list; an unknown piece has that of unk."""
@@ -274,18 +283,24 @@ class SpecialTokens:
         is_one = isinstance(new_tokens, str | Mapping) or not isinstance(new_tokens, Iterable)
         given = [new_tokens] if is_one else new_tokens
         return self._add(
-            [as_added_token("token", token, special=special_tokens) for token in given if token != ""]
+            [
+                as_added_token("token", token, special=special_tokens)
+                for token in given
+                if token != ""
+            ]
         )
 
     def _add(self, tokens: Sequence[AddedToken]) -> int:
         """Add what the vocabulary does not have in this form; how many these are."""
-        known = self._vocabulary.added_tokens
-        by_content = {token.content: token for token in known.values()}
+        known = {
+            token.content: replace(token, id=None)
+            for token in self._vocabulary.added_tokens.values()
+        }
         changed = []
         for token in tokens:
-            if by_content.get(token.content) != token:
+            if known.get(token.content) != token:
                 changed.append(token)
-                by_content[token.content] = token
+                known[token.content] = token
         self._vocabulary.add_tokens(changed)
         return len(changed)
 

@@ -134,12 +134,12 @@ class TextCoder(TextDecoder):
 
     def _with_words(self, text: str, ids: Sequence[int], offsets: list[Span]) -> Places:
         """The places of a text's tokens, with words: added tokens, and what is between them."""
-        added = self._vocabulary.added_ids
-        pieces = self._vocabulary.pieces
+        added = self._vocabulary.added_tokens
         words: list[int] = []
         number, was_added = -1, True
         for token_id, (start, end) in zip(ids, offsets, strict=True):
-            is_added = token_id in added and text[start:end] == pieces[token_id]
+            token = added.get(token_id)
+            is_added = token is not None and token.is_spelled(text[start:end])
             number += is_added or was_added
             was_added = is_added
             words.append(number)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemcut.engine.transformers_api.tokenizers.special_tokens import SpecialTokens
-from gemcut.engine.transformers_api.tokenizers.vocabularies import text_of
+from gemcut.tokenizer.vocabularies import text_of
 
 _UNTIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
@@ -54,22 +54,26 @@ class TextDecoder(SpecialTokens):
     def _text(
         self, ids: Sequence[Any], skip_special: bool, clean_up: bool | None, spaces: bool | None
     ) -> str:
-        pieces = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special)
+        if not all(type(i) is int for i in ids):
+            ids = [self.checked_id(i) for i in ids]
+        codec = self._vocabulary
         if self.spaces_between_special_tokens if spaces is None else spaces:
-            text = " ".join(map(text_of, self._runs(pieces)))
+            kept = [i for i in ids if i not in codec.special_ids] if skip_special else ids
+            runs = self._runs(kept)
+            text = " ".join(codec.decode(run, skip_special_tokens=False) for run in runs)
         else:
-            text = text_of(pieces)
+            text = codec.decode(ids, skip_special_tokens=skip_special)
         wanted = self.clean_up_tokenization_spaces if clean_up is None else clean_up
         return self.clean_up_tokenization(text) if wanted else text
 
-    def _runs(self, pieces: Sequence[str]) -> list[list[str]]:
-        """Each special token by itself, and the pieces between two of them together."""
-        special = {self._vocabulary.pieces[i] for i in self._skipped()}
-        runs: list[list[str]] = []
-        for i, piece in enumerate(pieces):
-            if i == 0 or piece in special or pieces[i - 1] in special:
+    def _runs(self, ids: Sequence[int]) -> list[list[int]]:
+        """Each special token by itself, and the ids between two of them together."""
+        special = self._vocabulary.special_ids
+        runs: list[list[int]] = []
+        for i, token_id in enumerate(ids):
+            if i == 0 or token_id in special or ids[i - 1] in special:
                 runs.append([])
-            runs[-1].append(piece)
+            runs[-1].append(token_id)
         return runs
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:

@@ -1,49 +1,40 @@
 """GemmaTokenizer, the class of the Hugging Face documents, on gemcut's own codec.
 
-Code written against transformers runs with the import line changed.  Three rules differ: no
-message of a chat can write a special token (apply_chat_template); a special token must be a piece
-of the vocabulary (special_tokens); ids that the vocabulary lacks are errors.
+Code written against transformers runs with the import line changed.  Two rules differ: no message
+of a chat can write a special token (apply_chat_template); ids that the vocabulary lacks are errors.
 """
 
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.hub import resolve_checkpoint, take_hub_options
 from gemcut.engine.checks import check_int, check_number
-from gemcut.engine.transformers_api.tokenizers import tokenizer_files
 from gemcut.engine.transformers_api.tokenizers.chat_coder import ChatCoder
 from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, check_side
 from gemcut.engine.transformers_api.tokenizers.special_tokens import NAMES
-from gemcut.engine.transformers_api.tokenizers.vocabularies import (
-    JsonVocabulary,
-    SentencePieceVocabulary,
-)
-from gemcut.tokenizer import Tokenizer, chat_templates
+from gemcut.tokenizer import Tokenizer, chat_templates, tokenizer_files
+from gemcut.tokenizer.added_tokens import AddedToken
+from gemcut.tokenizer.json_vocabulary import JsonVocabulary
+from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
+from gemcut.tokenizer.tokenizer_files import TokenizerFiles
 
 MASK = "<mask>"
-# the arguments of from_pretrained that choose another file or another process, and their defaults
-_HUB_DEFAULTS = {
-    "cache_dir": (None,),
-    "force_download": (False,),
-    "local_files_only": (False,),
-    "token": (None,),
-    "revision": (None, "main"),
-    "subfolder": (None, ""),
-    "proxies": (None,),
-    "trust_remote_code": (None, False),
-    "use_fast": (None, True, False),  # both are this class
-}
+# keywords of save_pretrained that are about a push to the Hub, or about weights
+_OF_A_PUSH = {"repo_id", "commit_message", "commit_description", "private", "token", "revision"}
+_OF_A_PUSH |= {"create_pr", "tags", "max_shard_size", "safe_serialization"}
 
 
 class GemmaTokenizer(ChatCoder):
     """Text to ids and back, with the arguments, attributes and results of transformers' class.
 
     `vocab_file` is a tokenizer.model, `tokenizer_file` a tokenizer.json (read by the tokenizers
-    package); the first is preferred.  `sp_model_kwargs` may hold enable_sampling, nbest_size (-1,
-    or more than 1, which means the same for BPE) and alpha, the share of merges skipped at random.
+    package), `tokenizer_object` a Tokenizer, such as an `Engine`'s.  `sp_model_kwargs` may hold
+    enable_sampling, nbest_size (-1, or more than 1, which means the same for BPE) and alpha, the
+    share of merges skipped at random.
     `mask_token`'s default is None where the vocabulary has no "<mask>".  With
     `spaces_between_special_tokens` decoded special tokens are set apart by spaces, and with
     `clean_up_tokenization_spaces` decoded text loses the spaces before its punctuation (in
@@ -56,12 +47,15 @@ class GemmaTokenizer(ChatCoder):
         self,
         vocab_file: str | os.PathLike[str] | None = None,
         tokenizer_file: str | os.PathLike[str] | None = None,
+        tokenizer_object: Tokenizer | None = None,
         *,
         unk_token: Any = "<unk>",
         bos_token: Any = "<bos>",
         eos_token: Any = "<eos>",
         pad_token: Any = "<pad>",
         mask_token: Any = MASK,
+        sep_token: Any = None,
+        cls_token: Any = None,
         add_bos_token: bool = True,
         add_eos_token: bool = False,
         clean_up_tokenization_spaces: bool = False,
@@ -76,12 +70,15 @@ class GemmaTokenizer(ChatCoder):
         extra_special_tokens: Sequence[Any] | Mapping[str, Any] | None = None,
         split_special_tokens: bool = False,
         name_or_path: str = "",
+        **own_tokens: Any,
     ):
         dropout = _dropout(sp_model_kwargs)
-        if vocab_file is not None:
-            vocabulary = SentencePieceVocabulary(vocab_file, dropout)
+        if tokenizer_object is not None:
+            vocabulary = tokenizer_object
+        elif vocab_file is not None:
+            vocabulary = Tokenizer(SentencePieceVocabulary.from_file(vocab_file, dropout=dropout))
         elif tokenizer_file is not None:
-            vocabulary = JsonVocabulary(tokenizer_file, dropout)
+            vocabulary = Tokenizer(JsonVocabulary.from_file(tokenizer_file, dropout=dropout))
         else:
             raise ValueError("GemmaTokenizer needs a vocab_file or a tokenizer_file")
         if use_default_system_prompt:
@@ -94,10 +91,13 @@ class GemmaTokenizer(ChatCoder):
         check_side("truncation_side", truncation_side)
         if mask_token == MASK and vocabulary.id_of(MASK) is None:
             mask_token = None
-        tokens = (bos_token, eos_token, unk_token, pad_token, mask_token)
+        for name in own_tokens:
+            if not name.endswith("_token"):
+                raise TypeError(f"GemmaTokenizer has no argument {name!r}")
+        tokens = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         super().__init__(
             vocabulary,
-            dict(zip(NAMES, tokens, strict=True)),
+            dict(zip(NAMES, tokens, strict=True)) | own_tokens,
             additional_special_tokens if extra_special_tokens is None else extra_special_tokens,
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
@@ -124,9 +124,9 @@ class GemmaTokenizer(ChatCoder):
         )
 
     @property
-    def codec(self) -> Tokenizer | None:
-        """The gemcut.tokenizer.Tokenizer, as in `Engine`; None for a tokenizer.json."""
-        return getattr(self._vocabulary, "codec", None)
+    def codec(self) -> Tokenizer:
+        """The gemcut.tokenizer.Tokenizer, as in `Engine`."""
+        return self._vocabulary
 
     @classmethod
     def from_pretrained(
@@ -138,36 +138,24 @@ class GemmaTokenizer(ChatCoder):
         lacks.  Settings come from tokenizer_config.json unless `overrides` sets them; keys of that
         file that this class does not know are kept, and written by `save_pretrained`.
         """
-        for name, defaults in _HUB_DEFAULTS.items():
-            value = overrides.pop(name, defaults[0])
-            if value not in defaults:
-                raise NotImplementedError(f"{name}={value!r} is not supported")
+        hub = take_hub_options(overrides)
+        use_fast = overrides.pop("use_fast", None)
+        if use_fast not in (None, True, False):  # all mean this class
+            raise ValueError(f"use_fast={use_fast!r} is neither True nor False")
         source = pretrained_model_name_or_path
         name = source if isinstance(source, str) else Path(source)
-        folder = resolve_checkpoint(name, files=tokenizer_files.FILES)
-        settings = tokenizer_files.read_settings(folder)
-        known = {k: v for k, v in settings.items() if k in _SETTINGS}
-        model, other = (
-            folder / name for name in (tokenizer_files.MODEL_FILE, tokenizer_files.JSON_FILE)
-        )
-        files = [file for file in (model, other) if file.is_file()]
-        if not files:
-            raise ValueError(f"{folder} holds neither tokenizer.model nor tokenizer.json")
-        if model in files and other in files and not _holds(model, folder):
-            files.remove(model)
-        if files[0] == other:
-            known["add_bos_token"], known["add_eos_token"] = JsonVocabulary(other).added_around()
+        folder = resolve_checkpoint(name, files=tokenizer_files.FILES, **hub)
+        files = TokenizerFiles.read(folder)
+        known = {k: v for k, v in files.settings.items() if k in _SETTINGS or _is_token(k, v)}
+        dropout = _dropout((known | overrides).get("sp_model_kwargs"))
+        codec = Tokenizer.from_files(files, dropout=dropout)
+        if isinstance(codec.vocabulary, JsonVocabulary):
+            known["add_bos_token"], known["add_eos_token"] = codec.vocabulary.added_around()
         if "additional_special_tokens" in overrides:
             known.pop("extra_special_tokens", None)
-        file_name = "vocab_file" if files[0] == model else "tokenizer_file"
-        arguments = {file_name: files[0], "name_or_path": str(source)} | known | overrides
+        arguments = {"tokenizer_object": codec, "name_or_path": str(source)} | known | overrides
         tokenizer = cls(**arguments)
-        missing = _missing(tokenizer.get_vocab(), folder)
-        if missing:
-            raise NotImplementedError(
-                f"{folder} adds the tokens {missing}, which {files[0].name} does not hold"
-            )
-        tokenizer._carried = {k: v for k, v in settings.items() if k not in _SETTINGS}
+        tokenizer._carried = {k: v for k, v in files.settings.items() if k not in known}
         return tokenizer
 
     def save_pretrained(
@@ -176,30 +164,48 @@ class GemmaTokenizer(ChatCoder):
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
         push_to_hub: bool = False,
+        save_jinja_files: bool = True,
+        **of_a_push: Any,
     ) -> tuple[str, ...]:
-        """The paths of the files written, from which `from_pretrained` makes this tokenizer."""
+        """The paths of the files written, from which `from_pretrained` makes this tokenizer.
+
+        Chat templates go into files of their own; without `save_jinja_files`, into
+        tokenizer_config.json.  What else transformers takes here is about a push to the Hub.
+        """
         if push_to_hub:
             raise NotImplementedError("push_to_hub=True is not supported")
-        if legacy_format is not None:
+        if unknown := sorted(set(of_a_push) - _OF_A_PUSH):
+            raise TypeError(f"save_pretrained has no arguments {unknown}")
+        held = self._vocabulary.vocabulary.file_name
+        wanted = {True: tokenizer_files.MODEL_FILE, False: tokenizer_files.JSON_FILE}
+        if legacy_format is not None and wanted[legacy_format] != held:
             raise NotImplementedError(
-                f"legacy_format={legacy_format!r} is not supported: "
-                f"{self._vocabulary.file_name} is what this tokenizer holds"
+                f"legacy_format={legacy_format!r} is not supported: {held} is what this tokenizer "
+                "holds"
             )
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_file():
+            raise ValueError(f"save_directory {str(folder)!r} is a file")
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         settings = self._carried | {name: getattr(self, name) for name in _SAVED}
         settings |= self.named | {"tokenizer_class": "GemmaTokenizer"}
-        config, tokens = folder / f"{prefix}tokenizer_config.json", self.special_tokens_map
-        paths = [config, folder / f"{prefix}special_tokens_map.json"]
-        if isinstance(self.chat_template, str):
-            paths.append(folder / f"{prefix}{tokenizer_files.TEMPLATE_FILE}")
-            paths[-1].write_text(self.chat_template, encoding="utf-8")
-        elif self.chat_template is not None:
-            named = self.chat_template.items()
-            settings["chat_template"] = [{"name": k, "template": v} for k, v in named]
+        if held == tokenizer_files.MODEL_FILE:  # a tokenizer.json has them itself
+            settings["added_tokens_decoder"] = {
+                str(i): _options(token) for i, token in self.added_tokens_decoder.items()
+            }
+        templates = chat_templates.files(self.chat_template, prefix) if save_jinja_files else {}
+        if self.chat_template is not None and not save_jinja_files:
+            settings["chat_template"] = chat_templates.as_setting(self.chat_template)
+
+        config = folder / f"{prefix}{tokenizer_files.CONFIG_FILE}"
+        tokens = folder / f"{prefix}{tokenizer_files.MAP_FILE}"
+        folder.mkdir(parents=True, exist_ok=True)
         tokenizer_files.write_json(config, settings)
-        tokenizer_files.write_json(paths[1], tokens)
+        tokenizer_files.write_json(tokens, self.special_tokens_map)
+        paths = [config, tokens, *(folder / name for name in templates)]
+        for path, template in zip(paths[2:], templates.values(), strict=True):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(template, encoding="utf-8")
         return (*map(str, paths), *self.save_vocabulary(folder, filename_prefix))
 
     def save_vocabulary(
@@ -210,9 +216,9 @@ class GemmaTokenizer(ChatCoder):
         if not folder.is_dir():
             raise ValueError(f"save_directory {str(folder)!r} is no folder")
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        path = folder / f"{prefix}{self._vocabulary.file_name}"
+        path = folder / f"{prefix}{self._vocabulary.vocabulary.file_name}"
         before, after = map(self.convert_ids_to_tokens, (self._prefix, self._suffix))
-        self._vocabulary.save(path, before, after)
+        self._vocabulary.save_vocabulary(path, before, after)
         return (str(path),)
 
 
@@ -220,7 +226,15 @@ GemmaTokenizerFast = GemmaTokenizer
 _SETTINGS = {
     name
     for name in inspect.signature(GemmaTokenizer.__init__).parameters
-    if name not in ("self", "vocab_file", "tokenizer_file", "name_or_path")
+    if name
+    not in (
+        "self",
+        "vocab_file",
+        "tokenizer_file",
+        "tokenizer_object",
+        "name_or_path",
+        "own_tokens",
+    )
 }
 _SAVED = sorted(_SETTINGS - {*NAMES, "chat_template", "additional_special_tokens"})
 
@@ -246,12 +260,10 @@ def _dropout(options: Mapping[str, Any] | None) -> float:
     return float(alpha)
 
 
-def _missing(vocab: Mapping[str, int], folder: Path) -> list[str]:
-    added = tokenizer_files.read_added_tokens(folder)
-    return [piece for i, piece in sorted(added.items()) if vocab.get(piece) != i]
+def _is_token(name: str, value: Any) -> bool:
+    """Whether a setting names one of the checkpoint's own tokens, such as image_token."""
+    return name.endswith("_token") and isinstance(value, str)
 
 
-def _holds(model: Path, folder: Path) -> bool:
-    """Whether tokenizer.model has all tokens that the checkpoint's other files add."""
-    pieces = SentencePieceVocabulary(model).pieces
-    return not _missing({piece: i for i, piece in enumerate(pieces)}, folder)
+def _options(token: AddedToken) -> dict[str, Any]:
+    return {name: value for name, value in asdict(token).items() if name != "id"}
