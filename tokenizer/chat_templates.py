@@ -170,8 +170,9 @@ def _plain(value: Any) -> Any:
         return int.__int__(value) if isinstance(value, int) else float.__float__(value)
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if callable(getattr(value, "model_dump", None)):
-        return _plain(value.model_dump())
+    dump = getattr(value, "model_dump", None)
+    if callable(dump):
+        return _plain(dump())
     raise ValueError(
         "a chat template takes strings, numbers, lists, mappings, dataclasses, and objects with "
         f"model_dump, got {value!r}"

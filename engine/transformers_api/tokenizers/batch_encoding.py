@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemcut.engine.transformers_api.tokenizers.encodings import (
+from gemcut.engine.transformers_api.tokenizers.rows import (
     CharSpan,
     Encoding,
     TokenSpan,

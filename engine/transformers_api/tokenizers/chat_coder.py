@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gemcut.engine.transformers_api.tokenizers.encodings import Encoding, Passage
+from gemcut.engine.transformers_api.tokenizers.rows import Encoding, Passage
 from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
 from gemcut.tokenizer import chat_templates, render_chat
 from gemcut.tokenizer.chat_templates import Rendered
@@ -98,7 +98,7 @@ class ChatCoder(TextCoder):
             ]
             texts = ["".join(one.parts) for one in rendered]
             parts = [one.parts for one in rendered] if tokenize else []
-            passages = [self.passage(one, is_split=False, parse_special=True) for one in parts]
+            passages = [self.passage(one, is_split=False) for one in parts]
         if not tokenize:
             return texts if is_batch else texts[0]
         encoding = self.batch(

@@ -104,9 +104,10 @@ class SpecialTokens:
             extra = []
         others = [as_added_token("extra_special_tokens", token, special=True) for token in extra]
         self._extra = [token.content for token in others]
-        given = [*(token for token in tokens.values() if token is not None), *others]
-        added = self.get_added_vocab()
-        self._add([token for token in given if token.content not in added])
+        added = {token.content: token for token in vocabulary.added_tokens.values()}
+        given = [token for token in tokens.values() if token is not None]
+        special = [replace(added.get(t.content, t), id=None, special=True) for t in given]
+        self._add([*special, *(token for token in others if token.content not in added)])
         self._add_bos_token, self._add_eos_token = bool(add_bos_token), bool(add_eos_token)
         self.update_post_processor()
 

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -10,13 +9,6 @@ from gemcut.engine.checks import check_int
 from gemcut.engine.transformers_api.tokenizers.batch_encoding import (
     BatchEncoding,
     check_tensor_type,
-)
-from gemcut.engine.transformers_api.tokenizers.encodings import (
-    Encoding,
-    Passage,
-    Places,
-    Span,
-    combined,
 )
 from gemcut.engine.transformers_api.tokenizers.padding import (
     PaddingRule,
@@ -27,10 +19,16 @@ from gemcut.engine.transformers_api.tokenizers.padding import (
     padding_rule,
     windows,
 )
-from gemcut.engine.transformers_api.tokenizers.text_decoder import TextDecoder, plain
+from gemcut.engine.transformers_api.tokenizers.passages import PassageCoder, samples
+from gemcut.engine.transformers_api.tokenizers.rows import (
+    Encoding,
+    Passage,
+    combined,
+)
+from gemcut.engine.transformers_api.tokenizers.text_decoder import plain
 
 
-class TextCoder(TextDecoder):
+class TextCoder(PassageCoder):
     """The part of a tokenizer that encodes, by the settings below."""
 
     model_input_names = ("input_ids", "attention_mask")
@@ -40,7 +38,6 @@ class TextCoder(TextDecoder):
     truncation_side: str
     model_max_length: int
     split_special_tokens: bool
-    _is_random = False  # whether ids differ from call to call
     _warned = False  # of a text beyond model_max_length
 
     def __call__(
@@ -77,7 +74,7 @@ class TextCoder(TextDecoder):
                     self.passage(
                         words,
                         is_split=is_split_into_words,
-                        parse_special=not as_text,
+                        as_text=as_text,
                         located=bool(options.get("return_offsets_mapping")),
                     )
                     for words in row
@@ -101,49 +98,6 @@ class TextCoder(TextDecoder):
         result = encoding(text, text_pair, max_length)
         result["labels"] = target.input_ids
         return result
-
-    def passage(
-        self, words: Sequence[str], *, is_split: bool, parse_special: bool, located: bool = False
-    ) -> Passage:
-        """One text: its words where it `is_split`, otherwise its parts, to be encoded apart.
-
-        Places are found now where they are `located`, otherwise by a second encoding if asked for.
-        """
-        if located or self._is_random:
-            ids, places = self._located(words, is_split, parse_special)
-            return Passage(ids, lambda: places)
-        encode = self._vocabulary.encode
-        ids = [
-            i for word in words for i in encode(word, add_bos=False, parse_special=parse_special)
-        ]
-        return Passage(ids, cache(lambda: self._located(words, is_split, parse_special)[1]))
-
-    def _located(
-        self, words: Sequence[str], is_split: bool, parse_special: bool
-    ) -> tuple[list[int], Places]:
-        ids: list[int] = []
-        places = Places([], [])
-        start = 0
-        for number, word in enumerate(words):
-            found = self._vocabulary.encode_with_offsets(word, parse_special=parse_special)
-            ids.extend(found.ids)
-            places.offsets.extend((start + begin, start + end) for begin, end in found.offsets)
-            places.words.extend([number] * len(found.ids))
-            start += 0 if is_split else len(word)
-        return ids, places if is_split else self._with_words("".join(words), ids, places.offsets)
-
-    def _with_words(self, text: str, ids: Sequence[int], offsets: list[Span]) -> Places:
-        """The places of a text's tokens, with words: added tokens, and what is between them."""
-        added = self._vocabulary.added_tokens
-        words: list[int] = []
-        number, was_added = -1, True
-        for token_id, (start, end) in zip(ids, offsets, strict=True):
-            token = added.get(token_id)
-            is_added = token is not None and token.is_spelled(text[start:end])
-            number += is_added or was_added
-            was_added = is_added
-            words.append(number)
-        return Places(offsets, words)
 
     def batch(
         self,
@@ -350,38 +304,3 @@ def _tensor_type(values: Any) -> str | None:
     return {"torch": "pt", "numpy": "np", "jaxlib": "jax"}.get(
         type(values).__module__.split(".")[0]
     )
-
-
-def samples(text: Any, pair: Any, is_split: bool) -> tuple[list[list[Sequence[str]]], bool]:
-    """The one or two texts of each row, as words, and whether the caller gave several rows.
-
-    A text of the caller is a string, a single word here, or a list of words where it `is_split`.
-    """
-    is_text = _is_words if is_split else lambda value: isinstance(value, str)
-    one, several = (
-        ("a list of words", "a pair of them") if is_split else ("a string", "a pair of strings")
-    )
-    if is_text(text) and (pair is None or is_text(pair)):
-        rows, is_batch = [(text, pair) if pair else (text,)], False
-    elif not isinstance(text, list | tuple) or is_text(pair):
-        raise ValueError(
-            f"text must be {one} or a list of them, and text_pair alike, got "
-            f"{type(text).__name__} and {type(pair).__name__}"
-        )
-    elif not text:
-        raise ValueError("text is an empty list; a batch has at least one row")
-    elif pair is None:
-        rows, is_batch = [(row,) if is_text(row) else row for row in text], True
-    elif len(pair) != len(text):
-        raise ValueError(f"text has {len(text)} rows and text_pair has {len(pair)}")
-    else:
-        rows, is_batch = list(zip(text, pair, strict=True)), True
-    for row in rows:
-        is_row = isinstance(row, list | tuple) and 1 <= len(row) <= 2
-        if not is_row or not all(is_text(one) for one in row):
-            raise ValueError(f"a row of text is {one} or {several}, got {row!r}")
-    return [[one if is_split else [one] for one in row] for row in rows], is_batch
-
-
-def _is_words(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)

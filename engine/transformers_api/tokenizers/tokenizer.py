@@ -147,6 +147,9 @@ class GemmaTokenizer(ChatCoder):
         folder = resolve_checkpoint(name, files=tokenizer_files.FILES, **hub)
         files = TokenizerFiles.read(folder)
         known = {k: v for k, v in files.settings.items() if k in _SETTINGS or _is_token(k, v)}
+        carried = {k: v for k, v in files.settings.items() if k not in known}
+        # transformers writes these twice: here as they were, by their names as they are
+        known = (carried.pop("model_specific_special_tokens", None) or {}) | known
         dropout = _dropout((known | overrides).get("sp_model_kwargs"))
         codec = Tokenizer.from_files(files, dropout=dropout)
         if isinstance(codec.vocabulary, JsonVocabulary):
@@ -155,7 +158,7 @@ class GemmaTokenizer(ChatCoder):
             known.pop("extra_special_tokens", None)
         arguments = {"tokenizer_object": codec, "name_or_path": str(source)} | known | overrides
         tokenizer = cls(**arguments)
-        tokenizer._carried = {k: v for k, v in files.settings.items() if k not in known}
+        tokenizer._carried = carried
         return tokenizer
 
     def save_pretrained(
