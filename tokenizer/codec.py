@@ -109,6 +109,11 @@ class Tokenizer:
         """The pieces by id, as the vocabulary spells them."""
         return self.vocabulary.pieces
 
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """All tokens that a text spells as wholes, by id."""
+        return self.vocabulary.added_tokens
+
     def add_tokens(self, tokens: Iterable[AddedToken]) -> int:
         """The number of new tokens: others are pieces already, and get the options given."""
         before = len(self)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class SentencePieceVocabulary(Vocabulary):
         self.special_ids = {self._ids[piece] for piece in hidden if piece in self._ids}
         # SentencePiece finds user-defined pieces in a text itself, and never control pieces
         is_control = self._processor.is_control(ids)
-        control = {*(i for i in ids if is_control[i]), self._processor.unk_id()}
+        self._control = control = {*(i for i in ids if is_control[i]), self._processor.unk_id()}
         self._found_here = {i: AddedToken(pieces[i]) for i in control}
         in_brackets = [piece for piece in pieces if is_in_brackets(piece)]
         # where every merge is skipped, only user-defined pieces stay whole
@@ -68,6 +69,19 @@ class SentencePieceVocabulary(Vocabulary):
     ) -> "SentencePieceVocabulary":
         """The vocabulary in a tokenizer.model file."""
         return cls(read_file(path), f"vocabulary {path}", dropout=dropout)
+
+    @cached_property
+    def _added_in_file(self) -> dict[int, AddedToken]:
+        ids = user_defined(self._processor.serialized_model_proto()) | self._control
+        return {
+            i: AddedToken(self.pieces[i], i, special=i in self.special_ids, normalized=False)
+            for i in sorted(ids)
+        }
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """All tokens that a text spells as wholes, those of the file too."""
+        return self._added_in_file | self.added
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -149,3 +163,26 @@ def _spans(text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
         spans.append((start, end))
         start = end
     return spans
+
+
+def user_defined(model: bytes) -> set[int]:
+    """The ids of the user-defined pieces in the bytes of a tokenizer.model."""
+    found: set[int] = set()
+    at = number = 0
+    while at < len(model) and model[at] == 0x0A:  # field 1 of the file: a piece
+        size, at = _varint(model, at + 1)
+        # its last field, 3, is its type: 4
+        if model[at + size - 2 : at + size] == b"\x18\x04":
+            found.add(number)
+        at, number = at + size, number + 1
+    return found
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of protobuf's, and the place after it."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return value, at

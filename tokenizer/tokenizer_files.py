@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gemcut.tokenizer.added_tokens import OPTIONS, AddedToken, is_in_brackets
+from gemcut.tokenizer.chat_templates import TEMPLATE_FILE, TEMPLATE_FOLDER
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 CONFIG_FILE, MAP_FILE = "tokenizer_config.json", "special_tokens_map.json"
-ADDED_FILE, TEMPLATE_FILE = "added_tokens.json", "chat_template.jinja"
+ADDED_FILE = "added_tokens.json"
 FILES = (
     MODEL_FILE,
     JSON_FILE,
@@ -19,6 +20,7 @@ FILES = (
     MAP_FILE,
     ADDED_FILE,
     TEMPLATE_FILE,
+    f"{TEMPLATE_FOLDER}/*.jinja",
     "chat_template.json",
 )
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
@@ -84,8 +86,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
         if settings.get(name) is not None:
             settings[name] = token_content(f"{folder / CONFIG_FILE}: {name}", settings[name])
     template = _read_json(folder / "chat_template.json").get("chat_template")
+    others = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    templates = {path.stem: path.read_text(encoding="utf-8") for path in others}
     if (folder / TEMPLATE_FILE).is_file():
         template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        templates["default"] = template
+    if others:
+        template = templates
     if template is not None:
         settings["chat_template"] = template
     return settings

@@ -62,6 +62,11 @@ class Vocabulary(ABC):
         """The id of a piece, None where there is none."""
         return self._ids.get(piece)
 
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """All tokens that a text spells as wholes, those of the file too."""
+        return self.added
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""

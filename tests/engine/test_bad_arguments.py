@@ -126,7 +126,9 @@ def test_rows_without_a_piece_are_sampled_and_have_no_text(tmp_path, tokenizer_f
         assert sum(
             math.exp(of.logprob) for of in output.outputs[0].logprobs[0].values()
         ) == pytest.approx(1)
-        stopped = engine.generate("x", SamplingParams(stop_token_ids=[*range(520, 600)], min_tokens=5))
+        stopped = engine.generate(
+            "x", SamplingParams(stop_token_ids=[*range(520, 600)], min_tokens=5)
+        )
         assert len(stopped.token_ids) >= 5
         with pytest.raises(ValueError, match="stop_token_ids"):
             engine.generate("x", SamplingParams(stop_token_ids=[600]))
