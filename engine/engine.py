@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from gemcut.engine.calls import Calls, shows
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checkpoints.load import load_checkpoint
+from gemcut.engine.checkpoints.hub import SMALL_FILES, resolve_checkpoint
+from gemcut.engine.checkpoints.load import load_checkpoint, load_tokenizer
 from gemcut.engine.checks import check_bool, check_int
 from gemcut.engine.config.generation_file import published_settings, settings_folder, stop_token_ids
 from gemcut.engine.config.model_config import ModelConfig
@@ -51,7 +51,7 @@ class Engine(Calls):
     def __init__(
         self,
         model: Gemma,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         eos_ids: Sequence[int] | None = None,
         default_params: SamplingParams | None = None,
@@ -65,8 +65,9 @@ class Engine(Calls):
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
-        eos_ids: tokens that end a text, by default those of the config.  default_params: settings
-        of a call that gives none.
+        tokenizer: without one, prompts are token ids and outputs have no text.  eos_ids: tokens
+        that end a text, by default those of the config.  default_params: settings of a call that
+        gives none.
         prefill_chunk: tokens of a prompt that are computed at once while others decode.
         reuse_prefixes: a prompt takes over the prefix that a slot already holds, and on a GPU its
         chunks are longer while no request decodes (prefill_chunks.py); without, every run computes
@@ -79,11 +80,8 @@ class Engine(Calls):
         super().__init__()
         self._folder: Path | None = None
         config = model.config
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {len(tokenizer)} pieces, "
-                f"but the embedding only {config.vocab_size} rows"
-            )
+        if tokenizer is not None:
+            tokenizer.check_embedding(config.vocab_size)
         if max_waiting is not None:
             check_int("max_waiting", max_waiting, 0, INT64_MAX)
         check_bool("cuda_graphs", cuda_graphs)
@@ -100,7 +98,7 @@ class Engine(Calls):
             device=model.device,
             dtype=model.dtype,
         )
-        state = SlotState(max_batch_size, len(tokenizer), model.device)
+        state = SlotState(max_batch_size, config.vocab_size, model.device)
         eos_ids = config.eos_token_ids if eos_ids is None else eos_ids
         defaults = SamplingParams() if default_params is None else default_params.clone()
         self._builder = RequestBuilder(
@@ -134,6 +132,7 @@ class Engine(Calls):
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
         cuda_graphs: bool = True,
+        skip_tokenizer_init: bool = False,
         quantization: str | None = None,
         ops: str = "auto",
         generation_config: str | Path = "auto",
@@ -147,7 +146,8 @@ class Engine(Calls):
 
         device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and float32 on a
         CPU; max_batch_size "auto" is the most of 16, 8, 4, 2, 1 slots that free memory holds;
-        max_seq_len None or "auto" is the model's own limit, or less if free memory holds less.
+        max_seq_len None or "auto" is the model's own limit, or less if free memory holds less; with
+        skip_tokenizer_init the engine takes ids alone.
 
         generation_config: the file that publishes the settings of a call that gives none: "auto" is
         the model's generation_config.json, a folder has one of its own, and with "none" only the
@@ -160,20 +160,23 @@ class Engine(Calls):
         target = choose_device(device)
         op_table = choose_ops(ops, target)
         weights_dtype = choose_dtype(dtype, target)
-        folder = resolve_checkpoint(
+        check_bool("skip_tokenizer_init", skip_tokenizer_init)
+        fetch = partial(
+            resolve_checkpoint,
             model,
             token=token,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
+        folder = fetch(files=SMALL_FILES)
         config = ModelConfig.from_file(folder)
         if config.classifier is not None:
             raise ValueError(
                 f"{folder} holds a {config.architectures[0]}, which generates no text; "
                 f"gemcut.engine has a class of that name"
             )
-        tokenizer = Tokenizer.from_file(folder)
+        tokenizer = None if skip_tokenizer_init else load_tokenizer(folder, config)
         published_in = settings_folder(generation_config, folder)
         eos_ids = stop_token_ids(published_in, config)
         defaults = SamplingParams() if default_params is None else default_params
@@ -184,6 +187,7 @@ class Engine(Calls):
             config, target, weights_dtype, op_table, prefill_chunk, reuse_prefixes, cuda_graphs
         )
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
+        folder = fetch()  # with the weights
 
         def load() -> Engine:
             weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)

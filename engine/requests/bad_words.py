@@ -1,6 +1,6 @@
 """Bad words: token sequences whose last token is not chosen after the tokens before it.
 
-A word is banned as it is tokenized at the beginning of a text and after a space, as in vLLM:
+A word is banned as it is tokenized at the beginning of a text and after a space:
 
     bad_words=["bad", "very bad"]   "bad", "▁bad": never chosen
                                     "▁bad" after "very" or "▁very": not chosen there
@@ -18,25 +18,19 @@ from gemcut.engine.checks import shorten
 from gemcut.tokenizer import Tokenizer
 
 
-def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """The token ids of each word, with and without a space before it.
+def bad_word_ids(word: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """The token ids of a word, without and with a space before it.
 
-    The form with a space is left out where it is no other beginning of the same length: there the
-    space is a token of its own, and the form without it is banned anyway.
+    The second form is left out where it ends like the first, which bans it too.  vLLM leaves it out
+    wherever the two differ in length: there " user" stays free though "user" is banned.
     """
-    found = []
-    for word in words:
-        text = word.lstrip()
-        plain, spaced = (
-            tokenizer.encode(prefix + text, add_bos=False, parse_special=True)
-            for prefix in ("", " ")
-        )
-        if not text or not plain:
-            raise ValueError(f"bad_words {shorten(word)} holds no token")
-        found.append(plain)
-        if spaced[0] != plain[0] and len(spaced) == len(plain):
-            found.append(spaced)
-    return found
+    text = word.lstrip()
+    plain, spaced = (
+        tokenizer.encode(prefix + text, add_bos=False, parse_special=True) for prefix in ("", " ")
+    )
+    if not plain:
+        raise ValueError(f"bad_words {shorten(word)} holds no token")
+    return [plain] if spaced[-len(plain) :] == plain else [plain, spaced]
 
 
 class BadWords:

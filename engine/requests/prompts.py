@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from gemcut.engine.checks import check_bool, shorten
-from gemcut.tokenizer import Tokenizer, render_chat
+from gemcut.tokenizer import Tokenizer
+from gemcut.tokenizer.chat import default_template, encode_chat, reads_parts
 
 
 class TextPrompt(TypedDict):
@@ -36,6 +37,9 @@ class TokensPrompt(_Tokens, total=False):
 class ChatTemplate(TypedDict, total=False):
     """How a conversation becomes a prompt; what is not given has the first value."""
 
+    chat_template: str | None  # None is the checkpoint's own, or Gemma's turns where it has none
+    chat_template_kwargs: Mapping[str, Any] | None  # other variables that the template reads
+    tools: Sequence[Any] | None  # the variable of that name
     merge_system: bool  # False; True puts a system message before the first user content
     add_generation_prompt: bool  # True opens the turn of the model; False ends with the last turn
     continue_final_message: bool  # False; True leaves the last turn open, for the model to go on
@@ -43,6 +47,7 @@ class ChatTemplate(TypedDict, total=False):
 
 Prompt = str | Sequence[int] | np.ndarray | Tensor | TextPrompt | TokensPrompt
 Messages = Sequence[Mapping[str, Any]]
+NO_TOKENIZER = "this engine has no tokenizer"
 PARTS = ("text", "input_text")  # types of a content part that are text
 
 
@@ -58,7 +63,7 @@ def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
 
 
 def encode_prompt(
-    prompt: Any, tokenizer: Tokenizer, vocab_size: int
+    prompt: Any, tokenizer: Tokenizer | None, vocab_size: int
 ) -> tuple[str | None, list[int]]:
     """The text, if there is one, and the ids of a prompt; ValueError says why it has none.
 
@@ -70,7 +75,15 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is empty")
-        return prompt, tokenizer.encode(prompt, parse_special=True)
+        if tokenizer is None:
+            raise ValueError(f"{NO_TOKENIZER}, so a prompt is a list of token ids")
+        ids = tokenizer.encode(prompt, parse_special=True)
+        if max(ids) >= vocab_size:  # a placeholder of images or sounds
+            raise ValueError(
+                f"the prompt holds {tokenizer.piece(max(ids))!r}, for which the model's embedding "
+                "has no row: it computes text alone"
+            )
+        return prompt, ids
     prompts, is_batch = split_prompts(prompt)
     if is_batch:
         raise ValueError("a prompt is a string or a list of token ids, not a list of lists")
@@ -98,25 +111,18 @@ def split_conversations(messages: Any) -> tuple[list[Any], bool]:
     return (list(messages), True) if is_batch else ([messages], False)
 
 
-def join_parts(messages: Any) -> Any:
-    """Messages whose content is a string: parts of text are joined by newlines, as in vLLM.
-
-    ValueError names a part that is no text.  Anything else is left for the renderer to check.
-    """
-    if not isinstance(messages, list | tuple):
-        return messages
-    return [_with_joined_content(index, message) for index, message in enumerate(messages)]
-
-
-def render(
+def encode_conversation(
     tokenizer: Tokenizer,
     messages: Any,
     *,
-    merge_system: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Any] | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    merge_system: bool = False,
 ) -> list[int]:
-    """The ids of a conversation."""
+    """The ids of one conversation."""
     check_bool("add_generation_prompt", add_generation_prompt)
     check_bool("continue_final_message", continue_final_message)
     if add_generation_prompt and continue_final_message:
@@ -124,33 +130,52 @@ def render(
             "continue_final_message=True goes on with the last turn, and needs "
             "add_generation_prompt=False: a new turn would end it"
         )
-    ids = render_chat(
-        tokenizer, messages, add_generation_prompt=add_generation_prompt, merge_system=merge_system
+    variables = dict(chat_template_kwargs or {})
+    if tools is not None:
+        variables["tools"] = tools
+    template = default_template(tokenizer) if chat_template is None else chat_template
+    return encode_chat(
+        tokenizer,
+        _with_parts_of_text(messages, joined=template is None or not reads_parts(template)),
+        template=template,
+        variables=variables,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        merge_system=merge_system,
     )
-    if continue_final_message:
-        while ids.pop() != tokenizer.end_of_turn_id:  # the newline after it
-            pass
-    return ids
 
 
-def _with_joined_content(index: int, message: Any) -> Any:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if not isinstance(content, list | tuple):
-        return message
-    texts = []
-    for part in content:
-        text = part
-        if isinstance(part, Mapping):
-            kind = part.get("type", "text")
-            if kind not in PARTS:
-                raise ValueError(
-                    f"message {index} has a part of type {shorten(kind)}; only text is supported"
-                )
-            text = part.get("text")
-        if not isinstance(text, str):
-            raise ValueError(f"message {index} has a part without text: {shorten(part)}")
-        texts.append(text)
-    return {**message, "content": "\n".join(texts)}
+def _with_parts_of_text(messages: Any, *, joined: bool) -> Any:
+    """Messages whose parts of content are text, or joined to a string by newlines, as in vLLM.
+
+    ValueError names a part that is no text.  Anything else is left for the renderer to check.
+    """
+    if not isinstance(messages, list | tuple):
+        return messages
+    given = []
+    for index, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list | tuple):
+            texts = [_text_of(index, part) for part in content]
+            parts = [{"type": "text", "text": text} for text in texts]
+            message = {**message, "content": "\n".join(texts) if joined else parts}
+        given.append(message)
+    return given
+
+
+def _text_of(index: int, part: Any) -> str:
+    """The text of a part of message `index`."""
+    text = part
+    if isinstance(part, Mapping):
+        kind = part.get("type", "text")
+        if kind not in PARTS:
+            raise ValueError(
+                f"message {index} has a part of type {shorten(kind)}; only text is supported"
+            )
+        text = part.get("text")
+    if not isinstance(text, str):
+        raise ValueError(f"message {index} has a part without text: {shorten(part)}")
+    return text
 
 
 def _plain(value: Any) -> Any:

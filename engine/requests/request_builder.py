@@ -8,18 +8,18 @@ from typing import Any
 from gemcut.engine.checks import refuse_unknown, shorten
 from gemcut.engine.requests.bad_words import bad_word_ids
 from gemcut.engine.requests.prompts import (
+    NO_TOKENIZER,
     ChatTemplate,
     Prompt,
     TokensPrompt,
+    encode_conversation,
     encode_prompt,
-    join_parts,
-    render,
     split_conversations,
     split_prompts,
 )
 from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.requests.sequence import Request, TokenSequence
-from gemcut.tokenizer import Tokenizer
+from gemcut.tokenizer import Tokenizer, end_of_turn_ids
 
 
 class RequestBuilder:
@@ -30,7 +30,7 @@ class RequestBuilder:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         vocab_size: int,
         eos_ids: Iterable[int],
         max_seq_len: int,
@@ -59,12 +59,13 @@ class RequestBuilder:
     def chat(self, messages: Any, params: SamplingParams | None, **template: Any) -> Request:
         """A request for the answer to one conversation."""
         refuse_unknown("chat", template, ChatTemplate.__annotations__)
-        ids = render(self._tokenizer, join_parts(messages), **template)
-        end_of_turn = self._tokenizer.end_of_turn_id
-        assert end_of_turn is not None  # render refuses such a vocabulary
-        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise ValueError(f"{NO_TOKENIZER}, so no chat: give token ids")
+        ids = encode_conversation(tokenizer, messages, **template)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
         prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
-        return self.one(prompt, params, eos_ids=self.eos_ids | {end_of_turn})
+        return self.one(prompt, params, eos_ids=self.eos_ids | end_of_turn_ids(tokenizer))
 
     def one(
         self,
@@ -80,8 +81,8 @@ class RequestBuilder:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
         params = params.clone()  # checked once more, as its attributes may have been assigned
-        params.check_token_ids(len(self._tokenizer))
-        bad_words = bad_word_ids(params.bad_words or (), self._tokenizer)
+        params.check_token_ids(self._vocab_size)
+        bad_words = self._bad_words(params)
         text, ids = encode_prompt(prompt, self._tokenizer, self._vocab_size)
         _check_length(len(ids), params.min_tokens, self._max_seq_len, score=score)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -104,6 +105,19 @@ class RequestBuilder:
             for index in range(params.n)
         ]
         return Request(request_id, text, sequences)
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """The ids of the bad words; ValueError where there is text and no tokenizer."""
+        if not (params.stop_strings or params.bad_words):
+            return []
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{NO_TOKENIZER}: stop_token_ids take the place of stop strings, and a logit_bias "
+                f"that of bad_words"
+            )
+        return [
+            ids for word in params.bad_words or () for ids in bad_word_ids(word, self._tokenizer)
+        ]
 
 
 def _spread(params: Any, count: int, what: str) -> list[SamplingParams | None]:

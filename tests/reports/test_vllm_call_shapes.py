@@ -39,7 +39,9 @@ def test_both_names_of_an_argument_mean_it(engine):
 
 
 @pytest.mark.parametrize(
-    "both", [{"prompt": "a", "prompts": "a"}, {"params": PARAMS, "sampling_params": PARAMS}], ids=str
+    "both",
+    [{"prompt": "a", "prompts": "a"}, {"params": PARAMS, "sampling_params": PARAMS}],
+    ids=str,
 )
 def test_both_names_at_once_are_refused(engine, both):
     with pytest.raises(ValueError, match="are names of one argument: give one of them") as error:
