@@ -134,13 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--n",
         type=int,
-        default=1,
+        default=argparse.SUPPRESS,
         help="completions; several are printed when all are complete, a line --- between them "
         "(default: 1)",
     )
     sampling.add_argument(
         "--logprobs",
         type=int,
+        default=argparse.SUPPRESS,
         metavar="K",
         help="with --json, the log-probabilities of each token and of the K likeliest in its place",
     )
@@ -188,38 +189,50 @@ def _add_model(parser: argparse.ArgumentParser, text: str) -> None:
 def _add_sampling(
     parser: argparse.ArgumentParser, *, max_tokens: int | None
 ) -> argparse._ArgumentGroup:
-    """The options that become SamplingParams, under its names."""
-    group = parser.add_argument_group("sampling")
-
-    def number(name: str, kind: type, default: float | None, text: str) -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        group.add_argument(name, type=kind, default=default, metavar="X", help=text + shown)
-
-    group.add_argument(
-        "--max-tokens",
-        type=int,
-        default=max_tokens,
-        metavar="N",
-        help="tokens to generate at most; the slot's end is a limit too (default: "
-        f"{max_tokens or 'to the end of the turn'})",
+    """The options that become SamplingParams, under its names; only those given are there."""
+    group = parser.add_argument_group(
+        "sampling", "defaults are those of the model's generation_config.json, else these"
     )
-    number("--min-tokens", int, 0, "tokens before which the text does not end by itself")
-    number("--temperature", float, 0.8, "0 takes the likeliest token")
-    number("--top-k", int, 0, "choose among the k likeliest tokens; 0: among all")
-    number("--top-p", float, 0.95, "choose among the fewest tokens with this much probability")
-    number("--min-p", float, 0.0, "leave out tokens below this share of the likeliest")
-    number("--seed", int, None, "the same seed gives the same text; by default it varies")
-    number("--repetition-penalty", float, 1.0, "above 1 discourages tokens of prompt and text")
-    number("--presence-penalty", float, 0.0, "above 0 discourages tokens of the text")
-    number("--frequency-penalty", float, 0.0, "the same, for each time they stand there")
-    number("--prompt-lookup-num-tokens", int, 0, "guess up to 7 from the text, verify in one step")
+    unpublished = {"temperature": 0.8, "top_p": 0.95, "max_tokens": max_tokens}
+    parser.set_defaults(unpublished=unpublished)
+
+    def number(name: str, kind: type, text: str, metavar: str = "X") -> None:
+        default = unpublished.get(name.removeprefix("--").replace("-", "_"))
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(
+            name, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text + shown
+        )
+
+    def texts(name: str, text: str) -> None:
+        group.add_argument(
+            name,
+            action="append",
+            default=argparse.SUPPRESS,
+            metavar="TEXT",
+            help=f"{text}; may be given several times",
+        )
+
+    end = "" if max_tokens else "; by default to the end of the turn"
+    at_most = f"tokens to generate at most; the slot's end is a limit too{end}"
+    number("--max-tokens", int, at_most, "N")
+    number("--min-tokens", int, "tokens before which the text does not end by itself")
+    number("--temperature", float, "0 takes the likeliest token")
+    number("--top-k", int, "choose among the k likeliest tokens; 0: among all")
+    number("--top-p", float, "choose among the fewest tokens with this much probability")
+    number("--min-p", float, "leave out tokens below this share of the likeliest")
+    number("--seed", int, "the same seed gives the same text; by default it varies")
+    number("--repetition-penalty", float, "above 1 discourages tokens of prompt and text")
+    number("--presence-penalty", float, "above 0 discourages tokens of the text")
+    number("--frequency-penalty", float, "the same, for each time they stand there")
+    number("--prompt-lookup-num-tokens", int, "guess up to 7 from the text, verify in one step")
+    texts("--stop", "end before this text")
+    texts("--bad-words", "never write this word")
     group.add_argument(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="end before this text; may be given several times",
+        "--ignore-eos",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="go on after an end of text",
     )
-    group.add_argument("--ignore-eos", action="store_true", help="go on after an end of text")
     return group
 
 
@@ -237,6 +250,19 @@ def _add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = _add_device(parser)
     _add_length(group)
+    group.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="FOLDER",
+        help="the folder whose generation_config.json has the defaults of sampling; none: no file "
+        "(default: the model's)",
+    )
+    group.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit of a model on the Hub, to which the token in HF_TOKEN, or that "
+        "of `hf auth login`, gives access",
+    )
     group.add_argument("--ops", default="auto", help="triton, reference (default: what runs here)")
     group.add_argument(
         "--no-cuda-graphs",

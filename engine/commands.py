@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gemcut.engine.engine import Engine
 from gemcut.engine.info import describe, find_config, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
-from gemcut.tokenizer import render_chat
+from gemcut.tokenizer import encode_chat
 
 MAX_SLOTS = 8  # more completions than that take turns
 SEPARATOR = "\n---\n"
@@ -27,11 +27,12 @@ Messages = list[dict[str, str]]
 
 def generate(args: argparse.Namespace) -> int:
     """Print the completions of the prompt; 0."""
-    if args.logprobs is not None and not args.json:
+    given = _given(args)
+    if given.logprobs is not None and not args.json:
         raise ValueError("--logprobs has no place in plain text; add --json")
-    params = _sampling_params(args)
     prompt = _read_prompt() if args.prompt in (None, "-") else args.prompt
-    with _engine(args, max_batch_size=min(params.n, MAX_SLOTS)) as engine:
+    with _engine(args, max_batch_size=min(given.n, MAX_SLOTS)) as engine:
+        params = _sampling_params(args, engine.get_default_sampling_params())
         if params.n == 1 and not (args.json or args.no_stream):
             for delta in engine.stream(prompt, params):
                 _show(delta.text)
@@ -50,7 +51,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def chat(args: argparse.Namespace) -> int:
     """Talk until the user leaves; 0, or 1 where a turn from a file or pipe was refused."""
-    params = _sampling_params(args)
+    _given(args)
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         with suppress(ImportError):  # not on Windows
@@ -59,6 +60,7 @@ def chat(args: argparse.Namespace) -> int:
     messages = beginning
     refused = False
     with _engine(args, max_batch_size=1) as engine:
+        params = _sampling_params(args, engine.get_default_sampling_params())
         if on_terminal:
             _note(WELCOME)
         while True:
@@ -125,9 +127,15 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+def _sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The settings of the command line, and these defaults for what is not given."""
     names = [field.name for field in fields(SamplingParams) if hasattr(args, field.name)]
-    return SamplingParams(**{name: getattr(args, name) for name in names})
+    return replace(defaults, **{name: getattr(args, name) for name in names})
+
+
+def _given(args: argparse.Namespace) -> SamplingParams:
+    """The settings of the command line alone, checked before a model is loaded."""
+    return _sampling_params(args, SamplingParams())
 
 
 def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
@@ -139,6 +147,9 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
         max_seq_len=args.max_seq_len,
         ops=args.ops,
         cuda_graphs=args.cuda_graphs,
+        generation_config=args.generation_config,
+        default_params=SamplingParams(**args.unpublished),
+        revision=args.revision,
     )
 
 
@@ -150,7 +161,8 @@ def _converse(
     Ctrl-C on a terminal ends the answer at once.  ValueError where the conversation does not fit
     the slot.
     """
-    length = len(render_chat(engine.tokenizer, messages, merge_system=True))
+    assert engine.tokenizer is not None
+    length = len(encode_chat(engine.tokenizer, messages, merge_system=True))
     if length >= engine.max_seq_len:
         raise ValueError(
             f"with this turn the conversation has {length} tokens and one to generate, "

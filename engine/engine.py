@@ -1,28 +1,24 @@
-"""Engine: prompts in, text out.
-
-A call checks its prompts, makes a request of each and waits for its tokens (README.md has more):
-
-    prompt -> request_builder -> worker -> step_loop -> scheduler -> runner -> steps
-           -> pending_tokens -> sequence -> output_queues -> caller
+"""Engine: a model, its cache and what runs it, made and kept; calls.py has its calls.
 
 Any number of threads and asyncio tasks may call one engine.  Their requests share the decode batch;
 worker.py says which thread makes the steps.
 """
 
-import sys
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checkpoints.load import load_checkpoint
+from gemcut.engine.calls import Calls, shows
+from gemcut.engine.checkpoints.hub import SMALL_FILES, resolve_checkpoint
+from gemcut.engine.checkpoints.load import load_checkpoint, load_tokenizer
 from gemcut.engine.checks import check_bool, check_int
-from gemcut.engine.config.generation_file import stop_token_ids
+from gemcut.engine.config.generation_file import published_settings, settings_folder, stop_token_ids
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.graphed_steps import choose_steps
@@ -32,8 +28,9 @@ from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.memory import Build
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_temporary_thread
-from gemcut.engine.requests.outputs import Delta, RequestOutput, ScoreOutput
-from gemcut.engine.requests.request_builder import Prompt, RequestBuilder
+from gemcut.engine.requests.outputs import Delta
+from gemcut.engine.requests.prompts import Prompt
+from gemcut.engine.requests.request_builder import RequestBuilder
 from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.serving import output_queues
 from gemcut.engine.serving.metrics import costs, prometheus_text, snapshot
@@ -42,20 +39,22 @@ from gemcut.engine.serving.step_loop import StepLoop
 from gemcut.engine.serving.worker import Worker
 from gemcut.tokenizer import Tokenizer
 
-Messages = Sequence[Mapping[str, str]]
+if TYPE_CHECKING:
+    from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
+
 MakeSteps = Callable[[Gemma, KVCache, SlotState], Steps]
-Params = SamplingParams | Sequence[SamplingParams] | None
 
 
-class Engine:
+class Engine(Calls):
     """A model with its tokenizer and cache, ready for requests.  `from_pretrained` makes one."""
 
     def __init__(
         self,
         model: Gemma,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         eos_ids: Sequence[int] | None = None,
+        default_params: SamplingParams | None = None,
         max_batch_size: int | Literal["auto"] = 8,
         max_seq_len: int | Literal["auto"] | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
@@ -66,6 +65,9 @@ class Engine:
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
+        tokenizer: without one, prompts are token ids and outputs have no text.  eos_ids: tokens
+        that end a text, by default those of the config.  default_params: settings of a call that
+        gives none.
         prefill_chunk: tokens of a prompt that are computed at once while others decode.
         reuse_prefixes: a prompt takes over the prefix that a slot already holds, and on a GPU its
         chunks are longer while no request decodes (prefill_chunks.py); without, every run computes
@@ -75,12 +77,11 @@ class Engine:
         and state, in place of those that suit the device.  ValueError names a value out of range,
         MemoryError what is needed, what is free and what would fit.
         """
+        super().__init__()
+        self._folder: Path | None = None
         config = model.config
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {len(tokenizer)} pieces, "
-                f"but the embedding only {config.vocab_size} rows"
-            )
+        if tokenizer is not None:
+            tokenizer.check_embedding(config.vocab_size)
         if max_waiting is not None:
             check_int("max_waiting", max_waiting, 0, INT64_MAX)
         check_bool("cuda_graphs", cuda_graphs)
@@ -97,9 +98,12 @@ class Engine:
             device=model.device,
             dtype=model.dtype,
         )
-        state = SlotState(max_batch_size, len(tokenizer), model.device)
+        state = SlotState(max_batch_size, config.vocab_size, model.device)
         eos_ids = config.eos_token_ids if eos_ids is None else eos_ids
-        self._builder = RequestBuilder(tokenizer, config.vocab_size, eos_ids, self.max_seq_len)
+        defaults = SamplingParams() if default_params is None else default_params.clone()
+        self._builder = RequestBuilder(
+            tokenizer, config.vocab_size, eos_ids, self.max_seq_len, defaults
+        )
         self._scheduler = Scheduler(
             max_batch_size,
             prefill_chunk,
@@ -114,7 +118,6 @@ class Engine:
         self._worker = Worker(self._loop, max_waiting)
         self._stop = weakref.finalize(self, self._worker.stop)
         self._step_interface = output_queues.StepInterface(self._worker)
-        self._sender = output_queues.AsyncioSender()
 
     @classmethod
     def from_pretrained(
@@ -129,14 +132,27 @@ class Engine:
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
         cuda_graphs: bool = True,
+        skip_tokenizer_init: bool = False,
         quantization: str | None = None,
         ops: str = "auto",
+        generation_config: str | Path = "auto",
+        default_params: SamplingParams | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> "Engine":
         """An engine for "demo", a local folder or a Hugging Face id.
 
         device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and float32 on a
         CPU; max_batch_size "auto" is the most of 16, 8, 4, 2, 1 slots that free memory holds;
-        max_seq_len None or "auto" is the model's own limit, or less if free memory holds less.
+        max_seq_len None or "auto" is the model's own limit, or less if free memory holds less; with
+        skip_tokenizer_init the engine takes ids alone.
+
+        generation_config: the file that publishes the settings of a call that gives none: "auto" is
+        the model's generation_config.json, a folder has one of its own, and with "none" only the
+        EOS of the model's counts.  default_params: those settings where the file has none.  token,
+        revision, cache_dir, local_files_only: for the Hub, as huggingface_hub has them.
         ValueError says in one line what is wrong with an argument or the checkpoint.
         """
         if quantization is not None:
@@ -144,27 +160,42 @@ class Engine:
         target = choose_device(device)
         op_table = choose_ops(ops, target)
         weights_dtype = choose_dtype(dtype, target)
-        folder = resolve_checkpoint(model)
+        check_bool("skip_tokenizer_init", skip_tokenizer_init)
+        fetch = partial(
+            resolve_checkpoint,
+            model,
+            token=token,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        folder = fetch(files=SMALL_FILES)
         config = ModelConfig.from_file(folder)
         if config.classifier is not None:
             raise ValueError(
                 f"{folder} holds a {config.architectures[0]}, which generates no text; "
                 f"gemcut.engine has a class of that name"
             )
-        tokenizer = Tokenizer.from_file(folder)
-        eos_ids = stop_token_ids(folder, config)
+        tokenizer = None if skip_tokenizer_init else load_tokenizer(folder, config)
+        published_in = settings_folder(generation_config, folder)
+        eos_ids = stop_token_ids(published_in, config)
+        defaults = SamplingParams() if default_params is None else default_params
+        if generation_config != "none":
+            defaults = replace(defaults, **published_settings(published_in))
         check_bool("cuda_graphs", cuda_graphs)
         build = Build(
             config, target, weights_dtype, op_table, prefill_chunk, reuse_prefixes, cuda_graphs
         )
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
+        folder = fetch()  # with the weights
 
         def load() -> Engine:
             weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
-            return cls(
+            engine = cls(
                 Gemma(config, weights, op_table),
                 tokenizer,
                 eos_ids=eos_ids,
+                default_params=defaults,
                 max_batch_size=slots,
                 max_seq_len=length,
                 prefill_chunk=prefill_chunk,
@@ -172,141 +203,10 @@ class Engine:
                 max_waiting=max_waiting,
                 cuda_graphs=cuda_graphs,
             )
+            engine._folder = folder
+            return engine
 
         return in_temporary_thread(load) if target.type == "cpu" else load()
-
-    # Calls
-
-    @overload
-    def generate(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
-        self, prompt: Prompt, params: SamplingParams | None = None, *, use_tqdm: bool | None = None
-    ) -> RequestOutput: ...
-
-    @overload
-    def generate(
-        self, prompt: Sequence[Prompt], params: Params = None, *, use_tqdm: bool | None = None
-    ) -> list[RequestOutput]: ...
-
-    def generate(self, prompt, params=None, *, use_tqdm=None):
-        """The completions of a prompt, or of a list of prompts in their order.
-
-        A prompt is a string or a list of token ids.  A string gets the BOS that Gemma needs, and
-        literals such as "<start_of_turn>" in it are special tokens, as they are for Hugging Face's
-        tokenizer: encode untrusted text as a chat, or with `tokenizer.encode`.  Lists take one
-        SamplingParams for all or one for each, and show a progress bar on a terminal (`use_tqdm`).
-        Bad input raises ValueError before anything runs.
-        """
-        requests, is_batch = self._requests.batch(prompt, params)
-        output_queues.submit_and_wait(self._worker, requests, is_batch and _shows(use_tqdm))
-        return _unpacked([request.output() for request in requests], is_batch)
-
-    @overload
-    async def agenerate(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: Prompt, params: SamplingParams | None = None
-    ) -> RequestOutput: ...
-
-    @overload
-    async def agenerate(
-        self, prompt: Sequence[Prompt], params: Params = None
-    ) -> list[RequestOutput]: ...
-
-    async def agenerate(self, prompt, params=None):
-        """`generate` in an event loop, which it does not block."""
-        requests, is_batch = self._requests.batch(prompt, params)
-        await output_queues.asubmit_and_wait(self._worker, self._sender, requests)
-        return _unpacked([request.output() for request in requests], is_batch)
-
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """A prompt's completions token by token; joined, the texts are `generate`'s text.
-
-        Bad input raises ValueError at the call.  An abandoned stream frees its slot.
-        """
-        return output_queues.stream(self._worker, self._requests.one(prompt, params))
-
-    def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
-        """`stream` for `async for`."""
-        return output_queues.astream(self._worker, self._sender, self._requests.one(prompt, params))
-
-    @overload
-    def chat(
-        self,
-        messages: Messages,
-        params: SamplingParams | None = None,
-        *,
-        stream: Literal[False] = False,
-        merge_system: bool = False,
-    ) -> RequestOutput: ...
-
-    @overload
-    def chat(
-        self,
-        messages: Messages,
-        params: SamplingParams | None = None,
-        *,
-        stream: Literal[True],
-        merge_system: bool = False,
-    ) -> Iterator[Delta]: ...
-
-    def chat(self, messages, params=None, *, stream=False, merge_system=False):
-        """The model's answer to a conversation, as an output or, with `stream`, as deltas.
-
-        messages: mappings with "role" ("user" or "model", also called "assistant", in turn) and
-        "content".  Gemma has no system role: it is refused, or with `merge_system` put before the
-        first user content.  The answer ends at the end of the turn.
-        """
-        request = self._requests.chat(messages, params, merge_system)
-        if stream:
-            return output_queues.stream(self._worker, request)
-        output_queues.submit_and_wait(self._worker, [request], show=False)
-        return request.output()
-
-    async def achat(
-        self,
-        messages: Messages,
-        params: SamplingParams | None = None,
-        *,
-        merge_system: bool = False,
-    ) -> RequestOutput:
-        """`chat` in an event loop, which it does not block."""
-        request = self._requests.chat(messages, params, merge_system)
-        await output_queues.asubmit_and_wait(self._worker, self._sender, [request])
-        return request.output()
-
-    def achat_stream(
-        self,
-        messages: Messages,
-        params: SamplingParams | None = None,
-        *,
-        merge_system: bool = False,
-    ) -> AsyncIterator[Delta]:
-        """`chat` with `stream`, for `async for`."""
-        request = self._requests.chat(messages, params, merge_system)
-        return output_queues.astream(self._worker, self._sender, request)
-
-    @overload
-    def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
-        self, texts: Prompt, *, use_tqdm: bool | None = None
-    ) -> ScoreOutput: ...
-
-    @overload
-    def score(
-        self, texts: Sequence[Prompt], *, use_tqdm: bool | None = None
-    ) -> list[ScoreOutput]: ...
-
-    def score(self, texts, *, use_tqdm=None):
-        """Log-probabilities of a text's tokens, each given those before it; a list for a list.
-
-        A string gets a BOS, which has no log-probability itself.  A text must fit a slot.
-        """
-        requests, is_batch = self._requests.batch(texts, None, score=True)
-        output_queues.submit_and_wait(self._worker, requests, is_batch and _shows(use_tqdm))
-        return _unpacked([request.score() for request in requests], is_batch)
-
-    async def ascore(self, texts: Prompt | Sequence[Prompt]) -> ScoreOutput | list[ScoreOutput]:
-        """`score` in an event loop, which it does not block."""
-        requests, is_batch = self._requests.batch(texts, None, score=True)
-        await output_queues.asubmit_and_wait(self._worker, self._sender, requests)
-        return _unpacked([request.score() for request in requests], is_batch)
 
     # The step interface, for a caller that makes the steps itself
 
@@ -344,12 +244,25 @@ class Engine:
 
     # State
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """A copy of the settings that a call without any has."""
+        return self._builder.defaults.clone()
+
+    def get_tokenizer(self) -> "GemmaTokenizer":
+        """The documented tokenizer, with the methods of transformers', of the model's folder."""
+        if self._folder is None:
+            raise ValueError("an engine that is not from_pretrained has `tokenizer` alone")
+        # not at the top: most engines are never asked for one
+        from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
+
+        return GemmaTokenizer.from_pretrained(self._folder)
+
     def warmup(self, *, use_tqdm: bool | None = None) -> None:
         """Compile every kernel and, on a GPU, capture every graph, with a progress bar.
 
         After it nothing is compiled, captured or allocated any more: see `metrics`.
         """
-        shown = (lambda steps: tqdm(list(steps), unit="step")) if _shows(use_tqdm) else iter
+        shown = (lambda steps: tqdm(list(steps), unit="step")) if shows(use_tqdm) else iter
         self._worker.call(lambda: self._loop.warm_up(shown))
         self._loop.metrics.at_warmup = self._costs()
 
@@ -379,19 +292,5 @@ class Engine:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    @property
-    def _requests(self) -> RequestBuilder:
-        """The request builder; RuntimeError once the engine is closed."""
-        self._worker.check_open()
-        return self._builder
-
     def _costs(self) -> dict[str, int]:
         return costs(self.model.device, self._loop.runner.steps.captures)
-
-
-def _shows(use_tqdm: bool | None) -> bool:
-    return sys.stderr.isatty() if use_tqdm is None else use_tqdm
-
-
-def _unpacked(outputs: list[Any], is_batch: bool) -> Any:
-    return outputs if is_batch else outputs[0]

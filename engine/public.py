@@ -11,6 +11,7 @@ from gemcut.engine.requests.outputs import (
     RequestOutput,
     ScoreOutput,
 )
+from gemcut.engine.requests.prompts import TextPrompt, TokensPrompt
 from gemcut.engine.requests.sampling_params import SamplingParams
 from gemcut.engine.serving.step_loop import EngineFault
 from gemcut.engine.serving.worker import QueueFullError
@@ -29,5 +30,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 __all__ += transformers_api.__all__

@@ -34,12 +34,15 @@ LATE |= {
     ("bench/engines/compiled_gemma.py", "torchao"),
 }
 LATE |= {("bench/engines/peers.py", "gemcut.bench.engines.compiled_gemma")}
+# transformers' tokenizer of an engine, which most are never asked for
+LATE |= {("engine/engine.py", "gemcut.engine.transformers_api.tokenizers.tokenizer")}
 # torch, in the processes of a visit alone
 LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.engine.placement")}
 # a peer's arrays, files and templates, which not every user has
 LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
-LATE |= {("engine/transformers_api/tokenizers/vocabularies.py", "tokenizers")}
-LATE |= {("engine/transformers_api/tokenizers/chat_templates.py", "jinja2")}
+LATE |= {("tokenizer/json_vocabulary.py", "tokenizers")}
+LATE |= {("tokenizer/chat_templates.py", "jinja2")}
+LATE |= {("tokenizer/chat_templates.py", "gemcut.tokenizer.template_sandbox")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

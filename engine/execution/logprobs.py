@@ -21,7 +21,11 @@ def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
 def describe_tokens(
     logits: Tensor, token_ids: Tensor, top: int, tokenizer: Tokenizer | None
 ) -> list[TokenLogprobs]:
-    """Each row's token and the `top` likeliest ones: logits [M, V], token_ids [M] -> M entries."""
+    """Each row's token, and after it the `top` likeliest ones, or all of them where it is -1.
+
+    logits [M, V], token_ids [M] -> M entries.
+    """
+    top = logits.shape[-1] if top == -1 else top
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(-1, token_ids.unsqueeze(-1))
     ranks = (logprobs > chosen).sum(-1) + 1
@@ -36,17 +40,18 @@ def describe_tokens(
         strict=True,
     ):
         ranked = zip(best_ids, best_logprobs, range(1, top + 1), strict=True)
-        entry = {id_: Logprob(value, place, _show(tokenizer, id_)) for id_, value, place in ranked}
-        entry.setdefault(token_id, Logprob(logprob, rank, _show(tokenizer, token_id)))
+        entry = {token_id: Logprob(logprob, rank, _show(tokenizer, token_id))}
+        entry |= {id_: Logprob(value, place, _show(tokenizer, id_)) for id_, value, place in ranked}
         entries.append(entry)
     return entries
 
 
-def _show(tokenizer: Tokenizer | None, token_id: int) -> str:
+def _show(tokenizer: Tokenizer | None, token_id: int) -> str | None:
+    if tokenizer is None:
+        return None
     # ids of an embedding padded past the vocabulary have no text
-    if tokenizer is None or token_id >= len(tokenizer):
-        return ""
-    return tokenizer.decode([token_id], skip_special_tokens=False)
+    shown = token_id < len(tokenizer)
+    return tokenizer.decode([token_id], skip_special_tokens=False) if shown else ""
 
 
 def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float]:

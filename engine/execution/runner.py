@@ -24,7 +24,8 @@ Scorer = Callable[[list[TokenSequence], Tensor], Tensor]
 class Runner:
     """Starts prefills and decode steps: `steps` compute them, over one model and one cache.
 
-    The tokenizer shows tokens in log-probabilities; without one they have no text.
+    The tokenizer shows tokens in log-probabilities; without one, and where a request wants no text,
+    they have none.
     """
 
     def __init__(self, steps: Steps, tokenizer: Tokenizer | None) -> None:
@@ -45,7 +46,7 @@ class Runner:
         if sequence.score_only:
             sequence.scores[start:] = prompt_scores(self.model, hidden, following)
         if (top := sequence.params.prompt_logprobs) is not None:
-            entries = prompt_logprobs(self.model, hidden, following, top, self._tokenizer)
+            entries = prompt_logprobs(self.model, hidden, following, top, self._shower(sequence))
             sequence.prompt_logprobs = (sequence.prompt_logprobs or [None])[: start + 1] + entries
         sequence.prefilled = end
         sequence.written = max(sequence.written, end)
@@ -64,7 +65,7 @@ class Runner:
         for sequence in sequences:
             assert sequence.slot is not None
             self.state.admit(sequence.slot, sequence)
-        logits = self.model.logits(hidden)[:, : self.state.vocab_size]
+        logits = self.model.logits(hidden)
         slots = upload([s.slot for s in sequences], self.device)
         return self._sample(sequences, logits, slots, _features(sequences), scorer)
 
@@ -118,8 +119,13 @@ class Runner:
             if (top := sequence.params.logprobs) is not None:
                 one = slice(row, row + 1)
                 sampled = ids[one].clamp(min=0)
-                (logprobs[row],) = describe_tokens(logits[one], sampled, top, self._tokenizer)
+                (logprobs[row],) = describe_tokens(
+                    logits[one], sampled, top, self._shower(sequence)
+                )
         return self._pending(sequences, ids, logprobs=logprobs)
+
+    def _shower(self, sequence: TokenSequence) -> Tokenizer | None:
+        return self._tokenizer if sequence.params.detokenize else None
 
     def _pending(self, sequences: list[TokenSequence], ids: Tensor, **facts) -> PendingTokens:
         event = None

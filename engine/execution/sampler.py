@@ -83,12 +83,12 @@ def _scored(chosen: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def run_processors(logits: Tensor, sequences: list[TokenSequence]) -> Tensor:
     """Logits [B, V] after each sequence's own processors; a failing one ends its sequence alone."""
-    if not any(s.params.logits_processors for s in sequences):
+    if not any(s.processors for s in sequences):
         return logits
     logits = logits.clone()
     for row, sequence in enumerate(sequences):
         try:
-            for processor in sequence.params.logits_processors or ():
+            for processor in sequence.processors:
                 changed = processor(list(sequence.output_ids), logits[row].clone())
                 if not isinstance(changed, Tensor) or changed.shape != logits[row].shape:
                     raise ValueError(

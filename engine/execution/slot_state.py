@@ -5,7 +5,7 @@ part, reads their tokens, positions and settings here, and writes the new ones h
 `num_slots` belongs to no slot: it pads a batch to the size of its graph, and is never active.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,14 +70,24 @@ class SlotState:
         if slot in self._biased:
             self.bias[slot] = 0
             self._biased.remove(slot)
-        if params.logit_bias:
+        if "bias" in sequence.uses:
             self._biased.add(slot)
-            token_ids = upload([int(token_id) for token_id in params.logit_bias], self.device)
-            values = [float(value) for value in params.logit_bias.values()]
-            self.bias[slot, token_ids] = upload(values, self.device, torch.float32)
+            self._write_bias(self.bias[slot], params.allowed_token_ids, sequence.bias)
         if self._ends[slot] != sequence.end_ids:
             self._ends[slot] = sequence.end_ids
             self._mark(self.is_end[slot], sequence.end_ids)
+
+    def _write_bias(
+        self, row: Tensor, allowed: Sequence[int] | None, bias: Mapping[int, float]
+    ) -> None:
+        """-inf where a token is not allowed, and these biases: row [V], zero before."""
+        if allowed is not None:
+            row.fill_(-torch.inf)
+            row[upload([int(token_id) for token_id in allowed], self.device)] = 0
+        if bias:
+            token_ids = upload([int(token_id) for token_id in bias], self.device)
+            values = [float(value) for value in bias.values()]
+            row[token_ids] += upload(values, self.device, torch.float32)
 
     def _mark(self, row: Tensor, token_ids: Sequence[int] | frozenset[int]) -> None:
         """True for these tokens and for no others: row [V]."""

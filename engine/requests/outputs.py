@@ -1,6 +1,7 @@
 """The results that the engine returns: outputs, deltas of a stream, log-probabilities, metrics."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -10,10 +11,10 @@ class Logprob:
 
     logprob: float  # natural logarithm
     rank: int  # 1 is the likeliest
-    decoded_token: str
+    decoded_token: str | None  # None where no text is wanted
 
 
-TokenLogprobs = dict[int, Logprob]  # by token id
+TokenLogprobs = dict[int, Logprob]  # by token id: the token itself, then the likeliest by rank
 
 
 @dataclass
@@ -27,6 +28,9 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None  # one entry for each of token_ids
     finish_reason: str | None  # "stop" | "length" | "abort"; None while it runs
     stop_reason: int | str | None  # the stop token id or stop string; None for EOS and otherwise
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
 
 @dataclass
@@ -43,7 +47,11 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """A prompt with its completions; `text`, `token_ids`, `finish_reason` are the first one's."""
+    """A prompt with its completions; `text`, `token_ids`, `finish_reason` are the first one's.
+
+    Where vLLM returns a list for a single prompt, the engine returns the output; for programs
+    written so, it can be read as a list of itself: `output[0]`, `for one in output`.
+    """
 
     request_id: str
     prompt: str | None  # None where the prompt was given as ids
@@ -51,6 +59,21 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None  # the first token has none
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
+
+    def __getitem__(self, index: int) -> "RequestOutput":
+        return (self,)[index]
+
+    def __iter__(self) -> Iterator["RequestOutput"]:
+        yield self
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finished() for completion in self.outputs)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that a slot held already (`metrics.reused_prefix_tokens`)."""
+        return self.metrics.reused_prefix_tokens
 
     @property
     def text(self) -> str:

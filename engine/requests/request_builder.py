@@ -1,45 +1,71 @@
-"""Requests made from a caller's prompts and settings; ValueError says in one line what is wrong.
-
-A prompt is a string or a list of token ids; a batch is a list of either.
-"""
+"""Requests made from a caller's prompts and settings; ValueError says in one line what is wrong."""
 
 import itertools
-import operator
 import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gemcut.engine.checks import shorten
+from gemcut.engine.checks import refuse_unknown, shorten
+from gemcut.engine.requests.bad_words import bad_word_ids
+from gemcut.engine.requests.prompts import (
+    NO_TOKENIZER,
+    ChatTemplate,
+    Prompt,
+    TokensPrompt,
+    encode_conversation,
+    encode_prompt,
+    split_conversations,
+    split_prompts,
+)
 from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.requests.sequence import Request, TokenSequence
-from gemcut.tokenizer import Tokenizer, render_chat
-
-Prompt = str | Sequence[int]
+from gemcut.tokenizer import Tokenizer, end_of_turn_ids
 
 
 class RequestBuilder:
-    """Checks prompts and settings against one model and the length of its slots."""
+    """Checks prompts and settings against one model and the length of its slots.
+
+    `defaults` are the settings of a request that names none.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int], max_seq_len: int
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_ids: Iterable[int],
+        max_seq_len: int,
+        defaults: SamplingParams,
     ) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.eos_ids, self._max_seq_len = frozenset(eos_ids), max_seq_len
+        self.defaults = defaults
         self._numbers = itertools.count()
 
     def batch(self, prompt: Any, params: Any, *, score: bool = False) -> tuple[list[Request], bool]:
         """The requests of a prompt or of a list of prompts, and whether it was a list."""
-        if not _is_batch(prompt):
-            return [self.one(prompt, params, score=score)], False
-        each = zip(prompt, _spread(params, len(prompt)), strict=True)
-        return [self.one(text, settings, score=score) for text, settings in each], True
+        prompts, is_batch = split_prompts(prompt)
+        each = zip(prompts, _spread(params, len(prompts), "prompts"), strict=True)
+        return [self.one(one, settings, score=score) for one, settings in each], is_batch
 
-    def chat(self, messages: Any, params: Any, merge_system: bool) -> Request:
-        """A request for the answer to a conversation, which ends at the end of the turn."""
-        ids = render_chat(self._tokenizer, messages, merge_system=merge_system)
-        end_of_turn = self._tokenizer.end_of_turn_id
-        assert end_of_turn is not None  # render_chat refuses such a vocabulary
-        return self.one(ids, params, eos_ids=self.eos_ids | {end_of_turn})
+    def chats(self, messages: Any, params: Any, **template: Any) -> tuple[list[Request], bool]:
+        """Requests for the answers to a conversation or a list of them, and whether it was a list.
+
+        An answer ends at the end of the turn.
+        """
+        chats, is_batch = split_conversations(messages)
+        each = zip(chats, _spread(params, len(chats), "conversations"), strict=True)
+        return [self.chat(chat, settings, **template) for chat, settings in each], is_batch
+
+    def chat(self, messages: Any, params: SamplingParams | None, **template: Any) -> Request:
+        """A request for the answer to one conversation."""
+        refuse_unknown("chat", template, ChatTemplate.__annotations__)
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise ValueError(f"{NO_TOKENIZER}, so no chat: give token ids")
+        ids = encode_conversation(tokenizer, messages, **template)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
+        return self.one(prompt, params, eos_ids=self.eos_ids | end_of_turn_ids(tokenizer))
 
     def one(
         self,
@@ -51,11 +77,13 @@ class RequestBuilder:
         request_id: str | None = None,
     ) -> Request:
         """The request of a single prompt, with its n sequences."""
-        params = SamplingParams() if params is None else params
+        params = self.defaults if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        params.check_token_ids(len(self._tokenizer))
-        text, ids = _encode(prompt, self._tokenizer, self._vocab_size)
+        params = params.clone()  # checked once more, as its attributes may have been assigned
+        params.check_token_ids(self._vocab_size)
+        bad_words = self._bad_words(params)
+        text, ids = encode_prompt(prompt, self._tokenizer, self._vocab_size)
         _check_length(len(ids), params.min_tokens, self._max_seq_len, score=score)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         if request_id is not None and not isinstance(request_id, str):
@@ -72,59 +100,35 @@ class RequestBuilder:
                 index=index,
                 request_id=request_id,
                 score_only=score,
+                bad_words=bad_words,
             )
             for index in range(params.n)
         ]
         return Request(request_id, text, sequences)
 
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """The ids of the bad words; ValueError where there is text and no tokenizer."""
+        if not (params.stop_strings or params.bad_words):
+            return []
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{NO_TOKENIZER}: stop_token_ids take the place of stop strings, and a logit_bias "
+                f"that of bad_words"
+            )
+        return [
+            ids for word in params.bad_words or () for ids in bad_word_ids(word, self._tokenizer)
+        ]
 
-def _is_batch(prompt: Any) -> bool:
-    """Whether `prompt` is a list of prompts, which gets a list of outputs."""
-    if isinstance(prompt, str):
-        return False
-    if isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Sequence):
-        raise ValueError(f"prompt {shorten(prompt)} is neither a string nor a list")
-    return len(prompt) > 0 and isinstance(prompt[0], str | Sequence)
 
-
-def _spread(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams | None]:
-    """One SamplingParams for each of `count` prompts."""
+def _spread(params: Any, count: int, what: str) -> list[SamplingParams | None]:
+    """One SamplingParams for each of `count` prompts or conversations."""
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, Sequence):
         raise ValueError(f"params must be a SamplingParams or a list, got {type(params).__name__}")
     if len(params) != count:
-        raise ValueError(f"{len(params)} SamplingParams for {count} prompts")
+        raise ValueError(f"{len(params)} SamplingParams for {count} {what}")
     return list(params)
-
-
-def _encode(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple[str | None, list[int]]:
-    """The text, if there is one, and the ids of a prompt; ValueError says why it has none.
-
-    Ids are checked here, on the host: one past the embedding would read foreign memory on a GPU.
-    """
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("the prompt is empty")
-        return prompt, tokenizer.encode(prompt, parse_special=True)
-    if _is_batch(prompt):
-        raise ValueError("a prompt is a string or a list of token ids, not a list of lists")
-    ids = []
-    for token_id in prompt:
-        try:
-            index = operator.index(token_id)  # numpy's integers too
-        except TypeError:
-            index = -1
-        if isinstance(token_id, bool) or not 0 <= index < vocab_size:
-            raise ValueError(
-                f"token id {shorten(token_id)} in the prompt is outside 0..{vocab_size - 1}"
-            )
-        ids.append(index)
-    if not ids:
-        raise ValueError("the prompt is empty")
-    return None, ids
 
 
 def _check_length(count: int, min_tokens: int, max_seq_len: int, *, score: bool) -> None:

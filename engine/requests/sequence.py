@@ -1,9 +1,11 @@
 """Requests and their sequences on the host: ids and text so far, and the reason of their end."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gemcut.engine.requests.bad_words import BadWords
 from gemcut.engine.requests.outputs import (
     CompletionOutput,
     Delta,
@@ -35,6 +37,7 @@ class TokenSequence:
     index: int = 0
     request_id: str = ""
     score_only: bool = False  # only its prompt's log-probabilities are wanted, no token
+    bad_words: Sequence[list[int]] = ()  # the ids of params.bad_words
     deliver: Callable[[Delta], object] = _drop  # called with each token's text
 
     slot: int | None = None
@@ -57,17 +60,25 @@ class TokenSequence:
     def __post_init__(self) -> None:
         self._text: list[str] = []
         self._decoder = None
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self.params.detokenize:
             skip = self.params.skip_special_tokens
             self._decoder = StreamDecoder(self.tokenizer, skip_special_tokens=skip)
-        self._stops = StopStrings(self.params.stop_strings)
+        self._includes_stop = self.params.include_stop_str_in_output
+        self._stops = StopStrings(self.params.stop_strings, include=self._includes_stop)
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
         eos_ids = frozenset() if self.params.ignore_eos else self.eos_ids
         # tokens that end the sequence, and must not come before min_tokens
         self.end_ids = eos_ids | self._stop_token_ids
         room = self.max_seq_len - len(self.prompt_ids)
         self.max_tokens = min(room, self.params.max_tokens or room)
-        self.uses = self.params.features()  # the features that sampler.py must compute for it
+        # words of one token are a bias, of which the device needs no history
+        self.bias = dict(self.params.logit_bias or {})
+        self.bias |= {word[0]: -math.inf for word in self.bad_words if len(word) == 1}
+        self.processors = list(self.params.logits_processors or ())
+        if long_words := [word for word in self.bad_words if len(word) > 1]:
+            self.processors.append(BadWords(long_words))
+        # the features that sampler.py must compute for it
+        self.uses = self.params.features() | ({"bias"} if self.bias else frozenset())
 
     @property
     def is_prefilled(self) -> bool:
@@ -86,7 +97,7 @@ class TokenSequence:
     @property
     def needs_logits(self) -> bool:
         """Whether the host must see logits before, or along with, the choice."""
-        return self.params.logprobs is not None or bool(self.params.logits_processors)
+        return self.params.logprobs is not None or bool(self.processors)
 
     def draft(self, most: int) -> list[int]:
         """Tokens guessed to come next, `most` or fewer: what was asked, and there is room for."""
@@ -152,9 +163,12 @@ class TokenSequence:
         if token_id in self.end_ids:
             self.finish_reason = "stop"
             self.stop_reason = token_id if token_id in self._stop_token_ids else None
+            if self._includes_stop:
+                text, _ = self._push(token_id, search=False)
         else:
-            more = "" if self._decoder is None else self._decoder.push(token_id)
-            text, self.stop_reason = self._stops.push(more)
+            # as in vLLM, a stop string must end after the first min_tokens
+            is_late = len(self.output_ids) > self.params.min_tokens
+            text, self.stop_reason = self._push(token_id, search=is_late)
             if self.stop_reason is not None:
                 self.finish_reason = "stop"
             elif len(self.output_ids) >= self.max_tokens:
@@ -162,6 +176,13 @@ class TokenSequence:
         if self.finish_reason is not None:
             text += self._rest()
         self._emit(text, [token_id], None if logprobs is None else [logprobs])
+
+    def _push(self, token_id: int, *, search: bool) -> tuple[str, str | None]:
+        """The text that a token lets be shown, and the stop string that it completes."""
+        if self._decoder is None:
+            return "", None
+        text, hidden = self._decoder.push(token_id), self._decoder.hidden(token_id)
+        return self._stops.push(text, hidden=hidden, search=search)
 
     def finish_scored(self) -> None:
         """End a sequence of which only the prompt's log-probabilities are wanted."""
@@ -188,7 +209,9 @@ class TokenSequence:
         """The text held back, which can no longer become a character or a stop string."""
         if isinstance(self.stop_reason, str):
             return ""
-        text, matched = self._stops.push("" if self._decoder is None else self._decoder.flush())
+        late = len(self.output_ids) > self.params.min_tokens
+        last = "" if self._decoder is None else self._decoder.flush()
+        text, matched = self._stops.push(last, search=late)
         if matched is not None:
             self.finish_reason, self.stop_reason = "stop", matched
             return text

@@ -98,8 +98,8 @@ BAD_PARAMS = {
     "stop": ["", ["a", ""], [1], 5, "\ud800"],
     "stop_token_ids": [[-1], [520], [1.0], 7, "12"],
     "seed": [1.5, 2**63, -(2**63) - 1, "x"],
-    "logprobs": [-1, 521, 1.5],
-    "prompt_logprobs": [-1, 521],
+    "logprobs": [-2, 521, 1.5],
+    "prompt_logprobs": [-2, 521],
     "repetition_penalty": [0, -1, NAN, INF, 1e39],
     "presence_penalty": [NAN, INF, 1e39],
     "frequency_penalty": [NAN, -INF, -1e39],
@@ -136,7 +136,7 @@ def test_min_tokens_over_max_tokens():
 
 
 def test_params_of_another_kind_and_of_another_number(engine):
-    with pytest.raises(ValueError, match="must be a SamplingParams, got dict"):
+    with pytest.raises(ValueError, match="must be a SamplingParams or a list, got dict"):
         engine.generate("x", {"temperature": 0})
     with pytest.raises(ValueError, match="or a list, got int"):
         engine.generate(["x"], 5)

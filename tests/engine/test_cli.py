@@ -63,9 +63,9 @@ def test_the_package_gives_its_names_although_it_imports_them_late():
 def test_every_sampling_option_reaches_the_request():
     arguments = """generate a --n 2 --temperature 0.5 --top-k 3 --top-p 0.7 --min-p 0.1
         --max-tokens 9 --min-tokens 4 --stop x --stop yy --ignore-eos --seed -5 --logprobs 2
-        --repetition-penalty 1.5 --presence-penalty 0.25 --frequency-penalty -0.5"""
+        --repetition-penalty 1.5 --presence-penalty 0.25 --frequency-penalty -0.5 --bad-words z"""
     asked = cli._parser().parse_args(arguments.split())
-    assert commands._sampling_params(asked) == SamplingParams(
+    assert commands._given(asked) == SamplingParams(
         n=2,
         temperature=0.5,
         top_k=3,
@@ -74,6 +74,7 @@ def test_every_sampling_option_reaches_the_request():
         max_tokens=9,
         min_tokens=4,
         stop=["x", "yy"],
+        bad_words=["z"],
         ignore_eos=True,
         seed=-5,
         logprobs=2,
@@ -85,13 +86,15 @@ def test_every_sampling_option_reaches_the_request():
 
 def test_drafts_are_an_option_too():
     asked = cli._parser().parse_args(["generate", "a", "--prompt-lookup-num-tokens", "5"])
-    assert commands._sampling_params(asked).prompt_lookup_num_tokens == 5
+    assert commands._given(asked).prompt_lookup_num_tokens == 5
 
 
 @pytest.mark.parametrize(("command", "max_tokens"), [("generate", 256), ("chat", None)])
 def test_default_sampling(command, max_tokens):
-    asked = commands._sampling_params(cli._parser().parse_args([command]))
-    assert asked == SamplingParams(temperature=0.8, top_p=0.95, max_tokens=max_tokens)
+    asked = cli._parser().parse_args([command])
+    assert commands._given(asked) == SamplingParams()
+    defaults = SamplingParams(**asked.unpublished)
+    assert defaults == SamplingParams(temperature=0.8, top_p=0.95, max_tokens=max_tokens)
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,15 @@ def test_bad_widths(value):
 
 @pytest.mark.parametrize(
     "other",
-    [{"repetition_penalty": 1.1}, {"presence_penalty": 1.0}, {"logits_processors": dictate([5])}],
+    [
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 1.0},
+        {"bad_words": ["x"]},
+        {"logits_processors": dictate([5])},
+    ],
 )
 def test_what_needs_each_token_excludes_drafts(other):
-    with pytest.raises(ValueError, match="cannot be combined with penalties or logits_processors"):
+    with pytest.raises(ValueError, match="cannot be combined with penalties, bad_words or"):
         SamplingParams(prompt_lookup_num_tokens=3, **other)
 
 
