@@ -207,6 +207,6 @@ class TestWithoutATokenizer:
     def test_a_missing_one_is_refused_first(self, folder, tmp_path):
         without_weights(folder, tmp_path)
         (tmp_path / "tokenizer.model").unlink()
-        with pytest.raises(ValueError, match="neither.*skip_tokenizer_init=True") as error:
+        with pytest.raises(ValueError, match=r"neither.*skip_tokenizer_init=True") as error:
             Engine.from_pretrained(tmp_path)
         one_line(error)
