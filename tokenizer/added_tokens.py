@@ -130,7 +130,7 @@ def markers(literals: Mapping[str, int], special_ids: Collection[int]) -> dict[s
 
 def is_in_brackets(literal: str) -> bool:
     """Whether a literal has the form of a control token: "<...>" or "[...]"."""
-    return _IN_BRACKETS.fullmatch(literal) is not None
+    return literal[:1] in "<[" and _IN_BRACKETS.fullmatch(literal) is not None
 
 
 def _is_tag(literal: str, literals: Collection[str]) -> bool:

@@ -75,6 +75,11 @@ def rendered(
     return _parts(text, cut, *generation)
 
 
+def check(template: str) -> None:
+    """Nothing, or ValueError where a template is not jinja."""
+    _compiled("the chat template", template)
+
+
 def has_generation(template: str) -> bool:
     """Whether a template marks what the model has written."""
     return re.search(r"{%-?\s*generation\s*-?%}", template) is not None

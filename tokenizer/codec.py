@@ -121,6 +121,18 @@ class Tokenizer:
         self._update()
         return len(self) - before
 
+    def check_embedding(self, num_rows: int) -> None:
+        """Nothing, or ValueError where a token has no row in an embedding of so many.
+
+        A placeholder needs none: no text becomes an image or a sound.
+        """
+        for i in range(num_rows, len(self)):
+            if i not in self.placeholder_ids:
+                raise ValueError(
+                    f"the vocabulary has {len(self)} pieces, but the embedding only {num_rows} "
+                    f"rows: none for {self.pieces[i]!r}"
+                )
+
     def _update(self) -> None:
         pieces, self.special_ids = self.pieces, frozenset(self.vocabulary.special_ids)
         self._bytes += map(bytes_of, pieces[len(self._bytes) :])

@@ -113,12 +113,18 @@ def text_of(pieces: Iterable[str]) -> str:
 
 def bytes_of(piece: str) -> bytes:
     """The bytes that a piece adds to a text."""
-    byte = BYTE.fullmatch(piece)
-    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+    if piece[:1] == "<" and (byte := BYTE.fullmatch(piece)):
+        return bytes.fromhex(byte[1])
+    return piece.replace("▁", " ").encode()
 
 
 def _by_id(ids: Mapping[str, int], source: str) -> list[str]:
     """The pieces in the order of their ids, which must be 0, 1, 2 and so on."""
+    pieces = [""] * len(ids)
+    if set(ids.values()) == set(range(len(ids))):
+        for piece, i in ids.items():
+            pieces[i] = piece
+        return pieces
     pieces = sorted(ids, key=ids.__getitem__)
     for i, piece in enumerate(pieces):
         if ids[piece] < i:

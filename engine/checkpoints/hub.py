@@ -17,17 +17,18 @@ from huggingface_hub.errors import (
 )
 
 from gemcut.engine.checks import check_bool, shorten
+from gemcut.tokenizer.tokenizer_files import FILES as TOKENIZER_FILES
 
 DEMO = Path(__file__).parents[1] / "demo"
 # Nothing else is read: no pickles, no Python, no weights of other frameworks.
-FILES = [
+WEIGHT_FILES = ["*.safetensors", "model.safetensors.index.json"]
+SMALL_FILES = [  # that can be checked before weights are fetched
     "config.json",
     "generation_config.json",
     "adapter_config.json",  # says that the weights are an adapter's
-    "tokenizer.model",
-    "*.safetensors",
-    "model.safetensors.index.json",
+    *TOKENIZER_FILES,
 ]
+FILES = [*SMALL_FILES, *WEIGHT_FILES]
 # Keywords of `from_pretrained` that say how files come from the Hub, and the values that mean "as
 # usual".
 HUB_OPTIONS = {
