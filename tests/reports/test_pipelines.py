@@ -142,6 +142,7 @@ def test_a_streamer_gets_the_tokens(pipes, twin, capsys):
     assert shown[0] == shown[1] != ""
 
 
+@pytest.mark.filterwarnings("ignore:a text has")
 def test_a_long_prompt_is_cut_on_the_left(pipes):
     theirs, ours = (make(**GREEDY) for make in pipes)
     prompt = "The children walked to the house. " * 3
