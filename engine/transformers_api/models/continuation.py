@@ -310,6 +310,8 @@ class Continuation:
 
     def _ask_criteria(self, count: int) -> None:
         """End the rows of which a criterion says so, `count` tokens after the prompts."""
+        if not self._criteria:
+            return
         ids, rows = self._result(count), len(self._sequences)
         ended = torch.zeros(rows, dtype=torch.bool, device="cpu")
         for criterion in self._criteria:
