@@ -178,6 +178,12 @@ def test_ends_of_every_kind(pair, end):
     same(pair, eos_token_id=end, pad_token_id=0)
 
 
+def test_rows_are_filled_up_with_the_first_end(pair):
+    ends = [*pair[1].generate(random_ids(2, LENGTH), max_new_tokens=3)[0, -1:].tolist(), 0]
+    padded = same(pair, eos_token_id=ends, max_new_tokens=8)
+    assert padded[0, LENGTH + 2 :].tolist() == [ends[0]] * 6
+
+
 def test_an_end_below_zero_ends_nothing_and_is_said(pair):
     with pytest.warns(UserWarning, match="^eos_token_id=-1: no token is below 0$"):
         ours = pair[1].generate(random_ids(2, LENGTH), eos_token_id=-1, pad_token_id=0)

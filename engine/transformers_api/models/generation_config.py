@@ -149,9 +149,15 @@ class GenerationConfig:
 
     @classmethod
     def of_model(cls, config: PreTrainedConfig, folder: str | Path | None) -> "GenerationConfig":
-        """The settings of a checkpoint: generation_config.json, and config.json for missing ids."""
-        result = cls.from_dict({} if folder is None else read_generation_config(folder))
-        for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        """The settings of a checkpoint: generation_config.json, or else config.json's tokens.
+
+        A file that names no EOS has that of config.json: without one no text would end.
+        """
+        values = {} if folder is None else read_generation_config(folder)
+        result = cls.from_dict(values)
+        for name in (
+            ("eos_token_id",) if values else ("eos_token_id", "pad_token_id", "bos_token_id")
+        ):
             if getattr(result, name) is None and getattr(config, name) is not None:
                 setattr(result, name, getattr(config, name))
         return result
