@@ -44,6 +44,15 @@ OPTIONS: dict[str, Any] = {
 HANDED_ON = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 TAKEN = frozenset({*OPTIONS, *HANDED_ON, *NAMES, "generation_config", "batch_size"})
 
+# options of transformers' that change nothing here, and their accepted values
+NEUTRAL = {
+    "use_fast": (True, False),
+    "framework": ("pt",),
+    "feature_extractor": (),
+    "processor": (),
+}
+NEUTRAL |= {"trust_remote_code": (True, False)}
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -67,6 +76,9 @@ def pipeline(
     """
     if task not in (None, "text-generation"):
         raise NotImplementedError(f"task {task!r} is not there; 'text-generation' is")
+    for name, allowed in NEUTRAL.items():
+        if (value := options.pop(name, None)) not in (None, *allowed):
+            raise NotImplementedError(f"{name}={shorten(value)} is not supported; leave it out")
     of_calls = {name: options.pop(name) for name in list(options) if name in TAKEN}
     source = {"token": token, "revision": revision}
     source = {name: value for name, value in source.items() if value is not None}

@@ -108,6 +108,28 @@ class TestSettings:
         assert chosen[0].shape[1] == 50
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prefix_allowed_tokens_fn": lambda b, ids: [4, 5, 6]},
+        {"stopping_criteria": [lambda ids, scores: ids[:, -1] % 3 == 0]},
+        {"stopping_criteria": [lambda ids, scores: False], "suppress_tokens": [4, 5]},
+        {"do_sample": True, "typical_p": 0.5, "eta_cutoff": 0.1, "top_h": 0.5},
+    ],
+)
+def test_torchs_default_device_changes_nothing(pair, settings):
+    chosen = []
+    for place in ("cpu", "meta"):
+        torch.manual_seed(0)
+        ids = random_ids(2, LENGTH)
+        torch.set_default_device(place)
+        try:
+            chosen.append(pair[1].generate(ids, **GREEDY | settings))
+        finally:
+            torch.set_default_device(None)
+    assert torch.equal(*chosen)
+
+
 class Recorder:
     def __init__(self, seen: list):
         self.seen = seen

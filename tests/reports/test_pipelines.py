@@ -160,7 +160,8 @@ def test_a_long_prompt_is_cut_on_the_left(pipes):
 def test_options_of_loading_say_that_a_model_is_loaded(pipes, folder):
     with pytest.warns(UserWarning, match=r"^device_map='auto' has no effect: the model is loaded$"):
         pipes[1](device_map="auto")
-    assert pipeline("text-generation", folder, device=-1, token=None).device.type == "cpu"
+    neutral = {"token": None, "use_fast": True, "trust_remote_code": True, "framework": "pt"}
+    assert pipeline("text-generation", folder, device=-1, **neutral).device.type == "cpu"
 
 
 @pytest.mark.parametrize(

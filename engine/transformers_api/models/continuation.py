@@ -315,8 +315,9 @@ class Continuation:
         ids, rows = self._result(count), len(self._sequences)
         ended = torch.zeros(rows, dtype=torch.bool, device="cpu")
         for criterion in self._criteria:
-            said = torch.as_tensor(criterion(ids, self.outputs.scores_so_far), dtype=torch.bool)
-            ended |= said.reshape(-1).cpu().expand(rows)
+            said = criterion(ids, self.outputs.scores_so_far)
+            said = torch.as_tensor(said, dtype=torch.bool, device="cpu")
+            ended |= said.reshape(-1).expand(rows)
         if self._waits_for_all and self._ended is not None:
             ended |= self._ended
         self._ended = ended

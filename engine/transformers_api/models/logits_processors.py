@@ -236,10 +236,12 @@ def _allow(allowed: Callable[[int, Tensor], Any], times: int) -> Processor:
     def allow(ids: Tensor, scores: Tensor) -> Tensor:
         mask = torch.full_like(scores, -INF)
         for row, of_row in enumerate(ids):
-            listed = torch.as_tensor(allowed(row // times, of_row), dtype=torch.int64)
+            listed = torch.as_tensor(
+                allowed(row // times, of_row), dtype=torch.int64, device=scores.device
+            )
             if not listed.numel():
                 raise ValueError(f"prefix_allowed_tokens_fn allows no token in row {row}")
-            mask[row, listed.to(mask.device)] = 0
+            mask[row, listed] = 0
         left = scores + mask
         # where other rules have banned all that is allowed, it is allowed still
         none = left.amax(-1).isneginf().view(-1, times).all(-1).repeat_interleave(times)
