@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from documented_twins import VOCAB, random_ids, twins
+from documented_twins import VOCAB, assert_close, random_ids, twins
 
 from gemcut.engine import AutoModelForCausalLM, GenerationConfig
 from gemcut.engine.transformers_api import StaticCache
@@ -188,6 +188,29 @@ def test_an_end_below_zero_ends_nothing_and_is_said(pair):
     with pytest.warns(UserWarning, match="^eos_token_id=-1: no token is below 0$"):
         ours = pair[1].generate(random_ids(2, LENGTH), eos_token_id=-1, pad_token_id=0)
     assert torch.equal(ours, same(pair, eos_token_id=None, pad_token_id=0))
+
+
+def test_end_and_pad_below_zero_are_none(pair, own):
+    for config in own:
+        config.eos_token_id = config.pad_token_id = -1
+    assert same(pair).shape[1] == LENGTH + 6
+    stop = {"stopping_criteria": [lambda ids, scores: ids[:, -1] % 2 == 0], "max_new_tokens": 9}
+    out = pair[1].generate(random_ids(3, LENGTH), return_dict_in_generate=True, **stop)
+    new = random_ids(3, 1, seed=4)
+    longer = torch.cat([out.sequences.clamp(min=0), new], dim=1)
+    mask = torch.cat([out.sequences >= 0, torch.ones(3, 1, dtype=torch.bool)], dim=1).long()
+    cache = out.past_key_values
+    actual = pair[1](longer[:, -2:], attention_mask=mask, past_key_values=cache).logits[:, -1:]
+    expected = pair[0](longer, attention_mask=mask).logits[:, -1:]
+    assert_close(actual, expected)
+
+
+def test_a_length_that_nobody_set_is_said(pair, own):
+    own[1].max_new_tokens = None
+    with pytest.warns(
+        UserWarning, match="^no length is set: at most 20 new tokens; give max_new_t"
+    ):
+        assert pair[1].generate(random_ids(1, LENGTH)).shape[1] == LENGTH + 20
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,8 @@ class Continuation:
         end = max(len(s.output_ids) for s in self._sequences) - 1
         late = []
         for s in self._sequences:
-            ids = (s.output_ids + [self._pad_id] * end)[len(s.output_ids) - 1 : end]
+            pads = [max(0, self._pad_id)] * end  # a pad below 0 is none
+            ids = (s.output_ids + pads)[len(s.output_ids) - 1 : end]
             first = s.length - 1  # the position of its newest token
             late.append(LateTokens(_on_host(ids), _on_host(range(first, first + len(ids)))))
         cache.leave_late(late)

@@ -126,13 +126,14 @@ def check(config: GenerationConfig) -> None:
 
 def check_token_ids(config: GenerationConfig, vocab_size: int) -> None:
     """Nothing, or ValueError where an id is past the vocabulary."""
-    names = ("pad_token_id", "bos_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    names = ("bos_token_id", "forced_bos_token_id", "forced_eos_token_id")
     for name in (*names, "suppress_tokens", "begin_suppress_tokens"):
         for token_id in token_ids_of(getattr(config, name)):
             check_int(name, token_id, 0, vocab_size - 1)
-    for token_id in config.eos_token_id:
-        if not (isinstance(token_id, int) and token_id < 0):  # no token is: it ends nothing
-            check_int("eos_token_id", token_id, 0, vocab_size - 1)
+    for name in ("eos_token_id", "pad_token_id"):
+        for token_id in token_ids_of(getattr(config, name)):
+            if not (isinstance(token_id, int) and token_id < 0):  # the idiom for "none"
+                check_int(name, token_id, 0, vocab_size - 1)
     for name, lists in (
         ("bad_words_ids", config.bad_words_ids or ()),
         ("sequence_bias", [ids for ids, _ in bias_pairs(config.sequence_bias)]),
@@ -158,7 +159,9 @@ def new_tokens(config: GenerationConfig, columns: int, most: int) -> int:
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     if config.max_length is None:
-        return max(1, min(DEFAULT_NEW_TOKENS, most - columns))
+        count = max(1, min(DEFAULT_NEW_TOKENS, most - columns))
+        warn_caller(f"no length is set: at most {count} new tokens; give max_new_tokens")
+        return count
     if config.max_length <= columns:
         raise ValueError(
             f"max_length {config.max_length} leaves no room behind a prompt of {columns} tokens; "
@@ -208,5 +211,5 @@ def _warn_of_no_effect(of_caller: Mapping[str, Any], config: GenerationConfig) -
             warn_caller(f"{less}={value} has no effect beside {more}={decides}, which decides")
     if (most := config.max_new_tokens) is not None and (config.min_new_tokens or 0) > most:
         warn_caller(f"min_new_tokens={config.min_new_tokens} is above max_new_tokens={most}")
-    if any(token_id < 0 for token_id in config.eos_token_id):
-        warn_caller(f"eos_token_id={shorten(of_caller.get('eos_token_id'))}: no token is below 0")
+    if any(token_id < 0 for token_id in token_ids_of(of_caller.get("eos_token_id"))):
+        warn_caller(f"eos_token_id={shorten(of_caller['eos_token_id'])}: no token is below 0")

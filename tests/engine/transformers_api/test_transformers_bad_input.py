@@ -225,7 +225,7 @@ GENERATE = {
         "cache_implementation='quantized' is not supported",
     ),
     "eos": ({"eos_token_id": VOCAB}, ValueError, "eos_token_id 97 is outside 0..96"),
-    "pad": ({"pad_token_id": -1}, ValueError, "pad_token_id -1 is outside 0..96"),
+    "pad": ({"pad_token_id": VOCAB}, ValueError, "pad_token_id 97 is outside 0..96"),
     "stop-strings": ({"stop_strings": "x"}, ValueError, "stop_strings need tokenizer="),
     "hidden-row": (
         {"attention_mask": ONES * torch.tensor([[1], [0], [1]])},
