@@ -19,7 +19,7 @@ from typing import Any, Literal, overload
 import torch
 from tqdm import tqdm
 
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.hub import check_holds_model, resolve_checkpoint
 from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.checks import check_bool, check_int
 from gemcut.engine.config.generation_file import stop_token_ids
@@ -145,6 +145,7 @@ class Engine:
         op_table = choose_ops(ops, target)
         weights_dtype = choose_dtype(dtype, target)
         folder = resolve_checkpoint(model)
+        check_holds_model(folder)
         config = ModelConfig.from_file(folder)
         if config.classifier is not None:
             raise ValueError(

@@ -13,7 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from gemcut.engine.checkpoints.hub import CONFIG_FILES, resolve_checkpoint, take_hub_options
+from gemcut.engine.checkpoints.hub import (
+    CONFIG_FILES,
+    check_holds_model,
+    resolve_checkpoint,
+    take_hub_options,
+)
 from gemcut.engine.checks import check_int, refuse_unknown, shorten
 from gemcut.engine.config.config_file import check_model_type, read_json_object
 from gemcut.engine.config.model_config import ModelConfig
@@ -248,7 +253,9 @@ def config_file_of(model: str | Path, from_hub: Mapping[str, Any]) -> Path:
     """The config.json of "demo", of a folder or the file itself, or of a Hugging Face id."""
     if isinstance(model, str | Path) and os.path.isfile(model):
         return Path(model)
-    return resolve_checkpoint(model, files=CONFIG_FILES, **from_hub) / "config.json"
+    folder = resolve_checkpoint(model, files=CONFIG_FILES, **from_hub)
+    check_holds_model(folder)
+    return folder / "config.json"
 
 
 def _numbered(count: int) -> dict[int, str]:

@@ -130,9 +130,8 @@ class StaticCache:
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, side by side."""
         check_int("repeats", repeats, 1, 2**20)
-        self.batch_select_indices(
-            torch.arange(self.batch_size, device="cpu").repeat_interleave(repeats)
-        )
+        rows = torch.arange(max(0, self.batch_size), device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order: indices [n], or a bool for each row."""

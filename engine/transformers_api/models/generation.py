@@ -12,7 +12,7 @@ from torch import Tensor
 from gemcut.engine.checks import shorten
 from gemcut.engine.requests.sampling_params import LogitsProcessor
 from gemcut.engine.transformers_api.models.arrays import convert, converter_to_kind_of
-from gemcut.engine.transformers_api.models.caches import StaticCache
+from gemcut.engine.transformers_api.models.caches import StaticCache, one_cache
 from gemcut.engine.transformers_api.models.continuation import Continuation
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
 from gemcut.engine.transformers_api.models.outputs import GenerateDecoderOnlyOutput
@@ -56,6 +56,7 @@ class GenerativeModel(PreTrainedModel):
         attention_mask: Any = None,
         inputs_embeds: Any = None,
         past_key_values: StaticCache | None = None,
+        cache: StaticCache | None = None,
         tokenizer: Any = None,
         **settings: Any,
     ) -> Any:
@@ -64,7 +65,7 @@ class GenerativeModel(PreTrainedModel):
         A row ends with its EOS and is filled up with pad_token_id.  attention_mask [B, T] hides
         padding, on whichever side; without one, pad_token_id does where it is no EOS.  `settings`
         are GenerationConfig's, and come before those of the model.  inputs_embeds [B, T, D] in
-        place of ids: only the new ids come back.  past_key_values: the cache that holds the first
+        place of ids: only the new ids come back.  past_key_values, or cache: what holds the first
         columns; afterwards it holds all but the newest token.  logits_processor: functions of
         (ids [1, n], logits [1, V]), without padding; stopping_criteria: of (ids [B, n], None),
         true where a row, or all, should end.  streamer: an object with put(ids) and end().
@@ -81,19 +82,15 @@ class GenerativeModel(PreTrainedModel):
             own = generation_config.with_ids_of(own)
         config = own.updated(settings)
         config.check_token_ids(self.config.vocab_size)
-        if past_key_values is not None and not isinstance(past_key_values, StaticCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; give init_cache("
-                f"batch_size, max_length) or gemcut.engine.DynamicCache()"
-            )
-        with self._cache_for(past_key_values) as cache:
+        given = one_cache(past_key_values, cache)
+        with self._cache_for(given) as held:
             continuation = Continuation(
                 model=self._gemma,
                 config=config,
                 prompt=read_prompts(
-                    self._gemma, cache, input_ids, attention_mask, inputs_embeds, config
+                    self._gemma, held, input_ids, attention_mask, inputs_embeds, config
                 ),
-                cache=cache,
+                cache=held,
                 processors=[_for_one_row(p) for p in logits_processor or ()],
                 criteria=list(stopping_criteria or ()),
                 streamer=streamer,
@@ -107,7 +104,7 @@ class GenerativeModel(PreTrainedModel):
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             logits=convert(continuation.logits(), kind) if config.output_logits else None,
-            past_key_values=past_key_values,
+            past_key_values=given,
         )
 
     @contextmanager
