@@ -251,7 +251,7 @@ def model_type_of(config_dict: Mapping[str, Any]) -> str:
 
 def config_file_of(model: str | Path, from_hub: Mapping[str, Any]) -> Path:
     """The config.json of "demo", of a folder or the file itself, or of a Hugging Face id."""
-    if isinstance(model, str | Path) and os.path.isfile(model):
+    if isinstance(model, str | Path) and os.path.isfile(model) and Path(model).suffix == ".json":
         return Path(model)
     folder = resolve_checkpoint(model, files=CONFIG_FILES, **from_hub)
     check_holds_model(folder)
