@@ -1,11 +1,14 @@
 """Arguments of a model's call and of its helpers as programs give them, beside transformers'."""
 
+import copy
+
 import pytest
 import torch
 from documented_twins import BATCH, LENGTH, MASKS, VOCAB, assert_close, random_ids, twins
 from random_models import MODEL_TYPES
 
-from gemcut.engine.transformers_api import AutoModelForCausalLM
+from gemcut.engine import transformers_api
+from gemcut.engine.transformers_api import AutoModelForCausalLM, Gemma2Config
 
 IDS = random_ids()
 by_family = pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -34,13 +37,36 @@ def test_labels_that_hide_padding_on_the_left(model_type):
     assert_close(ours(IDS, **given).loss, theirs(IDS, **given).loss.detach())
 
 
-def test_a_label_after_a_hole_or_on_padding_is_still_an_error():
-    _, ours = twins("AutoModelForCausalLM", "gemma2")
-    labels = IDS.masked_fill(MASKS["holes"] == 0, -100)
-    with pytest.raises(ValueError, match="predicted from column 4 of row 0, which attention_mask"):
-        ours(IDS, attention_mask=MASKS["holes"], labels=labels)
-    with pytest.raises(ValueError, match="predicted from column 0 of row 0"):
-        ours(IDS, attention_mask=MASKS["left"], labels=IDS)
+MASKS_OF_SIGHT = {  # whose hidden columns are after a token, and near one where there is a window
+    "hole": torch.ones(BATCH, LENGTH, dtype=torch.int64).index_fill(1, torch.tensor([7, 8]), 0),
+    "end": torch.ones(BATCH, LENGTH, dtype=torch.int64).index_fill(1, torch.tensor([18, 19]), 0),
+}
+
+
+@by_family
+@pytest.mark.parametrize("kind", ["CausalLM", "SequenceClassification", "TokenClassification"])
+@pytest.mark.parametrize("mask", MASKS_OF_SIGHT.values(), ids=MASKS_OF_SIGHT)
+def test_labels_and_answers_at_hidden_columns(model_type, kind, mask):
+    """A label there counts as in transformers; what sees no token at all is still an error."""
+    auto_class = f"AutoModelFor{kind}"
+    if model_type not in getattr(transformers_api, auto_class).classes:
+        return
+    theirs, ours = twins(
+        auto_class, model_type, **({} if kind == "CausalLM" else {"num_labels": 3})
+    )
+    labels = {
+        "CausalLM": IDS,
+        "SequenceClassification": torch.tensor([0, 2, 1]),
+        "TokenClassification": IDS % 3,
+    }[kind]
+    given = {"attention_mask": mask, "labels": labels}
+    actual, expected = ours(IDS, **given), theirs(IDS, **given)
+    assert_close(actual.loss, expected.loss.detach())
+    last = -1 if kind == "CausalLM" else None  # whose state no label asks for
+    assert_close(actual.logits[:, :last], expected.logits[:, :last].detach())
+    if kind != "SequenceClassification":
+        with pytest.raises(ValueError, match="column 0 of row 0, which attention_mask hides with"):
+            ours(IDS, attention_mask=MASKS["left"], labels=labels)
 
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7.0), torch.tensor(7)])
@@ -149,6 +175,35 @@ def test_labels_of_a_classifier_are_fixed_in_number():
 # Helpers
 
 
+def test_helpers_of_a_config(tmp_path):
+    _, ours = twins("AutoModelForCausalLM", "gemma2")
+    config = copy.deepcopy(ours.config)
+    config.to_json_file(tmp_path / "x.json")
+    assert Gemma2Config.from_json_file(tmp_path / "x.json") == config
+    config.update({"pad_token_id": 3, "num_labels": 4})
+    assert (config.pad_token_id, config.num_labels) == (3, 4)
+    with pytest.raises(TypeError, match="update takes no 'pad_token'; did you mean 'pad_token_id'"):
+        config.update({"pad_token": 3})
+    config.torch_dtype = torch.bfloat16
+    assert config.dtype == config.torch_dtype == "bfloat16"
+    assert config.get_text_config(decoder=True) is config
+    for name in ("rope_theta", "rope_scaling"):
+        with pytest.raises(ValueError, match=f"config.{name} is what older files call a part of"):
+            setattr(config, name, 5.0)
+
+
+def test_weights_that_are_not_all_there():
+    _, ours = twins("AutoModelForCausalLM", "gemma2")
+    model, weights = copy.deepcopy(ours), ours.state_dict()
+    assert model.load_state_dict(weights, strict=True) == ([], [])
+    norm = weights.pop("model.norm.weight")
+    keys = model.load_state_dict(weights | {"x": norm}, strict=False)
+    assert keys.missing_keys == ["model.norm.weight"]
+    assert keys.unexpected_keys == ["x"]
+    with pytest.raises(ValueError, match="norm.weight is missing"):
+        model.load_state_dict(weights)
+
+
 def test_helpers_of_a_model():
     theirs, ours = twins("AutoModelForCausalLM", "gemma2")
     for name in ("main_input_name", "base_model_prefix", "training"):
@@ -166,6 +221,8 @@ def test_helpers_of_a_model():
     assert type(ours.base_model).__name__ == type(theirs.base_model).__name__
     bare = ours.model
     assert bare.base_model is bare
+    assert type(ours.get_decoder()) is type(bare)
+    assert torch.equal(bare.embed_tokens.weight, theirs.model.embed_tokens.weight)
     assert not bare.can_generate()
     assert bare.get_output_embeddings() is None
     states = ours.model(IDS).last_hidden_state
