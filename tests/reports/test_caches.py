@@ -181,6 +181,18 @@ def test_what_a_cache_tells_of_itself(model):
     assert cache.get_seq_length() == 0
 
 
+def test_a_cache_made_with_a_place(model):
+    given = {"max_batch_size": BATCH, "max_cache_len": 20, "device": "cpu"}
+    cache = StaticCache(config=model.config, dtype=torch.float32, **given)
+    assert torch.equal(model(IDS, cache=cache).logits, model(IDS).logits)
+    with pytest.raises(
+        ValueError, match="made for cpu and torch.bfloat16, but the model is on cpu"
+    ):
+        model(IDS, cache=StaticCache(config=model.config, dtype=torch.bfloat16, **given))
+    with pytest.raises(NotImplementedError, match="offloading=True is not supported"):
+        DynamicCache(offloading=True)
+
+
 def test_the_newer_name_of_past_key_values(model):
     cache = DynamicCache()
     out = model(IDS, cache=cache)
