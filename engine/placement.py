@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -61,9 +61,15 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         settings.enter_context(
             torch.accelerator.device_index(device.index)
         )  # Triton launches there
-        if torch.is_autocast_enabled(device.type):
-            settings.enter_context(torch.autocast(device.type, enabled=False))
+        settings.enter_context(without_autocast(device))
         yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products on this device have the dtype of their operands."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -24,6 +24,7 @@ from typing import TypeVar
 import torch
 
 from gemcut.engine.execution.cuda_stream import StepStream
+from gemcut.engine.placement import without_autocast
 from gemcut.engine.requests.sequence import Request
 from gemcut.engine.serving.step_loop import StepLoop
 
@@ -190,7 +191,7 @@ class Worker:
         """Make steps after what the caller's stream holds now and before what it will hold."""
         self.stream.wait_for_caller()
         try:
-            with self.stream.entered():
+            with self.stream.entered(), without_autocast(self._loop.runner.device):
                 return self._step_until(answer)
         finally:
             self.stream.make_caller_wait()

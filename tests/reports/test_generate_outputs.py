@@ -173,8 +173,8 @@ class TestOutputs:
         ids, cache = random_ids(1, LENGTH), pair[1].init_cache(1, 40)
         pair[1].generate(ids, cache=cache, **GREEDY)
         assert cache.get_seq_length() == LENGTH + 11
-        with pytest.raises(ValueError, match="give the cache once: as past_key_values or as cache"):
-            pair[1].generate(ids, cache=cache, past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values and cache are two names"):
+            pair[1].generate(ids, cache=cache, past_key_values=pair[1].init_cache(1, 40))
 
     def test_transition_scores(self, pair):
         ids = random_ids(2, LENGTH)

@@ -13,7 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from gemcut.engine.checkpoints.hub import CONFIG_FILES, resolve_checkpoint, take_hub_options
+from gemcut.engine.checkpoints.hub import (
+    CONFIG_FILES,
+    check_holds_model,
+    resolve_checkpoint,
+    take_hub_options,
+)
 from gemcut.engine.checks import check_int, refuse_unknown, shorten
 from gemcut.engine.config.config_file import check_model_type, read_json_object
 from gemcut.engine.config.model_config import ModelConfig
@@ -31,6 +36,8 @@ DEFAULT_LABELS = 2
 # Older spellings of what rope_parameters and dtype hold now.
 _OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "torch_dtype")
 _OLDER += ("sliding_window_pattern", "num_labels")
+# of these, what can only be given: later nobody would read it
+_OF_FILES = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
 
 
 class PreTrainedConfig:
@@ -73,9 +80,8 @@ class PreTrainedConfig:
         self.extra = extra  # other keys of config.json, as they came
         for name, default in self.parameters.items():
             setattr(self, name, values.get(name, default))
-        self.dtype = _dtype_name(
-            older.pop("torch_dtype", None) if self.dtype is None else self.dtype
-        )
+        if (older_dtype := older.pop("torch_dtype", None)) is not None and self.dtype is None:
+            self.dtype = older_dtype
         if (count := older.pop("num_labels", None)) is not None:
             if self.id2label is not None and len(self.id2label) != count:
                 raise ValueError(
@@ -137,9 +143,31 @@ class PreTrainedConfig:
         """The dtype of the stored weights, by its older name."""
         return self.dtype
 
-    def get_text_config(self) -> "PreTrainedConfig":
-        """The config itself: these models have only text."""
+    @torch_dtype.setter
+    def torch_dtype(self, dtype: Any) -> None:
+        self.dtype = _dtype_name(dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_FILES:
+            raise ValueError(
+                f"config.{name} is what older files call a part of rope_parameters or layer_types; "
+                f"set that, or give {name} when the config is made"
+            )
+        super().__setattr__(name, _dtype_name(value) if name == "dtype" else value)
+
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> "PreTrainedConfig":
+        """The config itself: these models have only text, and one half."""
         return self
+
+    def update(self, config_dict: Mapping[str, Any]) -> None:
+        """Set these parameters; TypeError names one that is unknown."""
+        refuse_unknown(
+            f"{type(self).__name__}.update", config_dict, (*self.parameters, "num_labels")
+        )
+        for name, value in config_dict.items():
+            setattr(self, name, value)
 
     def model_config(self, architecture: str | None = None) -> ModelConfig:
         """The ModelConfig that the engine computes with; ValueError names a value out of range."""
@@ -162,11 +190,25 @@ class PreTrainedConfig:
         """The same as JSON."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        """Write the JSON to a file; defaults are written too."""
+        Path(json_file_path).write_text(self.to_json_string())
+
+    @classmethod
+    def from_json_file(cls: type[C], json_file: str | Path) -> C:
+        """The config in a file, whatever its name."""
+        try:
+            return cls.from_dict(read_json_object(Path(json_file)))
+        except ValueError as error:
+            raise ValueError(f"{json_file}: {error}") from None
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
         """Write config.json to a folder, which is made if need be."""
+        if push_to_hub:
+            raise NotImplementedError("push_to_hub=True is not supported; upload the folder")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(self.to_json_string())
+        self.to_json_file(folder / "config.json")
 
     @classmethod
     def from_dict(cls: type[C], config_dict: Mapping[str, Any], **overrides: Any) -> C:
@@ -246,9 +288,11 @@ def model_type_of(config_dict: Mapping[str, Any]) -> str:
 
 def config_file_of(model: str | Path, from_hub: Mapping[str, Any]) -> Path:
     """The config.json of "demo", of a folder or the file itself, or of a Hugging Face id."""
-    if isinstance(model, str | Path) and os.path.isfile(model):
+    if isinstance(model, str | Path) and os.path.isfile(model) and Path(model).suffix == ".json":
         return Path(model)
-    return resolve_checkpoint(model, files=CONFIG_FILES, **from_hub) / "config.json"
+    folder = resolve_checkpoint(model, files=CONFIG_FILES, **from_hub)
+    check_holds_model(folder)
+    return folder / "config.json"
 
 
 def _numbered(count: int) -> dict[int, str]:

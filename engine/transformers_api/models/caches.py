@@ -54,12 +54,19 @@ class StaticCache:
         config: Any = None,
         max_cache_len: int | None = None,
         max_batch_size: int | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        offloading: bool = False,
     ) -> None:
+        if offloading:
+            raise NotImplementedError("offloading=True is not supported; leave it out")
         for name, size in (("max_cache_len", max_cache_len), ("max_batch_size", max_batch_size)):
             if size is not None:
                 check_int(name, size, 1, 2**31 - 1)
         self.max_cache_len, self.max_batch_size = max_cache_len, max_batch_size
         self.config = config  # a documented argument; the model's own is what counts
+        self._place = None if device is None else torch.device(device), dtype  # as was asked
         self.kv: KVCache | None = None
         self.runner: Any = None  # generate's Runner, with the graphs captured over these tensors
         self._owner: Any = None  # config, device and dtype of the model whose keys these are
@@ -130,9 +137,8 @@ class StaticCache:
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, side by side."""
         check_int("repeats", repeats, 1, 2**20)
-        self.batch_select_indices(
-            torch.arange(self.batch_size, device="cpu").repeat_interleave(repeats)
-        )
+        rows = torch.arange(max(0, self.batch_size), device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order: indices [n], or a bool for each row."""
@@ -228,6 +234,12 @@ class StaticCache:
                 f"{self._columns} are used, and {columns - self._columns} more are asked for; "
                 f"make one with init_cache(batch_size, {columns}) or more"
             )
+        asked_device, asked_dtype = self._place
+        if asked_device not in (None, device) or asked_dtype not in (None, dtype):
+            raise ValueError(
+                f"the cache was made for {asked_device} and {asked_dtype}, but the model is on "
+                f"{device} in {dtype}; leave device and dtype out"
+            )
         kv = self.kv
         expected = kv.num_slots if kv is not None and self._columns else self.max_batch_size
         if expected is not None and rows != expected:
@@ -311,8 +323,8 @@ class StaticCache:
 class DynamicCache(StaticCache):
     """A cache that grows: `StaticCache` without a given length, by its documented name."""
 
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
+    def __init__(self, config: Any = None, *, offloading: bool = False) -> None:
+        super().__init__(config, offloading=offloading)
 
 
 def _copy_rows(source: KVCache, target: KVCache, rows: list[int]) -> None:

@@ -1,7 +1,8 @@
 """The forward pass of a batch as transformers lays it out: [rows, columns], with padding.
 
 Padding costs nothing here: only the real tokens of a row are computed, one after the other, at
-their ranks in the cache (caches.py).  Masked columns are zero in every output.
+their ranks in the cache (caches.py).  Masked columns are zero in every output, except those that a
+label or a classifier asks for: these are computed too, and seen by none.
 
 A row whose tokens are side by side is just a sequence, and the attention kernels compute it; one
 new column is a decode step, in its fewer and larger kernels.  What these cannot express goes
@@ -16,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.engine.execution.cache import KVCache
@@ -37,6 +39,7 @@ class Batch:
     mask: Tensor | None  # [B, past + T] bool on the host; None: no column is masked
     position_ids: Tensor  # [B, T] int64 on the host: by which tokens are rotated
     segments: Tensor | None  # [B, T] on the host: which of several packed sequences
+    hidden: Tensor | None = None  # [B, T] bool on the host: masked columns that are computed too
 
 
 @dataclass
@@ -72,10 +75,35 @@ class Run:
         )
 
     @property
+    def past(self) -> int:
+        """Columns that were in the cache before this call."""
+        return 0 if self.batch.mask is None else self.batch.mask.shape[1] - self.batch.shape[1]
+
+    @property
     def seen(self) -> Tensor | None:
         """Which new columns hold tokens: [B, T] bool on the host, None where all do."""
         mask = self.batch.mask
         return None if mask is None else mask[:, -self.batch.shape[1] :]
+
+    def ask_for(self, columns: Tensor, asked: Tensor) -> Tensor:
+        """Have these new columns computed even where they are masked -> those that see no token.
+
+        columns int64 and asked bool [B, n], on the host.  The state of a column that sees nothing
+        would depend on how attention over nothing is defined.
+        """
+        mask, (B, T), window = self.batch.mask, self.batch.shape, self.model.config.sliding_window
+        if mask is None:
+            return torch.zeros_like(asked)
+        seen = mask.cumsum(1)
+        if window is not None:
+            seen = seen - F.pad(seen, (window, 0))[:, : seen.shape[1]]
+        masked = asked & ~mask[:, -T:].gather(1, columns)
+        sees_any = (seen[:, -T:] > 0).gather(1, columns)
+        count = torch.zeros(B, T, dtype=torch.int64, device="cpu")
+        count.scatter_add_(1, columns, (masked & sees_any).long())
+        if count.any():
+            self.batch.hidden = count > 0
+        return masked & ~sees_any
 
     def answer(self, output_class: type[ModelOutput], **values: Any) -> Any:
         """The output with these values, the cache, the hidden states and the attentions."""
@@ -191,6 +219,7 @@ def _after_late_tokens(model: Gemma, batch: Batch, cache: StaticCache, width: in
         batch.mask,
         torch.cat([positions, batch.position_ids], dim=1),
         batch.segments,
+        None if batch.hidden is None else F.pad(batch.hidden, (width, 0)),
     )
 
 
@@ -215,7 +244,8 @@ def _real_columns(batch: Batch, row: int, past: int, cache: StaticCache, late: i
     if late:  # the others of these columns are in the cache
         is_real[: late - len(cache.late[row])] = False
     if batch.mask is not None:
-        is_real &= batch.mask[row, past:]
+        shown = batch.mask[row, past:]
+        is_real &= shown if batch.hidden is None else shown | batch.hidden[row]
     return columns[is_real]
 
 

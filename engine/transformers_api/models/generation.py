@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemcut.engine.checks import check_int
 from gemcut.engine.transformers_api.models.arrays import convert, converter_to_kind_of
-from gemcut.engine.transformers_api.models.caches import StaticCache
+from gemcut.engine.transformers_api.models.caches import StaticCache, one_cache
 from gemcut.engine.transformers_api.models.continuation import Continuation
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
 from gemcut.engine.transformers_api.models.generation_settings import (
@@ -101,15 +101,13 @@ class GenerativeModel(PreTrainedModel):
             *_own_criteria(config, tokenizer),
             *as_list("stopping_criteria", stopping_criteria),
         ]
-        input_ids = _one_of("the prompt's ids", inputs=inputs, input_ids=input_ids)
-        given = _one_of("the cache", past_key_values=past_key_values, cache=cache)
+        if inputs is not None:
+            if input_ids is not None:
+                raise ValueError("give the prompt's ids once: by position, or as input_ids")
+            input_ids = inputs
         if logits_to_keep is not None:
             check_int("logits_to_keep", logits_to_keep, 0, 2**31 - 1)
-        if not isinstance(given, StaticCache | None):
-            raise ValueError(
-                f"past_key_values is a {type(given).__name__}; give init_cache(batch_size, "
-                f"max_length) or gemcut.engine.DynamicCache()"
-            )
+        given = one_cache(past_key_values, cache)
         returns_cache = config.return_dict_in_generate and config.use_cache
         if given is None and returns_cache:  # what the caller gets is the caller's own
             given = StaticCache(self.config)
@@ -199,14 +197,6 @@ def _own_criteria(config: GenerationConfig, tokenizer: Any) -> list[Callable[...
     if config.stop_strings:
         criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
     return criteria
-
-
-def _one_of(what: str, **given: Any) -> Any:
-    """The one of two arguments that is given, or None; ValueError where both are."""
-    there = {name: value for name, value in given.items() if value is not None}
-    if len(there) > 1:
-        raise ValueError(f"give {what} once: as {' or as '.join(there)}")
-    return next(iter(there.values()), None)
 
 
 def _shape_of(prompt: PromptBatch, config: GenerationConfig, most: int) -> Shape:

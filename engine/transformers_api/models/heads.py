@@ -15,7 +15,7 @@ from gemcut.engine.transformers_api.models.generation import GenerativeModel
 from gemcut.engine.transformers_api.models.inputs import (
     IGNORED,
     INTEGERS,
-    check_targets_are_seen,
+    check_sees_tokens,
     keep_columns,
     read_columns,
     read_labels,
@@ -31,7 +31,7 @@ from gemcut.engine.transformers_api.models.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from gemcut.engine.transformers_api.models.parameters import Head
+from gemcut.engine.transformers_api.models.parameters import Embedding, Head
 from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel, on_its_device
 
 
@@ -39,6 +39,11 @@ class TextModel(PreTrainedModel):
     """The decoder without a head."""
 
     is_bare = True
+
+    @property
+    def embed_tokens(self) -> Embedding:
+        """The input embeddings, as a function from ids, and their table."""
+        return self.get_input_embeddings()
 
     @on_its_device
     def forward(
@@ -157,18 +162,15 @@ class CausalLM(WithHead, GenerativeModel):
         targets = read_labels(labels, shape, self.config.vocab_size, self.device)
         if run.batch.mask is None:
             return targets
-        # of each kept column: whether it is a token, and whether one is there or before it
-        columns, T = chosen.cpu(), run.batch.shape[1]
-        seen, begun = (
-            keep_columns(x[:, -T:].unsqueeze(-1), columns).squeeze(-1)
-            for x in (run.batch.mask, run.batch.mask.cumsum(1) > 0)
-        )
-        first = seen[:, 1:] & ~begun[:, :-1] & (columns.diff() == 1)
-        targets = targets.clone()
-        targets[:, 1:].masked_fill_(first.to(self.device), IGNORED)
         following = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
-        check_targets_are_seen(following, seen, "the next one is predicted from")
-        return targets
+        columns = chosen.cpu().expand(shape)
+        # nothing predicts a row's first token, after padding
+        first = run.batch.mask.long().argmax(1, keepdim=True) - run.past
+        is_first = F.pad(columns[:, 1:] == first, (0, 1)) & (columns == first - 1)
+        following = following.masked_fill(is_first.to(self.device), IGNORED)
+        lost = run.ask_for(columns, (following != IGNORED).cpu())
+        check_sees_tokens(lost, columns, "labels: the next one is predicted from")
+        return F.pad(following[:, :-1], (1, 0), value=IGNORED)
 
 
 class SequenceClassifier(WithHead):
@@ -228,14 +230,11 @@ class SequenceClassifier(WithHead):
                 candidates = torch.ones(B, T, dtype=torch.bool, device="cpu")
         else:
             candidates = (ids != pad).cpu()
-        columns = (torch.arange(T, device="cpu") * candidates).argmax(-1)
-        for row in range(B):
-            if seen is not None and not seen[row, columns[row]]:
-                raise ValueError(
-                    f"row {row} is read at column {int(columns[row])}, its last that is not "
-                    f"pad_token_id {pad}, but attention_mask hides it"
-                )
-        return columns.to(self.device)
+        columns = (torch.arange(T, device="cpu") * candidates).argmax(-1, keepdim=True)
+        lost = run.ask_for(columns, torch.ones_like(columns, dtype=torch.bool))
+        what = f"the answer is read at the last that is not pad_token_id {pad},"
+        check_sees_tokens(lost, columns, what, "give another mask")
+        return columns.squeeze(1).to(self.device)
 
     def _read_targets(self, labels: Any, rows: int) -> tuple[Tensor, str]:
         """Labels of the shape that the problem needs, and which problem that is."""
@@ -295,7 +294,9 @@ class TokenClassifier(WithHead):
             targets = None
             if labels is not None:
                 targets = read_labels(labels, run.batch.shape, self.config.num_labels, self.device)
-                check_targets_are_seen(targets, run.seen, "there is one at")
+                columns = torch.arange(targets.shape[1], device="cpu").expand(targets.shape)
+                lost = run.ask_for(columns, (targets != IGNORED).cpu())
+                check_sees_tokens(lost, columns, "labels: there is one at")
             logits = F.linear(run.states.last, weights.score, weights.score_bias)
             loss = None if targets is None else token_classification_loss(logits, targets)
             return run.answer(TokenClassifierOutput, loss=loss, logits=logits)

@@ -85,19 +85,18 @@ def read_labels(value: Any, shape: tuple[int, ...], classes: int, device: torch.
     return labels
 
 
-def check_targets_are_seen(labels: Tensor, seen: Tensor | None, what: str) -> None:
-    """Nothing, or ValueError where a label belongs to a masked column: no state is there.
+def check_sees_tokens(
+    lost: Tensor, columns: Tensor, what: str, hint: str = f"set that label to {IGNORED}"
+) -> None:
+    """Nothing, or ValueError where a column that is asked for is masked, and so is all it sees.
 
-    labels [B, n]; seen [B, n] bool on the host, None where every column is.
+    lost bool and columns int64 [B, n], on the host.
     """
-    if seen is None:
-        return
-    wrong = ((labels != IGNORED).cpu() & ~seen).nonzero()
-    if len(wrong):
-        row, column = wrong[0].tolist()
+    if (wrong := lost.nonzero()).numel():
+        row, place = wrong[0].tolist()
         raise ValueError(
-            f"labels: {what} column {column} of row {row}, which attention_mask hides; "
-            f"set that label to {IGNORED}"
+            f"{what} column {int(columns[row, place])} of row {row}, which attention_mask hides "
+            f"with all that it sees; {hint}"
         )
 
 

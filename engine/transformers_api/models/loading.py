@@ -10,7 +10,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoints.hub import HUB_OPTIONS, resolve_checkpoint, take_hub_options
+from gemcut.engine.checkpoints.hub import (
+    HUB_OPTIONS,
+    check_holds_model,
+    resolve_checkpoint,
+    take_hub_options,
+)
 from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.checkpoints.save import save_checkpoint
 from gemcut.engine.checks import read_size, refuse_unknown, shorten
@@ -118,6 +123,7 @@ class Loading(Parameters):
         known = {*own, *HUB_OPTIONS, *_LOADING, *cls.config_class.parameters, "num_labels"}
         refuse_unknown(f"{cls.__name__}.from_pretrained", options, known)
         folder = resolve_checkpoint(pretrained_model_name_or_path, **from_hub)
+        check_holds_model(folder)
         if isinstance(config, str | Path):
             config = cls.config_class.from_pretrained(config, **options)
         elif config is None:

@@ -1,7 +1,7 @@
 """The weights of a documented model as its users see them: by name, counted, replaced."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,13 @@ from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import checkpoint_tensors
 from gemcut.engine.transformers_api.models.arrays import converter_to_kind_of
 from gemcut.engine.transformers_api.models.inputs import read_ids
+
+
+class LoadedKeys(NamedTuple):
+    """What `load_state_dict` did not find, and what it had no place for."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class Parameters:
@@ -49,20 +56,34 @@ class Parameters:
         """The weights by name; they are views, so that changing one changes the model."""
         return dict(self.named_parameters())
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy weights in; ValueError names one that is missing, unknown or misshapen."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> LoadedKeys:
+        """Copy weights in -> the names that are missing and those that are no part of the model.
+
+        ValueError where there are any, unless strict is False, and where a shape is another.
+        """
+        if assign:
+            raise NotImplementedError("assign=True is not supported: weights are copied")
         own = self.state_dict()
-        for name in own.keys() ^ state_dict.keys():
+        keys = LoadedKeys(
+            [name for name in own if name not in state_dict],
+            [name for name in state_dict if name not in own],
+        )
+        for name in (*keys.missing_keys, *keys.unexpected_keys) if strict else ():
             what = "missing" if name in own else "not part of the model"
             raise ValueError(f"state_dict: {name} is {what}")
-        for name, tensor in own.items():
+        given = {name: tensor for name, tensor in own.items() if name in state_dict}
+        for name, tensor in given.items():
             if state_dict[name].shape != tensor.shape:
                 raise ValueError(
                     f"state_dict: {name} is {list(state_dict[name].shape)}, "
                     f"must be {list(tensor.shape)}"
                 )
-        for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+        with torch.no_grad():
+            for name, tensor in given.items():
+                tensor.copy_(state_dict[name])
+        return keys
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Elements of all weights; tied ones count once, and none can be trained."""

@@ -194,6 +194,10 @@ class PreTrainedModel(Loading):
         """The decoder without a head: of a model that has none, itself."""
         return self
 
+    def get_decoder(self) -> "PreTrainedModel":
+        """The same, by another name."""
+        return self.base_model
+
     def can_generate(self) -> bool:
         """Whether it has `generate`."""
         return False
