@@ -51,6 +51,9 @@ class ChatTemplate(TypedDict, total=False):
 Prompt = str | Sequence[int] | np.ndarray | Tensor | TextPrompt | TokensPrompt
 Messages = Sequence[Mapping[str, Any]]
 NO_TOKENIZER = "this engine has no tokenizer"
+# what a chat gives a template itself, or its renderer
+OF_CHAT = {"messages", "template", "name", "tokens", "inside_literal", "continue_final"}
+OF_CHAT |= {"add_generation_prompt", "continue_final_message"}
 PARTS = ("text", "input_text")  # types of a content part that are text
 
 
@@ -134,7 +137,14 @@ def encode_conversation(
             "continue_final_message=True goes on with the last turn, and needs "
             "add_generation_prompt=False: a new turn would end it"
         )
+    if not isinstance(chat_template, str | None):
+        raise ValueError(f"chat_template {shorten(chat_template)} is no string")
+    if not isinstance(chat_template_kwargs, Mapping | None):
+        raise ValueError(f"chat_template_kwargs {shorten(chat_template_kwargs)} is not a mapping")
     variables = dict(chat_template_kwargs or {})
+    for name in variables:
+        if not isinstance(name, str) or name in OF_CHAT:
+            raise ValueError(f"chat_template_kwargs: {shorten(name)} is no variable of a template")
     if tools is not None:
         variables["tools"] = tools
     template = default_template(tokenizer) if chat_template is None else chat_template

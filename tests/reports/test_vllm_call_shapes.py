@@ -195,6 +195,12 @@ def test_a_chat_may_bring_its_template(engine):
         engine.chat(CHAT, chat_template_content_format="text")
     with pytest.raises(ValueError, match="tools: the checkpoint has no chat template"):
         engine.chat(CHAT, tools=[])
+    for wrong in ({"chat_template": 5}, {"chat_template_kwargs": "x"}, {"chat_template": "{{"}):
+        with pytest.raises(ValueError, match=r"chat.template"):
+            engine.chat(CHAT, **wrong)
+    with pytest.raises(ValueError, match="'messages' is no variable of a template"):
+        engine.chat(CHAT, chat_template=turns, chat_template_kwargs={"messages": []})
+    assert_serves(engine)
 
 
 def test_the_tokenizer_has_the_methods_of_transformers(engine, tokenizer):
