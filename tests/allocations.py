@@ -25,6 +25,7 @@ ALL_SETTINGS = SamplingParams(
     presence_penalty=0.1,
     frequency_penalty=0.1,
     logit_bias={5: 1.0},
+    allowed_token_ids=list(range(90)),
     max_tokens=1,
     min_tokens=1,
     ignore_eos=True,

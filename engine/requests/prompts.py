@@ -40,6 +40,9 @@ class ChatTemplate(TypedDict, total=False):
     chat_template: str | None  # None is the checkpoint's own, or Gemma's turns where it has none
     chat_template_kwargs: Mapping[str, Any] | None  # other variables that the template reads
     tools: Sequence[Any] | None  # the variable of that name
+    chat_template_content_format: (
+        str  # "auto" by the template; parts: "string" joined, "openai" not
+    )
     merge_system: bool  # False; True puts a system message before the first user content
     add_generation_prompt: bool  # True opens the turn of the model; False ends with the last turn
     continue_final_message: bool  # False; True leaves the last turn open, for the model to go on
@@ -48,6 +51,9 @@ class ChatTemplate(TypedDict, total=False):
 Prompt = str | Sequence[int] | np.ndarray | Tensor | TextPrompt | TokensPrompt
 Messages = Sequence[Mapping[str, Any]]
 NO_TOKENIZER = "this engine has no tokenizer"
+# what a chat gives a template itself, or its renderer
+OF_CHAT = {"messages", "template", "name", "tokens", "inside_literal", "continue_final"}
+OF_CHAT |= {"add_generation_prompt", "continue_final_message"}
 PARTS = ("text", "input_text")  # types of a content part that are text
 
 
@@ -118,6 +124,7 @@ def encode_conversation(
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Sequence[Any] | None = None,
+    chat_template_content_format: str = "auto",
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     merge_system: bool = False,
@@ -130,13 +137,28 @@ def encode_conversation(
             "continue_final_message=True goes on with the last turn, and needs "
             "add_generation_prompt=False: a new turn would end it"
         )
+    if not isinstance(chat_template, str | None):
+        raise ValueError(f"chat_template {shorten(chat_template)} is no string")
+    if not isinstance(chat_template_kwargs, Mapping | None):
+        raise ValueError(f"chat_template_kwargs {shorten(chat_template_kwargs)} is not a mapping")
     variables = dict(chat_template_kwargs or {})
+    for name in variables:
+        if not isinstance(name, str) or name in OF_CHAT:
+            raise ValueError(f"chat_template_kwargs: {shorten(name)} is no variable of a template")
     if tools is not None:
         variables["tools"] = tools
     template = default_template(tokenizer) if chat_template is None else chat_template
+    if chat_template_content_format not in ("auto", "string", "openai"):
+        raise ValueError(
+            f"chat_template_content_format {shorten(chat_template_content_format)} is neither "
+            f"'auto', 'string' nor 'openai'"
+        )
+    joined = chat_template_content_format == "string"
+    if chat_template_content_format == "auto":
+        joined = template is None or not reads_parts(template)
     return encode_chat(
         tokenizer,
-        _with_parts_of_text(messages, joined=template is None or not reads_parts(template)),
+        _with_parts_of_text(messages, joined=joined),
         template=template,
         variables=variables,
         add_generation_prompt=add_generation_prompt,

@@ -26,6 +26,7 @@ COLLECTIONS = {
     "logit_bias": Mapping | None,
     "logits_processors": LISTS,
 }
+TEXTS_AND_IDS = ("stop", "stop_token_ids", "bad_words")  # lists, empty where None is given
 FLAGS = (
     "ignore_eos",
     "include_stop_str_in_output",
@@ -91,6 +92,8 @@ class SamplingParams:
             check_int("seed", self.seed, -INT64_MAX - 1, INT64_MAX)
             self.seed = None if self.seed == -1 else self.seed
         for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is True:  # as the chats of OpenAI's API ask for one
+                setattr(self, name, 1)
             if (value := getattr(self, name)) is not None:
                 check_int(name, value, -1, INT64_MAX)
         check_number("repetition_penalty", self.repetition_penalty, above=0, below=LIMIT)
@@ -121,7 +124,9 @@ class SamplingParams:
             if not isinstance(value, kind):
                 what = "mapping" if name == "logit_bias" else "list"
                 raise ValueError(f"{name} {shorten(value)} is not a {what}")
-            if value is not None and not isinstance(value, str):  # its owner may change it later
+            if name in TEXTS_AND_IDS and not isinstance(value, list):  # as in vLLM
+                value = [value] if isinstance(value, str) else list(value or ())
+            if value is not None:  # a copy: its owner may change it later
                 setattr(self, name, dict(value) if isinstance(value, Mapping) else list(value))
         for stop in self.stop_strings:
             _check_text("stop", stop)

@@ -7,7 +7,7 @@
 
 On a GPU the host reads the tokens of a step while the next step runs; a sequence that has ended by
 then takes no more.  It reads them at once on a CPU, and where it must know a token before the next
-step (logits processors, log-probabilities, drafts).
+step (logits processors, bad words, log-probabilities, drafts).
 
 One thread at a time calls a step loop (worker.py).
 """

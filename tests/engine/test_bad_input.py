@@ -84,7 +84,7 @@ def test_settings_are_those_of_construction():
     params = SamplingParams(logit_bias=bias, stop=stops)
     bias[6], stops[0] = "b", ""
     assert params.logit_bias == {5: 1.0}
-    assert params.stop_strings == ("a",)
+    assert params.stop == ["a"]
 
 
 BAD_PARAMS = {

@@ -158,7 +158,7 @@ def test_the_idiom_stops_with_a_published_tokenizer(name):
     tokenizer = Tokenizer.from_file(real_tokenizer(name))
     ids = tokenizer.encode("It was 🙂<end_of_turn>\nmore", add_bos=False, parse_special=True)
     decoder, search = StreamDecoder(tokenizer), StopStrings(["<end_of_turn>"])
-    text = ""
+    text, matched = "", None
     for id_ in ids:
         shown, matched = search.push(decoder.push(id_), hidden=decoder.hidden(id_))
         text += shown

@@ -175,6 +175,34 @@ def test_a_chat_may_leave_the_last_turn_open(engine, tokenizer):
     assert_serves(engine)
 
 
+def test_a_chat_may_bring_its_template(engine):
+    def prompt(template, messages=CHAT, **options):
+        return engine.chat(messages, PARAMS, chat_template=template, **options).prompt
+
+    turns = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    assert prompt(turns) == "<bos>[user] The children"
+    assert prompt("{{ bos_token }}{{ x }}", chat_template_kwargs={"x": "sang"}) == "<bos>sang"
+    assert "river" in prompt("{{ bos_token }}{{ tools }}", tools=[{"name": "river"}])
+    # parts are joined, unless the template goes through them
+    parts = [{"role": "user", "content": [{"type": "text", "text": t} for t in ("a", "b")]}]
+    through = "{{ bos_token }}{% for message in messages %}{% for item in message['content'] %}"
+    through += "({{ item['text'] }}){% endfor %}{% endfor %}"
+    assert prompt(turns, parts) == "<bos>[user] a\nb"
+    assert prompt(through, parts) == "<bos>(a)(b)"
+    string = {"chat_template_content_format": "string"}
+    assert prompt(through, parts, **string) == "<bos>()()()"
+    with pytest.raises(ValueError, match="is neither 'auto', 'string' nor 'openai'"):
+        engine.chat(CHAT, chat_template_content_format="text")
+    with pytest.raises(ValueError, match="tools: the checkpoint has no chat template"):
+        engine.chat(CHAT, tools=[])
+    for wrong in ({"chat_template": 5}, {"chat_template_kwargs": "x"}, {"chat_template": "{{"}):
+        with pytest.raises(ValueError, match=r"chat.template"):
+            engine.chat(CHAT, **wrong)
+    with pytest.raises(ValueError, match="'messages' is no variable of a template"):
+        engine.chat(CHAT, chat_template=turns, chat_template_kwargs={"messages": []})
+    assert_serves(engine)
+
+
 def test_the_tokenizer_has_the_methods_of_transformers(engine, tokenizer):
     theirs = engine.get_tokenizer()
     assert theirs.encode("It was") == tokenizer.encode("It was")

@@ -28,6 +28,8 @@ SETTINGS = [
     {"temperature": 0, "prompt_lookup_num_tokens": 5},
     {"seed": 4, "prompt_lookup_num_tokens": 7, "temperature": 0.4},
     {"seed": 5, "logprobs": 1},
+    {"seed": 6, "allowed_token_ids": list(range(9, 400, 7))},
+    {"seed": 7, "top_k": 20, "bad_words": ["a", "the", "It was"]},
 ]
 
 
