@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,7 @@ class SentencePieceVocabulary(Vocabulary):
         self.literals = {piece: self._ids[piece] for piece in whole}
         self.literals |= {pieces[i]: i for i in control}
         self._finder: Literals | None = None
+        self._all_added: dict[int, AddedToken] | None = None
 
     @classmethod
     def from_file(
@@ -70,18 +70,17 @@ class SentencePieceVocabulary(Vocabulary):
         """The vocabulary in a tokenizer.model file."""
         return cls(read_file(path), f"vocabulary {path}", dropout=dropout)
 
-    @cached_property
-    def _added_in_file(self) -> dict[int, AddedToken]:
-        ids = user_defined(self._processor.serialized_model_proto()) | self._control
-        return {
-            i: AddedToken(self.pieces[i], i, special=i in self.special_ids, normalized=False)
-            for i in sorted(ids)
-        }
-
     @property
     def added_tokens(self) -> dict[int, AddedToken]:
         """All tokens that a text spells as wholes, those of the file too."""
-        return self._added_in_file | self.added
+        if self._all_added is None:
+            ids = user_defined(self._processor.serialized_model_proto()) | self._control
+            in_file = {
+                i: AddedToken(self.pieces[i], i, special=i in self.special_ids, normalized=False)
+                for i in sorted(ids)
+            }
+            self._all_added = in_file | self.added
+        return self._all_added
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -123,7 +122,7 @@ class SentencePieceVocabulary(Vocabulary):
             token_id = self._ids[token.content]
             if token_id >= self.base_size or not self._finds(token):
                 self._found_here[token_id] = token
-        self._finder = None
+        self._finder = self._all_added = None
 
     def _finds(self, token: AddedToken) -> bool:
         """Whether SentencePiece itself finds a token as a whole: a user-defined piece."""

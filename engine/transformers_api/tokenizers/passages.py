@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
-from gemcut.engine.transformers_api.tokenizers.rows import Passage, Places, Span
+from gemcut.engine.transformers_api.tokenizers.rows import Passage, Places, Source, Span
 from gemcut.engine.transformers_api.tokenizers.text_decoder import TextDecoder
 from gemcut.tokenizer.added_tokens import inside
 
@@ -25,15 +25,15 @@ class PassageCoder(TextDecoder):
         """
         if located or self._is_random:
             ids, places = self._located(words, is_split, as_text)
-            return Passage(ids, lambda: places)
-        encode = self._vocabulary.encode
-        ids = [
-            token_id
-            for word in words
-            for part in self._parts(word, as_text)
-            for token_id in encode(part, add_bos=False, parse_special=True)
-        ]
-        return Passage(ids, cache(lambda: self._located(words, is_split, as_text)[1]))
+            return Passage(ids, Source(lambda: places))
+        encode, ids = self._vocabulary.encode, []
+        for word in words:
+            for part in self._parts(word, as_text):
+                ids += encode(part, add_bos=False, parse_special=True)
+        return Passage(ids, Source(self._places, words, is_split, as_text))
+
+    def _places(self, words: Sequence[str], is_split: bool, as_text: bool) -> Places:
+        return self._located(words, is_split, as_text)[1]
 
     def _parts(self, word: str, as_text: bool) -> list[str]:
         if not as_text:
