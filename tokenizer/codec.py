@@ -201,9 +201,7 @@ class Tokenizer:
         whole = Segment([], [])
         start = 0
         for part in [text] if parse_special else self.inside_marker.split(text):
-            ids, offsets = self.vocabulary.encode_with_offsets(part)
-            whole.ids.extend(ids)
-            whole.offsets.extend((start + begin, start + end) for begin, end in offsets)
+            whole.add(*self.vocabulary.encode_with_offsets(part), start)
             start += len(part)
         return whole
 

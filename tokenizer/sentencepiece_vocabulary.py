@@ -105,9 +105,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     def _merge_with_offsets(self, segment: Segment, text: str, begin: int) -> None:
         ids = self._processor.encode(text, **self._options)
-        spans = _spans(text, [self.pieces[i] for i in ids])
-        segment.ids.extend(ids)
-        segment.offsets.extend((begin + start, begin + end) for start, end in spans)
+        segment.add(ids, _spans(text, [self.pieces[i] for i in ids]), begin)
 
     def _literals(self) -> Literals:
         if self._finder is None:  # made when first needed: Gemma 3 has 6 000 control pieces

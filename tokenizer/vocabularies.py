@@ -38,6 +38,11 @@ class Segment(NamedTuple):
     ids: list[int]
     offsets: list[tuple[int, int]]
 
+    def add(self, ids: list[int], offsets: list[tuple[int, int]], start: int) -> None:
+        """Append the tokens of the text that begins at the character `start`."""
+        self.ids.extend(ids)
+        self.offsets.extend([(start + a, start + b) for a, b in offsets] if start else offsets)
+
 
 class Vocabulary(ABC):
     """Pieces and ids; `encode` makes a token of each literal in a text, whoever wrote it.
