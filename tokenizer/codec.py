@@ -140,9 +140,6 @@ class Tokenizer:
         for i in self.special_ids:
             self._bytes_without_specials[i] = b""
         self._markers = markers(self.vocabulary.literals, self.special_ids)
-        for literal in self._markers:
-            if len(literal) == 1:
-                raise ValueError(f"special token {literal!r} has one letter, as any text may")
         self.marker_ids = frozenset(self._markers.values())
         self._inside_marker: Pattern[str] | None = None
 

@@ -94,6 +94,8 @@ class Vocabulary(ABC):
 
     def _place(self, token: AddedToken) -> int:
         """The id of a token, appended to the pieces if it is new; ValueError where files clash."""
+        if token.special and len(token.content) == 1:
+            raise ValueError(f"special token {token.content!r} has one letter, as any text may")
         there, size = self.id_of(token.content), len(self.pieces)
         added = f"token {token.content!r} is added at id {token.id}"
         if there is not None:
