@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from vocabulary import hugging_face_twin
 
 from gemcut.engine import Engine, SamplingParams
+from gemcut.engine.checkpoints import hub
 from gemcut.engine.cli import main
 
 IM_END, IMAGE = "<|im_end|>", "<image_soft_token>"
@@ -210,3 +211,25 @@ class TestWithoutATokenizer:
         with pytest.raises(ValueError, match=r"neither.*skip_tokenizer_init=True") as error:
             Engine.from_pretrained(tmp_path)
         one_line(error)
+
+
+def test_weights_are_fetched_last(folder, tmp_path, monkeypatch):
+    """What a model's small files say is refused before gigabytes come."""
+    calls = []
+
+    def fetch(model, *, allow_patterns, **_):
+        calls.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    without_weights(folder, tmp_path)
+    write(tmp_path, "added_tokens.json", {"<x>": 525})
+    with pytest.raises(ValueError, match="leaves a gap"):
+        Engine.from_pretrained("owner/model")
+    (only,) = calls
+    assert not any("safetensors" in pattern for pattern in only)
+    assert {"tokenizer.json", "added_tokens.json", "chat_template.jinja"} <= set(only)
+    (tmp_path / "added_tokens.json").unlink()
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    with Engine.from_pretrained("owner/model", dtype="float32"):
+        assert "*.safetensors" in calls[-1]

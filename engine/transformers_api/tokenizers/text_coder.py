@@ -208,7 +208,7 @@ class TextCoder(PassageCoder):
             warnings.warn(
                 f"a text has {length} tokens, more than the model_max_length "
                 f"{self.model_max_length}; truncation=True cuts it",
-                stacklevel=4,
+                stacklevel=5,
             )
             self._warned = True
 
