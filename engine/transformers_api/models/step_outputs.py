@@ -72,4 +72,4 @@ class StepOutputs:
         if window is None or not self._model_config.is_local(layer):
             return weights
         queries, keys = weights.shape[2:]
-        return weights[..., max(0, min(keys - queries, keys - queries - window + 1)) :]
+        return weights[..., max(0, keys - queries - window + 1) :]
