@@ -175,8 +175,7 @@ class GenerationConfig:
         """
         result = cls(**{key: x for key, x in values.items() if key in NAMES and x is not None})
         result.extra.update({key: x for key, x in values.items() if key not in NAMES})
-        unknown = [k for k in result.extra if k[:1] != "_" and k != "transformers_version"]
-        if unknown:
+        if unknown := [key for key in result.extra if not is_metadata(key)]:
             names = ", ".join(map(shorten, unknown))
             warn_caller(f"{FILE}: nothing here reads {names}")
         for name, value in settings.items():
@@ -233,6 +232,11 @@ class GenerationConfig:
         """Write generation_config.json to a folder, which is made where it is missing."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / (config_file_name or FILE)).write_text(self.to_json_string())
+
+
+def is_metadata(key: str) -> bool:
+    """Whether a key of a file is no setting, but says where the file is from."""
+    return key.startswith("_") or key == "transformers_version"
 
 
 def token_ids_of(value: Any) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from gemcut.engine.transformers_api.models.generation_config import (
     NEUTRAL,
     OF_BEAMS,
     GenerationConfig,
+    is_metadata,
     token_ids_of,
 )
 
@@ -61,6 +62,7 @@ def settle(
     lengths are an exception: max_new_tokens decides, wherever it is from.  An error names a setting
     that is unknown, out of range, or not supported; a warning one of the caller's without effect.
     """
+    call = {name: x for name, x in call.items() if not is_metadata(name)}  # of a to_dict()
     refuse_unknown("generate", call, {*NAMES, *CALL_NEUTRAL})
     theirs = {} if given is None else given.settings()
     values = {**DEFAULTS, **own.settings(), **theirs, **call}
