@@ -108,7 +108,9 @@ def check(config: GenerationConfig) -> None:
             f"num_return_sequences {config.num_return_sequences} needs do_sample=True: "
             f"greedy sequences are all the same"
         )
-    for ids in config.bad_words_ids or ():
+    if not isinstance(words := config.bad_words_ids or (), list | tuple):
+        raise ValueError(f"bad_words_ids {shorten(words)} is no list of lists of token ids")
+    for ids in words:
         if not isinstance(ids, list | tuple) or not ids:
             raise ValueError(f"bad_words_ids: {shorten(ids)} is no list of token ids")
     if (decay := config.exponential_decay_length_penalty) is not None:
@@ -213,5 +215,6 @@ def _warn_of_no_effect(of_caller: Mapping[str, Any], config: GenerationConfig) -
             warn_caller(f"{less}={value} has no effect beside {more}={decides}, which decides")
     if (most := config.max_new_tokens) is not None and (config.min_new_tokens or 0) > most:
         warn_caller(f"min_new_tokens={config.min_new_tokens} is above max_new_tokens={most}")
-    if any(token_id < 0 for token_id in token_ids_of(of_caller.get("eos_token_id"))):
+    ends = token_ids_of(of_caller.get("eos_token_id"))
+    if any(isinstance(token_id, int) and token_id < 0 for token_id in ends):
         warn_caller(f"eos_token_id={shorten(of_caller['eos_token_id'])}: no token is below 0")
