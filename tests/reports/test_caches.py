@@ -185,9 +185,7 @@ def test_a_cache_made_with_a_place(model):
     given = {"max_batch_size": BATCH, "max_cache_len": 20, "device": "cpu"}
     cache = StaticCache(config=model.config, dtype=torch.float32, **given)
     assert torch.equal(model(IDS, cache=cache).logits, model(IDS).logits)
-    with pytest.raises(
-        ValueError, match="made for cpu and torch.bfloat16, but the model is on cpu"
-    ):
+    with pytest.raises(ValueError, match=r"made for cpu and torch.bfloat16, but the model is"):
         model(IDS, cache=StaticCache(config=model.config, dtype=torch.bfloat16, **given))
     with pytest.raises(NotImplementedError, match="offloading=True is not supported"):
         DynamicCache(offloading=True)
