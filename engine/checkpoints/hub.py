@@ -48,6 +48,7 @@ _NEUTRAL = {
     "resume_download": (None, False, True),
     "use_auth_token": (None,),
     "proxies": (None, {}),
+    "_commit_hash": (None,),
 }
 CONFIG_FILES = ["config.json", "adapter_config.json"]
 _OF_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")

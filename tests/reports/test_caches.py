@@ -140,6 +140,17 @@ def test_a_crop_that_needs_overwritten_tokens_is_refused():
     assert cache.get_seq_length() == 600
 
 
+def test_a_short_row_is_cropped_beside_a_long_one():
+    _, ours = twins("AutoModelForCausalLM", "gemma2", max_position_embeddings=2048)
+    ids, mask = random_ids(2, 600), torch.ones(2, 600, dtype=torch.int64)
+    mask[1, :550] = 0
+    cache = filled(ours, mask, ids)
+    cache.crop(-30)
+    given = {"attention_mask": mask, "cache": cache}
+    actual = ours(ids[:, 570:], **given).logits[:, -1]
+    assert_close(actual, ours(ids, attention_mask=mask).logits[:, -1])
+
+
 def test_rows_are_chosen_repeated_and_reordered(model):
     order = torch.tensor([2, 0, 2])
     cache = filled(model)
@@ -185,9 +196,7 @@ def test_a_cache_made_with_a_place(model):
     given = {"max_batch_size": BATCH, "max_cache_len": 20, "device": "cpu"}
     cache = StaticCache(config=model.config, dtype=torch.float32, **given)
     assert torch.equal(model(IDS, cache=cache).logits, model(IDS).logits)
-    with pytest.raises(
-        ValueError, match="made for cpu and torch.bfloat16, but the model is on cpu"
-    ):
+    with pytest.raises(ValueError, match=r"made for cpu and torch.bfloat16, but the model is"):
         model(IDS, cache=StaticCache(config=model.config, dtype=torch.bfloat16, **given))
     with pytest.raises(NotImplementedError, match="offloading=True is not supported"):
         DynamicCache(offloading=True)

@@ -200,7 +200,7 @@ def test_weights_that_are_not_all_there():
     keys = model.load_state_dict(weights | {"x": norm}, strict=False)
     assert keys.missing_keys == ["model.norm.weight"]
     assert keys.unexpected_keys == ["x"]
-    with pytest.raises(ValueError, match="norm.weight is missing"):
+    with pytest.raises(ValueError, match=r"norm.weight is missing"):
         model.load_state_dict(weights)
 
 

@@ -82,7 +82,7 @@ class StaticCache:
         self._columns = 0
         self._column_of: list[Tensor] = []  # of each row: the column of each of its tokens
         self._late: list[LateTokens] = []  # of each row, where any has them
-        self._written = 0  # the most tokens of any row that were ever stored since
+        self._written: list[int] = []  # of each row: the most tokens that it has held since
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that were computed so far."""
@@ -126,7 +126,8 @@ class StaticCache:
             if keep >= self._columns:
                 return
             cropped = [columns[columns < keep] for columns in self._column_of]
-            self._check_window(min(map(len, cropped)))
+            for columns, written in zip(cropped, self._written, strict=True):
+                self._check_window(len(columns), written)
             self.leave_late([late.without(self._columns - keep) for late in self._late])
             self._column_of, self._columns = cropped, keep
 
@@ -156,7 +157,9 @@ class StaticCache:
             chosen = self._allocate(len(rows), self.kv.max_seq_len)
             _copy_rows(self.kv, chosen, rows)
             self.kv, self.runner = chosen, None
-            self._column_of = [self._column_of[row] for row in rows if self._columns]
+            if self._columns:
+                self._column_of = [self._column_of[row] for row in rows]
+                self._written = [self._written[row] for row in rows]
             self._late = [self._late[row] for row in rows if self._late]
             if self.max_batch_size is not None:
                 self.max_batch_size = len(rows)
@@ -234,12 +237,7 @@ class StaticCache:
                 f"{self._columns} are used, and {columns - self._columns} more are asked for; "
                 f"make one with init_cache(batch_size, {columns}) or more"
             )
-        asked_device, asked_dtype = self._place
-        if asked_device not in (None, device) or asked_dtype not in (None, dtype):
-            raise ValueError(
-                f"the cache was made for {asked_device} and {asked_dtype}, but the model is on "
-                f"{device} in {dtype}; leave device and dtype out"
-            )
+        self._check_place(device, dtype)
         kv = self.kv
         expected = kv.num_slots if kv is not None and self._columns else self.max_batch_size
         if expected is not None and rows != expected:
@@ -247,6 +245,7 @@ class StaticCache:
         owner = config, device, dtype
         if self._columns == 0:
             self._column_of = [torch.empty(0, dtype=torch.int64, device="cpu")] * rows
+            self._written = [0] * rows
         elif owner != self._owner:
             raise ValueError(
                 "the cache holds keys of another model, or of this one in another place or dtype; "
@@ -285,7 +284,7 @@ class StaticCache:
         assert other.kv is not None
         rows = [row for row in range(other.kv.num_slots) for _ in range(times)]
         _copy_rows(other.kv, self.kv, rows)
-        self._columns, self._written = other._columns, other._written
+        self._columns, self._written = other._columns, [other._written[row] for row in rows]
         self._column_of = [other._column_of[row] for row in rows]
 
     def extend(self, columns: int, new: list[Tensor]) -> None:
@@ -300,19 +299,30 @@ class StaticCache:
         ]
         self._columns += columns
         self._late = []
-        self._written = max(self._written, *self.lengths)
+        self._written = list(map(max, self._written, self.lengths))
 
     def leave_late(self, late: list[LateTokens]) -> None:
         """Record what each row's last columns should hold, and do not."""
         self._late = late if any(map(len, late)) else []
 
-    def _check_window(self, length: int) -> None:
+    def _check_place(self, device: torch.device, dtype: torch.dtype) -> None:
+        asked, asked_dtype = self._place
+        elsewhere = asked is not None and (
+            asked.type != device.type or asked.index not in (None, device.index)
+        )
+        if elsewhere or asked_dtype not in (None, dtype):
+            raise ValueError(
+                f"the cache was made for {asked} and {asked_dtype}, but the model is on "
+                f"{device} in {dtype}; leave device and dtype out"
+            )
+
+    def _check_window(self, length: int, written: int) -> None:
         """Nothing, or ValueError where a row of `length` tokens misses some that it would see."""
         ring = None if self.kv is None else self.kv.ring
         if ring is None:
             return
         # a step that was started when its row had ended has stored one more
-        overwritten = self._written + 1 - ring.capacity
+        overwritten = written + 1 - ring.capacity
         if max(0, length - ring.window + 1) < overwritten:
             raise ValueError(
                 f"the cache cannot be cropped to {length} tokens: with sliding_window "
