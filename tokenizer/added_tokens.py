@@ -68,15 +68,16 @@ class Literals:
         for match in self._pattern.finditer(text):
             token_id, token = self._tokens[match.group()]
             start, end = match.span()
-            if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end:])):
+            if token.single_word and (
+                _is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])
+            ):
                 continue
             while token.lstrip and start > begin and token.takes(text[start - 1]):
                 start -= 1
             while token.rstrip and end < len(text) and token.takes(text[end]):
                 end += 1
-            if start >= begin:
-                yield start, end, token_id
-                begin = end
+            yield start, end, token_id  # which may begin in the whitespace that the last one took
+            begin = end
 
 
 def _is_word(text: str) -> bool:

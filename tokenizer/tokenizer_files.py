@@ -82,14 +82,24 @@ def read_settings(folder: Path) -> dict[str, Any]:
     named = settings.pop("additional_special_tokens", None)
     if named and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = named
+    place = f"{folder / CONFIG_FILE}: "
     for name in NAMES:
         if settings.get(name) is not None:
-            settings[name] = token_content(f"{folder / CONFIG_FILE}: {name}", settings[name])
+            settings[name] = token_content(f"{place}{name}", settings[name])
+    extra = settings.get("extra_special_tokens") or []
+    if not isinstance(extra, list | dict):
+        raise ValueError(f"{place}extra_special_tokens {extra!r} is neither a list nor an object")
+    named = extra.items() if isinstance(extra, dict) else enumerate(extra)
+    contents = {key: token_content(f"{place}extra_special_tokens", one) for key, one in named}
+    if extra:
+        settings["extra_special_tokens"] = (
+            contents if isinstance(extra, dict) else [*contents.values()]
+        )
     template = _read_json(folder / "chat_template.json").get("chat_template")
     others = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
-    templates = {path.stem: path.read_text(encoding="utf-8") for path in others}
+    templates = {path.stem: _read_text(path) for path in others}
     if (folder / TEMPLATE_FILE).is_file():
-        template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        template = _read_text(folder / TEMPLATE_FILE)
         templates["default"] = template
     if others:
         template = templates
@@ -159,12 +169,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except (ValueError, OSError) as error:
+        content = json.loads(_read_text(path), object_pairs_hook=_object)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
     return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

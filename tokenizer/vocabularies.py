@@ -38,6 +38,11 @@ class Segment(NamedTuple):
     ids: list[int]
     offsets: list[tuple[int, int]]
 
+    def add(self, ids: list[int], offsets: list[tuple[int, int]], start: int) -> None:
+        """Append the tokens of the text that begins at the character `start`."""
+        self.ids.extend(ids)
+        self.offsets.extend([(start + a, start + b) for a, b in offsets] if start else offsets)
+
 
 class Vocabulary(ABC):
     """Pieces and ids; `encode` makes a token of each literal in a text, whoever wrote it.
@@ -89,6 +94,8 @@ class Vocabulary(ABC):
 
     def _place(self, token: AddedToken) -> int:
         """The id of a token, appended to the pieces if it is new; ValueError where files clash."""
+        if token.special and len(token.content) == 1:
+            raise ValueError(f"special token {token.content!r} has one letter, as any text may")
         there, size = self.id_of(token.content), len(self.pieces)
         added = f"token {token.content!r} is added at id {token.id}"
         if there is not None:

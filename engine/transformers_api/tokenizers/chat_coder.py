@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gemcut.engine.transformers_api.tokenizers.rows import Encoding, Passage
+from gemcut.engine.transformers_api.tokenizers.rows import Encoding, Passage, Source
 from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
 from gemcut.tokenizer import chat_templates, render_chat
 from gemcut.tokenizer.chat_templates import Rendered
@@ -80,7 +80,7 @@ class ChatCoder(TextCoder):
                 self._own_turns(chat, add_generation_prompt, continue_final_message, variables)
                 for chat in chats
             ]
-            passages = [Passage(ids, _no_places) for ids in own]
+            passages = [Passage(ids, Source(_no_places)) for ids in own]
             texts = [self.decode(ids) for ids in own] if not tokenize else []
         else:
             field = continue_final_message
@@ -119,6 +119,21 @@ class ChatCoder(TextCoder):
             encoding["assistant_masks"] = masks if is_batch or return_tensors else masks[0]
             encoding.convert_to_tensors(return_tensors)
         return encoding if return_dict else encoding.input_ids
+
+    def encode_message_with_chat_template(
+        self,
+        message: Any,
+        conversation_history: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """The ids that a message adds to a conversation: from where the two encodings differ on."""
+        if "add_generation_prompt" in options:
+            raise ValueError("add_generation_prompt has no place in one message: add it at the end")
+        history = list(conversation_history or ())
+        whole = self.apply_chat_template([*history, message], return_dict=False, **options)
+        before = self.apply_chat_template(history, return_dict=False, **options) if history else []
+        same = [i == j for i, j in zip(whole, before, strict=False)]
+        return whole[same.index(False) if False in same else len(same) :]
 
     def _template_name(self, template: str) -> str | None:
         """The name of one of several templates; None of the only one, or of the caller's own."""

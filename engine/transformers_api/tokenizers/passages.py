@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
-from gemcut.engine.transformers_api.tokenizers.rows import Passage, Places, Span
+from gemcut.engine.transformers_api.tokenizers.rows import Passage, Places, Source
 from gemcut.engine.transformers_api.tokenizers.text_decoder import TextDecoder
 from gemcut.tokenizer.added_tokens import inside
+from gemcut.tokenizer.vocabularies import Segment
 
 
 class PassageCoder(TextDecoder):
@@ -25,15 +26,15 @@ class PassageCoder(TextDecoder):
         """
         if located or self._is_random:
             ids, places = self._located(words, is_split, as_text)
-            return Passage(ids, lambda: places)
-        encode = self._vocabulary.encode
-        ids = [
-            token_id
-            for word in words
-            for part in self._parts(word, as_text)
-            for token_id in encode(part, add_bos=False, parse_special=True)
-        ]
-        return Passage(ids, cache(lambda: self._located(words, is_split, as_text)[1]))
+            return Passage(ids, Source(lambda: places))
+        encode, ids = self._vocabulary.encode, []
+        for word in words:
+            for part in self._parts(word, as_text):
+                ids += encode(part, add_bos=False, parse_special=True)
+        return Passage(ids, Source(self._places, words, is_split, as_text))
+
+    def _places(self, words: Sequence[str], is_split: bool, as_text: bool) -> Places:
+        return self._located(words, is_split, as_text)[1]
 
     def _parts(self, word: str, as_text: bool) -> list[str]:
         if not as_text:
@@ -44,31 +45,32 @@ class PassageCoder(TextDecoder):
     def _located(
         self, words: Sequence[str], is_split: bool, as_text: bool
     ) -> tuple[list[int], Places]:
-        ids: list[int] = []
-        places = Places([], [])
+        whole = Segment([], [])
+        numbers: list[int] = []
         start = 0
         for number, word in enumerate(words):
             start = 0 if is_split else start
             for part in self._parts(word, as_text):
                 found = self._vocabulary.encode_with_offsets(part, parse_special=True)
-                ids.extend(found.ids)
-                places.offsets.extend((start + begin, start + end) for begin, end in found.offsets)
-                places.words.extend([number] * len(found.ids))
+                whole.add(*found, start)
+                numbers += [number] * len(found.ids)
                 start += len(part)
-        return ids, places if is_split else self._with_words("".join(words), ids, places.offsets)
+        if not is_split:
+            numbers = self._words("".join(words), whole)
+        return whole.ids, Places(whole.offsets, numbers)
 
-    def _with_words(self, text: str, ids: Sequence[int], offsets: list[Span]) -> Places:
-        """The places of a text's tokens, with words: added tokens, and what is between them."""
+    def _words(self, text: str, segment: Segment) -> list[int]:
+        """The number of each token's word: added tokens, and what stands between two of them."""
         added = self._vocabulary.added_tokens
         words: list[int] = []
         number, was_added = -1, True
-        for token_id, (start, end) in zip(ids, offsets, strict=True):
+        for token_id, (start, end) in zip(*segment, strict=True):
             token = added.get(token_id)
             is_added = token is not None and token.is_spelled(text[start:end])
             number += is_added or was_added
             was_added = is_added
             words.append(number)
-        return Places(offsets, words)
+        return words
 
 
 @lru_cache(maxsize=8)

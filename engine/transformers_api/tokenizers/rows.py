@@ -31,22 +31,38 @@ class Places(NamedTuple):
     words: list[int]
 
 
-class Passage:
-    """The ids of one text, or of a part of it; `locate` finds the places of the whole text's."""
+class Source:
+    """A text that was encoded; its tokens' places are found when they are first asked for."""
 
-    def __init__(self, ids: Sequence[int], locate: Callable[[], Places], start: int = 0):
-        self.ids = list(ids)
-        self._locate = locate
-        self._start = start
+    __slots__ = ("_arguments", "_find", "_places")
 
-    def part(self, start: int, end: int) -> "Passage":
-        """The tokens from `start` to `end`."""
-        return Passage(self.ids[start:end], self._locate, self._start + start)
+    def __init__(self, find: Callable[..., Places], *arguments: Any):
+        self._find, self._arguments = find, arguments
+        self._places: Places | None = None
 
     @property
     def places(self) -> Places:
-        here = slice(self._start, self._start + len(self.ids))
-        offsets, words = self._locate()
+        if self._places is None:
+            self._places = self._find(*self._arguments)
+        return self._places
+
+
+class Passage:
+    """The ids of one text, or of a part of it that begins with the token `start`."""
+
+    __slots__ = ("ids", "source", "start")
+
+    def __init__(self, ids: list[int], source: Source, start: int = 0):
+        self.ids, self.source, self.start = ids, source, start
+
+    def part(self, start: int, end: int) -> "Passage":
+        """The tokens from `start` to `end`."""
+        return Passage(self.ids[start:end], self.source, self.start + start)
+
+    @property
+    def places(self) -> Places:
+        here = slice(self.start, self.start + len(self.ids))
+        offsets, words = self.source.places
         return Places(offsets[here], words[here])
 
 
@@ -55,8 +71,11 @@ class Encoding:
 
     `sequence_ids` has 0 or 1, the text that a token is from, and None where it was added.  A word
     is what stands between two added tokens of a text; where the caller split the text, it is one
-    of the caller's words, and `offsets` begin anew in each.
+    of the caller's words, and `offsets` begin anew in each.  Most lists are made when they are
+    first asked for: a batch of many texts needs few of them.
     """
+
+    overflowing: Sequence["Encoding"] = ()
 
     def __init__(
         self,
@@ -65,28 +84,44 @@ class Encoding:
         prefix: Sequence[int] = (),
         suffix: Sequence[int] = (),
     ):
-        self.ids: list[int] = []
-        self.type_ids: list[int] = []
-        self.sequence_ids: list[int | None] = []
-        self.overflowing: list[Encoding] = []
-        self.n_sequences = len(passages)
-        for i, passage in enumerate(passages):
-            self.ids += [*prefix, *passage.ids, *suffix]
-            before, after = [None] * len(prefix), [None] * len(suffix)
-            self.sequence_ids += [*before, *[i] * len(passage.ids), *after]
-            self.type_ids += [i] * (len(self.ids) - len(self.type_ids))
-        self.attention_mask = [1] * len(self.ids)
+        self.ids = [i for passage in passages for i in (*prefix, *passage.ids, *suffix)]
         self._passages, self._pieces = passages, pieces
+        self._around = (len(prefix), len(suffix))
+        self._padding: tuple[int, str, int] = (0, "left", 0)
 
     def pad(self, width: int, side: str, pad_id: int, pad_type_id: int) -> None:
         """Lengthen the row to `width` with padding on one side."""
-        for name, filler in (
-            ("ids", pad_id),
-            ("type_ids", pad_type_id),
-            ("sequence_ids", None),
-            ("attention_mask", 0),
-        ):
-            setattr(self, name, padded(getattr(self, name), width, side, filler))
+        self._padding = (max(0, width - len(self.ids)), side, pad_type_id)
+        self.ids = self._padded(self.ids, pad_id)
+
+    def _padded(self, values: list[Any], filler: Any) -> list[Any]:
+        count, side, _ = self._padding
+        return padded(values, len(values) + count, side, filler) if count else values
+
+    @property
+    def n_sequences(self) -> int:
+        """1, or 2 for a pair."""
+        return len(self._passages)
+
+    @cached_property
+    def attention_mask(self) -> list[int]:
+        return self._padded([1] * (len(self.ids) - self._padding[0]), 0)
+
+    @cached_property
+    def sequence_ids(self) -> list[int | None]:
+        """For each token 0 or 1, the text that it is from; None where it was added."""
+        before, after = self._around
+        texts: list[int | None] = []
+        for i, passage in enumerate(self._passages):
+            texts += [*[None] * before, *[i] * len(passage.ids), *[None] * after]
+        return self._padded(texts, None)
+
+    @cached_property
+    def type_ids(self) -> list[int]:
+        """0 for each token of the first text, 1 for each of its pair, those around included."""
+        lengths = [len(passage.ids) + sum(self._around) for passage in self._passages]
+        types = [i for i, length in enumerate(lengths) for _ in range(length)]
+        return self._padded(types, self._padding[2])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,8 +131,9 @@ class Encoding:
 
     def __getstate__(self) -> dict[str, Any]:
         # found now: what they are found from is the whole vocabulary
-        found = {name: getattr(self, name) for name in ("tokens", "offsets", "word_ids")}
-        return self.__dict__ | found | {"_passages": (), "_pieces": ()}
+        found = {name: getattr(self, name) for name in _FOUND}
+        passages = [Passage(passage.ids, _NO_SOURCE) for passage in self._passages]
+        return self.__dict__ | found | {"_passages": passages, "_pieces": ()}
 
     @property
     def special_tokens_mask(self) -> list[int]:
@@ -168,6 +204,15 @@ class Encoding:
 
     def _is_token(self, index: int) -> bool:
         return -len(self) <= index < len(self)
+
+
+def _found_before() -> Places:
+    return Places([], [])
+
+
+# what a copy of a row is made with
+_FOUND = ("tokens", "offsets", "word_ids")
+_NO_SOURCE = Source(_found_before)
 
 
 def combined(parts: Sequence[Sequence[Passage]]) -> list[tuple[Passage, ...]]:

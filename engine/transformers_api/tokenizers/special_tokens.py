@@ -244,6 +244,10 @@ class SpecialTokens:
         """The ids of `extra_special_tokens`."""
         return self.convert_tokens_to_ids(self._extra)
 
+    @extra_special_tokens_ids.setter
+    def extra_special_tokens_ids(self, ids: Sequence[int] | None) -> None:
+        self._extra = [self.piece_of(token_id) for token_id in ids or ()]
+
     @property
     def all_special_tokens(self) -> list[str]:
         """Each special token once, the named ones first."""

@@ -31,7 +31,7 @@ from gemcut.engine.transformers_api.tokenizers.text_decoder import plain
 class TextCoder(PassageCoder):
     """The part of a tokenizer that encodes, by the settings below."""
 
-    model_input_names = ("input_ids", "attention_mask")
+    model_input_names: Sequence[str]
     pad_token_type_id = 0
 
     padding_side: str
@@ -157,9 +157,10 @@ class TextCoder(PassageCoder):
             rows = [row for rows in by_sample for row in rows]
             mapping = [i for i, rows in enumerate(by_sample) for _ in rows]
         data: dict[str, Any] = {"input_ids": [row.ids for row in rows]}
-        if return_token_type_ids:
+        names = self.model_input_names
+        if "token_type_ids" in names if return_token_type_ids is None else return_token_type_ids:
             data["token_type_ids"] = [row.type_ids for row in rows]
-        if return_attention_mask is None or return_attention_mask:
+        if "attention_mask" in names if return_attention_mask is None else return_attention_mask:
             data["attention_mask"] = [row.attention_mask for row in rows]
         if return_special_tokens_mask:
             data["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
@@ -216,6 +217,16 @@ class TextCoder(PassageCoder):
             raise ValueError("padding needs a pad_token: set tokenizer.pad_token")
         return self.pad_token_id
 
+    @property
+    def max_len_single_sentence(self) -> int:
+        """How many tokens of one text fit into `model_max_length`."""
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        """How many tokens of a pair fit into `model_max_length`."""
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
     def encode(
         self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **options: Any
     ) -> Any:
@@ -253,24 +264,26 @@ class TextCoder(PassageCoder):
     ) -> BatchEncoding:
         """One encoding, or a list or mapping of several, with rows of one length.
 
-        input_ids, attention_mask, token_type_ids and special_tokens_mask are padded; other entries
-        (labels) stay as they are.  Tensors are returned for tensors.
+        input_ids, or what `model_input_names` has first, attention_mask, token_type_ids and
+        special_tokens_mask are padded; other entries (labels) stay as they are.  Tensors are
+        returned for tensors.
         """
+        main = self.model_input_names[0]
         if isinstance(encoded_inputs, Sequence) and encoded_inputs:
             encoded_inputs = {k: [one[k] for one in encoded_inputs] for k in encoded_inputs[0]}
-        if not isinstance(encoded_inputs, Mapping) or "input_ids" not in encoded_inputs:
-            raise ValueError("pad takes an encoding, or a list of encodings, that has input_ids")
+        if not isinstance(encoded_inputs, Mapping) or main not in encoded_inputs:
+            raise ValueError(f"pad takes an encoding, or a list of encodings, that has {main}")
         if return_tensors is None:
-            return_tensors = _tensor_type(encoded_inputs["input_ids"])
+            return_tensors = _tensor_type(encoded_inputs[main])
         data = {name: plain(value) for name, value in encoded_inputs.items()}
-        is_batch = bool(data["input_ids"]) and isinstance(data["input_ids"][0], list)
+        is_batch = bool(data[main]) and isinstance(data[main][0], list)
         if not is_batch:
             data = {name: [value] for name, value in data.items()}
         counts = {name: len(value) for name, value in data.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"the entries differ in their number of rows: {counts}")
 
-        lengths = [len(ids) for ids in data["input_ids"]]
+        lengths = [len(ids) for ids in data[main]]
         # max_length alone would truncate, which pad does not do
         rule = padding_rule(
             padding,
@@ -280,12 +293,13 @@ class TextCoder(PassageCoder):
             model_max_length=self.model_max_length,
         )
         width = padded_width(max(lengths, default=0), rule, pad_to_multiple_of)
-        if return_attention_mask is None or return_attention_mask:
+        wanted = "attention_mask" in self.model_input_names
+        if wanted if return_attention_mask is None else return_attention_mask:
             data.setdefault("attention_mask", [[1] * length for length in lengths])
         side = self.padding_side if padding_side is None else padding_side
         pad_id = self._pad_id() if width else 0
         for name, filler in (
-            ("input_ids", pad_id),
+            (main, pad_id),
             ("attention_mask", 0),
             ("token_type_ids", self.pad_token_type_id),
             ("special_tokens_mask", 1),

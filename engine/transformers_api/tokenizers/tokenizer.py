@@ -69,6 +69,7 @@ class GemmaTokenizer(ChatCoder):
         additional_special_tokens: Sequence[Any] | None = None,
         extra_special_tokens: Sequence[Any] | Mapping[str, Any] | None = None,
         split_special_tokens: bool = False,
+        model_input_names: Sequence[str] = ("input_ids", "attention_mask"),
         name_or_path: str = "",
         **own_tokens: Any,
     ):
@@ -108,6 +109,7 @@ class GemmaTokenizer(ChatCoder):
         self.use_default_system_prompt = use_default_system_prompt
         self.spaces_between_special_tokens = spaces_between_special_tokens
         self.split_special_tokens = split_special_tokens
+        self.model_input_names = list(model_input_names)
         self.padding_side = padding_side
         self.truncation_side = truncation_side
         self.model_max_length = NO_MAXIMUM if model_max_length is None else model_max_length
