@@ -1,6 +1,7 @@
 """Checks of a caller's numbers and keywords: one line that names the value and the limit."""
 
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -45,6 +46,19 @@ def check_number(
         raise ValueError(f"{name} {shorten(value)} must be at least {at_least}")
     if number >= below:
         raise ValueError(f"{name} {shorten(value)} must be below {below}")
+
+
+def read_size(name: str, value: Any) -> int:
+    """The bytes that 300, "300", "500MB" or "5GiB" means; ValueError where it is no such size."""
+    text = str(value).strip().upper()
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?([KMGT]?)(I?)B?", text, re.ASCII)
+    size = 0
+    if found is not None:
+        unit = (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")
+        size = int(float(found[1]) * unit)
+    if size < 1:
+        raise ValueError(f"{name} {shorten(value)} is no size such as 500MB or 5GB")
+    return size
 
 
 def refuse_unknown(taker: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -6,10 +6,11 @@ commands.py holds the commands themselves.
 import argparse
 import io
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+
+from gemcut.engine.checks import read_size
 
 INTERRUPTED = 128 + 2  # a shell's exit codes for a program killed by SIGINT or SIGPIPE
 PIPE_CLOSED = 128 + 13
@@ -326,12 +327,10 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
-    """The bytes that "5GB" means, or "300"."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT]?)B?", text.strip().upper())
-    size = 0 if found is None else int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
-    return size
+    try:
+        return read_size("a size", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _number_or_auto(text: str) -> int | str:

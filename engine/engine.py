@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from gemcut.engine.calls import Calls, shows
-from gemcut.engine.checkpoints.hub import SMALL_FILES, resolve_checkpoint
+from gemcut.engine.checkpoints.hub import SMALL_FILES, check_holds_model, resolve_checkpoint
 from gemcut.engine.checkpoints.load import load_checkpoint, load_tokenizer
 from gemcut.engine.checks import check_bool, check_int
 from gemcut.engine.config.generation_file import published_settings, settings_folder, stop_token_ids
@@ -170,6 +170,8 @@ class Engine(Calls):
             local_files_only=local_files_only,
         )
         folder = fetch(files=SMALL_FILES)
+        if not (folder / "config.json").exists():
+            check_holds_model(folder)
         config = ModelConfig.from_file(folder)
         if config.classifier is not None:
             raise ValueError(
@@ -188,6 +190,7 @@ class Engine(Calls):
         )
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
         folder = fetch()  # with the weights
+        check_holds_model(folder)
 
         def load() -> Engine:
             weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gemcut import kernels
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.hub import CONFIG_FILES, check_holds_model, resolve_checkpoint
 from gemcut.engine.checkpoints.load import find_nonfinite, load_checkpoint
 from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
@@ -84,7 +84,8 @@ def find_config(model: str) -> ModelConfig:
     if _is_published(model):
         return PUBLISHED[model]
     try:
-        folder = resolve_checkpoint(model, files=["config.json"])
+        folder = resolve_checkpoint(model, files=CONFIG_FILES)
+        check_holds_model(folder)
     except ValueError as error:
         raise ValueError(f"{error}; known without files are {', '.join(PUBLISHED)}") from None
     return ModelConfig.from_file(folder)

@@ -1,7 +1,10 @@
 """The choice of device, dtype and op table; "auto" takes what suits the machine."""
 
-from collections.abc import Callable, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -24,6 +27,49 @@ def in_temporary_thread(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
+
+
+_THREAD = threading.local()
+
+
+def check_process() -> None:
+    """Nothing, or RuntimeError where this thread would wait for threads that a fork left behind.
+
+    A thread that has computed on a CPU has a team of OpenMP threads.  In a child process that was
+    forked by it the team is gone, and its next parallel region waits for it for ever.
+    """
+    process = os.getpid()
+    if getattr(_THREAD, "process", process) != process and torch.get_num_threads() > 1:
+        raise RuntimeError(
+            "this process was forked by a thread that had computed, whose helpers are not here: "
+            "start it by spawn, or call torch.set_num_threads(1) in it first"
+        )
+    _THREAD.process = process
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Within it torch computes as it does by itself, on this device, whatever the caller has set.
+
+    No gradients, no autocast, and tensors that may be written to outside inference mode.  A default
+    device or dtype stays, for callbacks: gemcut's own tensors are made with both.
+    """
+    check_process()
+    with ExitStack() as settings:
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.no_grad())
+        settings.enter_context(
+            torch.accelerator.device_index(device.index)
+        )  # Triton launches there
+        settings.enter_context(without_autocast(device))
+        yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products on this device have the dtype of their operands."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -51,6 +97,8 @@ def choose_device_map(device_map: Any) -> torch.device:
         device_map = device_map[""]
     if isinstance(device_map, int) and not isinstance(device_map, bool):
         device_map = f"cuda:{device_map}"
+    if device_map in ("balanced", "balanced_low_0", "sequential"):  # of one device, all the same
+        device_map = "auto"
     place: Any = "cpu" if device_map is None else device_map
     return choose_device(place)
 

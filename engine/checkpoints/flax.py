@@ -127,7 +127,7 @@ class _Array:
     pieces: tuple[tuple[mmap.mmap, int, int], ...]  # file, first byte, bytes
 
     def load(self) -> Tensor:
-        target = torch.empty(math.prod(self.shape), dtype=self.dtype)
+        target = torch.empty(math.prod(self.shape), dtype=self.dtype, device="cpu")
         raw, at = target.view(torch.uint8), 0
         for data, start, size in self.pieces:
             if size:

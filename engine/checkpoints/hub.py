@@ -20,8 +20,9 @@ from gemcut.engine.checks import check_bool, shorten
 from gemcut.tokenizer.tokenizer_files import FILES as TOKENIZER_FILES
 
 DEMO = Path(__file__).parents[1] / "demo"
+INDEX = "model.safetensors.index.json"
 # Nothing else is read: no pickles, no Python, no weights of other frameworks.
-WEIGHT_FILES = ["*.safetensors", "model.safetensors.index.json"]
+WEIGHT_FILES = ["*.safetensors", INDEX]
 SMALL_FILES = [  # that can be checked before weights are fetched
     "config.json",
     "generation_config.json",
@@ -48,6 +49,9 @@ _NEUTRAL = {
     "use_auth_token": (None,),
     "proxies": (None, {}),
 }
+CONFIG_FILES = ["config.json", "adapter_config.json"]
+_OF_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+_GGUF = "a GGUF file, which gemcut does not read"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -80,6 +84,11 @@ def resolve_checkpoint(
     if os.path.isdir(folder):
         return _within(Path(folder), part)
     if os.path.isfile(folder):
+        if str(folder).endswith(".gguf"):
+            raise ValueError(
+                f"model {str(model)!r} is {_GGUF}; give the folder of safetensors that it was "
+                f"made from"
+            )
         raise ValueError(f"model {str(model)!r} is a file; give the folder that holds it")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise ValueError(
@@ -159,3 +168,22 @@ def _within(folder: Path, part: PurePosixPath) -> Path:
     if not whole.is_dir():
         raise ValueError(f"{folder} has no folder {str(part)!r}")
     return whole
+
+
+def check_holds_model(folder: Path) -> None:
+    """Nothing, or ValueError that says what a folder holds in place of a model."""
+    if any((folder / name).exists() for name in ("model.safetensors", INDEX)):
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter, no model: merge it into its model with peft's "
+            f"merge_and_unload(), save that and give its folder"
+        )
+    if any(folder.glob("*.gguf")):
+        raise ValueError(
+            f"{folder} holds {_GGUF}; give the folder of safetensors that it was made from"
+        )
+    if (folder / "config.json").exists():
+        return
+    if any((folder / name).exists() for name in _OF_TOKENIZERS):
+        raise ValueError(f"{folder} holds a tokenizer and no model: config.json is missing")

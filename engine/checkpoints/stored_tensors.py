@@ -75,7 +75,7 @@ def read_rows(
     source = stored.load()
     source = (source.T if transposed else source)[start:stop]
     scaler = None if stored.scaler is None else stored.scaler.load()[start:stop].float()
-    target = torch.empty(source.shape, dtype=dtype)
+    target = torch.empty(source.shape, dtype=dtype, device="cpu")
     at = 0
     for piece, place in zip(pieces(source), pieces(target), strict=True):
         if scaler is not None:  # the product in float32, and one rounding

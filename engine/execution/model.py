@@ -26,6 +26,7 @@ from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.rope import Rope
 from gemcut.engine.execution.weights import Weights
+from gemcut.engine.placement import check_process
 
 
 class Gemma:
@@ -38,7 +39,9 @@ class Gemma:
         table = weights.embedding
         self.device, self.dtype = table.device, table.dtype
         # sqrt(hidden_size) is rounded to the table's dtype first: 55.5 for 3072 in bf16
-        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
+        self.embedding_scale = torch.tensor(
+            config.embedding_scale, dtype=self.dtype, device="cpu"
+        ).item()
         rotary = partial(
             Rope,
             head_dim=config.head_dim,
@@ -168,6 +171,7 @@ class Gemma:
         `attend` computes a layer's attention for its queries [M, HQ, K]; `observe` is given each
         layer's input, and must copy what it keeps.
         """
+        check_process()
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
         for i, layer in enumerate(self.weights.layers):
@@ -206,6 +210,7 @@ class Gemma:
         with a negative id.  `tables` replace the rotation by position.  Seven kernels a layer,
         eight where q and k are normalised.
         """
+        check_process()
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
         T = token_ids.shape[1] if token_ids.dim() == 2 else 1
         token_slots, token_positions = slots, positions  # of every token [B * T]

@@ -16,6 +16,7 @@ cos and sin, and so scores by its square.
 """
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -57,8 +58,8 @@ class Rope:
             case "llama3":
                 self._inv_freq = _llama3(parameters, 1.0 / pair_base)
             case "longrope":
-                self._short = (1.0 / (torch.tensor(parameters.short_factor) * pair_base)).to(device)
-                self._long = (1.0 / (torch.tensor(parameters.long_factor) * pair_base)).to(device)
+                self._short = (1.0 / (_on_host(parameters.short_factor) * pair_base)).to(device)
+                self._long = (1.0 / (_on_host(parameters.long_factor) * pair_base)).to(device)
         if self._inv_freq is not None:
             self._inv_freq = self._inv_freq.to(device)
 
@@ -111,7 +112,7 @@ def _yarn(parameters: RopeParameters, inv_freq: Tensor, max_length: int) -> Tens
     first, last = max(first, 0), min(last, head_dim - 1)
     if first == last:
         last += 0.001  # a step instead of a ramp; the paper's code does the same
-    pairs = torch.arange(inv_freq.numel(), dtype=torch.float32)
+    pairs = torch.arange(inv_freq.numel(), dtype=torch.float32, device="cpu")
     stretched = ((pairs - first) / (last - first)).clamp(0, 1)
     return inv_freq / _factor(parameters, max_length) * stretched + inv_freq * (1 - stretched)
 
@@ -151,6 +152,10 @@ def _factor(parameters: RopeParameters, max_length: int) -> float:
     if parameters.factor is not None:
         return parameters.factor
     return max_length / _given(parameters.original_max_position_embeddings)
+
+
+def _on_host(factors: Sequence[float] | None) -> Tensor:
+    return torch.tensor(_given(factors), dtype=torch.float32, device="cpu")
 
 
 def _given(value: T | None) -> T:

@@ -100,4 +100,5 @@ class SlotState:
 def upload(values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor on the device of these numbers; the host does not wait for a GPU."""
     on_gpu = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=True)
+    on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=on_gpu)
+    return on_host.to(device, non_blocking=True)

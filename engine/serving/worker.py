@@ -12,6 +12,7 @@ On a GPU the stepping thread enters the engine's own CUDA stream (cuda_stream.py
 steps that it makes before it releases the step lock.
 """
 
+import os
 import queue
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import TypeVar
 import torch
 
 from gemcut.engine.execution.cuda_stream import StepStream
+from gemcut.engine.placement import without_autocast
 from gemcut.engine.requests.sequence import Request
 from gemcut.engine.serving.step_loop import StepLoop
 
@@ -54,6 +56,8 @@ class Worker:
         self._wake_ups: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._submitted = 0  # completions that were ever queued
         self.stopped = False
+        self._process = os.getpid()
+        self._is_left_behind = False  # in a child process: without the thread that made a step
 
     # For callers, from any thread
 
@@ -68,12 +72,19 @@ class Worker:
         return self.inline and threading.current_thread() is threading.main_thread()
 
     def check_open(self) -> None:
-        """Nothing, or RuntimeError once the engine is closed."""
+        """Nothing, or RuntimeError once the engine is closed, or left behind by a fork."""
+        if self._process != os.getpid():
+            self._enter_child_process()
         if self.stopped:
             raise RuntimeError(CLOSED)
+        if self._is_left_behind:
+            raise RuntimeError(
+                "this process was forked while the engine made a step; make an engine of its own"
+            )
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue all of these, or none: QueueFullError where they do not fit."""
+        self.check_open()
         count = sum(len(request.sequences) for request in requests)
         with self._lock:
             room = self._loop.scheduler.free_slots - self.waiting
@@ -131,6 +142,11 @@ class Worker:
 
     def stop(self) -> None:
         """End every request and the thread; later calls are refused."""
+        if self._process != os.getpid():
+            self._enter_child_process()
+        if self._is_left_behind:
+            self.stopped = True  # nobody is here to run commands
+            return
         closed: queue.SimpleQueue[bool] = queue.SimpleQueue()
         with self._lock:
             is_first, self.stopped = not self.stopped, True
@@ -175,7 +191,7 @@ class Worker:
         """Make steps after what the caller's stream holds now and before what it will hold."""
         self.stream.wait_for_caller()
         try:
-            with self.stream.entered():
+            with self.stream.entered(), without_autocast(self._loop.runner.device):
                 return self._step_until(answer)
         finally:
             self.stream.make_caller_wait()
@@ -223,6 +239,12 @@ class Worker:
             return True
 
     # For both
+
+    def _enter_child_process(self) -> None:
+        """Go on after a fork, which has left all other threads behind, with the locks they held."""
+        self._process, self._lock = os.getpid(), threading.RLock()
+        steps_here = self._stepping_thread is threading.current_thread()
+        self._is_left_behind = self._step_lock.locked() and not steps_here
 
     def _put(self, command: Callable[[], object]) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+from gemcut.engine.checkpoints.hub import take_hub_options
 from gemcut.engine.transformers_api.models import models
 from gemcut.engine.transformers_api.models.configs import AutoConfig, PreTrainedConfig
 from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel
@@ -22,14 +23,15 @@ class _AutoModel(_Auto):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
         """The model in "demo", a folder or a Hugging Face id; options as those of its class."""
         config = options.get("config")
-        if config is None:
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        if not isinstance(config, PreTrainedConfig):
+            source = pretrained_model_name_or_path if config is None else config
+            config = AutoConfig.from_pretrained(source, **take_hub_options(dict(options)))
         return cls._class_of(config).from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **options: Any) -> Any:
         """A model with random weights; options as those of its class."""
-        return cls._class_of(config)(config, **options)
+        return cls._class_of(config).from_config(config, **options)
 
     @classmethod
     def _class_of(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:

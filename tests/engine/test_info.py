@@ -127,13 +127,13 @@ def test_rings_are_as_long_as_the_engine_makes_them():
 def test_info_fetches_the_config_alone(run, folder, monkeypatch):
     asked = []
 
-    def fetch(model, allow_patterns):
+    def fetch(model, *, allow_patterns, **options):
         asked.append((model, allow_patterns))
         return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     assert run("info", "owner/name")[0] == 0
-    assert asked == [("owner/name", ["config.json"])]
+    assert asked == [("owner/name", ["config.json", "adapter_config.json"])]
     assert run("info", "owner/name", "--check")[0] == 0
     assert "*.safetensors" in asked[-1][1]
 

@@ -1,197 +1,15 @@
-"""GemmaConfig, Gemma2Config...: a model's parameters by their documented names and defaults.
+"""GemmaConfig, Gemma2Config...: each family's parameters by their documented names and defaults."""
 
-Users write and change these; the engine computes with ModelConfig (engine/config/model_config.py),
-whose validation is the only one: `model_config` runs it, at construction and again when a model is
-made.
-"""
-
-import inspect
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checks import check_int, refuse_unknown, shorten
-from gemcut.engine.config.config_file import check_model_type, read_json_object
-from gemcut.engine.config.model_config import ModelConfig
-
-C = TypeVar("C", bound="PreTrainedConfig")
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-DEFAULT_LABELS = 2
-# Older spellings of what rope_parameters and dtype hold now.
-_OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "torch_dtype")
-_OLDER += ("sliding_window_pattern", "num_labels")
-
-
-class PreTrainedConfig:
-    """The parameters of one family, as attributes; ValueError names a value out of range.
-
-    A subclass lists its documented parameters, with their defaults, as annotated attributes.
-    """
-
-    model_type: ClassVar[str]
-    parameters: ClassVar[dict[str, Any]] = {}
-
-    architectures: list[str] | None = None
-    dtype: str | None = None  # of the stored weights
-    id2label: dict[int, str] | None = None  # None: LABEL_0 and LABEL_1
-    problem_type: str | None = None  # of a sequence classifier; None: as the labels suggest
-    output_hidden_states: bool = False
-    output_attentions: bool = False
-    return_dict: bool = True
-
-    def __init_subclass__(cls) -> None:
-        own = [name for name in cls.__annotations__ if name != "model_type"]
-        shared = [
-            n for n in PreTrainedConfig.__annotations__ if n not in ("model_type", "parameters")
-        ]
-        cls.parameters = {name: getattr(cls, name) for name in own + shared}
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        cls.__signature__ = inspect.Signature(  # for help() and editors
-            [inspect.Parameter(n, keyword, default=value) for n, value in cls.parameters.items()]
-        )
-
-    def __init__(self, **values: Any) -> None:
-        refuse_unknown(type(self).__name__, values, (*self.parameters, *_OLDER))
-        self._fill(values, extra={})
-
-    def _fill(self, values: dict[str, Any], extra: dict[str, Any]) -> None:
-        older = {key: values.pop(key) for key in _OLDER if values.get(key) is not None}
-        self.extra = extra  # other keys of config.json, as they came
-        for name, default in self.parameters.items():
-            setattr(self, name, values.get(name, default))
-        self.dtype = _dtype_name(
-            older.pop("torch_dtype", None) if self.dtype is None else self.dtype
-        )
-        if (count := older.pop("num_labels", None)) is not None:
-            if self.id2label is not None and len(self.id2label) != count:
-                raise ValueError(
-                    f"num_labels {count} contradicts id2label of {len(self.id2label)} entries"
-                )
-            if self.id2label is None:
-                self.num_labels = count
-        if self.id2label is None:
-            self.num_labels = DEFAULT_LABELS
-        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
-            raise ValueError(
-                f"problem_type {shorten(self.problem_type)} is unknown; "
-                f"there are {', '.join(PROBLEM_TYPES)}"
-            )
-        written = ModelConfig.from_dict(self._values() | older).to_dict()
-        for name in self.parameters:  # defaults that depend on others are filled in
-            if name != "architectures" and written.get(name) is not None:
-                setattr(self, name, written[name])
-        assert self.id2label is not None
-        self.id2label = {int(index): label for index, label in self.id2label.items()}
-
-    @property
-    def num_labels(self) -> int:
-        """How many classes a classifier tells apart; setting it names them LABEL_0, LABEL_1, ..."""
-        return len(self.id2label or ())
-
-    @num_labels.setter
-    def num_labels(self, count: int) -> None:
-        check_int("num_labels", count, 1, 2**20)
-        self.id2label = _numbered(count)
-
-    @property
-    def label2id(self) -> dict[str, int]:
-        """The index of each label."""
-        return {label: index for index, label in (self.id2label or {}).items()}
-
-    @property
-    def torch_dtype(self) -> str | None:
-        """The dtype of the stored weights, by its older name."""
-        return self.dtype
-
-    def get_text_config(self) -> "PreTrainedConfig":
-        """The config itself: these models have only text."""
-        return self
-
-    def model_config(self, architecture: str | None = None) -> ModelConfig:
-        """The ModelConfig that the engine computes with; ValueError names a value out of range."""
-        names = self.architectures if architecture is None else [architecture]
-        return ModelConfig.from_dict(self._values() | {"architectures": names})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object of config.json, as transformers and this package read it."""
-        values = self.model_config().to_dict()
-        if self.architectures is None:
-            del values["architectures"]
-        if "id2label" in values:
-            values["label2id"] = self.label2id
-        for name in ("problem_type", "output_hidden_states", "output_attentions"):
-            if getattr(self, name) != self.parameters[name]:
-                values[name] = getattr(self, name)
-        return values
-
-    def to_json_string(self) -> str:
-        """The same as JSON."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write config.json to a folder, which is made if need be."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(self.to_json_string())
-
-    @classmethod
-    def from_dict(cls: type[C], config_dict: Mapping[str, Any], **overrides: Any) -> C:
-        """The config that a parsed config.json describes, in the newer or the older spelling."""
-        model_type = model_type_of(config_dict)
-        if model_type != cls.model_type:
-            raise ValueError(
-                f"model_type {shorten(model_type)} is not that of {cls.__name__}, "
-                f"{cls.model_type!r}; AutoConfig picks the class by it"
-            )
-        refuse_unknown(cls.__name__, overrides, (*cls.parameters, *_OLDER))
-        if "num_labels" in overrides:  # the file's labels are of another task
-            config_dict = {key: x for key, x in config_dict.items() if key != "id2label"}
-        written = ModelConfig.from_dict(config_dict).to_dict()
-        del written["model_type"]
-        if not config_dict.get("architectures"):
-            del written["architectures"]
-        written.pop("label2id", None)  # follows from id2label
-        named = {key: value for key, value in written.items() if key in cls.parameters}
-        config = cls.__new__(cls)
-        config._fill(named | overrides, {k: x for k, x in written.items() if k not in named})
-        return config
-
-    @classmethod
-    def from_pretrained(
-        cls: type[C], pretrained_model_name_or_path: str | Path, **overrides: Any
-    ) -> C:
-        """The config of "demo", of a folder or its config.json, or of a Hugging Face id."""
-        path = config_file_of(pretrained_model_name_or_path)
-        try:
-            return cls.from_dict(read_json_object(path), **overrides)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def __getattr__(self, name: str) -> Any:
-        extra = self.__dict__.get("extra", {})
-        if name not in extra:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}")
-        return extra[name]
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__} {self.to_json_string()}"
-
-    def _values(self) -> dict[str, Any]:
-        """The values that are set, as keys of config.json."""
-        skipped = ("output_hidden_states", "output_attentions", "return_dict", "problem_type")
-        own = {name: getattr(self, name) for name in self.parameters if name not in skipped}
-        if own["id2label"] == _numbered(DEFAULT_LABELS):
-            del own["id2label"]
-        if not own.get("use_bidirectional_attention"):
-            own.pop("use_bidirectional_attention", None)
-        own["architectures"] = self.architectures or []
-        return {**self.extra, **own, "model_type": self.model_type}
+from gemcut.engine.checkpoints.hub import take_hub_options
+from gemcut.engine.config.config_file import read_json_object
+from gemcut.engine.transformers_api.models.base_config import (
+    PreTrainedConfig,
+    config_file_of,
+    model_type_of,
+)
 
 
 class GemmaConfig(PreTrainedConfig):
@@ -329,34 +147,9 @@ class AutoConfig:
         pretrained_model_name_or_path: str | Path, **overrides: Any
     ) -> PreTrainedConfig:
         """The config of "demo", of a folder or its config.json, or of a Hugging Face id."""
-        path = config_file_of(pretrained_model_name_or_path)
+        path = config_file_of(pretrained_model_name_or_path, take_hub_options(overrides))
         try:
             model_type = model_type_of(read_json_object(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return CONFIGS[model_type].from_pretrained(path, **overrides)
-
-
-def model_type_of(config_dict: Mapping[str, Any]) -> str:
-    """The family that a parsed config.json describes; of a multimodal Gemma 3, its text part."""
-    model_type = config_dict.get("model_type")
-    if model_type == "gemma3":
-        return "gemma3_text"
-    check_model_type(model_type)
-    return str(model_type)
-
-
-def config_file_of(model: str | Path) -> Path:
-    """The config.json of "demo", of a folder or the file itself, or of a Hugging Face id."""
-    path = Path(model)
-    if path.is_file():
-        return path
-    return resolve_checkpoint(model, files=["config.json"]) / "config.json"
-
-
-def _numbered(count: int) -> dict[int, str]:
-    return {index: f"LABEL_{index}" for index in range(count)}
-
-
-def _dtype_name(dtype: Any) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ The steps are those of an Engine, CUDA graphs on a GPU: runner.py starts them, p
 hands out their tokens, and TokenSequence says when a row ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from gemcut.engine.execution.graphed_steps import choose_steps
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.pending_tokens import PendingTokens, TokenCollector
 from gemcut.engine.execution.runner import Runner
-from gemcut.engine.execution.slot_state import SlotState
+from gemcut.engine.execution.slot_state import SlotState, upload
 from gemcut.engine.requests.sampling_params import INT64_MAX, LogitsProcessor, SamplingParams
 from gemcut.engine.requests.sequence import TokenSequence
-from gemcut.engine.transformers_api.models.caches import StaticCache
+from gemcut.engine.transformers_api.models.caches import LateTokens, StaticCache
 from gemcut.engine.transformers_api.models.forward import Batch, forward, rows_are_plain
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
 from gemcut.engine.transformers_api.models.prompt_batch import PromptBatch
@@ -54,7 +54,7 @@ class Continuation:
         rows = [row for row in range(prompt.whole.shape[0]) for _ in range(self._times)]
         seeds = [0] * len(rows)
         if config.do_sample:  # of torch's generator: its seed decides, as in transformers
-            seeds = torch.randint(INT64_MAX, (len(rows),)).tolist()
+            seeds = torch.randint(INT64_MAX, (len(rows),), device="cpu").tolist()
         self._sequences = []
         for slot, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
             ids = list(prompt.token_ids[row])
@@ -120,6 +120,7 @@ class Continuation:
             self._note_decoded(cache)
         else:
             self._run_steps(first, self._masked_steps(runner, mask, cache), depth=0)
+        self._note_late(cache)
         if self._streamer is not None:
             self._streamer.end()
         return self._result(max(len(s.output_ids) for s in self._sequences))
@@ -150,14 +151,14 @@ class Continuation:
             cache.take(once, self._times)
         last = states.last[:, -1]
         if new.mask is not None:
-            columns = torch.arange(new.shape[1]) * new.mask[:, -new.shape[1] :]
+            columns = torch.arange(new.shape[1], device="cpu") * new.mask[:, -new.shape[1] :]
             where = columns.argmax(1).to(model.device)
             last = states.last[torch.arange(len(where), device=model.device), where]
         return last.repeat_interleave(self._times, dim=0), cache
 
     def _runner(self, cache: StaticCache) -> Runner:
         """The runner of steps over this cache; later calls use its graphs too."""
-        if cache.runner is None:
+        if cache.runner is None or cache.runner.model is not self._model:
             assert cache.kv is not None
             state = SlotState(cache.kv.num_slots, self._model.config.vocab_size, self._model.device)
             cache.runner = Runner(choose_steps(self._model, cache.kv, state), tokenizer=None)
@@ -179,13 +180,15 @@ class Continuation:
 
         def start(wanting: list[TokenSequence]) -> PendingTokens:
             nonlocal mask
-            newest = torch.tensor([[s.output_ids[-1]] for s in self._sequences])
-            goes_on = torch.tensor([[s.wants_token] for s in self._sequences])
+            newest = upload([[s.output_ids[-1]] for s in self._sequences], model.device)
+            goes_on = _on_host([[s.wants_token] for s in self._sequences]).bool()
             past = cache.get_seq_length()
-            before = torch.ones(rows, past, dtype=torch.bool) if mask is None else mask
+            before = mask
+            if before is None:
+                before = torch.ones(rows, past, dtype=torch.bool, device="cpu")
             mask = torch.cat([before, goes_on], dim=1)
-            positions = torch.tensor([[s.length - 1] for s in self._sequences])
-            batch = Batch(newest.to(model.device), None, (rows, 1), mask, positions, None)
+            positions = _on_host([[s.length - 1] for s in self._sequences])
+            batch = Batch(newest, None, (rows, 1), mask, positions, None)
             states = forward(model, batch, cache).last[:, 0]
             slots = torch.tensor([s.slot for s in wanting], device=model.device)
             return runner.start_first_token(wanting, states.index_select(0, slots))
@@ -215,7 +218,17 @@ class Continuation:
     def _note_decoded(self, cache: StaticCache) -> None:
         """Tell the cache which tokens the steps have left in it: all but each row's newest."""
         counts = [len(s.output_ids) - 1 for s in self._sequences]
-        cache.extend(max(counts), [torch.arange(count) for count in counts])
+        cache.extend(max(counts), [torch.arange(count, device="cpu") for count in counts])
+
+    def _note_late(self, cache: StaticCache) -> None:
+        """Tell the cache what no step has computed: the ends of rows that end before others."""
+        end = max(len(s.output_ids) for s in self._sequences) - 1
+        late = []
+        for s in self._sequences:
+            ids = (s.output_ids + [self._pad_id] * end)[len(s.output_ids) - 1 : end]
+            first = s.length - 1  # the position of its newest token
+            late.append(LateTokens(_on_host(ids), _on_host(range(first, first + len(ids)))))
+        cache.leave_late(late)
 
     def _result(self, count: int) -> Tensor:
         """The prompts, where they are ids, and `count` new ones: [B * times, T + count]."""
@@ -231,3 +244,7 @@ class Continuation:
 def _with_prompt(prompt_ids: list[int], processor: LogitsProcessor) -> LogitsProcessor:
     """A processor that sees the prompt too."""
     return lambda output_ids, logits: processor(prompt_ids + output_ids, logits)
+
+
+def _on_host(numbers: Sequence[Any]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever torch's default is

@@ -1,7 +1,8 @@
 """The forward pass of a batch as transformers lays it out: [rows, columns], with padding.
 
 Padding costs nothing here: only the real tokens of a row are computed, one after the other, at
-their ranks in the cache (caches.py).  Masked columns are zero in every output.
+their ranks in the cache (caches.py).  Masked columns are zero in every output, except those that a
+label or a classifier asks for: these are computed too, and seen by none.
 
 A row whose tokens are side by side is just a sequence, and the attention kernels compute it; one
 new column is a decode step, in its fewer and larger kernels.  What these cannot express goes
@@ -16,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemcut.engine.execution.cache import KVCache
@@ -37,6 +39,7 @@ class Batch:
     mask: Tensor | None  # [B, past + T] bool on the host; None: no column is masked
     position_ids: Tensor  # [B, T] int64 on the host: by which tokens are rotated
     segments: Tensor | None  # [B, T] on the host: which of several packed sequences
+    hidden: Tensor | None = None  # [B, T] bool on the host: masked columns that are computed too
 
 
 @dataclass
@@ -72,10 +75,35 @@ class Run:
         )
 
     @property
+    def past(self) -> int:
+        """Columns that were in the cache before this call."""
+        return 0 if self.batch.mask is None else self.batch.mask.shape[1] - self.batch.shape[1]
+
+    @property
     def seen(self) -> Tensor | None:
         """Which new columns hold tokens: [B, T] bool on the host, None where all do."""
         mask = self.batch.mask
         return None if mask is None else mask[:, -self.batch.shape[1] :]
+
+    def ask_for(self, columns: Tensor, asked: Tensor) -> Tensor:
+        """Have these new columns computed even where they are masked -> those that see no token.
+
+        columns int64 and asked bool [B, n], on the host.  The state of a column that sees nothing
+        would depend on how attention over nothing is defined.
+        """
+        mask, (B, T), window = self.batch.mask, self.batch.shape, self.model.config.sliding_window
+        if mask is None:
+            return torch.zeros_like(asked)
+        seen = mask.cumsum(1)
+        if window is not None:
+            seen = seen - F.pad(seen, (window, 0))[:, : seen.shape[1]]
+        masked = asked & ~mask[:, -T:].gather(1, columns)
+        sees_any = (seen[:, -T:] > 0).gather(1, columns)
+        count = torch.zeros(B, T, dtype=torch.int64, device="cpu")
+        count.scatter_add_(1, columns, (masked & sees_any).long())
+        if count.any():
+            self.batch.hidden = count > 0
+        return masked & ~sees_any
 
     def answer(self, output_class: type[ModelOutput], **values: Any) -> Any:
         """The output with these values, the cache, the hidden states and the attentions."""
@@ -107,9 +135,11 @@ def forward(
     output_attentions: bool = False,
 ) -> States:
     """Compute a batch that goes on from what the cache holds, and add it there."""
-    (B, T), past, config = batch.shape, cache.get_seq_length(), model.config
+    if late := max(map(len, cache.late), default=0):
+        batch = _after_late_tokens(model, batch, cache, late)
+    (B, T), past, config = batch.shape, cache.get_seq_length() - late, model.config
     kv = cache.prepare(config, B, past + T, model.device, model.dtype)
-    real = [_real_columns(batch, row, past) for row in range(B)]
+    real = [_real_columns(batch, row, past, cache, late) for row in range(B)]
     held = cache.lengths
     columns = [
         torch.cat([cache.columns_of(row), new + past]) for row, new in enumerate(real)
@@ -144,7 +174,7 @@ def forward(
             _residual(model, batch, where),
             kv,
             _upload(torch.cat([torch.full_like(p.columns, p.row) for p in pieces]), model),
-            _upload(torch.cat([torch.arange(len(p.columns)) + p.start for p in pieces]), model),
+            _upload(torch.cat([_ranks(p) for p in pieces]), model),
             _rope_tables(model, batch, flat),
             attend,
             observe,
@@ -159,12 +189,37 @@ def forward(
     cache.extend(T, real)
 
     def by_row(x: Tensor) -> Tensor:
-        return x.view(B, T, -1)
+        return x.view(B, T, -1)[:, late:]
 
     return States(
         last=by_row(last),
         hidden=None if hidden is None else tuple(by_row(x) for x in (*hidden, last)),
-        attentions=None if attentions is None else tuple(attentions),
+        attentions=None if attentions is None else tuple(x[:, :, late:] for x in attentions),
+    )
+
+
+def _after_late_tokens(model: Gemma, batch: Batch, cache: StaticCache, width: int) -> Batch:
+    """A batch with the cache's last `width` columns before it, and their late tokens in these."""
+    (B, T), late = batch.shape, cache.late
+    ids = torch.zeros(B, width, dtype=torch.int64, device="cpu")
+    positions = torch.zeros_like(ids)
+    for row, tokens in enumerate(late):
+        first = width - len(tokens)
+        ids[row, first:], positions[row, first:] = tokens.token_ids, tokens.positions
+    ids, token_ids, embeds = _upload(ids, model), batch.token_ids, batch.embeds
+    if token_ids is not None:
+        token_ids = torch.cat([ids, token_ids], dim=1)
+    if embeds is not None:
+        before = model.embed(ids.flatten()).view(B, width, -1)
+        embeds = torch.cat([before.to(embeds.dtype), embeds], dim=1)
+    return Batch(
+        token_ids,
+        embeds,
+        (B, width + T),
+        batch.mask,
+        torch.cat([positions, batch.position_ids], dim=1),
+        batch.segments,
+        None if batch.hidden is None else F.pad(batch.hidden, (width, 0)),
     )
 
 
@@ -172,20 +227,26 @@ def _step(
     model: Gemma, kv: KVCache, batch: Batch, real: list[Tensor], held: list[int], last: Tensor
 ) -> None:
     """Decode one token of each row that has one; its state goes to last [B, D]."""
-    rows = torch.tensor([row for row, columns in enumerate(real) if len(columns)])
+    rows = _on_host([row for row, columns in enumerate(real) if len(columns)])
     if len(rows):
         assert batch.token_ids is not None
         where = _upload(rows, model)
-        ranks = _upload(torch.tensor(held)[rows], model)
+        ranks = _upload(_on_host(held)[rows], model)
         ids = batch.token_ids.flatten().index_select(0, where)
         tables = _rope_tables(model, batch, rows)
         last.index_copy_(0, where, model.decode(ids, kv, where, ranks, tables))
 
 
-def _real_columns(batch: Batch, row: int, past: int) -> Tensor:
-    if batch.mask is None:
-        return torch.arange(batch.shape[1])
-    return batch.mask[row, past:].nonzero().flatten()
+def _real_columns(batch: Batch, row: int, past: int, cache: StaticCache, late: int) -> Tensor:
+    """The columns whose tokens are computed, of the `late` cached ones and the new ones."""
+    columns = torch.arange(batch.shape[1], device="cpu")
+    is_real = torch.ones_like(columns, dtype=torch.bool)
+    if late:  # the others of these columns are in the cache
+        is_real[: late - len(cache.late[row])] = False
+    if batch.mask is not None:
+        shown = batch.mask[row, past:]
+        is_real &= shown if batch.hidden is None else shown | batch.hidden[row]
+    return columns[is_real]
 
 
 def _chunks(real: list[Tensor], held: list[int], chunk: int) -> list[list[Piece]]:
@@ -237,10 +298,10 @@ def _rope_tables(model: Gemma, batch: Batch, flat: Tensor) -> list[tuple[Tensor,
 def _attend_plainly(
     model: Gemma, kv: KVCache, pieces: list[Piece]
 ) -> Callable[[int, Tensor], Tensor]:
-    lengths = torch.tensor([0, *(len(piece.columns) for piece in pieces)])
+    lengths = _on_host([0, *(len(piece.columns) for piece in pieces)])
     where = {
-        "slots": _upload(torch.tensor([piece.row for piece in pieces]), model),
-        "starts": _upload(torch.tensor([piece.start for piece in pieces]), model),
+        "slots": _upload(_on_host([piece.row for piece in pieces]), model),
+        "starts": _upload(_on_host([piece.start for piece in pieces]), model),
         "cu_seqlens": _upload(lengths.cumsum(0), model),
     }
 
@@ -302,6 +363,14 @@ def _visible(piece: Piece, keys: Tensor, batch: Batch, past: int, window: int | 
         of_row = batch.segments[piece.row]
         visible &= of_row[keys] == of_row[piece.columns].unsqueeze(-1)
     return visible
+
+
+def _on_host(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever torch's default is
+
+
+def _ranks(piece: Piece) -> Tensor:
+    return torch.arange(piece.start, piece.start + len(piece.columns), device="cpu")
 
 
 def _upload(x: Tensor, model: Gemma) -> Tensor:

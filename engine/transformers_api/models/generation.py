@@ -1,6 +1,8 @@
 """`generate`: checks its arguments; continuation.py makes the steps."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ from torch import Tensor
 from gemcut.engine.checks import shorten
 from gemcut.engine.requests.sampling_params import LogitsProcessor
 from gemcut.engine.transformers_api.models.arrays import convert, converter_to_kind_of
-from gemcut.engine.transformers_api.models.caches import StaticCache
+from gemcut.engine.transformers_api.models.caches import StaticCache, one_cache
 from gemcut.engine.transformers_api.models.continuation import Continuation
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
 from gemcut.engine.transformers_api.models.outputs import GenerateDecoderOnlyOutput
 from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel, on_its_device
 from gemcut.engine.transformers_api.models.prompt_batch import read_prompts
 from gemcut.tokenizer import Tokenizer
+
+SPARE_CACHES = 8  # kept for later calls: as many calls at once take no new memory
 
 
 class GenerativeModel(PreTrainedModel):
@@ -31,11 +35,12 @@ class GenerativeModel(PreTrainedModel):
     def _read_more(self, folder: Path) -> None:
         self.generation_config = GenerationConfig.of_model(self.config, folder)
 
-    def save_pretrained(
-        self, save_directory: str | Path, *, max_shard_size: int = 5 * 10**9
-    ) -> None:
+    def can_generate(self) -> bool:
+        return True
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write config.json, generation_config.json and the weights to a folder."""
-        super().save_pretrained(save_directory, max_shard_size=max_shard_size)
+        super().save_pretrained(save_directory, **options)
         self.generation_config.save_pretrained(save_directory)
 
     @on_its_device
@@ -51,6 +56,7 @@ class GenerativeModel(PreTrainedModel):
         attention_mask: Any = None,
         inputs_embeds: Any = None,
         past_key_values: StaticCache | None = None,
+        cache: StaticCache | None = None,
         tokenizer: Any = None,
         **settings: Any,
     ) -> Any:
@@ -59,7 +65,7 @@ class GenerativeModel(PreTrainedModel):
         A row ends with its EOS and is filled up with pad_token_id.  attention_mask [B, T] hides
         padding, on whichever side; without one, pad_token_id does where it is no EOS.  `settings`
         are GenerationConfig's, and come before those of the model.  inputs_embeds [B, T, D] in
-        place of ids: only the new ids come back.  past_key_values: the cache that holds the first
+        place of ids: only the new ids come back.  past_key_values, or cache: what holds the first
         columns; afterwards it holds all but the newest token.  logits_processor: functions of
         (ids [1, n], logits [1, V]), without padding; stopping_criteria: of (ids [B, n], None),
         true where a row, or all, should end.  streamer: an object with put(ids) and end().
@@ -76,42 +82,56 @@ class GenerativeModel(PreTrainedModel):
             own = generation_config.with_ids_of(own)
         config = own.updated(settings)
         config.check_token_ids(self.config.vocab_size)
-        cache = self._kept_cache() if past_key_values is None else past_key_values
-        if not isinstance(cache, StaticCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; give init_cache(batch_size, "
-                f"max_length) or gemcut.engine.DynamicCache()"
+        given = one_cache(past_key_values, cache)
+        with self._cache_for(given) as held:
+            continuation = Continuation(
+                model=self._gemma,
+                config=config,
+                prompt=read_prompts(
+                    self._gemma, held, input_ids, attention_mask, inputs_embeds, config
+                ),
+                cache=held,
+                processors=[_for_one_row(p) for p in logits_processor or ()],
+                criteria=list(stopping_criteria or ()),
+                streamer=streamer,
+                tokenizer=_codec_of(tokenizer, config),
             )
-        prompt = read_prompts(self._gemma, cache, input_ids, attention_mask, inputs_embeds, config)
-        continuation = Continuation(
-            model=self._gemma,
-            config=config,
-            prompt=prompt,
-            cache=cache,
-            processors=[_for_one_row(p) for p in logits_processor or ()],
-            criteria=list(stopping_criteria or ()),
-            streamer=streamer,
-            tokenizer=_codec_of(tokenizer, config),
-        )
+            ids = continuation.run()
         kind = converter_to_kind_of(inputs_embeds if input_ids is None else input_ids)
-        sequences = kind(continuation.run())
+        sequences = kind(ids)
         if not config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             logits=convert(continuation.logits(), kind) if config.output_logits else None,
-            past_key_values=None if past_key_values is None else cache,
+            past_key_values=given,
         )
 
-    def _kept_cache(self) -> StaticCache:
-        """A cache that outlives the call: its memory, and the graphs that were captured over it."""
-        cache = self.__dict__.setdefault("_generation_cache", StaticCache(self.config))
+    @contextmanager
+    def _cache_for(self, given: StaticCache | None) -> Iterator[StaticCache]:
+        """The given cache, or a spare one of the model's own, for one call alone.
+
+        A spare cache outlives the call: its memory, and the graphs that were captured over it.
+        """
+        if given is not None:
+            with given.in_use():
+                yield given
+            return
+        spares = self._spare_caches
+        try:
+            cache = spares.pop()
+        except IndexError:
+            cache = StaticCache(self.config)
         cache.reset()
-        return cache
+        try:
+            yield cache
+        finally:
+            spares.append(cache)
 
     def _set_up(self, *args: Any, **kwargs: Any) -> None:
         super()._set_up(*args, **kwargs)
-        self.__dict__.pop("_generation_cache", None)  # of another device or dtype
+        # those of another device or dtype go
+        self._spare_caches: deque[StaticCache] = deque(maxlen=SPARE_CACHES)
 
 
 def _for_one_row(processor: Callable[[Tensor, Tensor], Tensor]) -> LogitsProcessor:

@@ -1,5 +1,6 @@
 """Checks of the arrays given to a model: each error is one line that says what to do."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -84,19 +85,18 @@ def read_labels(value: Any, shape: tuple[int, ...], classes: int, device: torch.
     return labels
 
 
-def check_targets_are_seen(labels: Tensor, seen: Tensor | None, what: str) -> None:
-    """Nothing, or ValueError where a label belongs to a masked column: no state is there.
+def check_sees_tokens(
+    lost: Tensor, columns: Tensor, what: str, hint: str = f"set that label to {IGNORED}"
+) -> None:
+    """Nothing, or ValueError where a column that is asked for is masked, and so is all it sees.
 
-    labels [B, n]; seen [B, n] bool on the host, None where every column is.
+    lost bool and columns int64 [B, n], on the host.
     """
-    if seen is None:
-        return
-    wrong = ((labels != IGNORED).cpu() & ~seen).nonzero()
-    if len(wrong):
-        row, column = wrong[0].tolist()
+    if (wrong := lost.nonzero()).numel():
+        row, place = wrong[0].tolist()
         raise ValueError(
-            f"labels: {what} column {column} of row {row}, which attention_mask hides; "
-            f"set that label to {IGNORED}"
+            f"{what} column {int(columns[row, place])} of row {row}, which attention_mask hides "
+            f"with all that it sees; {hint}"
         )
 
 
@@ -104,8 +104,8 @@ def check_is_stored(mask: Tensor, cache: StaticCache) -> None:
     """Nothing, or ValueError where a mask [B, past + T] shows a column that is not cached."""
     past = cache.get_seq_length()
     for row in range(mask.shape[0] if past else 0):
-        stored = torch.zeros(past, dtype=torch.bool)
-        stored[cache.columns_of(row)] = True
+        stored = torch.zeros(past, dtype=torch.bool, device="cpu")
+        stored[cache.shown_columns(row)] = True
         if (lost := (mask[row, :past] & ~stored).nonzero()).numel():
             raise ValueError(
                 f"attention_mask shows column {int(lost[0])} of row {row}, but it was hidden when "
@@ -117,12 +117,44 @@ def check_cache_position(value: Any, past: int, count: int, device: torch.device
     """Nothing, or ValueError where the new columns would not follow the cached ones."""
     if value is None:
         return
-    expected = torch.arange(past, past + count)
+    expected = torch.arange(past, past + count, device="cpu")
     if not torch.equal(as_tensor("cache_position", value, device).cpu().to(torch.int64), expected):
         raise ValueError(
             f"cache_position {shorten(value)} is not {past} to {past + count - 1}, where the cache "
             f"goes on; leave it out"
         )
+
+
+def read_columns(which: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """The columns of which logits are wanted: int64 [kept] or [B, kept], or bool [B, T]."""
+    T = shape[1]
+    if isinstance(which, Integral) and not isinstance(which, bool):
+        if which < 0:
+            raise ValueError(f"logits_to_keep {which} is negative; 0 keeps all columns")
+        return torch.arange(T, device=device)[-int(which) :]
+    columns = as_tensor("logits_to_keep", which, device)
+    if columns.dtype == torch.bool and tuple(columns.shape) == shape:
+        return columns
+    if columns.dtype not in INTEGERS or columns.dim() not in (1, 2):
+        raise ValueError(
+            f"logits_to_keep is {columns.dtype} {list(columns.shape)}, must be a number, columns "
+            f"[kept] or [{shape[0]}, kept], or a bool for each of {list(shape)}"
+        )
+    if columns.dim() == 2 and columns.shape[0] != shape[0]:
+        raise ValueError(f"logits_to_keep has {columns.shape[0]} rows, the batch {shape[0]}")
+    columns = columns.to(torch.int64)
+    if columns.numel() and not (int(columns.min()) >= -T and int(columns.max()) < T):
+        raise ValueError(f"logits_to_keep names a column outside {-T}..{T - 1}")
+    return columns % T
+
+
+def keep_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """The columns of x [B, T, D] that `read_columns` has chosen: [B, kept, D] or [kept, D]."""
+    if columns.dtype == torch.bool:
+        return x[columns]
+    if columns.dim() == 1:
+        return x.index_select(1, columns)
+    return x.take_along_dim(columns.unsqueeze(-1), dim=1)
 
 
 def _read_mask(
@@ -152,7 +184,7 @@ def _read_mask(
 
 def _read_positions(value: Any, rows: int, columns: int, past: int, model: Gemma) -> Tensor:
     if value is None:
-        return torch.arange(past, past + columns).expand(rows, columns)
+        return torch.arange(past, past + columns, device="cpu").expand(rows, columns)
     positions = as_tensor("position_ids", value, model.device)
     shape = tuple(positions.shape)
     if positions.dtype not in INTEGERS or shape not in ((rows, columns), (1, columns)):

@@ -1,5 +1,7 @@
 """The losses of the documented classes, in float32."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,11 +11,11 @@ from gemcut.engine.execution.model import Gemma
 from gemcut.engine.transformers_api.models.inputs import IGNORED
 
 
-def causal_lm_loss(model: Gemma, hidden: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_loss(model: Gemma, hidden: Tensor, labels: Tensor, num_items: Any = None) -> Tensor:
     """The mean cross entropy of each next label, by blocks of rows: never all logits at once.
 
     hidden [B, T, D], labels [B, T]: state t predicts label t + 1, and -100 is left out -> float32.
-    NaN where no label is left, as in torch.
+    NaN where no label is left, as in torch.  With `num_items` it is the sum divided by that.
     """
     following = labels[:, 1:].flatten()
     counted = following != IGNORED
@@ -22,7 +24,7 @@ def causal_lm_loss(model: Gemma, hidden: Tensor, labels: Tensor) -> Tensor:
     for few, ids in zip(states.split(LOGITS_ROWS), following.split(LOGITS_ROWS), strict=True):
         if ids.numel():
             total -= token_logprobs(model.logits(few), ids).double().sum()
-    return (total / following.numel()).float()
+    return (total / (following.numel() if num_items is None else num_items)).float()
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:

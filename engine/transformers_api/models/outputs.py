@@ -8,10 +8,12 @@ class ModelOutput:
     """Named values in a fixed order; those that are None are left out.
 
     `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `loss, logits = output`
-    and `**output` all work.  A value given as a function is computed when it is first asked for.
+    and `**output` all work.  `cache` is another name of `past_key_values`.  A value given as a
+    function is computed when it is first asked for, or when the output is copied or pickled.
     """
 
     FIELDS: ClassVar[tuple[str, ...]] = ()
+    OTHER_NAMES: ClassVar[dict[str, str]] = {"cache": "past_key_values"}
 
     def __init__(self, **values: Any) -> None:
         assert set(values) <= set(self.FIELDS)
@@ -19,12 +21,27 @@ class ModelOutput:
 
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("_values", {})
+        name = self.OTHER_NAMES.get(name, name)
         if name not in values:
             known = ", ".join(self.FIELDS)
             raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {known}")
         if isinstance(value := values[name], Callable):
             value = values[name] = value()
         return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self.OTHER_NAMES.get(name, name)
+        if own in self.FIELDS:
+            self._values[own] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.FIELDS}
+        return vars(self) | {"_values": values}
 
     def keys(self) -> list[str]:
         """The names of the values that are not None, in order."""
@@ -55,7 +72,7 @@ class ModelOutput:
         return getattr(self, key)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.keys()
+        return self.OTHER_NAMES.get(str(name), name) in self.keys()
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())

@@ -55,7 +55,7 @@ def read_prompts(
     )
     if past and whole.mask is not None:
         check_is_stored(whole.mask, cache)
-    elif any(length != past for length in cache.lengths):
+    elif cache.has_holes:
         raise ValueError("the cache was filled with padding: give attention_mask here too")
     return PromptBatch(whole, new, [_token_ids(whole, row) for row in range(B)])
 

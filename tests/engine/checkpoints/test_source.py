@@ -94,7 +94,7 @@ def test_source_missing(tmp_path, target, monkeypatch, name, message):
 
 
 def test_from_the_hub_no_pickle_is_fetched(source, target, monkeypatch):
-    def download(model, allow_patterns):
+    def download(model, *, allow_patterns, **options):
         assert {"*.safetensors", "tokenizer.json"} <= set(allow_patterns)
         assert not any(re.search(r"bin|ckpt|pth|py|\*$", each) for each in allow_patterns)
         return source

@@ -99,8 +99,8 @@ FORWARD = {
     "labels-float": ({"input_ids": IDS, "labels": IDS.float()}, "labels are torch.float32"),
     "labels-behind-padding": (
         {"input_ids": IDS, "labels": IDS, "attention_mask": (torch.arange(20) > 3).expand(3, -1)},
-        "labels: the next one is predicted from column 0 of row 0, which attention_mask hides; "
-        "set that label to -100",
+        "labels: the next one is predicted from column 0 of row 0, which attention_mask hides "
+        "with all that it sees; set that label to -100",
     ),
     "kept-labels-behind-padding": (
         {
@@ -109,7 +109,7 @@ FORWARD = {
             "logits_to_keep": torch.tensor([7, 2, 9]),
             "attention_mask": (torch.arange(20) > 3).expand(3, -1),
         },
-        "labels: the next one is predicted from column 1 of row 0, which attention_mask hides",
+        "labels: the next one is predicted from column 2 of row 0, which attention_mask hides",
     ),
     "keep-negative": ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep -1 is negative"),
     "keep-outside": (
@@ -286,16 +286,16 @@ def test_texts_without_an_end():
     finally:
         model.config.pad_token_id = 0
     mask = ONES.clone()
-    mask[2, -1] = 0
-    message = "row 2 is read at column 19, its last that is not pad_token_id 0, but attention_mask"
+    mask[2] = 0
+    message = "at the last that is not pad_token_id 0, column 19 of row 2, which attention_mask hid"
     refused(lambda: model(IDS, attention_mask=mask), ValueError, message)
 
 
 def test_labels_of_tokens_that_are_hidden():
     _, model = twins("AutoModelForTokenClassification", "gemma", num_labels=5)
     mask = ONES.clone()
-    mask[2, 7] = 0
-    message = "labels: there is one at column 7 of row 2, which attention_mask hides"
+    mask[2, :7] = 0
+    message = "labels: there is one at column 0 of row 2, which attention_mask hides"
     refused(lambda: model(IDS, attention_mask=mask, labels=ONES), ValueError, message)
 
 
@@ -343,7 +343,11 @@ def test_a_config_of_another_family(model, tmp_path):
 
 
 LOADING = {
-    "quantized": ({"quantization_config": {}}, NotImplementedError, "is not there yet"),
+    "quantized": (
+        {"quantization_config": {}},
+        NotImplementedError,
+        "quantization_config={} is not",
+    ),
     "attention": ({"attn_implementation": "paged"}, ValueError, "'paged' is unknown; 'eager'"),
     "remote": ({"use_safetensors": False}, NotImplementedError, "use_safetensors=False"),
     "half": ({"dtype": torch.float16}, ValueError, "float16 is refused: .* overflow"),

@@ -275,7 +275,7 @@ def test_memory_and_graphs_outlive_a_call(pair):
     _, ours = pair
     ids = random_ids(length=LENGTH)
     ours.generate(ids, max_new_tokens=5)
-    kept = ours._generation_cache
+    (kept,) = ours._spare_caches
     before = kept.kv, kept.runner
     assert torch.equal(
         ours.generate(ids, max_new_tokens=9)[:, : LENGTH + 5], ours.generate(ids, max_new_tokens=5)
