@@ -2,6 +2,8 @@
 
 import math
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -69,3 +71,11 @@ def refuse_unknown(taker: str, given: Iterable[str], known: Iterable[str]) -> No
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
             raise TypeError(f"{taker} takes no {name!r}; {hint}")
+
+
+def warn_caller(message: str) -> None:
+    """Warn of a caller's line: the nearest one outside this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gemcut."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -3,7 +3,7 @@
 The host starts a step and goes on; pending_tokens.py reads the tokens that it has sampled.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from gemcut.engine.execution.steps import NO_DRAFT, Steps
 from gemcut.engine.requests.outputs import TokenLogprobs
 from gemcut.engine.requests.sequence import TokenSequence
 from gemcut.tokenizer import Tokenizer
+
+# sequences, and their logits [B, V] -> the scores [B, V] of which their tokens are chosen
+Scorer = Callable[[list[TokenSequence], Tensor], Tensor]
 
 
 class Runner:
@@ -51,21 +54,26 @@ class Runner:
             return None
         return self.start_first_token([sequence], hidden[-1:])
 
-    def start_first_token(self, sequences: list[TokenSequence], hidden: Tensor) -> PendingTokens:
+    def start_first_token(
+        self, sequences: list[TokenSequence], hidden: Tensor, scorer: Scorer | None = None
+    ) -> PendingTokens:
         """Sample the next token of sequences from the states [B, D] of their last tokens.
 
         It is the first one of a prompt that is in the cache, or the next one of a text whose states
-        were computed elsewhere.
+        were computed elsewhere.  scorer: makes scores of the logits of all of them at once.
         """
         for sequence in sequences:
             assert sequence.slot is not None
             self.state.admit(sequence.slot, sequence)
         logits = self.model.logits(hidden)
         slots = upload([s.slot for s in sequences], self.device)
-        return self._sample(sequences, logits, slots, _features(sequences))
+        return self._sample(sequences, logits, slots, _features(sequences), scorer)
 
     def start_decode(
-        self, sequences: list[TokenSequence], drafts: list[list[int]] | None
+        self,
+        sequences: list[TokenSequence],
+        drafts: list[list[int]] | None,
+        scorer: Scorer | None = None,
     ) -> PendingTokens:
         """Decode one step of all these sequences, with a draft, perhaps empty, for each or none."""
         slots, features = self._slots(sequences), _features(sequences)
@@ -73,8 +81,8 @@ class Runner:
         for sequence in sequences:
             newest = sequence.length + sequence.in_flight - 1  # its position
             sequence.written = max(sequence.written, newest + width)
-        if any(s.needs_logits for s in sequences):
-            return self._sample(sequences, self.steps.logits(slots), slots, features)
+        if scorer is not None or any(s.needs_logits for s in sequences):
+            return self._sample(sequences, self.steps.logits(slots), slots, features, scorer)
         if drafts is None:
             return self._pending(sequences, self.steps.decode(slots, features))
         padded = [draft + [NO_DRAFT] * (width - 1 - len(draft)) for draft in drafts]
@@ -96,10 +104,16 @@ class Runner:
             self.model.logits(self.steps.prefill([0] * count, slot, 0, count)[-1:])
 
     def _sample(
-        self, sequences: list[TokenSequence], logits: Tensor, slots: Tensor, features: Features
+        self,
+        sequences: list[TokenSequence],
+        logits: Tensor,
+        slots: Tensor,
+        features: Features,
+        scorer: Scorer | None,
     ) -> PendingTokens:
         """Sample from logits that the host may see and change: logits [B, V], slots [B]."""
-        ids = self.steps.sample(run_processors(logits, sequences), slots, features)
+        score = run_processors if scorer is None else lambda x, rows: scorer(rows, x)
+        ids = self.steps.sample(score(logits, sequences), slots, features)
         logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
         for row, sequence in enumerate(sequences):
             if (top := sequence.params.logprobs) is not None:

@@ -99,6 +99,17 @@ class TokenSequence:
         """Whether the host must see logits before, or along with, the choice."""
         return self.params.logprobs is not None or bool(self.processors)
 
+    def draft(self, most: int) -> list[int]:
+        """Tokens guessed to come next, `most` or fewer: what was asked, and there is room for."""
+        wanted = self.params.prompt_lookup_num_tokens
+        count = min(most, wanted, self.max_tokens - len(self.output_ids) - 1)
+        if count < 1:
+            return []
+        if self.lookup is None:
+            self.lookup = Lookup(self.prompt_ids)
+        self.lookup.extend(self.output_ids[len(self.lookup) - len(self.prompt_ids) :])
+        return self.lookup.draft(count)
+
     def place(self, slot: int, reused: int, written: int) -> None:
         """Take a slot that holds the first `reused` tokens of the prompt, and perhaps others."""
         self.slot, self.reused = slot, reused

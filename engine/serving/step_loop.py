@@ -18,7 +18,6 @@ import torch
 
 from gemcut.engine.execution.pending_tokens import PendingTokens, TokenCollector
 from gemcut.engine.execution.runner import Runner
-from gemcut.engine.requests.prompt_lookup import Lookup
 from gemcut.engine.requests.sequence import Request, TokenSequence
 from gemcut.engine.serving.metrics import EngineMetrics
 from gemcut.engine.serving.scheduler import Scheduler
@@ -143,7 +142,7 @@ class StepLoop:
         most = self.runner.steps.draft_width(len(sequences)) - 1
         if most == 0 or any(s.needs_logits for s in sequences):
             return None
-        drafts = [_draft(sequence, most) for sequence in sequences]
+        drafts = [sequence.draft(most) for sequence in sequences]
         self.metrics.drafted_tokens += sum(map(len, drafts))
         return drafts if any(drafts) else None
 
@@ -225,16 +224,3 @@ class StepLoop:
         self.fault = EngineFault(f"the engine is dead: {reason}")
         self._collector.clear()
         self._fail(self.scheduler.all(), self.fault)
-
-
-def _draft(sequence: TokenSequence, most: int) -> list[int]:
-    """Tokens guessed to come next, no more than the slot and the request have room for."""
-    wanted = sequence.params.prompt_lookup_num_tokens
-    count = min(most, wanted, sequence.max_tokens - len(sequence.output_ids) - 1)
-    if count < 1:
-        return []
-    if sequence.lookup is None:
-        sequence.lookup = Lookup(sequence.prompt_ids)
-    lookup = sequence.lookup
-    lookup.extend(sequence.output_ids[len(lookup) - len(sequence.prompt_ids) :])
-    return lookup.draft(count)

@@ -119,6 +119,6 @@ class TokenClassifierOutput(ModelOutput):
 
 
 class GenerateDecoderOnlyOutput(ModelOutput):
-    """sequences [B, T]; logits, one [B, V] for each new token."""
+    """sequences [B, T]; of each new token: scores and logits [B, V], attentions, hidden_states."""
 
-    FIELDS = ("sequences", "logits", "past_key_values")
+    FIELDS = ("sequences", "scores", "logits", "attentions", "hidden_states", "past_key_values")

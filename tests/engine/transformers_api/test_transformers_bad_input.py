@@ -217,7 +217,7 @@ GENERATE = {
     "top-p": ({"do_sample": True, "top_p": 1.5}, ValueError, "top_p 1.5 must be at most 1"),
     "several-greedy": ({"num_return_sequences": 2}, ValueError, "needs do_sample=True"),
     "beams": ({"num_beams": 4}, NotImplementedError, "num_beams=4 is not supported"),
-    "scores": ({"output_scores": True}, NotImplementedError, "output_scores=True is not"),
+    "guidance": ({"guidance_scale": 2.0}, NotImplementedError, "guidance_scale=2.0 is not"),
     "assistant": ({"assistant_model": "x"}, NotImplementedError, "assistant_model='x' is not"),
     "cache-kind": (
         {"cache_implementation": "quantized"},
@@ -225,7 +225,7 @@ GENERATE = {
         "cache_implementation='quantized' is not supported",
     ),
     "eos": ({"eos_token_id": VOCAB}, ValueError, "eos_token_id 97 is outside 0..96"),
-    "pad": ({"pad_token_id": -1}, ValueError, "pad_token_id -1 is outside 0..96"),
+    "pad": ({"pad_token_id": VOCAB}, ValueError, "pad_token_id 97 is outside 0..96"),
     "stop-strings": ({"stop_strings": "x"}, ValueError, "stop_strings need tokenizer="),
     "hidden-row": (
         {"attention_mask": ONES * torch.tensor([[1], [0], [1]])},
@@ -254,9 +254,10 @@ def test_generate(model, case):
 
 
 def test_a_files_setting_that_is_not_supported(model):
-    config = GenerationConfig.from_dict({"num_beams": 2, "foo": 3})
+    with pytest.warns(UserWarning, match="nothing here reads 'foo'"):
+        config = GenerationConfig.from_dict({"num_beams": 2, "foo": 3})
     refused(lambda: model.generate(IDS, config), NotImplementedError, "num_beams=2 is not")
-    neutral = GenerationConfig.from_dict({"num_beams": 1, "early_stopping": False, "foo": 3})
+    neutral = GenerationConfig.from_dict({"num_beams": 1, "early_stopping": False})
     assert model.generate(IDS, neutral, max_new_tokens=1).shape == (3, 21)
 
 

