@@ -170,8 +170,9 @@ class Engine(Calls):
             local_files_only=local_files_only,
         )
         folder = fetch(files=SMALL_FILES)
-        if not (folder / "config.json").exists():
-            check_holds_model(folder)
+        if (folder / "adapter_config.json").exists():  # weights tell an adapter from a model
+            folder = fetch()
+        check_holds_model(folder)
         config = ModelConfig.from_file(folder)
         if config.classifier is not None:
             raise ValueError(
@@ -190,7 +191,6 @@ class Engine(Calls):
         )
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
         folder = fetch()  # with the weights
-        check_holds_model(folder)
 
         def load() -> Engine:
             weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
