@@ -111,3 +111,10 @@ def test_markers():
     vocabulary = {name: i for i, name in enumerate(names)}
     found = markers(vocabulary, {vocabulary["word"], vocabulary["<special>"]})
     assert set(found) == {"<b>", "[x]", "<|y|>", "word", "</e>", "<special>"}
+
+
+def test_runs_of_spaces_are_sentencepieces_own(ours, tokenizer_file):
+    """With and without added tokens."""
+    for text in (" " * 5, "▁▁ ", "a▁▁▁ b", "\n▁ "):
+        assert ours.encode(text) == Tokenizer.from_file(tokenizer_file).encode(text)
+        assert ours.encode(text) == Tokenizer.from_file(tokenizer_file.parent).encode(text)
