@@ -86,9 +86,7 @@ class Tokenizer:
     def from_files(cls, files: TokenizerFiles, *, dropout: float = 0.0) -> "Tokenizer":
         """The tokenizer that a checkpoint's files describe; ValueError where they clash."""
         vocabulary = _choose(files, dropout)
-        tokens = sorted(files.added.values(), key=lambda token: token.id or 0)
-        vocabulary.add(tokens)
-        vocabulary.add(files.special_tokens(vocabulary.literals))
+        vocabulary.add(files.tokens(vocabulary.added_tokens.values()))
         return cls(
             vocabulary,
             named=files.named,
