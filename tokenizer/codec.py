@@ -18,6 +18,7 @@ from re import Pattern
 
 import numpy as np
 
+from gemcut.tokenizer import chat_templates
 from gemcut.tokenizer.added_tokens import AddedToken, inside, markers
 from gemcut.tokenizer.json_vocabulary import JsonVocabulary
 from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
@@ -48,12 +49,13 @@ class Tokenizer:
         *,
         named: Mapping[str, str] | None = None,
         placeholders: Iterable[str] = (),
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
     ) -> None:
         """Over a vocabulary, with the checkpoint's names where they differ from the vocabulary's.
 
         named: pieces by "bos_token" and the like.  placeholders: pieces that stand for images or
-        sounds, which a language model's embedding may lack.
+        sounds, which a language model's embedding may lack.  chat_template: the checkpoint's, or
+        several by name.
         """
         self.vocabulary, self.chat_template = vocabulary, chat_template
         self.named_tokens = {**vocabulary.named, **(named or {})}
@@ -91,7 +93,7 @@ class Tokenizer:
             vocabulary,
             named=files.named,
             placeholders=files.placeholders(vocabulary.literals),
-            chat_template=files.chat_template,
+            chat_template=chat_templates.by_name(files.settings.get("chat_template")),
         )
 
     def __len__(self) -> int:

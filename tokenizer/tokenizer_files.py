@@ -38,7 +38,6 @@ class TokenizerFiles:
     settings: dict[str, Any]  # of tokenizer_config.json and special_tokens_map.json; tokens as text
     added: dict[int, AddedToken]
     bare: frozenset[str]  # those of which added_tokens.json gives the id alone
-    chat_template: Any
 
     @classmethod
     def read(cls, folder: Path) -> "TokenizerFiles":
@@ -47,7 +46,7 @@ class TokenizerFiles:
         entries = list(_added_entries(folder))
         config = {token.content for path, _, token in entries if path.name == CONFIG_FILE}
         bare = frozenset(token.content for _, _, token in entries) - config
-        return cls(folder, settings, _read_added(entries), bare, settings.get("chat_template"))
+        return cls(folder, settings, _read_added(entries), bare)
 
     @property
     def named(self) -> dict[str, str]:

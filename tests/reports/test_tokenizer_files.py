@@ -14,6 +14,8 @@ from vocabulary import hugging_face_twin
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checkpoints import hub
 from gemcut.engine.cli import main
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.info import find_problems
 
 IM_END, IMAGE = "<|im_end|>", "<image_soft_token>"
 PROMPTS = (
@@ -123,6 +125,14 @@ class TestAddedTokens:
         output = json.loads(capsys.readouterr().out)
         assert output["prompt_token_ids"] == [2, *theirs.encode(f"The children{IM_END}")]
         assert output["text"] == theirs.decode(output["token_ids"], skip_special_tokens=True)
+
+    def test_in_a_check(self, fine_tune, theirs):
+        add_in_tokenizer_json(fine_tune, theirs)
+        config = ModelConfig.from_file(fine_tune)
+        assert find_problems(str(fine_tune), config) == []
+        write(fine_tune, "added_tokens.json", {"<x>": 525})
+        (problem,) = find_problems(str(fine_tune), config)
+        assert "leaves a gap" in problem
 
 
 class TestRowsOfTheEmbedding:
