@@ -53,6 +53,20 @@ class TokenizerFiles:
         """The pieces of bos_token and the like."""
         return {name: self.settings[name] for name in NAMES if self.settings.get(name) is not None}
 
+    @property
+    def around(self) -> dict[str, bool]:
+        """Whether BOS and EOS are put around a text, by add_bos and add_eos, where it is said."""
+        said: dict[str, bool] = {}
+        for name in ("add_bos", "add_eos"):
+            value = self.settings.get(f"{name}_token")
+            if not isinstance(value, bool | None):
+                raise ValueError(
+                    f"{self.folder / CONFIG_FILE}: {name}_token is {value!r}, not true or false"
+                )
+            if value is not None:
+                said[name] = value
+        return said
+
     def tokens(self, known: Iterable[AddedToken]) -> Iterator[AddedToken]:
         """The tokens to add to a vocabulary, then those that the settings name: special ones.
 
