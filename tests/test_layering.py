@@ -41,8 +41,6 @@ LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.eng
 # a peer's arrays, files and templates, which not every user has
 LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
 LATE |= {("tokenizer/json_vocabulary.py", "tokenizers")}
-LATE |= {("tokenizer/chat_templates.py", "jinja2")}
-LATE |= {("tokenizer/chat_templates.py", "gemcut.tokenizer.template_sandbox")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

@@ -14,7 +14,10 @@ from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
+
+from gemcut.tokenizer.template_sandbox import Template, TemplateStopped
 
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 # Noncharacters: Unicode keeps them for a program's own use, so no message needs them.
@@ -56,7 +59,7 @@ def rendered(
     A message is a mapping, a dataclass, or an object with `model_dump`.
     """
     label = "the chat template" if name is None else f"the chat template {name!r}"
-    used = _compiled(label, template)[0].variables
+    used = _compiled(label, template).variables
     given = plain_messages(messages)
     read = {key: _plain(value) for key, value in variables.items() if key in used}
     spelled = json.dumps([given, read], ensure_ascii=False, skipkeys=True) + template
@@ -223,11 +226,13 @@ def _before_end(text: str, mark: str, final: str, name: str) -> str:
 
 
 def _render(name: str, template: str, variables: dict[str, Any], begin: str, end: str) -> str:
-    compiled, template_error = _compiled(name, template)
+    compiled = _compiled(name, template)
     try:
         return compiled.render(variables, begin, end)
-    except template_error as error:
+    except jinja2.TemplateError as error:
         raise ValueError(f"{name} refuses the messages: {_one_line(error)}") from error
+    except TemplateStopped as error:
+        raise ValueError(f"{name} is stopped{_line(error)}: {error}") from error
     except Exception as error:  # a template is a program: it fails in any way
         kind, line = type(error).__name__, _line(error)
         raise ValueError(f"{name} fails{line} with {kind}: {_one_line(error)}") from error
@@ -248,15 +253,8 @@ def _line(error: Exception) -> str:
 
 
 @lru_cache(maxsize=16)
-def _compiled(name: str, template: str) -> tuple[Any, type[Exception]]:
-    """The template in its sandbox, and the type of its own errors."""
+def _compiled(name: str, template: str) -> Template:
     try:
-        import jinja2
-
-        from gemcut.tokenizer.template_sandbox import Template
-    except ImportError as error:
-        raise ImportError("a chat template needs jinja2: pip install jinja2") from error
-    try:
-        return Template(template), jinja2.TemplateError
+        return Template(template)
     except (jinja2.TemplateError, RecursionError) as error:
         raise ValueError(f"{name} is not jinja: {_one_line(error)}") from error

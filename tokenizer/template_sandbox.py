@@ -20,7 +20,7 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 250_000
 MAX_SECONDS = 10.0
 MAX_SIZE = 2**26  # characters of a text, items of a list
 MAX_BITS = 2**16  # of a number

@@ -51,7 +51,7 @@ def padding_rule(
         warnings.warn(
             f"max_length={max_length} does nothing with padding to the longest row and no "
             'truncation; padding="max_length" pads to it',
-            stacklevel=4,
+            stacklevel=5,
         )
     if max_length is None and (pad == "max_length" or cut != "do_not_truncate"):
         if model_max_length <= LARGEST_MAXIMUM:
