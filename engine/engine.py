@@ -170,6 +170,8 @@ class Engine(Calls):
             local_files_only=local_files_only,
         )
         folder = fetch(files=SMALL_FILES)
+        if (folder / "adapter_config.json").exists():  # weights tell an adapter from a model
+            folder = fetch()
         check_holds_model(folder)
         config = ModelConfig.from_file(folder)
         if config.classifier is not None:

@@ -100,10 +100,10 @@ class SentencePieceVocabulary(Vocabulary):
 
     def _literals(self) -> Literals:
         if self._finder is None:  # made when first needed: Gemma 3 has 6 000 control pieces
-            # SentencePiece never finds control pieces in a text; user-defined ones it finds itself,
-            # but these may overlap with tokens that it does not know
-            found = self.added_tokens
-            if not self.added:
+            # SentencePiece finds no control pieces in a text.  User-defined ones it finds itself:
+            # runs of spaces always, others unless they may overlap with a token unknown to it.
+            found = {i: one for i, one in self.added_tokens.items() if one.content.strip("▁")}
+            if all(i in self._whole and one.is_plain for i, one in self.added.items()):
                 found = {i: found[i] for i in self._control}
             self._finder = Literals(found)
         return self._finder

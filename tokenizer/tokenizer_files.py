@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,28 +37,52 @@ class TokenizerFiles:
     folder: Path
     settings: dict[str, Any]  # of tokenizer_config.json and special_tokens_map.json; tokens as text
     added: dict[int, AddedToken]
-    chat_template: Any
+    bare: frozenset[str]  # those of which added_tokens.json gives the id alone
 
     @classmethod
     def read(cls, folder: Path) -> "TokenizerFiles":
         """Read the small files; ValueError where one is no JSON, or they clash."""
         settings = read_settings(folder)
-        return cls(folder, settings, _read_added(folder), settings.get("chat_template"))
+        entries = list(_added_entries(folder))
+        config = {token.content for path, _, token in entries if path.name == CONFIG_FILE}
+        bare = frozenset(token.content for _, _, token in entries) - config
+        return cls(folder, settings, _read_added(entries), bare)
 
     @property
     def named(self) -> dict[str, str]:
         """The pieces of bos_token and the like."""
         return {name: self.settings[name] for name in NAMES if self.settings.get(name) is not None}
 
-    def special_tokens(self, literals: Collection[str]) -> Iterator[AddedToken]:
-        """The tokens that the settings call special; "<mask>" too where it is one of `literals`."""
+    @property
+    def around(self) -> dict[str, bool]:
+        """Whether BOS and EOS are put around a text, by add_bos and add_eos, where it is said."""
+        said: dict[str, bool] = {}
+        for name in ("add_bos", "add_eos"):
+            value = self.settings.get(f"{name}_token")
+            if not isinstance(value, bool | None):
+                raise ValueError(
+                    f"{self.folder / CONFIG_FILE}: {name}_token is {value!r}, not true or false"
+                )
+            if value is not None:
+                said[name] = value
+        return said
+
+    def tokens(self, known: Iterable[AddedToken]) -> Iterator[AddedToken]:
+        """The tokens to add to a vocabulary, then those that the settings name: special ones.
+
+        known: the vocabulary's own, whose options count where these files give none.
+        """
+        described = {token.content: token for token in known}
+        for token_id, token in sorted(self.added.items()):
+            if token.content not in self.bare or token.content not in described:
+                described[token.content] = token
+            yield replace(described[token.content], id=token_id)
         extra = self.settings.get("extra_special_tokens") or []
         extra = extra.values() if isinstance(extra, Mapping) else extra
-        mask = ["<mask>"] if "<mask>" in literals and "mask_token" not in self.settings else []
-        described = {token.content: token for token in self.added.values()}
+        mask = ["<mask>"] if "<mask>" in described and "mask_token" not in self.settings else []
         for content in dict.fromkeys([*self.named.values(), *extra, *mask]):
-            known = described.get(content, AddedToken(content, normalized=False))
-            yield replace(known, special=True)
+            token = described.get(content, AddedToken(content, normalized=False))
+            yield replace(token, special=True)
 
     def placeholders(self, literals: Collection[str]) -> set[str]:
         """Tokens that stand for images, sounds or videos, by their name in the settings or literal.
@@ -108,11 +132,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_added(folder: Path) -> dict[int, AddedToken]:
-    """The tokens that added_tokens.json and tokenizer_config.json place at ids."""
+def _read_added(entries: Iterable[tuple[Path, Any, AddedToken]]) -> dict[int, AddedToken]:
+    """The tokens of these entries by their ids, which are checked."""
     added: dict[int, AddedToken] = {}
     ids: dict[str, int] = {}
-    for path, token_id, token in _added_entries(folder):
+    for path, token_id, token in entries:
         place = f"{path}: {token.content!r}"
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise ValueError(f"{place} has the id {token_id!r}, which is no id")
@@ -128,6 +152,7 @@ def _read_added(folder: Path) -> dict[int, AddedToken]:
 
 
 def _added_entries(folder: Path) -> Iterator[tuple[Path, Any, AddedToken]]:
+    """File, id and token of each that added_tokens.json and tokenizer_config.json place."""
     for content, token_id in _read_json(folder / ADDED_FILE).items():
         yield folder / ADDED_FILE, token_id, AddedToken(content)
     path = folder / CONFIG_FILE

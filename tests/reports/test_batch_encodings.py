@@ -139,6 +139,11 @@ class TestLongTexts:
             assert ours(**arguments).data == theirs(**arguments).data
         assert ours(text_target="a").data == theirs(text_target="a").data
 
+    def test_tokenizer_kwargs_come_before_arguments(self, ours, theirs):
+        inner = {"max_length": 4, "truncation": True, "add_special_tokens": False}
+        arguments = {"text": LONG, "max_length": 9, "tokenizer_kwargs": inner}
+        assert ours(**arguments).data == theirs(**arguments).data
+
 
 @pytest.mark.parametrize("name", ["gemini", "gemma3"])
 def test_the_published_vocabularies(name):

@@ -8,6 +8,7 @@ import torch
 from engines import assert_serves, one_line
 
 from gemcut.engine import Engine, SamplingParams, TextPrompt, TokensPrompt
+from gemcut.engine.checkpoints import hub
 
 PARAMS = SamplingParams(temperature=0, max_tokens=4)
 CHAT = [{"role": "user", "content": "The children"}]
@@ -208,3 +209,20 @@ def test_the_tokenizer_has_the_methods_of_transformers(engine, tokenizer):
     assert theirs.encode("It was") == tokenizer.encode("It was")
     text = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert engine.generate(text, PARAMS).prompt_token_ids == engine.chat(CHAT).prompt_token_ids
+
+
+def test_options_of_the_hub_reach_it(folder, monkeypatch):
+    asked = []
+
+    def fetch(name, **options):
+        asked.append((name, options))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    options = {"token": "hf_x", "revision": "v2", "cache_dir": "/c", "local_files_only": True}
+    Engine.from_pretrained("google/gemma", max_batch_size=1, **options).close()
+    assert [name for name, _ in asked] == ["google/gemma"] * 2  # small files, then weights
+    for _, given in asked:
+        assert {name: given[name] for name in options} == options
+    assert "*.safetensors" not in asked[0][1]["allow_patterns"]
+    assert "*.safetensors" in asked[1][1]["allow_patterns"]

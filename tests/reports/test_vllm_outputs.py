@@ -86,9 +86,13 @@ def test_allowed_token_ids_are_the_only_ones(engine):
     # a bias is added among them, and lets no other in
     biased = replace(GREEDY, allowed_token_ids=allowed, logit_bias={7: 90.0, 8: 95.0})
     assert set(engine.generate("a", biased).token_ids) == {7}
-    # the slots' next requests have all tokens again
-    drawn = engine.generate(["a"] * 3, SamplingParams(seed=1, max_tokens=9))
-    assert all(set(output.token_ids).isdisjoint(allowed) for output in drawn)
+
+
+def test_the_next_request_of_a_slot_has_all_tokens_again(engine):
+    other = SamplingParams(seed=1, max_tokens=9, logit_bias={5: -1.0})
+    before = [output.token_ids for output in engine.generate(["a"] * 3, other)]
+    engine.generate(["a"] * 3, replace(GREEDY, allowed_token_ids=[40, 7, 300]))
+    assert [output.token_ids for output in engine.generate(["a"] * 3, other)] == before
 
 
 @pytest.mark.parametrize("value", [[], [-1], [520], [1.5], 7, "12"], ids=str)

@@ -1,6 +1,7 @@
 """Added tokens are found in a text as transformers finds them; which tokens are markers."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_texts import transformers_differs
 from tokenizers import AddedToken as TheirToken
+from transformers import AutoTokenizer
 from vocabulary import hugging_face_twin, texts
 
 from gemcut.tokenizer import AddedToken, Tokenizer
@@ -111,3 +113,28 @@ def test_markers():
     vocabulary = {name: i for i, name in enumerate(names)}
     found = markers(vocabulary, {vocabulary["word"], vocabulary["<special>"]})
     assert set(found) == {"<b>", "[x]", "<|y|>", "word", "</e>", "<special>"}
+
+
+def test_runs_of_spaces_are_sentencepieces_own(ours, tokenizer_file):
+    """With and without added tokens."""
+    for text in (" " * 5, "▁▁ ", "a▁▁▁ b", "\n▁ "):
+        assert ours.encode(text) == Tokenizer.from_file(tokenizer_file).encode(text)
+        assert ours.encode(text) == Tokenizer.from_file(tokenizer_file.parent).encode(text)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_options_of_a_tokenizer_json_stay(theirs, tmp_path, listed):
+    """added_tokens.json and a name in the settings say nothing of them."""
+    theirs.save_pretrained(tmp_path)
+    if listed:
+        ids = {token.content: theirs.convert_tokens_to_ids(token.content) for token in TOKENS}
+        (tmp_path / "added_tokens.json").write_text(json.dumps(ids))
+    settings = {"eos_token": "<l>", "extra_special_tokens": ["<r>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, other = Tokenizer.from_file(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a \n<l>b", "a<r> \n b", "a <both> b", "user users", "new york <|im_end|>"):
+        ids = other.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_bos=False, parse_special=True) == ids
+        for skip in (True, False):
+            shown = other.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == shown

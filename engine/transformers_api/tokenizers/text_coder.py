@@ -62,7 +62,16 @@ class TextCoder(PassageCoder):
         encoded by itself.  The ids of `text_target` become `labels`.  `options` are those of
         `batch`.
         """
-        options = dict(tokenizer_kwargs or {}) | options
+        if tokenizer_kwargs:  # they come before the arguments, as in transformers
+            arguments = {
+                "add_special_tokens": add_special_tokens,
+                "is_split_into_words": is_split_into_words,
+                "split_special_tokens": split_special_tokens,
+                "max_length": max_length,
+                "max_target_length": max_target_length,
+            }
+            arguments |= options | dict(tokenizer_kwargs)
+            return self(text, text_pair, text_target, text_pair_target, **arguments)
         as_text = (
             self.split_special_tokens if split_special_tokens is None else split_special_tokens
         )
