@@ -91,6 +91,18 @@ class TestPlaces:
                 assert getattr(mine[i], name) == getattr(other[i], name), name
             assert mine[i].special_tokens_mask == other[i].special_tokens_mask
 
+    def test_a_row_outlives_new_tokens(self, tokenizer_file):
+        """Places are found late: by other tokens they would be others."""
+        tokenizer = GemmaTokenizer(tokenizer_file)
+        early, late = tokenizer(LONG, return_offsets_mapping=True), tokenizer([LONG, "a"])
+        offsets = list(early[0].offsets)
+        tokenizer.add_tokens("river")
+        assert early[0].offsets == early.offset_mapping == offsets
+        assert early.tokens() == late.tokens(0)
+        assert late.word_ids(1) == [None, 0]
+        with pytest.raises(ValueError, match="before tokens were added"):
+            late.word_ids(0)
+
 
 class TestLongTexts:
     @pytest.mark.parametrize("side", ["left", "right"])
