@@ -91,10 +91,12 @@ def check_template(tokenizer: Tokenizer) -> None:
 
 def default_template(tokenizer: Tokenizer) -> str | None:
     """The jinja template of a plain chat; None for Gemma's own turns."""
-    templates = chat_templates.by_name(tokenizer.chat_template)
-    if isinstance(templates, dict) and "default" not in templates:
+    templates = tokenizer.chat_template
+    if templates is None or isinstance(templates, str):
+        return templates
+    if "default" not in templates:
         raise ValueError(f"none of the chat templates is the default: {sorted(templates)}")
-    return templates["default"] if isinstance(templates, dict) else templates
+    return templates["default"]
 
 
 def _messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

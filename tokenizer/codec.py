@@ -18,6 +18,7 @@ from re import Pattern
 
 import numpy as np
 
+from gemcut.tokenizer import chat_templates
 from gemcut.tokenizer.added_tokens import AddedToken, inside, markers
 from gemcut.tokenizer.json_vocabulary import JsonVocabulary
 from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
@@ -38,7 +39,8 @@ class Tokenizer:
 
     Attributes: `pad_id`, `eos_id`, `bos_id`, `unk_id`; `start_of_turn_id` and `end_of_turn_id`,
     None where the vocabulary has no such piece; `special_ids`, which `skip_special_tokens` hides;
-    `marker_ids`, which plain text never becomes; `chat_template`, the checkpoint's own, or None.
+    `marker_ids`, which plain text never becomes; `chat_template`, the checkpoint's own, or None;
+    `add_bos` and `add_eos`, whether its files put them around a text.
     Safe to share between threads while nobody adds tokens, and can be pickled.
     """
 
@@ -48,12 +50,15 @@ class Tokenizer:
         *,
         named: Mapping[str, str] | None = None,
         placeholders: Iterable[str] = (),
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
     ) -> None:
         """Over a vocabulary, with the checkpoint's names where they differ from the vocabulary's.
 
         named: pieces by "bos_token" and the like.  placeholders: pieces that stand for images or
-        sounds, which a language model's embedding may lack.
+        sounds, which a language model's embedding may lack.  chat_template: the checkpoint's, or
+        several by name.  add_bos, add_eos: where they differ from the vocabulary's.
         """
         self.vocabulary, self.chat_template = vocabulary, chat_template
         self.named_tokens = {**vocabulary.named, **(named or {})}
@@ -66,6 +71,9 @@ class Tokenizer:
         self.placeholder_ids = {self._named("placeholder", piece) for piece in placeholders}
         self.start_of_turn_id = self.id_of(START_OF_TURN)
         self.end_of_turn_id = self.id_of(END_OF_TURN)
+        bos, eos = vocabulary.added_around()
+        self.add_bos = bos if add_bos is None else add_bos
+        self.add_eos = eos if add_eos is None else add_eos
         self._bytes: list[bytes] = []
         self._update()
 
@@ -87,11 +95,14 @@ class Tokenizer:
         """The tokenizer that a checkpoint's files describe; ValueError where they clash."""
         vocabulary = _choose(files, dropout)
         vocabulary.add(files.tokens(vocabulary.added_tokens.values()))
+        # a tokenizer.json has its own rule of what is put around a text
+        around = files.around if vocabulary.file_name == MODEL_FILE else {}
         return cls(
             vocabulary,
+            **around,
             named=files.named,
             placeholders=files.placeholders(vocabulary.literals),
-            chat_template=files.chat_template,
+            chat_template=chat_templates.by_name(files.settings.get("chat_template")),
         )
 
     def __len__(self) -> int:
@@ -170,11 +181,11 @@ class Tokenizer:
         self,
         text: str,
         *,
-        add_bos: bool = True,
-        add_eos: bool = False,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
         parse_special: bool = False,
     ) -> list[int]:
-        """The ids of text.
+        """The ids of text, with BOS and EOS as the checkpoint's files say, or as asked for.
 
         A literal "<bos>" or "<start_of_turn>" in it stays text, unless `parse_special` turns every
         literal of `marker_ids` into its id.  A text that then begins with BOS gets no second one:
@@ -187,9 +198,9 @@ class Tokenizer:
         else:
             parts = self.inside_marker.split(text)
             ids = [i for part in parts for i in self.vocabulary.encode(part)]
-        if add_bos and ids[:1] != [self.bos_id]:
+        if (self.add_bos if add_bos is None else add_bos) and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
-        if add_eos:
+        if self.add_eos if add_eos is None else add_eos:
             ids.append(self.eos_id)
         return ids
 
@@ -208,8 +219,8 @@ class Tokenizer:
         texts: Sequence[str],
         *,
         padding_side: str = "left",
-        add_bos: bool = True,
-        add_eos: bool = False,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
         parse_special: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids [B, T] int64, padded with `pad_id`, and mask [B, T] bool, true at tokens.

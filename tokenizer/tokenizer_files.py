@@ -38,7 +38,6 @@ class TokenizerFiles:
     settings: dict[str, Any]  # of tokenizer_config.json and special_tokens_map.json; tokens as text
     added: dict[int, AddedToken]
     bare: frozenset[str]  # those of which added_tokens.json gives the id alone
-    chat_template: Any
 
     @classmethod
     def read(cls, folder: Path) -> "TokenizerFiles":
@@ -47,12 +46,26 @@ class TokenizerFiles:
         entries = list(_added_entries(folder))
         config = {token.content for path, _, token in entries if path.name == CONFIG_FILE}
         bare = frozenset(token.content for _, _, token in entries) - config
-        return cls(folder, settings, _read_added(entries), bare, settings.get("chat_template"))
+        return cls(folder, settings, _read_added(entries), bare)
 
     @property
     def named(self) -> dict[str, str]:
         """The pieces of bos_token and the like."""
         return {name: self.settings[name] for name in NAMES if self.settings.get(name) is not None}
+
+    @property
+    def around(self) -> dict[str, bool]:
+        """Whether BOS and EOS are put around a text, by add_bos and add_eos, where it is said."""
+        said: dict[str, bool] = {}
+        for name in ("add_bos", "add_eos"):
+            value = self.settings.get(f"{name}_token")
+            if not isinstance(value, bool | None):
+                raise ValueError(
+                    f"{self.folder / CONFIG_FILE}: {name}_token is {value!r}, not true or false"
+                )
+            if value is not None:
+                said[name] = value
+        return said
 
     def tokens(self, known: Iterable[AddedToken]) -> Iterator[AddedToken]:
         """The tokens to add to a vocabulary, then those that the settings name: special ones.

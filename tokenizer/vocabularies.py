@@ -80,6 +80,10 @@ class Vocabulary(ABC):
     def encode_with_offsets(self, text: str) -> Segment:
         """The ids of a text, and the characters of each."""
 
+    def added_around(self) -> tuple[bool, bool]:
+        """Whether the file puts BOS before a text, and EOS after it."""
+        return True, False
+
     @abstractmethod
     def save(self, path: Path, before: Sequence[str], after: Sequence[str]) -> None:
         """Write the file; these pieces are put around a text."""

@@ -11,9 +11,11 @@ from engines import dictate, one_line, save_random_model
 from transformers import AutoTokenizer
 from vocabulary import hugging_face_twin
 
-from gemcut.engine import Engine, SamplingParams
+from gemcut.engine import Engine, GemmaTokenizer, SamplingParams
 from gemcut.engine.checkpoints import hub
 from gemcut.engine.cli import main
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.info import find_problems
 
 IM_END, IMAGE = "<|im_end|>", "<image_soft_token>"
 PROMPTS = (
@@ -36,6 +38,8 @@ def theirs(tokenizer_file):
     """Transformers' tokenizer with the token added."""
     twin = copy.deepcopy(hugging_face_twin(tokenizer_file))
     twin.add_tokens([IM_END])
+    twin.add_bos_token = True
+    twin.update_post_processor()
     return twin
 
 
@@ -121,8 +125,34 @@ class TestAddedTokens:
         options = ["--model", str(fine_tune), "--max-tokens", "3", "--json", "--temperature", "0"]
         assert main(["generate", *options, f"The children{IM_END}"]) == 0
         output = json.loads(capsys.readouterr().out)
-        assert output["prompt_token_ids"] == [2, *theirs.encode(f"The children{IM_END}")]
+        assert output["prompt_token_ids"] == theirs.encode(f"The children{IM_END}")
         assert output["text"] == theirs.decode(output["token_ids"], skip_special_tokens=True)
+
+    @pytest.mark.parametrize("kind", ["model", "json"])
+    @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, True)])
+    def test_what_is_put_around_a_prompt(self, fine_tune, tokenizer_file, kind, bos, eos):
+        theirs = GemmaTokenizer(tokenizer_file, add_bos_token=bos, add_eos_token=eos)
+        if kind == "json":
+            theirs = copy.deepcopy(hugging_face_twin(tokenizer_file))
+            theirs.add_bos_token, theirs.add_eos_token = bos, eos
+            theirs.update_post_processor()
+            add_in_tokenizer_json(fine_tune, theirs)
+        else:
+            settings = {"add_bos_token": bos, "add_eos_token": eos}
+            write(fine_tune, "tokenizer_config.json", settings)
+        with Engine.from_pretrained(fine_tune, dtype="float32") as engine:
+            params = SamplingParams(max_tokens=1)
+            ids = engine.generate("The children", params).prompt_token_ids
+            assert ids == theirs.encode("The children")
+            assert (ids[0] == 2, ids[-1] == 1) == (bos, eos)
+
+    def test_in_a_check(self, fine_tune, theirs):
+        add_in_tokenizer_json(fine_tune, theirs)
+        config = ModelConfig.from_file(fine_tune)
+        assert find_problems(str(fine_tune), config) == []
+        write(fine_tune, "added_tokens.json", {"<x>": 525})
+        (problem,) = find_problems(str(fine_tune), config)
+        assert "leaves a gap" in problem
 
 
 class TestRowsOfTheEmbedding:

@@ -75,6 +75,9 @@ def refused(folder, message: str) -> None:
             id="decoder-no-token",
         ),
         pytest.param("tokenizer_config.json", {"eos_token": 5}, "eos_token 5", id="eos-a-number"),
+        pytest.param(
+            "tokenizer_config.json", {"add_bos_token": "no"}, "'no', not true", id="add-bos-a-word"
+        ),
         pytest.param("special_tokens_map.json", "null", "holds a NoneType", id="map-null"),
         pytest.param(
             "tokenizer_config.json",

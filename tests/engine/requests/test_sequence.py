@@ -34,11 +34,11 @@ def test_stream_joins_to_the_text_of_generate(engine, tokenizer, name):
 
 @settings(max_examples=40)
 @given(ids=st.lists(st.integers(4, 500), min_size=1, max_size=30))
-def test_stream_of_any_tokens_joins_to_the_text_of_generate(engine, tokenizer, ids):
+def test_stream_of_any_tokens_joins_to_the_text_of_generate(engine, ids):
     """Broken UTF-8 included."""
     params = SamplingParams(max_tokens=len(ids), logits_processors=dictate(ids))
     streamed = "".join(delta.text for delta in engine.stream("x", params))
-    assert streamed == engine.generate("x", params).text == tokenizer.decode(ids)
+    assert streamed == engine.generate("x", params).text == engine.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("stop", ["STOP", ["Q", "STOP HERE", "TOP"], "👩‍👧", ["S", "P"]], ids=str)
