@@ -31,10 +31,18 @@ class PassageCoder(TextDecoder):
         for word in words:
             for part in self._parts(word, as_text):
                 ids += encode(part, add_bos=False, parse_special=True)
-        return Passage(ids, Source(self._places, words, is_split, as_text))
+        return Passage(ids, Source(self._places, ids, words, is_split, as_text))
 
-    def _places(self, words: Sequence[str], is_split: bool, as_text: bool) -> Places:
-        return self._located(words, is_split, as_text)[1]
+    def _places(
+        self, ids: list[int], words: Sequence[str], is_split: bool, as_text: bool
+    ) -> Places:
+        now, places = self._located(words, is_split, as_text)
+        if now != ids:
+            raise ValueError(
+                "this text was encoded before tokens were added to the tokenizer; encode it again, "
+                "or with return_offsets_mapping=True at once"
+            )
+        return places
 
     def _parts(self, word: str, as_text: bool) -> list[str]:
         if not as_text:

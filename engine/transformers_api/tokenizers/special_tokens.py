@@ -121,11 +121,10 @@ class SpecialTokens:
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(type(self), name) or name.removesuffix("_id") not in self.__dict__.get(
-            "named", ()
-        ):
+        base, is_id = name.removesuffix("_id"), name.endswith("_id")
+        if base not in self.__dict__.get("named", ()) or hasattr(type(self), name):
             super().__setattr__(name, value)
-        elif name.endswith("_id"):
+        elif is_id:
             self.set_token_id(name, value)
         else:
             self.set_token(name, value)
