@@ -5,7 +5,7 @@ product.  `checkpoint_tensors` is the only list of names and shapes: loading, ch
 follow it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,17 @@ class Weights:
         ]
         is_tied = self.lm_head is self.embedding
         return Weights(**fields, lm_head=fields["embedding"] if is_tied else moved(self.lm_head))
+
+
+    def pack_(self, pack: Callable[[Tensor], Tensor]) -> None:
+        """Replace each matrix that only products read by what `pack` makes of it, one by one.
+
+        The embedding stays: its rows are read too, so a tied head becomes a second table.
+        """
+        for layer in self.layers:
+            for name in ("qkv", "o", "gate_up", "down"):
+                setattr(layer, name, pack(getattr(layer, name)))
+        self.lm_head = pack(self.lm_head)
 
 
 @dataclass(frozen=True)
