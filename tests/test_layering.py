@@ -38,8 +38,8 @@ LATE |= {("bench/engines/peers.py", "gemcut.bench.engines.compiled_gemma")}
 LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.engine.placement")}
 # a peer's arrays, files and templates, which not every user has
 LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
-LATE |= {("engine/transformers_api/tokenizers/vocabularies.py", "tokenizers")}
-LATE |= {("engine/transformers_api/tokenizers/chat_templates.py", "jinja2")}
+LATE |= {("tokenizer/json_vocabulary.py", "tokenizers")}
+LATE |= {("tokenizer/chat_templates.py", "jinja2")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

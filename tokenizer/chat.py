@@ -1,4 +1,4 @@
-"""Chat messages rendered as the ids of Gemma's turns.
+"""Chat messages as ids: by a checkpoint's own template, or else as Gemma's turns.
 
     <bos><start_of_turn>user
     {content}<end_of_turn>
@@ -13,11 +13,110 @@ role's name and content cannot merge across.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-from gemcut.tokenizer.codec import END_OF_TURN, START_OF_TURN
+from gemcut.tokenizer import chat_templates
+from gemcut.tokenizer.codec import Tokenizer
+from gemcut.tokenizer.vocabularies import END_OF_TURN, START_OF_TURN
 
 ROLES = {"user": "user", "model": "model", "assistant": "model"}
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Iterable[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    merge_system: bool = False,
+) -> list[int]:
+    """The ids of a conversation by the tokenizer's template, or by `render_chat` without one.
+
+    Roles are those that the template knows; "model" is another name of "assistant".  With
+    `merge_system` a first system message that the template refuses goes before the first user
+    content.  `continue_final_message` leaves the last turn open.
+    """
+    template = default_template(tokenizer)
+    if template is None:
+        ids = render_chat(
+            tokenizer,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            merge_system=merge_system,
+        )
+        while continue_final_message and ids.pop() != tokenizer.end_of_turn_id:
+            pass  # the newline after it
+        return ids
+
+    def render(given: list[dict[str, Any]]) -> list[str]:
+        return chat_templates.render(
+            template,
+            given,
+            inside_literal=tokenizer.inside_marker,
+            continue_final="content" if continue_final_message else None,
+            tokens=tokenizer.named_tokens,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    given = _messages(messages)
+    try:
+        parts = render(given)
+    except ValueError:
+        merged = _merged(given) if merge_system else None
+        if merged is None:
+            raise
+        parts = render(merged)
+    return [
+        token_id
+        for part in parts
+        for token_id in tokenizer.encode(part, add_bos=False, parse_special=True)
+    ]
+
+
+def end_of_turn_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end the model's turn in a chat."""
+    template, end = default_template(tokenizer), tokenizer.end_of_turn_id
+    ids = set() if template is None else {tokenizer.eos_id}
+    if end is not None and (template is None or END_OF_TURN in template):
+        ids.add(end)
+    return frozenset(ids)
+
+
+def default_template(tokenizer: Tokenizer) -> str | None:
+    """The jinja template of a plain chat; None for Gemma's own turns."""
+    templates = chat_templates.by_name(tokenizer.chat_template)
+    if isinstance(templates, dict) and "default" not in templates:
+        raise ValueError(f"none of the chat templates is the default: {sorted(templates)}")
+    return templates["default"] if isinstance(templates, dict) else templates
+
+
+def _messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(messages, str) or not isinstance(messages, Iterable):
+        raise ValueError(f"messages must be a list, got {type(messages).__name__}")
+    given = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"message {index} is a {type(message).__name__}, not a mapping")
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"message {index} has no 'role' that is a string")
+        if "content" not in message and "tool_calls" not in message:
+            raise ValueError(f"message {index} has no 'content'")
+        role = "assistant" if message["role"] == "model" else message["role"]
+        given.append({**message, "role": role})
+    if not given:
+        raise ValueError("messages holds no message")
+    return given
+
+
+def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The messages with a first system text before the first user's; None where there is none."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return None
+    system, user, *others = messages
+    first, second = system.get("content"), user.get("content")
+    if not (isinstance(first, str) and isinstance(second, str)):
+        return None
+    return [{**user, "content": f"{first}\n\n{second.strip()}"}, *others]
 
 
 class TurnVocabulary(Protocol):

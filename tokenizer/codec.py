@@ -1,134 +1,170 @@
 """Tokenizer: text to token ids and back, by a Gemma vocabulary.
 
-SentencePiece finds the ids. Two rules are added to it:
+SentencePiece or the tokenizers package finds the ids.  Two rules are added to them:
 
-    Plain text never becomes a special token. In Gemma's vocabularies the turn markers are ordinary
-    user-defined pieces, which SentencePiece would match in a user's text; such a literal is cut in
-    two and its halves are encoded apart.
+    Plain text never becomes a marker (added_tokens.py says which tokens are): its literal is cut in
+    two and its halves are encoded apart.  In Gemma's vocabularies the turn markers are ordinary
+    pieces, which would be matched in a user's text.
 
-    Ids become text through bytes. A character that the vocabulary lacks is spelled as byte pieces
+    Ids become text through bytes.  A character that the vocabulary lacks is spelled as byte pieces
     (<0xE2> <0x82> <0xAC>), so bytes are joined first, and the whole is then read as UTF-8.
 """
 
-import codecs
 import operator
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from re import Pattern
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 
-START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
-
-# Python's "replace" puts one U+FFFD for a whole truncated character; SentencePiece puts one a byte
-MARK_EACH_BYTE = "gemcut.mark_each_byte"
-
-
-def _mark_each_byte(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-codecs.register_error(MARK_EACH_BYTE, _mark_each_byte)
+from gemcut.tokenizer.added_tokens import AddedToken, inside, markers
+from gemcut.tokenizer.json_vocabulary import JsonVocabulary
+from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
+from gemcut.tokenizer.tokenizer_files import JSON_FILE, MODEL_FILE, TokenizerFiles
+from gemcut.tokenizer.vocabularies import (
+    END_OF_TURN,
+    MARK_EACH_BYTE,
+    NAMED,
+    START_OF_TURN,
+    Segment,
+    Vocabulary,
+    bytes_of,
+)
 
 
 class Tokenizer:
-    """A vocabulary: `encode` yields ids, `decode` yields text.
+    """A vocabulary with its tokens by name: `encode` yields ids, `decode` yields text.
 
-    Attributes: `vocab_size`; `pad_id`, `eos_id`, `bos_id`, `unk_id`; `start_of_turn_id` and
-    `end_of_turn_id`, None where the vocabulary has no such piece; `special_ids`, the control and
-    unknown pieces with the turn markers. Safe to share between threads, and can be pickled.
+    Attributes: `pad_id`, `eos_id`, `bos_id`, `unk_id`; `start_of_turn_id` and `end_of_turn_id`,
+    None where the vocabulary has no such piece; `special_ids`, which `skip_special_tokens` hides;
+    `marker_ids`, which plain text never becomes; `chat_template`, the checkpoint's own, or None.
+    Safe to share between threads while nobody adds tokens, and can be pickled.
     """
 
-    def __init__(self, model: bytes, source: str = "vocabulary", *, dropout: float = 0.0):
-        """From the bytes of a tokenizer.model; `source` names them in errors.
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        named: Mapping[str, str] | None = None,
+        placeholders: Iterable[str] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        """Over a vocabulary, with the checkpoint's names where they differ from the vocabulary's.
 
-        `dropout` is the share of BPE's merges that each encoding skips at random (Provilkov et al.,
-        2020): the ids of a text then differ from call to call, and all of them decode to it.
+        named: pieces by "bos_token" and the like.  placeholders: pieces that stand for images or
+        sounds, which a language model's embedding may lack.
         """
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout {dropout!r} is no share from 0 to 1")
-        # nbest_size -1: SentencePiece requires it, though BPE has no list of the best
-        sampling = {"enable_sampling": True, "nbest_size": -1, "alpha": dropout}
-        self._options = sampling if dropout else {}
-        try:
-            self._processor = SentencePieceProcessor(model_proto=model)
-            ids = list(range(self._processor.get_piece_size()))
-            self._pieces: list[str] = self._processor.id_to_piece(ids)
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{source} is not a SentencePiece model, or is damaged") from error
-        self.vocab_size = len(self._pieces)
-
-        self.pad_id = self._processor.pad_id()
-        self.eos_id = self._processor.eos_id()
-        self.bos_id = self._processor.bos_id()
-        self.unk_id = self._processor.unk_id()
-        for name in ("pad", "eos", "bos", "unk"):
-            if getattr(self, f"{name}_id") < 0:
-                raise ValueError(f"{source} has no {name} piece; Gemma's have one")
-        # Anything else (Llama's vocabulary puts a space in front) would break the cutting of text
-        # into parts, and decode would not give the text back.
-        if self._processor.normalize("  ﬁ  a ") != "▁▁ﬁ▁▁a▁":
-            raise ValueError(f"{source} alters text before encoding it; Gemma's do not")
-
+        self.vocabulary, self.chat_template = vocabulary, chat_template
+        self.named_tokens = {**vocabulary.named, **(named or {})}
+        for name in NAMED:
+            if self.named_tokens.get(name) is None:
+                raise ValueError(f"{vocabulary.source} has no {NAMED[name]!r}; Gemma's have one")
+        self.pad_id, self.eos_id, self.bos_id, self.unk_id = (
+            self._named(name, self.named_tokens[name]) for name in NAMED
+        )
+        self.placeholder_ids = {self._named("placeholder", piece) for piece in placeholders}
         self.start_of_turn_id = self.id_of(START_OF_TURN)
         self.end_of_turn_id = self.id_of(END_OF_TURN)
-        turn_ids = (self.start_of_turn_id, self.end_of_turn_id)
-        markers = [i for i in turn_ids if i is not None]
-        is_control = self._processor.is_control(ids)
-        self.special_ids = frozenset({self.unk_id, *markers, *(i for i in ids if is_control[i])})
-
-        is_byte = self._processor.is_byte(ids)
-        self._bytes = [
-            bytes([int(piece[1:-1], 16)]) if byte else piece.replace("▁", " ").encode()
-            for piece, byte in zip(self._pieces, is_byte, strict=True)
-        ]
-        self._bytes_without_specials = list(self._bytes)
-        for i in self.special_ids:
-            self._bytes_without_specials[i] = b""
-
-        self._id_of_literal = {self._pieces[i]: i for i in self.special_ids}
-        longest_first = sorted(self._id_of_literal, key=len, reverse=True)
-        self._literal = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        # SentencePiece never matches a control piece in text: only the others need a cut, in the
-        # empty place after their first letter. (?!) matches nowhere.
-        matched = [self._pieces[i] for i in markers if not is_control[i]]
-        inside = [f"(?<={marker[0]})(?={marker[1:]})" for marker in matched]
-        self._inside_marker = re.compile("|".join(inside) or "(?!)")
+        self._bytes: list[bytes] = []
+        self._update()
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, dropout: float = 0.0) -> "Tokenizer":
-        """The vocabulary in a tokenizer.model file, or in a directory that holds one."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / "tokenizer.model"
-        try:
-            model = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"cannot read vocabulary {file}: {error.strerror}") from error
-        if not model:
-            raise ValueError(f"vocabulary {file} is empty")
-        if model.startswith(b"version https://git-lfs"):
-            raise ValueError(f"vocabulary {file} is a git-lfs pointer; `git lfs pull` fetches it")
-        return cls(model, source=f"vocabulary {file}", dropout=dropout)
+        """The tokenizer of a checkpoint's folder with all its files, or of a vocabulary's file.
+
+        Of tokenizer.model and tokenizer.json the first is preferred, unless the folder adds tokens
+        that it lacks.  `dropout` is that of the vocabularies.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return cls.from_files(TokenizerFiles.read(path), dropout=dropout)
+        kind = JsonVocabulary if path.suffix == ".json" else SentencePieceVocabulary
+        return cls(kind.from_file(path, dropout=dropout))
+
+    @classmethod
+    def from_files(cls, files: TokenizerFiles, *, dropout: float = 0.0) -> "Tokenizer":
+        """The tokenizer that a checkpoint's files describe; ValueError where they clash."""
+        vocabulary = _choose(files, dropout)
+        tokens = sorted(files.added.values(), key=lambda token: token.id or 0)
+        vocabulary.add(tokens)
+        vocabulary.add(files.special_tokens(vocabulary.literals))
+        return cls(
+            vocabulary,
+            named=files.named,
+            placeholders=files.placeholders(vocabulary.literals),
+            chat_template=files.chat_template,
+        )
 
     def __len__(self) -> int:
-        return self.vocab_size
+        return len(self.vocabulary.pieces)
 
-    def serialized(self) -> bytes:
-        """The vocabulary as a tokenizer.model holds it."""
-        return self._processor.serialized_model_proto()
+    @property
+    def vocab_size(self) -> int:
+        """The number of pieces, added ones too."""
+        return len(self)
+
+    @property
+    def pieces(self) -> list[str]:
+        """The pieces by id, as the vocabulary spells them."""
+        return self.vocabulary.pieces
+
+    def add_tokens(self, tokens: Iterable[AddedToken]) -> int:
+        """The number of new tokens: others are pieces already, and get the options given."""
+        before = len(self)
+        self.vocabulary.add(tokens)
+        self._update()
+        return len(self) - before
+
+    def check_embedding(self, num_rows: int) -> None:
+        """Nothing, or ValueError where a token has no row in an embedding of so many.
+
+        A placeholder needs none: no text becomes an image or a sound.
+        """
+        for i in range(num_rows, len(self)):
+            if i not in self.placeholder_ids:
+                raise ValueError(
+                    f"the vocabulary has {len(self)} pieces, but the embedding only {num_rows} "
+                    f"rows: none for {self.pieces[i]!r}"
+                )
+
+    def _update(self) -> None:
+        pieces, self.special_ids = self.pieces, frozenset(self.vocabulary.special_ids)
+        self._bytes += map(bytes_of, pieces[len(self._bytes) :])
+        self._bytes_without_specials = list(self._bytes)
+        for i in self.special_ids:
+            self._bytes_without_specials[i] = b""
+        self._markers = markers(self.vocabulary.literals, self.special_ids)
+        for literal in self._markers:
+            if len(literal) == 1:
+                raise ValueError(f"special token {literal!r} has one letter, as any text may")
+        self.marker_ids = frozenset(self._markers.values())
+        self._inside_marker: Pattern[str] | None = None
+
+    def _named(self, name: str, piece: str) -> int:
+        token_id = self.id_of(piece)
+        if token_id is None:
+            raise ValueError(f"{name} {piece!r} is no token of {self.vocabulary.source}")
+        return token_id
+
+    def save_vocabulary(self, path: Path, before: Sequence[str], after: Sequence[str]) -> None:
+        """Write tokenizer.model or tokenizer.json; these pieces are put around a text."""
+        self.vocabulary.save(path, before, after)
 
     def piece(self, token_id: int) -> str:
         """The piece as the vocabulary spells it: "▁the", "<0xE2>", "<bos>"."""
-        return self._pieces[self._checked(token_id)]
+        return self.pieces[self._checked(token_id)]
 
     def id_of(self, piece: str) -> int | None:
         """The id of a piece, spelled as in the vocabulary; None where there is none."""
-        token_id = self._processor.piece_to_id(piece)  # unknown pieces give unk_id
-        return token_id if self._pieces[token_id] == piece else None
+        return self.vocabulary.id_of(piece)
+
+    @property
+    def inside_marker(self) -> Pattern[str]:
+        """The empty places of a text where a marker's literal must be cut."""
+        if self._inside_marker is None:  # made when first needed: Gemma 3 has 6 000 markers
+            self._inside_marker = inside(self._markers)
+        return self._inside_marker
 
     def encode(
         self,
@@ -141,24 +177,33 @@ class Tokenizer:
         """The ids of text.
 
         A literal "<bos>" or "<start_of_turn>" in it stays text, unless `parse_special` turns every
-        literal of `special_ids` into its id. A text that then begins with BOS gets no second one:
-        two hurt the model as much as none. "▁" (U+2581) encodes as a space does, by SentencePiece's
-        definition; every other text decodes to itself where the vocabulary has byte pieces.
+        literal of `marker_ids` into its id.  A text that then begins with BOS gets no second one:
+        two hurt the model as much as none.  "▁" (U+2581) encodes as a space does, by definition of
+        SentencePiece; every other text decodes to itself where the vocabulary has byte pieces.
         """
         check_text(text)
-        ids: list[int] = []
         if parse_special:
-            for i, part in enumerate(self._literal.split(text)):
-                is_literal = i % 2 == 1  # plain parts and captured literals alternate
-                ids += [self._id_of_literal[part]] if is_literal else self._merged(part)
+            ids = self.vocabulary.encode(text)
         else:
-            for part in self._inside_marker.split(text):
-                ids += self._merged(part)
+            parts = self.inside_marker.split(text)
+            ids = [i for part in parts for i in self.vocabulary.encode(part)]
         if add_bos and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         if add_eos:
             ids.append(self.eos_id)
         return ids
+
+    def encode_with_offsets(self, text: str, *, parse_special: bool = False) -> Segment:
+        """The ids of text, without BOS, and the characters of each."""
+        check_text(text)
+        whole = Segment([], [])
+        start = 0
+        for part in [text] if parse_special else self.inside_marker.split(text):
+            ids, offsets = self.vocabulary.encode_with_offsets(part)
+            whole.ids.extend(ids)
+            whole.offsets.extend((start + begin, start + end) for begin, end in offsets)
+            start += len(part)
+        return whole
 
     def encode_batch(
         self,
@@ -171,7 +216,7 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids [B, T] int64, padded with `pad_id`, and mask [B, T] bool, true at tokens.
 
-        Left padding, the default, puts every row's next token in the same column. An empty list is
+        Left padding, the default, puts every row's next token in the same column.  An empty list is
         refused: no model takes a batch of no rows.
         """
         if isinstance(texts, str) or not texts:
@@ -199,20 +244,36 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids, with one U+FFFD for each byte that is no part of valid UTF-8."""
         table = self._bytes_without_specials if skip_special_tokens else self._bytes
-        joined = b"".join([table[self._checked(i)] for i in ids])
+        ids = list(ids)
+        try:  # many ids at once: a call for each takes four times as long
+            joined = b"".join(map(table.__getitem__, ids))
+            if ids and min(ids) < 0:
+                raise IndexError
+        except (IndexError, TypeError):
+            joined = b"".join([table[self._checked(i)] for i in ids])
         return joined.decode("utf-8", MARK_EACH_BYTE)
-
-    def _merged(self, text: str) -> list[int]:
-        return self._processor.encode(text, **self._options)
 
     def _checked(self, token_id: int) -> int:
         try:
             index = operator.index(token_id)  # also takes numpy's integers
         except TypeError:
             index = -1
-        if not 0 <= index < self.vocab_size:
-            raise ValueError(f"token id {token_id!r} is no integer from 0 to {self.vocab_size - 1}")
+        if not 0 <= index < len(self):
+            raise ValueError(f"token id {token_id!r} is no integer from 0 to {len(self) - 1}")
         return index
+
+
+def _choose(files: TokenizerFiles, dropout: float) -> Vocabulary:
+    """The vocabulary of a folder: tokenizer.model, unless tokenizer.json alone has its tokens."""
+    model, other = files.folder / MODEL_FILE, files.folder / JSON_FILE
+    if model.is_file():
+        vocabulary = SentencePieceVocabulary.from_file(model, dropout=dropout)
+        added = (token.content for token in files.added.values())
+        if not other.is_file() or all(vocabulary.id_of(piece) is not None for piece in added):
+            return vocabulary
+    elif not other.is_file():
+        raise ValueError(f"{files.folder} holds neither {MODEL_FILE} nor {JSON_FILE}")
+    return JsonVocabulary.from_file(other, dropout=dropout)
 
 
 def check_text(text: str) -> None:

@@ -7,7 +7,8 @@ depend on how their input was cut.
 import codecs
 from collections.abc import Sequence
 
-from gemcut.tokenizer.codec import MARK_EACH_BYTE, Tokenizer
+from gemcut.tokenizer.codec import Tokenizer
+from gemcut.tokenizer.vocabularies import MARK_EACH_BYTE
 
 
 class StreamDecoder:
@@ -19,7 +20,12 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(MARK_EACH_BYTE)
 
     def push(self, token_id: int) -> str:
-        """The text that became certain; bytes of an unfinished character wait for the rest."""
+        """The text that became certain; bytes of an unfinished character wait for the rest.
+
+        An id past the vocabulary has no text: an embedding may have more rows than that.
+        """
+        if token_id >= len(self._tokenizer):
+            return ""
         return self._decoder.decode(
             self._tokenizer.token_bytes(token_id, skip_special_tokens=self._skip_special_tokens)
         )

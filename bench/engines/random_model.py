@@ -21,6 +21,7 @@ from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.weights import Weights, empty_weights
 from gemcut.tokenizer import Tokenizer
+from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 
 SEED = 0
 NORM_STD = 0.1  # of norm weights, which are offsets from one
@@ -67,10 +68,10 @@ def random_weights(
 def random_tokenizer(vocab_size: int) -> Tokenizer:
     """The demo's vocabulary followed by made-up pieces, `vocab_size` in all."""
     model = (DEMO / TOKENIZER).read_bytes()
-    first = len(Tokenizer(model))
+    first = len(SentencePieceVocabulary(model).pieces)
     # repeated fields of a serialised message may be appended to it
     more = b"".join(_piece(f"▁w{i}", -float(i)) for i in range(first, vocab_size))
-    return Tokenizer(model + more, source="the made-up vocabulary")
+    return Tokenizer(SentencePieceVocabulary(model + more, "the made-up vocabulary"))
 
 
 def _piece(text: str, score: float) -> bytes:

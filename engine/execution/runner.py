@@ -59,7 +59,7 @@ class Runner:
         for sequence in sequences:
             assert sequence.slot is not None
             self.state.admit(sequence.slot, sequence)
-        logits = self.model.logits(hidden)[:, : self.state.vocab_size]
+        logits = self.model.logits(hidden)
         slots = upload([s.slot for s in sequences], self.device)
         return self._sample(sequences, logits, slots, _features(sequences))
 

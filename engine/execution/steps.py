@@ -41,8 +41,6 @@ class Steps:
     ) -> None:
         self.model, self.cache, self.state = model, cache, state
         self.prefill_sizes = sorted(prefill_sizes)
-        # an embedding may have more rows than the vocabulary has pieces: those are never sampled
-        self._head = model.weights.lm_head.narrow(0, 0, state.vocab_size)
 
     def batch_size(self, rows: int) -> int:
         """Rows that a step for `rows` sequences computes, padding included."""
@@ -83,10 +81,10 @@ class Steps:
         hidden = self.model.decode(tokens, self.cache, slots, positions)
         if features == GREEDY:
             scores, sampled = self.model.ops.lm_head_argmax(
-                hidden, self._head, self.model.config.final_softcap, counters=self.cache.counters
+                hidden, self.model.weights.lm_head, self.model.config.final_softcap, counters=self.cache.counters
             )
             return self._advance(sampled, scores, slots, features)
-        return self._sample(self._logits(hidden), slots, positions + 1, features)
+        return self._sample(self.model.logits(hidden), slots, positions + 1, features)
 
     def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
         """What the model samples after each draft: slots [B], drafts [B, T - 1] -> ids [B, T].
@@ -101,7 +99,7 @@ class Steps:
         hidden = self.model.decode(tokens, self.cache, slots, positions)
         following = positions.unsqueeze(-1) + torch.arange(1, T + 1, device=slots.device)
         sampled, scores = sample_tokens(
-            self._logits(hidden),
+            self.model.logits(hidden),
             slots.repeat_interleave(T, output_size=B * T),
             following.flatten(),
             state,
@@ -121,7 +119,7 @@ class Steps:
     def logits(self, slots: Tensor) -> Tensor:
         """Logits of each slot's next token: slots [B] -> [B, V] float32."""
         tokens, positions = self._newest(slots)
-        return self._logits(self.model.decode(tokens, self.cache, slots, positions))
+        return self.model.logits(self.model.decode(tokens, self.cache, slots, positions))
 
     def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
         """Sample from logits [B, V] the next token of slots [B] -> ids [B]; -1 where none is."""
@@ -152,9 +150,6 @@ class Steps:
     def _newest(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         tokens, positions = self.state.newest.index_select(1, slots).unbind()
         return tokens, positions
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden).narrow(1, 0, self.state.vocab_size)
 
     def _sample(
         self, logits: Tensor, slots: Tensor, positions: Tensor, features: Features

@@ -12,16 +12,17 @@ from typing import Any
 from gemcut.engine.checks import shorten
 from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.requests.sequence import Request, TokenSequence
-from gemcut.tokenizer import Tokenizer, render_chat
+from gemcut.tokenizer import Tokenizer, encode_chat, end_of_turn_ids
 
 Prompt = str | Sequence[int]
+NO_TOKENIZER = "this engine has no tokenizer"
 
 
 class RequestBuilder:
     """Checks prompts and settings against one model and the length of its slots."""
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int], max_seq_len: int
+        self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Iterable[int], max_seq_len: int
     ) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.eos_ids, self._max_seq_len = frozenset(eos_ids), max_seq_len
@@ -36,10 +37,10 @@ class RequestBuilder:
 
     def chat(self, messages: Any, params: Any, merge_system: bool) -> Request:
         """A request for the answer to a conversation, which ends at the end of the turn."""
-        ids = render_chat(self._tokenizer, messages, merge_system=merge_system)
-        end_of_turn = self._tokenizer.end_of_turn_id
-        assert end_of_turn is not None  # render_chat refuses such a vocabulary
-        return self.one(ids, params, eos_ids=self.eos_ids | {end_of_turn})
+        if self._tokenizer is None:
+            raise ValueError(f"{NO_TOKENIZER}, so no chat: give token ids")
+        ids = encode_chat(self._tokenizer, messages, merge_system=merge_system)
+        return self.one(ids, params, eos_ids=self.eos_ids | end_of_turn_ids(self._tokenizer))
 
     def one(
         self,
@@ -54,7 +55,9 @@ class RequestBuilder:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
-        params.check_token_ids(len(self._tokenizer))
+        params.check_token_ids(self._vocab_size)
+        if params.stop_strings and self._tokenizer is None:
+            raise ValueError(f"{NO_TOKENIZER}: stop_token_ids take the place of stop strings")
         text, ids = _encode(prompt, self._tokenizer, self._vocab_size)
         _check_length(len(ids), params.min_tokens, self._max_seq_len, score=score)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -100,7 +103,9 @@ def _spread(
     return list(params)
 
 
-def _encode(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple[str | None, list[int]]:
+def _encode(
+    prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[str | None, list[int]]:
     """The text, if there is one, and the ids of a prompt; ValueError says why it has none.
 
     Ids are checked here, on the host: one past the embedding would read foreign memory on a GPU.
@@ -108,7 +113,15 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> tuple[str 
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is empty")
-        return prompt, tokenizer.encode(prompt, parse_special=True)
+        if tokenizer is None:
+            raise ValueError(f"{NO_TOKENIZER}, so a prompt is a list of token ids")
+        ids = tokenizer.encode(prompt, parse_special=True)
+        if max(ids) >= vocab_size:  # a placeholder of images or sounds
+            raise ValueError(
+                f"the prompt holds {tokenizer.piece(max(ids))!r}, for which the model's embedding "
+                "has no row: it computes text alone"
+            )
+        return prompt, ids
     if _is_batch(prompt):
         raise ValueError("a prompt is a string or a list of token ids, not a list of lists")
     ids = []

@@ -3,20 +3,15 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
+
+from gemcut.tokenizer.vocabularies import Segment
 
 NO_MAXIMUM = int(1e30)  # transformers' value for a tokenizer without a maximum
 LARGEST_MAXIMUM = int(1e20)  # transformers treats a larger model_max_length as none
 PADDINGS = ("longest", "max_length", "do_not_pad")
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 SIDES = ("left", "right")
-
-
-class Segment(NamedTuple):
-    """The ids of one text, and the range of characters of each, as (start, end)."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
-from gemcut.engine.transformers_api.tokenizers.tokenizer_files import token_content
-from gemcut.engine.transformers_api.tokenizers.vocabularies import Vocabulary
+from gemcut.tokenizer import Tokenizer
+from gemcut.tokenizer.tokenizer_files import token_content
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 
@@ -67,7 +67,7 @@ class SpecialTokens:
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
+        vocabulary: Tokenizer,
         named: Mapping[str, Any],
         extra: Sequence[Any] | Mapping[str, Any] | None,
         *,
@@ -91,7 +91,7 @@ class SpecialTokens:
     @property
     def vocab_size(self) -> int:
         """The number of pieces, without tokens that a tokenizer.json adds after them."""
-        return self._vocabulary.base_size
+        return self._vocabulary.vocabulary.base_size
 
     def __len__(self) -> int:
         return len(self._vocabulary.pieces)

@@ -9,7 +9,6 @@ from gemcut.engine.transformers_api.tokenizers.batch_encoding import (
 )
 from gemcut.engine.transformers_api.tokenizers.padding import (
     Row,
-    Segment,
     joined,
     padded,
     padded_width,
@@ -17,7 +16,7 @@ from gemcut.engine.transformers_api.tokenizers.padding import (
     truncated,
 )
 from gemcut.engine.transformers_api.tokenizers.special_tokens import SpecialTokens
-from gemcut.engine.transformers_api.tokenizers.vocabularies import text_of
+from gemcut.tokenizer.vocabularies import Segment, text_of
 
 _UNTIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 

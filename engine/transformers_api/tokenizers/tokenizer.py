@@ -13,16 +13,14 @@ from typing import Any
 
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
 from gemcut.engine.checks import check_int, check_number
-from gemcut.engine.transformers_api.tokenizers import chat_templates, tokenizer_files
-from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, Segment, check_side
+from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, check_side
 from gemcut.engine.transformers_api.tokenizers.special_tokens import NAMES
 from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
-from gemcut.engine.transformers_api.tokenizers.vocabularies import (
-    JsonVocabulary,
-    SentencePieceVocabulary,
-    inside_special_literals,
-)
-from gemcut.tokenizer import Tokenizer, render_chat
+from gemcut.tokenizer import Tokenizer, chat_templates, render_chat, tokenizer_files
+from gemcut.tokenizer.json_vocabulary import JsonVocabulary
+from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
+from gemcut.tokenizer.tokenizer_files import TokenizerFiles
+from gemcut.tokenizer.vocabularies import Segment
 
 MASK = "<mask>"
 # the arguments of from_pretrained that choose another file or another process, and their defaults
@@ -43,8 +41,9 @@ class GemmaTokenizer(TextCoder):
     """Text to ids and back, with the arguments, attributes and results of transformers' class.
 
     `vocab_file` is a tokenizer.model, `tokenizer_file` a tokenizer.json (read by the tokenizers
-    package); the first is preferred.  `sp_model_kwargs` may hold enable_sampling, nbest_size (-1,
-    or more than 1, which means the same for BPE) and alpha, the share of merges skipped at random.
+    package), `tokenizer_object` a Tokenizer, such as an `Engine`'s.  `sp_model_kwargs` may hold
+    enable_sampling, nbest_size (-1, or more than 1, which means the same for BPE) and alpha, the
+    share of merges skipped at random.
     `mask_token`'s default is None where the vocabulary has no "<mask>".  With
     `spaces_between_special_tokens` decoded special tokens are set apart by spaces, and with
     `clean_up_tokenization_spaces` decoded text loses the spaces before its punctuation (in
@@ -57,6 +56,7 @@ class GemmaTokenizer(TextCoder):
         self,
         vocab_file: str | os.PathLike[str] | None = None,
         tokenizer_file: str | os.PathLike[str] | None = None,
+        tokenizer_object: Tokenizer | None = None,
         *,
         unk_token: Any = "<unk>",
         bos_token: Any = "<bos>",
@@ -79,10 +79,12 @@ class GemmaTokenizer(TextCoder):
         name_or_path: str = "",
     ):
         dropout = _dropout(sp_model_kwargs)
-        if vocab_file is not None:
-            vocabulary = SentencePieceVocabulary(vocab_file, dropout)
+        if tokenizer_object is not None:
+            vocabulary = tokenizer_object
+        elif vocab_file is not None:
+            vocabulary = Tokenizer(SentencePieceVocabulary.from_file(vocab_file, dropout=dropout))
         elif tokenizer_file is not None:
-            vocabulary = JsonVocabulary(tokenizer_file, dropout)
+            vocabulary = Tokenizer(JsonVocabulary.from_file(tokenizer_file, dropout=dropout))
         else:
             raise ValueError("GemmaTokenizer needs a vocab_file or a tokenizer_file")
         if use_default_system_prompt:
@@ -124,9 +126,9 @@ class GemmaTokenizer(TextCoder):
         )
 
     @property
-    def codec(self) -> Tokenizer | None:
-        """The gemcut.tokenizer.Tokenizer, as in `Engine`; None for a tokenizer.json."""
-        return getattr(self._vocabulary, "codec", None)
+    def codec(self) -> Tokenizer:
+        """The gemcut.tokenizer.Tokenizer, as in `Engine`."""
+        return self._vocabulary
 
     @classmethod
     def from_pretrained(
@@ -145,29 +147,17 @@ class GemmaTokenizer(TextCoder):
         source = pretrained_model_name_or_path
         name = source if isinstance(source, str) else Path(source)
         folder = resolve_checkpoint(name, files=tokenizer_files.FILES)
-        settings = tokenizer_files.read_settings(folder)
-        known = {k: v for k, v in settings.items() if k in _SETTINGS}
-        model, other = (
-            folder / name for name in (tokenizer_files.MODEL_FILE, tokenizer_files.JSON_FILE)
-        )
-        files = [file for file in (model, other) if file.is_file()]
-        if not files:
-            raise ValueError(f"{folder} holds neither tokenizer.model nor tokenizer.json")
-        if model in files and other in files and not _holds(model, folder):
-            files.remove(model)
-        if files[0] == other:
-            known["add_bos_token"], known["add_eos_token"] = JsonVocabulary(other).added_around()
+        files = TokenizerFiles.read(folder)
+        known = {k: v for k, v in files.settings.items() if k in _SETTINGS}
+        dropout = _dropout((known | overrides).get("sp_model_kwargs"))
+        codec = Tokenizer.from_files(files, dropout=dropout)
+        if isinstance(codec.vocabulary, JsonVocabulary):
+            known["add_bos_token"], known["add_eos_token"] = codec.vocabulary.added_around()
         if "additional_special_tokens" in overrides:
             known.pop("extra_special_tokens", None)
-        file_name = "vocab_file" if files[0] == model else "tokenizer_file"
-        arguments = {file_name: files[0], "name_or_path": str(source)} | known | overrides
+        arguments = {"tokenizer_object": codec, "name_or_path": str(source)} | known | overrides
         tokenizer = cls(**arguments)
-        missing = _missing(tokenizer.get_vocab(), folder)
-        if missing:
-            raise NotImplementedError(
-                f"{folder} adds the tokens {missing}, which {files[0].name} does not hold"
-            )
-        tokenizer._carried = {k: v for k, v in settings.items() if k not in _SETTINGS}
+        tokenizer._carried = {k: v for k, v in files.settings.items() if k not in _SETTINGS}
         return tokenizer
 
     def save_pretrained(
@@ -183,7 +173,7 @@ class GemmaTokenizer(TextCoder):
         if legacy_format is not None:
             raise NotImplementedError(
                 f"legacy_format={legacy_format!r} is not supported: "
-                f"{self._vocabulary.file_name} is what this tokenizer holds"
+                f"{self._vocabulary.vocabulary.file_name} is what this tokenizer holds"
             )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,9 +200,9 @@ class GemmaTokenizer(TextCoder):
         if not folder.is_dir():
             raise ValueError(f"save_directory {str(folder)!r} is no folder")
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        path = folder / f"{prefix}{self._vocabulary.file_name}"
+        path = folder / f"{prefix}{self._vocabulary.vocabulary.file_name}"
         before, after = map(self.convert_ids_to_tokens, (self._prefix, self._suffix))
-        self._vocabulary.save(path, before, after)
+        self._vocabulary.save_vocabulary(path, before, after)
         return (str(path),)
 
     def get_chat_template(
@@ -343,7 +333,7 @@ class GemmaTokenizer(TextCoder):
         return chat_templates.render(
             template,
             chat,
-            inside_literal=inside_special_literals(self._vocabulary) if guarded else None,
+            inside_literal=self._vocabulary.inside_marker if guarded else None,
             continue_final=field if continue_final else None,
             **variables,
         )
@@ -353,7 +343,7 @@ GemmaTokenizerFast = GemmaTokenizer
 _SETTINGS = {
     name
     for name in inspect.signature(GemmaTokenizer.__init__).parameters
-    if name not in ("self", "vocab_file", "tokenizer_file", "name_or_path")
+    if name not in ("self", "vocab_file", "tokenizer_file", "tokenizer_object", "name_or_path")
 }
 _SAVED = sorted(_SETTINGS - {*NAMES, "chat_template", "additional_special_tokens"})
 
@@ -377,17 +367,6 @@ def _dropout(options: Mapping[str, Any] | None) -> float:
             f"sp_model_kwargs nbest_size {nbest_size} samples nothing; -1 takes all segmentations"
         )
     return float(alpha)
-
-
-def _missing(vocab: Mapping[str, int], folder: Path) -> list[str]:
-    added = tokenizer_files.read_added_tokens(folder)
-    return [piece for i, piece in sorted(added.items()) if vocab.get(piece) != i]
-
-
-def _holds(model: Path, folder: Path) -> bool:
-    """Whether tokenizer.model has all tokens that the checkpoint's other files add."""
-    pieces = SentencePieceVocabulary(model).pieces
-    return not _missing({piece: i for i, piece in enumerate(pieces)}, folder)
 
 
 def _without_offsets(options: Mapping[str, Any] | None) -> dict[str, Any]:

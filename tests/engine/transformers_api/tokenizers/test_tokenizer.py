@@ -37,7 +37,7 @@ class TestConstructor:
             pytest.param(
                 {"vocab_file": None, "tokenizer_file": "no/such"},
                 ValueError,
-                "no such file",
+                "No such file",
                 id="lost-json",
             ),
         ],

@@ -95,8 +95,8 @@ class TestFiles:
         assert tokenizer.encode("a<tool>") == theirs.encode("a<tool>")
         assert (tokenizer.vocab_size, len(tokenizer)) == (theirs.vocab_size, len(theirs))
         (tmp_path / "tokenizer.json").unlink()
-        with pytest.raises(NotImplementedError, match=r"adds the tokens \['<tool>'\]"):
-            GemmaTokenizer.from_pretrained(tmp_path)
+        tokenizer = GemmaTokenizer.from_pretrained(tmp_path)
+        assert tokenizer.encode("a<tool>") == theirs.encode("a<tool>")
 
     def test_several_templates(self, tokenizer_file, tmp_path):
         templates = {"default": "{{ messages[0].content }}", "tool_use": "b"}
@@ -154,7 +154,7 @@ class TestFiles:
         path = str(tmp_path / "tokenizer.json")
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
         backend.save(path)
-        with pytest.raises(ValueError, match="alters spaces"):
+        with pytest.raises(ValueError, match="alters text"):
             GemmaTokenizer(tokenizer_file=path)
 
     def test_without_tokenizers(self, saved, monkeypatch):

@@ -1,0 +1,126 @@
+"""Tokens that are found in a text as wholes, before anything is merged; and those kept out of it.
+
+A *marker* is a token that no untrusted text may write: the special ones, and other literals in
+brackets ("<unused12>", "[multimodal]", "<|fim_prefix|>").  A tag that the vocabulary has opening
+and closing ("<table>", "</table>") is text, which the model was trained on.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+_IN_BRACKETS = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
+OPTIONS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+_TAG = re.compile(r"</?([^\s<>/]+)>")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token of a vocabulary that its text spells as a whole, with transformers' options.
+
+    id: None is the next free one, or that of the piece.  special: `skip_special_tokens` hides it.
+    lstrip, rstrip: it takes the whitespace before, after it.  single_word: only where no letter or
+    digit touches it.  normalized: its spaces may be spelled "▁" too.
+    """
+
+    content: str
+    id: int | None = None
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has none of the options that look at the text beside it."""
+        return not (self.lstrip or self.rstrip or self.single_word)
+
+
+class Literals:
+    """Finds the tokens of a text: of those that begin first, the longest."""
+
+    def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
+        self._tokens: dict[str, tuple[int, AddedToken]] = {}
+        for token_id, token in tokens.items():
+            self._tokens[token.content] = (token_id, token)
+            if token.normalized:
+                self._tokens.setdefault(token.content.replace(" ", "▁"), (token_id, token))
+                self._tokens.setdefault(token.content.replace("▁", " "), (token_id, token))
+        self._pattern = re.compile(any_of(self._tokens))
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Start, end and id of each token in a text, whitespace that it takes included."""
+        begin = 0
+        for match in self._pattern.finditer(text):
+            token_id, token = self._tokens[match.group()]
+            start, end = match.span()
+            if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end:])):
+                continue
+            while token.lstrip and start > begin and text[start - 1].isspace():
+                start -= 1
+            while token.rstrip and end < len(text) and text[end].isspace():
+                end += 1
+            if start >= begin:
+                yield start, end, token_id
+                begin = end
+
+
+def _is_word(text: str) -> bool:
+    return re.match(r"\w", text) is not None
+
+
+def any_of(literals: Iterable[str]) -> str:
+    """A pattern of the longest of some literals, as a tree: its time is not that of their number.
+
+    Of no literals it matches nowhere.
+    """
+    return _tree(sorted(set(literals))) or "(?!)"
+
+
+def _tree(words: Sequence[str]) -> str:
+    if not words:
+        return ""
+    first, last = words[0], words[-1]
+    common = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
+    )
+    prefix = first[:common]
+    rests = [word[len(prefix) :] for word in words]
+    more = [rest for rest in rests if rest]
+    if not more:
+        return re.escape(prefix)
+    branches = "|".join(_tree(list(group)) for _, group in groupby(more, key=lambda rest: rest[0]))
+    return f"{re.escape(prefix)}(?:{branches}){'?' if len(more) < len(rests) else ''}"
+
+
+def inside(literals: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of the empty place after a literal's first letter, where a text is cut in two."""
+    by_letter = groupby(sorted(set(literals)), key=lambda literal: literal[0])
+    return re.compile(
+        "|".join(
+            f"(?<={re.escape(letter)})(?={_tree([literal[1:] for literal in group])})"
+            for letter, group in by_letter
+        )
+        or "(?!)"
+    )
+
+
+def markers(literals: Mapping[str, int], special_ids: Collection[int]) -> dict[str, int]:
+    """Those of a vocabulary's literals that no untrusted text may write."""
+    return {
+        literal: token_id
+        for literal, token_id in literals.items()
+        if token_id in special_ids or (is_in_brackets(literal) and not _is_tag(literal, literals))
+    }
+
+
+def is_in_brackets(literal: str) -> bool:
+    """Whether a literal has the form of a control token: "<...>" or "[...]"."""
+    return literal[:1] in "<[" and _IN_BRACKETS.fullmatch(literal) is not None
+
+
+def _is_tag(literal: str, literals: Collection[str]) -> bool:
+    tag = _TAG.fullmatch(literal)
+    return tag is not None and f"<{tag[1]}>" in literals and f"</{tag[1]}>" in literals

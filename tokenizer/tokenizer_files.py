@@ -1,0 +1,169 @@
+"""The files of a tokenizer in a checkpoint's folder, as transformers writes and reads them."""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemcut.tokenizer.added_tokens import OPTIONS, AddedToken, is_in_brackets
+
+MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+CONFIG_FILE, MAP_FILE = "tokenizer_config.json", "special_tokens_map.json"
+ADDED_FILE, TEMPLATE_FILE = "added_tokens.json", "chat_template.jinja"
+FILES = (
+    MODEL_FILE,
+    JSON_FILE,
+    CONFIG_FILE,
+    MAP_FILE,
+    ADDED_FILE,
+    TEMPLATE_FILE,
+    "chat_template.json",
+)
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+# keys of tokenizer_config.json that are written anew, or that the vocabulary itself holds
+_NOT_CARRIED = {"tokenizer_class", "added_tokens_decoder", "name_or_path", "tokenizer_file"}
+_NOT_CARRIED |= {"vocab_file", "special_tokens_map_file", "init_inputs", "auto_map"}
+_OTHER_MODALITY = re.compile(r"image|audio|video|\b[be]o[iav]_token")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a folder says of its tokenizer, beside the vocabulary."""
+
+    folder: Path
+    settings: dict[str, Any]  # of tokenizer_config.json and special_tokens_map.json; tokens as text
+    added: dict[int, AddedToken]
+    chat_template: Any
+
+    @classmethod
+    def read(cls, folder: Path) -> "TokenizerFiles":
+        """Read the small files; ValueError where one is no JSON, or they clash."""
+        settings = read_settings(folder)
+        return cls(folder, settings, _read_added(folder), settings.get("chat_template"))
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The pieces of bos_token and the like."""
+        return {name: self.settings[name] for name in NAMES if self.settings.get(name) is not None}
+
+    def special_tokens(self, literals: Collection[str]) -> Iterator[AddedToken]:
+        """The tokens that the settings call special; "<mask>" too where it is one of `literals`."""
+        extra = self.settings.get("extra_special_tokens") or []
+        extra = extra.values() if isinstance(extra, Mapping) else extra
+        mask = ["<mask>"] if "<mask>" in literals and "mask_token" not in self.settings else []
+        described = {token.content: token for token in self.added.values()}
+        for content in dict.fromkeys([*self.named.values(), *extra, *mask]):
+            known = described.get(content, AddedToken(content, normalized=False))
+            yield replace(known, special=True)
+
+    def placeholders(self, literals: Collection[str]) -> set[str]:
+        """Tokens that stand for images, sounds or videos, by their name in the settings or literal.
+
+        A language model computes none of them, and its embedding may have no row for them.
+        """
+        extra = self.settings.get("extra_special_tokens")
+        names = {**self.settings, **(extra if isinstance(extra, Mapping) else {})}
+        named = {v for k, v in names.items() if isinstance(v, str) and _OTHER_MODALITY.search(k)}
+        return {
+            literal
+            for literal in literals
+            if literal in named or (is_in_brackets(literal) and _OTHER_MODALITY.search(literal))
+        }
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings in tokenizer_config.json, special_tokens_map.json and the template files."""
+    settings = _read_json(folder / MAP_FILE) | _read_json(folder / CONFIG_FILE)
+    settings = {key: _token(value) for key, value in settings.items() if key not in _NOT_CARRIED}
+    named = settings.pop("additional_special_tokens", None)
+    if named and not settings.get("extra_special_tokens"):
+        settings["extra_special_tokens"] = named
+    for name in NAMES:
+        if settings.get(name) is not None:
+            settings[name] = token_content(f"{folder / CONFIG_FILE}: {name}", settings[name])
+    template = _read_json(folder / "chat_template.json").get("chat_template")
+    if (folder / TEMPLATE_FILE).is_file():
+        template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    if template is not None:
+        settings["chat_template"] = template
+    return settings
+
+
+def _read_added(folder: Path) -> dict[int, AddedToken]:
+    """The tokens that added_tokens.json and tokenizer_config.json place at ids."""
+    added: dict[int, AddedToken] = {}
+    ids: dict[str, int] = {}
+    for path, token_id, token in _added_entries(folder):
+        place = f"{path}: {token.content!r}"
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise ValueError(f"{place} has the id {token_id!r}, which is no id")
+        if not token.content:
+            raise ValueError(f"{path}: the added token of id {token_id} is empty")
+        if ids.setdefault(token.content, token_id) != token_id:
+            raise ValueError(f"{place} has the id {token_id}, and elsewhere {ids[token.content]}")
+        if token_id in added and added[token_id].content != token.content:
+            other = added[token_id].content
+            raise ValueError(f"{place} has the id {token_id}, and so has {other!r}")
+        added[token_id] = replace(token, id=token_id)
+    return added
+
+
+def _added_entries(folder: Path) -> Iterator[tuple[Path, Any, AddedToken]]:
+    for content, token_id in _read_json(folder / ADDED_FILE).items():
+        yield folder / ADDED_FILE, token_id, AddedToken(content)
+    path = folder / CONFIG_FILE
+    decoder = _read_json(path).get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{path}: added_tokens_decoder is a {type(decoder).__name__}")
+    for key, value in decoder.items():
+        flags = (
+            {k: bool(value[k]) for k in OPTIONS if k in value} if isinstance(value, dict) else {}
+        )
+        content = token_content(f"{path}: added token {key}", value)
+        yield path, int(key) if key.isdecimal() else key, AddedToken(content, **flags)
+
+
+def token_content(name: str, token: Any) -> str:
+    """The piece of a special token: a string, an AddedToken, or its JSON object."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    content = token if isinstance(token, str) else getattr(token, "content", None)
+    if not isinstance(content, str) or not content:
+        raise ValueError(f"{name} {token!r} is neither a string nor an AddedToken")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping as transformers formats it: sorted, two spaces, no escapes."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _token(value: Any) -> Any:
+    """A value of the config, with special tokens in it as strings."""
+    if isinstance(value, dict) and "content" in value:
+        return token_content("special token", value)
+    return [_token(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"{twice!r} is there twice")
+    return values
