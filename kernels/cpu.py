@@ -11,6 +11,7 @@ keys that are read, R heads of several slots.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -51,6 +52,10 @@ __all__ = [
 WIDE = (torch.float32, torch.float64)
 FEW_ROWS, SMALL = 2, 2**18  # rows, and elements of a weight: see linear
 HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once, where it must
+# A logit rounded to bfloat16 errs by 2^-9 of itself: the greatest of all is among those so near to
+# the greatest rounded one.  Where more are than MOST_NEAR, all are computed again.
+NEAR, MOST_NEAR = 2**-7, 4096
+ROWS, QUERIES = 16, 128  # of a prompt, that attend all heads at once, and a head at a time
 
 
 # Numbers
@@ -182,7 +187,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """The same weight [N, D] as `linear` and `lm_head` read it fastest; nothing else can read it.
+    """The same weight [N, D] as `linear` reads it fastest; nothing else can read it.
 
     In bfloat16 it is reordered into oneDNN's blocks, from which few rows take half the time; the
     results are the same, bit for bit.  Otherwise it is the weight itself.
@@ -190,6 +195,20 @@ def packed(weight: Tensor) -> Tensor:
     if weight.dtype != torch.bfloat16 or weight.dtype not in _by_onednn() or not weight.is_cpu:
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+@dataclass(frozen=True)
+class PackedHead:
+    """A head [V, D], and a second one in blocks: of a tied head, single rows are read too."""
+
+    plain: Tensor
+    blocks: Tensor
+
+
+def packed_head(weight: Tensor) -> Tensor | PackedHead:
+    """A head [V, D] as `lm_head` and `lm_head_argmax` read it fastest; see `packed`."""
+    blocks = packed(weight)
+    return weight if blocks is weight else PackedHead(weight, blocks)
 
 
 @lru_cache
@@ -213,34 +232,48 @@ def geglu(gate_up: Tensor) -> Tensor:
     return rounded(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype)
 
 
-def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
-    """Logits in float32 whatever x's dtype: x [M, D], weight [V, D], perhaps packed -> [M, V]."""
-    logits = _unrounded_linear(x, weight)
-    return logits if softcap is None else times_(times_(logits, 1 / softcap).tanh_(), softcap)
-
-
-def _unrounded_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """A product in float32: x [M, D], weight [N, D] -> [M, N].
+def lm_head(x: Tensor, weight: Tensor | PackedHead, softcap: float | None) -> Tensor:
+    """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
     No function of torch on a CPU multiplies bfloat16 and yields float32.  But one subtracts before
     it rounds: what a first product has lost, a second one gives back, and reading the weight twice
     takes a third of the time of widening it.
     """
-    if x.dtype != torch.bfloat16:
-        return linear(x, weight)
-    if x.dtype not in _by_onednn() or not x.is_cpu:
-        return torch.cat([F.linear(x.float(), w.float()) for w in weight.split(HEAD_ROWS)], -1)
-    rounded_ = linear(x, weight)
-    lost = torch.ops.mkldnn._linear_pointwise.binary(x, rounded_, weight, None, "sub")
-    return rounded_.float().add_(lost)
+    blocks = weight.blocks if isinstance(weight, PackedHead) else weight
+    if x.dtype in WIDE:
+        logits = linear(x, blocks)
+    elif x.dtype in _by_onednn() and x.is_cpu:
+        shortened = linear(x, blocks)
+        lost = torch.ops.mkldnn._linear_pointwise.binary(x, shortened, blocks, None, "sub")
+        logits = shortened.float().add_(lost)
+    else:
+        logits = torch.cat([F.linear(x.float(), w.float()) for w in blocks.split(HEAD_ROWS)], -1)
+    return _capped(logits, softcap)
 
 
 def lm_head_argmax(
-    x: Tensor, weight: Tensor, softcap: float | None, counters: Tensor | None = None
+    x: Tensor, weight: Tensor | PackedHead, softcap: float | None, counters: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The greatest logit and its token id: x [M, D] -> [M] float32, [M]."""
+    """The greatest logit and its token id: x [M, D] -> [M] float32, [M].
+
+    Of a packed head only the rows whose rounded logit is near the greatest are computed again.
+    """
+    if isinstance(weight, PackedHead):
+        rounded_logits = linear(x, weight.blocks)
+        greatest = rounded_logits.max(-1, keepdim=True).values
+        near = rounded_logits >= greatest - greatest.abs() * NEAR
+        rows, ids = near.nonzero().unbind(-1)
+        if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
+            logits = torch.linalg.vecdot(x[rows].float(), weight.plain[ids].float())
+            found = torch.full_like(rounded_logits, -torch.inf, dtype=torch.float32)
+            best = found.index_put_((rows, ids), logits).max(-1)
+            return _capped(best.values, softcap), best.indices
     best = lm_head(x, weight, softcap).max(-1)
     return best.values, best.indices
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else times_(times_(logits, 1 / softcap).tanh_(), softcap)
 
 
 def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
@@ -377,12 +410,48 @@ def _attend(
     if T == 1:  # all keys are visible
         weights = _scores(q.reshape(B * HK, -1, K), k, scale, softcap).softmax(-1)
         return rounded(torch.bmm(weights, v).view(B, 1, HQ, K), dtype)
+    if B == 1 and T > ROWS:
+        blocks = [
+            _attend_block(block, k, v, first, start + T0, scale, softcap, sliding_window)
+            for T0, block in zip(range(0, T, QUERIES), q[0].split(QUERIES), strict=True)
+        ]
+        return rounded(torch.cat(blocks), dtype).unsqueeze(0)
     q = q.view(B, T, HK, -1, K).permute(0, 2, 3, 1, 4).reshape(B * HK, -1, K)  # [B HK, G T, K]
     scores = _scores(q, k, scale, softcap).view(B * HK, -1, T, end - first)
     hidden = ~_visible(start, first, end, sliding_window, q.device)  # [T, S]
     weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
     out = torch.bmm(weights.view(B * HK, -1, end - first), v).view(B, HK, -1, T, K)
     return rounded(out.permute(0, 3, 1, 2, 4).reshape(B, T, HQ, K), dtype)
+
+
+def _attend_block(
+    q: Tensor,  # [T, HQ, K]
+    k: Tensor,  # [HK, S, K], from position `first` on
+    v: Tensor,
+    first: int,
+    start: int,  # position of the first query
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention of some queries of one sequence, all in `widened` dtypes -> [T, HQ, K].
+
+    A head at a time: oneDNN's products take half the time of MKL's for all heads together.
+    """
+    (T, HQ, K), HK = q.shape, k.shape[0]
+    end = start + T
+    begin = first if sliding_window is None else max(first, start - sliding_window + 1)
+    seen = slice(begin - first, end - first)
+    hidden = ~_visible(start, begin, end, sliding_window, q.device)  # [T, S]
+    q = times(q, scale if softcap is None else scale / softcap)
+    heads = []
+    for of_q, of_k, of_v in zip(q.split(HQ // HK, dim=1), k[:, seen], v[:, seen], strict=True):
+        scores = linear(of_q.transpose(0, 1).reshape(-1, K), of_k)  # [G T, S]
+        if softcap is not None:
+            scores = times_(scores.tanh_(), softcap)
+        weights = scores.view(-1, T, end - begin).masked_fill_(hidden, -torch.inf).softmax(-1)
+        heads.append(linear(weights.flatten(0, 1), of_v.mT).view(-1, T, K))
+    return torch.cat(heads).transpose(0, 1)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config.model_config import ModelConfig
+from gemcut.kernels.cpu import PackedHead, packed, packed_head
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Weights:
     embedding: Tensor  # [V, D]
     layers: list[LayerWeights]
     norm: Tensor  # [D]
-    lm_head: Tensor  # [V, D]
+    lm_head: Tensor | PackedHead  # [V, D]
     score: Tensor | None = None  # [num_labels, D], of a classifier
     score_bias: Tensor | None = None  # [num_labels], where it classifies tokens
 
@@ -59,15 +60,15 @@ class Weights:
         return Weights(**fields, lm_head=fields["embedding"] if is_tied else moved(self.lm_head))
 
 
-    def pack_(self, pack: Callable[[Tensor], Tensor]) -> None:
-        """Replace each matrix that only products read by what `pack` makes of it, one by one.
+    def pack_(self) -> None:
+        """Replace each matrix, one by one, by what a CPU reads fastest in products of few rows.
 
-        The embedding stays: its rows are read too, so a tied head becomes a second table.
+        Nothing but kernels/cpu.py can read them then.  Of the head there is a second one.
         """
         for layer in self.layers:
             for name in ("qkv", "o", "gate_up", "down"):
-                setattr(layer, name, pack(getattr(layer, name)))
-        self.lm_head = pack(self.lm_head)
+                setattr(layer, name, packed(getattr(layer, name)))
+        self.lm_head = packed_head(self.lm_head)
 
 
 @dataclass(frozen=True)
