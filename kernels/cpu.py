@@ -51,7 +51,7 @@ __all__ = [
 
 WIDE = (torch.float32, torch.float64)
 FEW_ROWS, SMALL = 2, 2**18  # rows, and elements of a weight: see linear
-HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once, where it must
+HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once
 # A logit rounded to bfloat16 errs by 2^-9 of itself: the greatest of all is among those so near to
 # the greatest rounded one.  Where more are than MOST_NEAR, all are computed again.
 NEAR, MOST_NEAR = 2**-7, 4096
@@ -192,9 +192,14 @@ def packed(weight: Tensor) -> Tensor:
     In bfloat16 it is reordered into oneDNN's blocks, from which few rows take half the time; the
     results are the same, bit for bit.  Otherwise it is the weight itself.
     """
-    if weight.dtype != torch.bfloat16 or weight.dtype not in _by_onednn() or not weight.is_cpu:
+    if not (packs(weight.dtype) and weight.is_cpu):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether `packed` changes weights of this dtype, on this machine."""
+    return dtype == torch.bfloat16 and dtype in _by_onednn()
 
 
 @dataclass(frozen=True)
@@ -235,19 +240,16 @@ def geglu(gate_up: Tensor) -> Tensor:
 def lm_head(x: Tensor, weight: Tensor | PackedHead, softcap: float | None) -> Tensor:
     """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
-    No function of torch on a CPU multiplies bfloat16 and yields float32.  But one subtracts before
-    it rounds: what a first product has lost, a second one gives back, and reading the weight twice
-    takes a third of the time of widening it.
+    bfloat16 is widened a block at a time, in one buffer that stays in the processor's cache.
     """
-    blocks = weight.blocks if isinstance(weight, PackedHead) else weight
-    if x.dtype in WIDE:
-        logits = linear(x, blocks)
-    elif x.dtype in _by_onednn() and x.is_cpu:
-        shortened = linear(x, blocks)
-        lost = torch.ops.mkldnn._linear_pointwise.binary(x, shortened, blocks, None, "sub")
-        logits = shortened.float().add_(lost)
-    else:
-        logits = torch.cat([F.linear(x.float(), w.float()) for w in blocks.split(HEAD_ROWS)], -1)
+    plain = weight.plain if isinstance(weight, PackedHead) else weight
+    if plain.dtype in WIDE:
+        return _capped(linear(x, plain), softcap)
+    x, (V, D) = widened(x), plain.shape
+    logits = x.new_empty(x.shape[0], V)
+    buffer = x.new_empty(min(HEAD_ROWS, V), D)
+    for columns, rows in zip(logits.split(HEAD_ROWS, -1), plain.split(HEAD_ROWS), strict=True):
+        columns.copy_(linear(x, buffer[: len(rows)].copy_(rows)))
     return _capped(logits, softcap)
 
 

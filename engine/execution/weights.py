@@ -6,7 +6,7 @@ follow it.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,10 +60,17 @@ class Weights:
         return Weights(**fields, lm_head=fields["embedding"] if is_tied else moved(self.lm_head))
 
 
+    def packed(self) -> "Weights":
+        """The same weights beside what `pack_` makes of them."""
+        layers = [replace(layer) for layer in self.layers]
+        weights = replace(self, layers=layers)
+        weights.pack_()
+        return weights
+
     def pack_(self) -> None:
         """Replace each matrix, one by one, by what a CPU reads fastest in products of few rows.
 
-        Nothing but kernels/cpu.py can read them then.  Of the head there is a second one.
+        Nothing but kernels/cpu.py can read them then.  Of the head there are two.
         """
         for layer in self.layers:
             for name in ("qkv", "o", "gate_up", "down"):
