@@ -15,7 +15,7 @@ from gemcut.engine.engine import Engine
 from gemcut.engine.info import describe, find_config, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
-from gemcut.tokenizer import render_chat
+from gemcut.tokenizer import encode_chat
 
 MAX_SLOTS = 8  # more completions than that take turns
 SEPARATOR = "\n---\n"
@@ -150,7 +150,8 @@ def _converse(
     Ctrl-C on a terminal ends the answer at once.  ValueError where the conversation does not fit
     the slot.
     """
-    length = len(render_chat(engine.tokenizer, messages, merge_system=True))
+    assert engine.tokenizer is not None
+    length = len(encode_chat(engine.tokenizer, messages, merge_system=True))
     if length >= engine.max_seq_len:
         raise ValueError(
             f"with this turn the conversation has {length} tokens and one to generate, "

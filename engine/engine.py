@@ -19,8 +19,8 @@ from typing import Any, Literal, overload
 import torch
 from tqdm import tqdm
 
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
-from gemcut.engine.checkpoints.load import load_checkpoint
+from gemcut.engine.checkpoints.hub import SMALL_FILES, resolve_checkpoint
+from gemcut.engine.checkpoints.load import load_checkpoint, load_tokenizer
 from gemcut.engine.checks import check_bool, check_int
 from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import ModelConfig
@@ -54,7 +54,7 @@ class Engine:
     def __init__(
         self,
         model: Gemma,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         eos_ids: Sequence[int] | None = None,
         max_batch_size: int | Literal["auto"] = 8,
@@ -67,6 +67,7 @@ class Engine:
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
 
+        tokenizer: without one, prompts are token ids and outputs have no text.
         prefill_chunk: tokens of a prompt that are computed at once while others decode.
         reuse_prefixes: a prompt takes over the prefix that a slot already holds, and on a GPU its
         chunks are longer while no request decodes (prefill_chunks.py); without, every run computes
@@ -77,11 +78,8 @@ class Engine:
         MemoryError what is needed, what is free and what would fit.
         """
         config = model.config
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the vocabulary has {len(tokenizer)} pieces, "
-                f"but the embedding only {config.vocab_size} rows"
-            )
+        if tokenizer is not None:
+            tokenizer.check_embedding(config.vocab_size)
         if max_waiting is not None:
             check_int("max_waiting", max_waiting, 0, INT64_MAX)
         check_bool("cuda_graphs", cuda_graphs)
@@ -98,7 +96,7 @@ class Engine:
             device=model.device,
             dtype=model.dtype,
         )
-        state = SlotState(max_batch_size, len(tokenizer), model.device)
+        state = SlotState(max_batch_size, config.vocab_size, model.device)
         eos_ids = config.eos_token_ids if eos_ids is None else eos_ids
         self._builder = RequestBuilder(tokenizer, config.vocab_size, eos_ids, self.max_seq_len)
         self._scheduler = Scheduler(
@@ -130,6 +128,7 @@ class Engine:
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
         cuda_graphs: bool = True,
+        skip_tokenizer_init: bool = False,
         quantization: str | None = None,
         ops: str = "auto",
     ) -> "Engine":
@@ -137,28 +136,30 @@ class Engine:
 
         device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and float32 on a
         CPU; max_batch_size "auto" is the most of 16, 8, 4, 2, 1 slots that free memory holds;
-        max_seq_len None or "auto" is the model's own limit, or less if free memory holds less.
-        ValueError says in one line what is wrong with an argument or the checkpoint.
+        max_seq_len None or "auto" is the model's own limit, or less if free memory holds less; with
+        skip_tokenizer_init the engine takes ids alone.  ValueError says in one line what is wrong.
         """
         if quantization is not None:
             raise NotImplementedError(f"quantization {quantization!r} is not there yet; None is")
         target = choose_device(device)
         op_table = choose_ops(ops, target)
         weights_dtype = choose_dtype(dtype, target)
-        folder = resolve_checkpoint(model)
+        check_bool("skip_tokenizer_init", skip_tokenizer_init)
+        folder = resolve_checkpoint(model, files=SMALL_FILES)
         config = ModelConfig.from_file(folder)
         if config.classifier is not None:
             raise ValueError(
                 f"{folder} holds a {config.architectures[0]}, which generates no text; "
                 f"gemcut.engine has a class of that name"
             )
-        tokenizer = Tokenizer.from_file(folder)
+        tokenizer = None if skip_tokenizer_init else load_tokenizer(folder, config)
         eos_ids = stop_token_ids(folder, config)
         check_bool("cuda_graphs", cuda_graphs)
         build = Build(
             config, target, weights_dtype, op_table, prefill_chunk, reuse_prefixes, cuda_graphs
         )
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
+        folder = resolve_checkpoint(model)  # with the weights
 
         def load() -> Engine:
             weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
@@ -254,8 +255,10 @@ class Engine:
         """The model's answer to a conversation, as an output or, with `stream`, as deltas.
 
         messages: mappings with "role" ("user" or "model", also called "assistant", in turn) and
-        "content".  Gemma has no system role: it is refused, or with `merge_system` put before the
-        first user content.  The answer ends at the end of the turn.
+        "content".  They are rendered by the checkpoint's chat template, or without one as Gemma's
+        turns; either way no content becomes a special token.  Gemma has no system role: it is
+        refused, or with `merge_system` put before the first user content.  The answer ends at the
+        end of the turn.
         """
         request = self._requests.chat(messages, params, merge_system)
         if stream:

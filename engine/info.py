@@ -25,6 +25,7 @@ from gemcut.engine.memory import (
 )
 from gemcut.kernels import cpu
 from gemcut.tokenizer import Tokenizer
+from gemcut.tokenizer.chat import check_template
 
 BATCH_SIZES = (1, 8)
 KINDS = {
@@ -239,9 +240,12 @@ def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
 
 def _token_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     try:
-        size = len(Tokenizer.from_file(folder))
-        if size > config.vocab_size:
-            yield f"{folder}: tokenizer.model has {size} pieces, the embedding {config.vocab_size}"
+        tokenizer = Tokenizer.from_file(folder)
+        check_template(tokenizer)
+        try:
+            tokenizer.check_embedding(config.vocab_size)
+        except ValueError as error:
+            yield f"{folder}: {error}"
         stop_token_ids(folder, config)
     except ValueError as error:
         yield str(error)

@@ -40,6 +40,7 @@ LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.eng
 LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
 LATE |= {("tokenizer/json_vocabulary.py", "tokenizers")}
 LATE |= {("tokenizer/chat_templates.py", "jinja2")}
+LATE |= {("tokenizer/chat_templates.py", "gemcut.tokenizer.template_sandbox")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

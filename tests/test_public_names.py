@@ -51,7 +51,7 @@ PUBLIC = {
         lm_head_argmax penalize rmsnorm rope_and_store_ rope_tables sample skinny_linear
     """,
     "gemcut.tokenizer": """
-        StopStrings StreamDecoder Tokenizer render_chat
+        AddedToken StopStrings StreamDecoder Tokenizer encode_chat end_of_turn_ids render_chat
     """,
 }
 OPS = PUBLIC["gemcut.kernels"]  # torch.ops.gemcut has each of them too

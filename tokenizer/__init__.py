@@ -5,4 +5,12 @@ from gemcut.tokenizer.chat import encode_chat, end_of_turn_ids, render_chat
 from gemcut.tokenizer.codec import Tokenizer
 from gemcut.tokenizer.stream import StopStrings, StreamDecoder
 
-__all__ = ["AddedToken", "StopStrings", "StreamDecoder", "Tokenizer", "encode_chat", "end_of_turn_ids", "render_chat"]
+__all__ = [
+    "AddedToken",
+    "StopStrings",
+    "StreamDecoder",
+    "Tokenizer",
+    "encode_chat",
+    "end_of_turn_ids",
+    "render_chat",
+]

@@ -37,6 +37,18 @@ class AddedToken:
         """Whether it has none of the options that look at the text beside it."""
         return not (self.lstrip or self.rstrip or self.single_word)
 
+    def takes(self, letter: str) -> bool:
+        """Whether lstrip and rstrip take a letter; a space is "▁" where the token is normalized."""
+        return letter.isspace() and not (self.normalized and letter == " ")
+
+    def is_spelled(self, text: str) -> bool:
+        """Whether the characters of a token in a text are its literal, and no merged pieces."""
+        text = text.lstrip() if self.lstrip else text
+        text = text.rstrip() if self.rstrip else text
+        return text == self.content or (
+            self.normalized and text.replace(" ", "▁") == self.content.replace(" ", "▁")
+        )
+
 
 class Literals:
     """Finds the tokens of a text: of those that begin first, the longest."""
@@ -56,15 +68,16 @@ class Literals:
         for match in self._pattern.finditer(text):
             token_id, token = self._tokens[match.group()]
             start, end = match.span()
-            if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[end:])):
+            if token.single_word and (
+                _is_word(text[start - 1 : start]) or _is_word(text[end : end + 1])
+            ):
                 continue
-            while token.lstrip and start > begin and text[start - 1].isspace():
+            while token.lstrip and start > begin and token.takes(text[start - 1]):
                 start -= 1
-            while token.rstrip and end < len(text) and text[end].isspace():
+            while token.rstrip and end < len(text) and token.takes(text[end]):
                 end += 1
-            if start >= begin:
-                yield start, end, token_id
-                begin = end
+            yield start, end, token_id  # which may begin in the whitespace that the last one took
+            begin = end
 
 
 def _is_word(text: str) -> bool:

@@ -82,6 +82,13 @@ def end_of_turn_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(ids)
 
 
+def check_template(tokenizer: Tokenizer) -> None:
+    """Nothing, or ValueError where the chat template cannot be used."""
+    template = default_template(tokenizer)
+    if template is not None:
+        chat_templates.check(template)
+
+
 def default_template(tokenizer: Tokenizer) -> str | None:
     """The jinja template of a plain chat; None for Gemma's own turns."""
     templates = chat_templates.by_name(tokenizer.chat_template)

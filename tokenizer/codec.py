@@ -109,6 +109,11 @@ class Tokenizer:
         """The pieces by id, as the vocabulary spells them."""
         return self.vocabulary.pieces
 
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """All tokens that a text spells as wholes, by id."""
+        return self.vocabulary.added_tokens
+
     def add_tokens(self, tokens: Iterable[AddedToken]) -> int:
         """The number of new tokens: others are pieces already, and get the options given."""
         before = len(self)
@@ -135,9 +140,6 @@ class Tokenizer:
         for i in self.special_ids:
             self._bytes_without_specials[i] = b""
         self._markers = markers(self.vocabulary.literals, self.special_ids)
-        for literal in self._markers:
-            if len(literal) == 1:
-                raise ValueError(f"special token {literal!r} has one letter, as any text may")
         self.marker_ids = frozenset(self._markers.values())
         self._inside_marker: Pattern[str] | None = None
 
@@ -199,9 +201,7 @@ class Tokenizer:
         whole = Segment([], [])
         start = 0
         for part in [text] if parse_special else self.inside_marker.split(text):
-            ids, offsets = self.vocabulary.encode_with_offsets(part)
-            whole.ids.extend(ids)
-            whole.offsets.extend((start + begin, start + end) for begin, end in offsets)
+            whole.add(*self.vocabulary.encode_with_offsets(part), start)
             start += len(part)
         return whole
 

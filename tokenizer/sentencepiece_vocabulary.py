@@ -7,7 +7,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from gemcut.tokenizer.added_tokens import AddedToken, Literals, is_in_brackets
+from gemcut.tokenizer.added_tokens import AddedToken, Literals
 from gemcut.tokenizer.vocabularies import (
     BYTE,
     END_OF_TURN,
@@ -50,16 +50,10 @@ class SentencePieceVocabulary(Vocabulary):
 
         hidden = (*self.named.values(), START_OF_TURN, END_OF_TURN)
         self.special_ids = {self._ids[piece] for piece in hidden if piece in self._ids}
-        # SentencePiece finds user-defined pieces in a text itself, and never control pieces
         is_control = self._processor.is_control(ids)
-        control = {*(i for i in ids if is_control[i]), self._processor.unk_id()}
-        self._found_here = {i: AddedToken(pieces[i]) for i in control}
-        in_brackets = [piece for piece in pieces if is_in_brackets(piece)]
-        # where every merge is skipped, only user-defined pieces stay whole
-        parts = self._processor.encode(in_brackets, **_sampling(1.0))
-        whole = [piece for piece, part in zip(in_brackets, parts, strict=True) if len(part) == 1]
-        self.literals = {piece: self._ids[piece] for piece in whole}
-        self.literals |= {pieces[i]: i for i in control}
+        self._control = {*(i for i in ids if is_control[i]), self._processor.unk_id()}
+        self._whole = self._control | _user_defined(model)
+        self.literals = {pieces[i]: i for i in sorted(self._whole)}
         self._finder: Literals | None = None
 
     @classmethod
@@ -68,6 +62,16 @@ class SentencePieceVocabulary(Vocabulary):
     ) -> "SentencePieceVocabulary":
         """The vocabulary in a tokenizer.model file."""
         return cls(read_file(path), f"vocabulary {path}", dropout=dropout)
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """All tokens that a text spells as wholes, those of the file too."""
+        special = self.special_ids
+        in_file = {
+            i: AddedToken(self.pieces[i], i, special=i in special, normalized=False)
+            for i in sorted(self._whole)
+        }
+        return in_file | self.added
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -92,31 +96,22 @@ class SentencePieceVocabulary(Vocabulary):
 
     def _merge_with_offsets(self, segment: Segment, text: str, begin: int) -> None:
         ids = self._processor.encode(text, **self._options)
-        spans = _spans(text, [self.pieces[i] for i in ids])
-        segment.ids.extend(ids)
-        segment.offsets.extend((begin + start, begin + end) for start, end in spans)
+        segment.add(ids, _spans(text, [self.pieces[i] for i in ids]), begin)
 
     def _literals(self) -> Literals:
         if self._finder is None:  # made when first needed: Gemma 3 has 6 000 control pieces
-            self._finder = Literals(self._found_here)
+            # SentencePiece never finds control pieces in a text; user-defined ones it finds itself,
+            # but these may overlap with tokens that it does not know
+            found = self.added_tokens
+            if not self.added:
+                found = {i: found[i] for i in self._control}
+            self._finder = Literals(found)
         return self._finder
 
     def add(self, tokens: Iterable[AddedToken]) -> None:
         """Add tokens after the others, or give pieces the options of a token."""
-        tokens = list(tokens)
         super().add(tokens)
-        for token in tokens:
-            token_id = self._ids[token.content]
-            if token_id >= self.base_size or not self._finds(token):
-                self._found_here[token_id] = token
         self._finder = None
-
-    def _finds(self, token: AddedToken) -> bool:
-        """Whether SentencePiece itself finds a token as a whole: a user-defined piece."""
-        content = token.content
-        if not token.is_plain or (len(content) == 1 and not content.isspace()):
-            return False
-        return len(self._processor.encode(content, **_sampling(1.0))) == 1
 
     def save(self, path: Path, before: Sequence[str], after: Sequence[str]) -> None:
         """Write the file; tokenizer_config.json has the added tokens, and those around a text."""
@@ -149,3 +144,26 @@ def _spans(text: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
         spans.append((start, end))
         start = end
     return spans
+
+
+def _user_defined(model: bytes) -> set[int]:
+    """The ids of the user-defined pieces in the bytes of a tokenizer.model."""
+    found: set[int] = set()
+    at = number = 0
+    while at < len(model) and model[at] == 0x0A:  # field 1 of the file: a piece
+        size, at = (model[at + 1], at + 2) if model[at + 1] < 0x80 else _varint(model, at + 1)
+        # its last field, 3, is its type: 4
+        if model[at + size - 1] == 4 and model[at + size - 2] == 0x18:
+            found.add(number)
+        at, number = at + size, number + 1
+    return found
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of protobuf's, and the place after it."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return value, at

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gemcut.tokenizer.added_tokens import OPTIONS, AddedToken, is_in_brackets
+from gemcut.tokenizer.chat_templates import TEMPLATE_FILE, TEMPLATE_FOLDER
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 CONFIG_FILE, MAP_FILE = "tokenizer_config.json", "special_tokens_map.json"
-ADDED_FILE, TEMPLATE_FILE = "added_tokens.json", "chat_template.jinja"
+ADDED_FILE = "added_tokens.json"
 FILES = (
     MODEL_FILE,
     JSON_FILE,
@@ -19,6 +20,7 @@ FILES = (
     MAP_FILE,
     ADDED_FILE,
     TEMPLATE_FILE,
+    f"{TEMPLATE_FOLDER}/*.jinja",
     "chat_template.json",
 )
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
@@ -80,12 +82,27 @@ def read_settings(folder: Path) -> dict[str, Any]:
     named = settings.pop("additional_special_tokens", None)
     if named and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = named
+    place = f"{folder / CONFIG_FILE}: "
     for name in NAMES:
         if settings.get(name) is not None:
-            settings[name] = token_content(f"{folder / CONFIG_FILE}: {name}", settings[name])
+            settings[name] = token_content(f"{place}{name}", settings[name])
+    extra = settings.get("extra_special_tokens") or []
+    if not isinstance(extra, list | dict):
+        raise ValueError(f"{place}extra_special_tokens {extra!r} is neither a list nor an object")
+    named = extra.items() if isinstance(extra, dict) else enumerate(extra)
+    contents = {key: token_content(f"{place}extra_special_tokens", one) for key, one in named}
+    if extra:
+        settings["extra_special_tokens"] = (
+            contents if isinstance(extra, dict) else [*contents.values()]
+        )
     template = _read_json(folder / "chat_template.json").get("chat_template")
+    others = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    templates = {path.stem: _read_text(path) for path in others}
     if (folder / TEMPLATE_FILE).is_file():
-        template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        template = _read_text(folder / TEMPLATE_FILE)
+        templates["default"] = template
+    if others:
+        template = templates
     if template is not None:
         settings["chat_template"] = template
     return settings
@@ -152,12 +169,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except (ValueError, OSError) as error:
+        content = json.loads(_read_text(path), object_pairs_hook=_object)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
     return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,11 @@ class Segment(NamedTuple):
     ids: list[int]
     offsets: list[tuple[int, int]]
 
+    def add(self, ids: list[int], offsets: list[tuple[int, int]], start: int) -> None:
+        """Append the tokens of the text that begins at the character `start`."""
+        self.ids.extend(ids)
+        self.offsets.extend([(start + a, start + b) for a, b in offsets] if start else offsets)
+
 
 class Vocabulary(ABC):
     """Pieces and ids; `encode` makes a token of each literal in a text, whoever wrote it.
@@ -62,6 +67,11 @@ class Vocabulary(ABC):
         """The id of a piece, None where there is none."""
         return self._ids.get(piece)
 
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """All tokens that a text spells as wholes, those of the file too."""
+        return self.added
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
@@ -84,6 +94,8 @@ class Vocabulary(ABC):
 
     def _place(self, token: AddedToken) -> int:
         """The id of a token, appended to the pieces if it is new; ValueError where files clash."""
+        if token.special and len(token.content) == 1:
+            raise ValueError(f"special token {token.content!r} has one letter, as any text may")
         there, size = self.id_of(token.content), len(self.pieces)
         added = f"token {token.content!r} is added at id {token.id}"
         if there is not None:

@@ -1,4 +1,4 @@
-"""Loading of a Hugging Face checkpoint into Weights, and a search for non-finite values.
+"""Loading of a Hugging Face checkpoint: Weights, tokenizer, and a search for non-finite values.
 
 Tensors are copied one at a time out of the memory-mapped file into their rows of the fused ones, so
 that the model is in memory once.
@@ -26,6 +26,9 @@ from gemcut.engine.execution.weights import (
     checkpoint_tensors,
     empty_weights,
 )
+from gemcut.tokenizer import Tokenizer
+from gemcut.tokenizer.chat import check_template
+from gemcut.tokenizer.tokenizer_files import JSON_FILE, MODEL_FILE
 
 
 def load_checkpoint(
@@ -90,3 +93,16 @@ def find_nonfinite(path: str | Path) -> list[str]:
                 ):
                     found.append(key)
     return found
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a checkpoint, checked with its chat template, before weights are read."""
+    if not any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE)):
+        raise ValueError(
+            f"{folder} holds neither {MODEL_FILE} nor {JSON_FILE}; with skip_tokenizer_init=True "
+            "an engine takes token ids alone"
+        )
+    tokenizer = Tokenizer.from_file(folder)
+    tokenizer.check_embedding(config.vocab_size)
+    check_template(tokenizer)
+    return tokenizer

@@ -23,7 +23,7 @@ SWITCHES_PER_SECOND, LEAST_SWITCHES = 40, 4
 # Seconds on one thread before the cores are tried again: twice as long after each try that fails.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 LATE = 1e-3  # seconds that a trivial operation takes where a thread had to wait; else 20 us
-TRIED_ELEMENTS = 2**17  # of a tensor: enough for torch to split what it does with them
+TRIED_ELEMENTS = 2**16  # of a tensor: enough for torch to split what it does with them
 
 
 class CpuSteps(Steps):
@@ -56,7 +56,6 @@ class FreeThreads:
     def __init__(self) -> None:
         self._alone_until = 0.0  # by the clock: before, one thread
         self._pause = FIRST_PAUSE
-        self._tried = torch.zeros(TRIED_ELEMENTS)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -86,9 +85,10 @@ class FreeThreads:
             return True
         if now < self._alone_until:
             return False
+        tried = torch.zeros(TRIED_ELEMENTS)
         for _ in range(3):
             began = time.perf_counter()
-            self._tried.add_(1)
+            tried.add_(1)
             if time.perf_counter() - began > LATE:
                 self._pause = min(2 * self._pause, LONGEST_PAUSE)
                 self._alone_until = time.perf_counter() + self._pause

@@ -26,10 +26,8 @@ def choose_steps(
     model: Gemma, cache: KVCache, state: SlotState, *, cuda_graphs: bool = True
 ) -> Steps:
     """The steps that suit the model's device: graphs on a GPU, unless `cuda_graphs` is False."""
-    if model.device.type == "cpu":
-        return CpuSteps(model, cache, state)
     if not can_be_captured(model.device, model.ops):
-        return Steps(model, cache, state)
+        return (CpuSteps if model.device.type == "cpu" else Steps)(model, cache, state)
     # padded without graphs too, so that cuBLAS computes the same with them and without
     sizes = padded_sizes(model.config, cache.prefill_chunk, cache.max_seq_len)
     return (GraphedSteps if cuda_graphs else Steps)(model, cache, state, sizes)

@@ -1,6 +1,7 @@
 """Bad arguments of Engine.from_pretrained, and bad files: one clear line for each."""
 
 import json
+import math
 import re
 import shutil
 
@@ -111,20 +112,26 @@ def test_vocabulary_larger_than_the_embedding(damaged):
         Engine.from_pretrained(damaged)
 
 
-def test_embedding_larger_than_the_vocabulary_never_yields_a_token_without_text(
-    tmp_path, tokenizer_file
-):
+def test_rows_without_a_piece_are_sampled_and_have_no_text(tmp_path, tokenizer_file):
+    """As in transformers: the distribution is over all rows of the embedding."""
     save_random_model(tmp_path, tokenizer_file, vocab_size=600)
     with Engine.from_pretrained(tmp_path, dtype="float32") as engine:
         params = SamplingParams(
-            temperature=50.0, max_tokens=100, seed=0, ignore_eos=True, logprobs=520
+            temperature=50.0, max_tokens=100, seed=0, ignore_eos=True, logprobs=600
         )
         output = engine.generate("x", params)
-        assert max(output.token_ids) < 520
+        assert max(output.token_ids) >= 520
+        known = [i for i in output.token_ids if i < 520]
+        assert output.text == engine.tokenizer.decode(known)
+        assert sum(
+            math.exp(of.logprob) for of in output.outputs[0].logprobs[0].values()
+        ) == pytest.approx(1)
+        stopped = engine.generate(
+            "x", SamplingParams(stop_token_ids=[*range(520, 600)], min_tokens=5)
+        )
+        assert len(stopped.token_ids) >= 5
         with pytest.raises(ValueError, match="stop_token_ids"):
-            engine.generate("x", SamplingParams(stop_token_ids=[599]))
-        engine._builder.eos_ids = frozenset({1, 599})  # an EOS that has no piece
-        assert len(engine.generate("x", SamplingParams(min_tokens=5)).token_ids) >= 5
+            engine.generate("x", SamplingParams(stop_token_ids=[600]))
 
 
 def test_missing_tensor(damaged):

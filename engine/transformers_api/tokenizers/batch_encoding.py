@@ -7,6 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemcut.engine.transformers_api.tokenizers.rows import (
+    CharSpan,
+    Encoding,
+    TokenSpan,
+)
+
 TENSORS = ("pt", "np", "jax")
 
 
@@ -14,30 +20,33 @@ class BatchEncoding(UserDict):
     """A mapping of input_ids, attention_mask and other rows asked for: `model(**encoding)`.
 
     `encoding.input_ids` is `encoding["input_ids"]`, a slice takes these rows of all entries, and
-    `data` is the plain dict.  It holds no record of words and characters: `word_ids` and its like
-    are refused, and `return_offsets_mapping` gives the characters of each token.
+    `data` is the plain dict.  From a tokenizer's call, `encoding[0]` is the `Encoding` of the first
+    row, and the methods below find tokens, words and characters.  They take the row's number
+    first, which may be left out: `char_to_token(5)` is `char_to_token(0, 5)`.
     """
 
     def __init__(
         self,
         data: Mapping[str, Any] | None = None,
-        *,
+        encoding: Encoding | Sequence[Encoding] | None = None,
         tensor_type: str | None = None,
         prepend_batch_axis: bool = False,
-        tokens: Sequence[list[str]] | None = None,
-        sequence_ids: Sequence[list[int | None]] | None = None,
+        n_sequences: int | None = None,
     ):
         super().__init__(data)
-        self._tokens = tokens
-        self._sequence_ids = sequence_ids
+        encodings = [encoding] if isinstance(encoding, Encoding) else encoding
+        self._encodings = None if encodings is None else list(encodings)
+        self._n_sequences = n_sequences
         self.convert_to_tensors(tensor_type, prepend_batch_axis)
 
-    def __getitem__(self, key: str | slice) -> Any:
+    def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):
             return self.data[key]
         if isinstance(key, slice):
             return {name: value[key] for name, value in self.data.items()}
-        raise KeyError(f"{key!r} is neither a name nor a slice; names are {sorted(self.data)}")
+        if isinstance(key, int) and self._encodings is not None:
+            return self._encodings[key]
+        raise KeyError(f"{key!r} is no name, slice or row; names are {sorted(self.data)}")
 
     def __getattr__(self, name: str) -> Any:
         # not self.data: during a copy or an unpickling there is none yet, and this would recurse
@@ -46,24 +55,97 @@ class BatchEncoding(UserDict):
             return data[name]
         raise AttributeError(f"BatchEncoding has no {name!r}; it holds {sorted(data)}")
 
+    @property
+    def encodings(self) -> list[Encoding] | None:
+        """The record of each row; None where this is no tokenizer's call's."""
+        return self._encodings
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether there are records of rows."""
+        return self._encodings is not None
+
+    @property
+    def n_sequences(self) -> int | None:
+        """1 where each row has one text, 2 where it has a pair; None where it is not known."""
+        if self._n_sequences is None and self._encodings:
+            return self._encodings[0].n_sequences
+        return self._n_sequences
+
     def tokens(self, batch_index: int = 0) -> list[str]:
         """The pieces of one row, padding included."""
-        if self._tokens is None:
-            raise ValueError("tokens() needs an encoding that came from a tokenizer's call")
-        return self._tokens[batch_index]
+        return self._row("tokens", batch_index).tokens
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
         """For each token of one row, 0 or 1 for the first text or its pair; None where added."""
-        if self._sequence_ids is None:
-            raise ValueError("sequence_ids() needs an encoding that came from a tokenizer's call")
-        return self._sequence_ids[batch_index]
+        return self._row("sequence_ids", batch_index).sequence_ids
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Refused: Gemma's vocabulary has pieces and no words."""
-        raise NotImplementedError(
-            f"word_ids({batch_index}) is not supported; return_offsets_mapping=True gives each "
-            "token's characters"
-        )
+        """For each token of one row, the number of its word in its text; None where added.
+
+        Words are the caller's under `is_split_into_words`.  Otherwise Gemma's tokenizers have none
+        but what stands between two added tokens, such as a newline, and those tokens themselves.
+        """
+        return self._row("word_ids", batch_index).word_ids
+
+    def token_to_sequence(
+        self, batch_or_token_index: int, token_index: int | None = None
+    ) -> int | None:
+        """0 or 1, the text that a token is from; None where it was added."""
+        row, token = self._place("token_to_sequence", batch_or_token_index, token_index)
+        return row.token_to_sequence(token)
+
+    def token_to_word(
+        self, batch_or_token_index: int, token_index: int | None = None
+    ) -> int | None:
+        """The word that a token is from; None where it was added."""
+        row, token = self._place("token_to_word", batch_or_token_index, token_index)
+        return row.token_to_word(token)
+
+    def token_to_chars(
+        self, batch_or_token_index: int, token_index: int | None = None
+    ) -> CharSpan | None:
+        """The characters of a token, as (start, end); None where it was added."""
+        row, token = self._place("token_to_chars", batch_or_token_index, token_index)
+        return row.token_to_chars(token)
+
+    def char_to_token(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The first token that holds a character; None where no token does."""
+        row, char = self._place("char_to_token", batch_or_char_index, char_index)
+        return row.char_to_token(char, sequence_index)
+
+    def char_to_word(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """The word that holds a character; None where no token does."""
+        row, char = self._place("char_to_word", batch_or_char_index, char_index)
+        return row.char_to_word(char, sequence_index)
+
+    def word_to_tokens(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> TokenSpan | None:
+        """The tokens of a word, as (start, end); None where it has none."""
+        row, word = self._place("word_to_tokens", batch_or_word_index, word_index)
+        return row.word_to_tokens(word, sequence_index)
+
+    def word_to_chars(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> CharSpan | None:
+        """The characters of a word, as (start, end); None where it has no token."""
+        row, word = self._place("word_to_chars", batch_or_word_index, word_index)
+        return row.word_to_chars(word, sequence_index)
+
+    def _place(self, name: str, batch_or_index: int, index: int | None) -> tuple[Encoding, int]:
+        if index is None:
+            return self._row(name, 0), batch_or_index
+        return self._row(name, batch_or_index), index
+
+    def _row(self, name: str, batch_index: int) -> Encoding:
+        if self._encodings is None:
+            raise ValueError(f"{name}() needs an encoding that came from a tokenizer's call")
+        return self._encodings[batch_index]
 
     def convert_to_tensors(
         self, tensor_type: str | None = None, prepend_batch_axis: bool = False

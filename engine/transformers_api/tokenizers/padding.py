@@ -2,31 +2,14 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-from gemcut.tokenizer.vocabularies import Segment
 
 NO_MAXIMUM = int(1e30)  # transformers' value for a tokenizer without a maximum
 LARGEST_MAXIMUM = int(1e20)  # transformers treats a larger model_max_length as none
 PADDINGS = ("longest", "max_length", "do_not_pad")
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 SIDES = ("left", "right")
-
-
-@dataclass
-class Row:
-    """Aligned lists; `sequences` has 0 or 1, the text that a token is from, or None if added."""
-
-    ids: list[int] = field(default_factory=list)
-    type_ids: list[int] = field(default_factory=list)
-    offsets: list[tuple[int, int]] = field(default_factory=list)
-    sequences: list[int | None] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-
-    @property
-    def special_tokens_mask(self) -> list[int]:
-        return [int(sequence is None) for sequence in self.sequences]
 
 
 @dataclass(frozen=True)
@@ -64,8 +47,6 @@ def padding_rule(
     for name, value, known in (("padding", pad, PADDINGS), ("truncation", cut, TRUNCATIONS)):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; known are True, False, {_list(known)}")
-    if pad_to_multiple_of is not None and pad == "do_not_pad":
-        raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} needs padding")
     if max_length is not None and pad == "longest" and cut == "do_not_truncate":
         warnings.warn(
             f"max_length={max_length} does nothing with padding to the longest row and no "
@@ -87,29 +68,25 @@ def padding_rule(
     return PaddingRule(pad, cut, max_length)
 
 
-def truncated(segments: Sequence[Segment], room: int, strategy: str, side: str) -> list[Segment]:
-    """The segments cut at `side` to `room` ids together; ValueError where the strategy cannot."""
-    check_side("truncation_side", side)
-    lengths = [len(segment.ids) for segment in segments]
+def kept_lengths(lengths: list[int], room: int, strategy: str) -> list[int]:
+    """How many tokens of each text stay, `room` in all; ValueError where the strategy cannot."""
     excess = sum(lengths) - room
     if excess <= 0:
-        return list(segments)
+        return lengths
     if room < 0:
         raise ValueError(f"max_length leaves no room: the special tokens alone pass it by {-room}")
     if room == 0:
-        kept = [0] * len(segments)
-    elif strategy == "longest_first":
-        kept = _longest_first(lengths, room)
-    else:
-        index = int(strategy == "only_second")
-        if index >= len(segments):
-            raise ValueError("truncation 'only_second' needs a text_pair")
-        if lengths[index] <= excess:
-            raise ValueError(
-                f"truncation {strategy!r} must remove {excess} tokens of a text of {lengths[index]}"
-            )
-        kept = [n - excess if i == index else n for i, n in enumerate(lengths)]
-    return [_cut(segment, n, side) for segment, n in zip(segments, kept, strict=True)]
+        return [0] * len(lengths)
+    if strategy == "longest_first":
+        return _longest_first(lengths, room)
+    index = int(strategy == "only_second")
+    if index >= len(lengths):
+        raise ValueError("truncation 'only_second' needs a text_pair")
+    if lengths[index] <= excess:
+        raise ValueError(
+            f"truncation {strategy!r} must remove {excess} tokens of a text of {lengths[index]}"
+        )
+    return [n - excess if i == index else n for i, n in enumerate(lengths)]
 
 
 def _longest_first(lengths: list[int], room: int) -> list[int]:
@@ -123,36 +100,35 @@ def _longest_first(lengths: list[int], room: int) -> list[int]:
     return [short, long] if lengths[0] <= lengths[1] else [long, short]
 
 
-def _cut(segment: Segment, length: int, side: str) -> Segment:
-    kept = slice(len(segment.ids) - length, None) if side == "left" else slice(length)
-    return Segment(segment.ids[kept], segment.offsets[kept])
+def windows(length: int, kept: int, stride: int, side: str) -> list[tuple[int, int]]:
+    """The ranges of a text of `length` tokens: that which stays, then those cut off at `side`.
+
+    Each has `kept` tokens and shares `stride` with the one before; the last may be shorter.
+    """
+    if kept >= length:
+        return [(0, length)]
+    if kept == 0:
+        return [(0, 0), (0, length)]
+    if stride >= kept:
+        raise ValueError(f"stride {stride} repeats all {kept} tokens that a row has of this text")
+    starts = range(0, length - stride, kept - stride)
+    ranges = [(start, min(start + kept, length)) for start in starts]
+    if side == "left":
+        return [(length - end, length - start) for start, end in ranges]
+    return ranges
 
 
-def joined(segments: Sequence[Segment], prefix: Sequence[int], suffix: Sequence[int]) -> Row:
-    """A row of the segments, each between the special tokens of `prefix` and `suffix`."""
-    row = Row()
-    for sequence, segment in enumerate(segments):
-        nowhere = (0, 0)
-        row.ids += [*prefix, *segment.ids, *suffix]
-        row.offsets += [*[nowhere] * len(prefix), *segment.offsets, *[nowhere] * len(suffix)]
-        added_before, added_after = [None] * len(prefix), [None] * len(suffix)
-        row.sequences += [*added_before, *[sequence] * len(segment.ids), *added_after]
-        row.type_ids += [sequence] * (len(prefix) + len(segment.ids) + len(suffix))
-    row.mask = [1] * len(row.ids)
-    return row
-
-
-def padded_width(lengths: Sequence[int], rule: PaddingRule, pad_to_multiple_of: int | None) -> int:
+def padded_width(longest: int, rule: PaddingRule, pad_to_multiple_of: int | None) -> int:
     """The width that rows are padded to; a longer row stays as it is."""
     if rule.padding == "do_not_pad":
         return 0
-    width = max(lengths) if rule.padding == "longest" else rule.max_length or 0
+    width = longest if rule.padding == "longest" else rule.max_length or 0
     multiple = pad_to_multiple_of or 1
     return -(-width // multiple) * multiple
 
 
 def padded(values: Sequence[Any], width: int, side: str, filler: Any) -> list[Any]:
-    """The values with fillers before or after them, `width` in all."""
+    """The values with fillers before or after them, `width` in all; a longer row stays."""
     check_side("padding_side", side)
     fillers = [filler] * (width - len(values))
     return [*fillers, *values] if side == "left" else [*values, *fillers]

@@ -1,38 +1,44 @@
-"""A tokenizer's calls: texts to batches of ids, and ids to text."""
+"""A tokenizer's calls: texts to batches of ids."""
 
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+from gemcut.engine.checks import check_int
 from gemcut.engine.transformers_api.tokenizers.batch_encoding import (
     BatchEncoding,
     check_tensor_type,
 )
 from gemcut.engine.transformers_api.tokenizers.padding import (
-    Row,
-    joined,
+    PaddingRule,
+    check_side,
+    kept_lengths,
     padded,
     padded_width,
     padding_rule,
-    truncated,
+    windows,
 )
-from gemcut.engine.transformers_api.tokenizers.special_tokens import SpecialTokens
-from gemcut.tokenizer.vocabularies import Segment, text_of
+from gemcut.engine.transformers_api.tokenizers.passages import PassageCoder, samples
+from gemcut.engine.transformers_api.tokenizers.rows import (
+    Encoding,
+    Passage,
+    combined,
+)
+from gemcut.engine.transformers_api.tokenizers.text_decoder import plain
 
-_UNTIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
+class TextCoder(PassageCoder):
+    """The part of a tokenizer that encodes, by the settings below."""
 
-class TextCoder(SpecialTokens):
-    """The part of a tokenizer that encodes and decodes, by the settings below."""
-
-    model_input_names = ("input_ids", "attention_mask")
+    model_input_names: Sequence[str]
     pad_token_type_id = 0
 
     padding_side: str
     truncation_side: str
     model_max_length: int
     split_special_tokens: bool
-    clean_up_tokenization_spaces: bool
-    spaces_between_special_tokens: bool
+    _warned = False  # of a text beyond model_max_length
 
     def __call__(
         self,
@@ -42,69 +48,93 @@ class TextCoder(SpecialTokens):
         text_pair_target: Any = None,
         *,
         add_special_tokens: bool = True,
-        stride: int = 0,
         is_split_into_words: bool = False,
-        return_overflowing_tokens: bool = False,
         split_special_tokens: bool | None = None,
+        max_length: int | None = None,
+        max_target_length: int | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> BatchEncoding:
         """The encoding of a text, of a pair, or of lists of them.
 
         A literal "<bos>" in a text is the token, unless `split_special_tokens`; BOS is still added
-        before it, as transformers does.  `options` are those of `batch`.
+        before it, as transformers does.  With `is_split_into_words` a text is a list of words, each
+        encoded by itself.  The ids of `text_target` become `labels`.  `options` are those of
+        `batch`.
         """
         options = dict(tokenizer_kwargs or {}) | options
-        for name, value in (
-            ("text_target", text_target),
-            ("text_pair_target", text_pair_target),
-            ("stride", stride),
-            ("is_split_into_words", is_split_into_words),
-            ("return_overflowing_tokens", return_overflowing_tokens),
-        ):
-            if value:
-                raise NotImplementedError(f"{name}={value!r} is not supported")
         as_text = (
             self.split_special_tokens if split_special_tokens is None else split_special_tokens
         )
-        offsets = bool(options.get("return_offsets_mapping"))
-        samples, is_batch = _samples(text, text_pair)
-        encoded = [[self._segment(t, not as_text, offsets) for t in sample] for sample in samples]
-        return self.batch(encoded, is_batch, add_special_tokens=add_special_tokens, **options)
 
-    def _segment(self, text: str, parse_special: bool, offsets: bool) -> Segment:
-        if offsets:
-            return self._vocabulary.encode_with_offsets(text, parse_special=parse_special)
-        ids = self._vocabulary.encode(text, add_bos=False, parse_special=parse_special)
-        return Segment(ids, [(0, 0)] * len(ids))
+        def encoding(text: Any, pair: Any, max_length: int | None) -> BatchEncoding:
+            rows, is_batch = samples(text, pair, is_split_into_words)
+            passages = [
+                [
+                    self.passage(
+                        words,
+                        is_split=is_split_into_words,
+                        as_text=as_text,
+                        located=bool(options.get("return_offsets_mapping")),
+                    )
+                    for words in row
+                ]
+                for row in rows
+            ]
+            return self.batch(
+                passages,
+                is_batch,
+                add_special_tokens=add_special_tokens,
+                max_length=max_length,
+                **options,
+            )
+
+        if text_target is None:
+            return encoding(text, text_pair, max_length)
+        target_length = max_length if max_target_length is None else max_target_length
+        target = encoding(text_target, text_pair_target, target_length)
+        if text is None:
+            return target
+        result = encoding(text, text_pair, max_length)
+        result["labels"] = target.input_ids
+        return result
 
     def batch(
         self,
-        samples: Sequence[Sequence[Segment]],
+        samples: Sequence[Sequence[Passage]],
         is_batch: bool,
         *,
         add_special_tokens: bool,
         padding: bool | str = False,
         truncation: bool | str | None = None,
         max_length: int | None = None,
+        stride: int = 0,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = None,
         return_token_type_ids: bool | None = None,
         return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
-        verbose: bool = True,  # ignored: nothing is printed
+        verbose: bool = True,
     ) -> BatchEncoding:
-        """The encoding of texts whose ids are known, each sample of one or two segments.
+        """The encoding of texts whose ids are known, each sample of one or two passages.
 
         `padding` is True or "longest", "max_length", or False; `truncation` is True or
         "longest_first", "only_first", "only_second", or False.  Without `max_length` they use
         `model_max_length`; a tokenizer that has none neither pads nor truncates to it.
+
+        With `return_overflowing_tokens` what is cut off follows as further rows, each repeating
+        `stride` tokens of the one before, and `overflow_to_sample_mapping` has each row's sample.
+        `verbose` warns of a row longer than `model_max_length`, once.
         """
         if return_tensors is not None:
             check_tensor_type(return_tensors)
+        check_int("stride", stride, 0, 2**31 - 1)
+        side = self.padding_side if padding_side is None else padding_side
+        check_side("padding_side", side)
         rule = padding_rule(
             padding,
             truncation,
@@ -112,45 +142,90 @@ class TextCoder(SpecialTokens):
             pad_to_multiple_of=pad_to_multiple_of,
             model_max_length=self.model_max_length,
         )
-        around = (self._prefix, self._suffix) if add_special_tokens else ([], [])
-        rows: list[Row] = []
-        for segments in samples:
-            if rule.truncation != "do_not_truncate" and rule.max_length is not None:
-                taken = len(segments) * (len(around[0]) + len(around[1]))
-                room = rule.max_length - taken
-                segments = truncated(segments, room, rule.truncation, self.truncation_side)
-            rows.append(joined(segments, *around))
+        firsts = [self._rows(passages, rule, stride, add_special_tokens) for passages in samples]
+        longest = max((len(row) for row in firsts), default=0)
+        width = padded_width(longest, rule, pad_to_multiple_of)
+        if width:
+            for row in chain.from_iterable([first, *first.overflowing] for first in firsts):
+                row.pad(width, side, self._pad_id(), self.pad_token_type_id)
+        elif verbose and rule.max_length is None:
+            self._warn_of(longest)
 
-        width = padded_width([len(row.ids) for row in rows], rule, pad_to_multiple_of)
-        pad_id = self._pad_id() if width else 0
-        side = self.padding_side if padding_side is None else padding_side
-
-        def aligned(lists: Sequence[Sequence[Any]], filler: Any) -> list[list[Any]]:
-            return [padded(values, width, side, filler) for values in lists]
-
-        data: dict[str, Any] = {"input_ids": aligned([row.ids for row in rows], pad_id)}
-        if return_token_type_ids:
-            data["token_type_ids"] = aligned([r.type_ids for r in rows], self.pad_token_type_id)
-        if return_attention_mask is None or return_attention_mask:
-            data["attention_mask"] = aligned([row.mask for row in rows], 0)
+        rows, mapping = firsts, []
+        if return_overflowing_tokens:
+            by_sample = [[first, *first.overflowing] for first in firsts]
+            rows = [row for rows in by_sample for row in rows]
+            mapping = [i for i, rows in enumerate(by_sample) for _ in rows]
+        data: dict[str, Any] = {"input_ids": [row.ids for row in rows]}
+        names = self.model_input_names
+        if "token_type_ids" in names if return_token_type_ids is None else return_token_type_ids:
+            data["token_type_ids"] = [row.type_ids for row in rows]
+        if "attention_mask" in names if return_attention_mask is None else return_attention_mask:
+            data["attention_mask"] = [row.attention_mask for row in rows]
         if return_special_tokens_mask:
-            data["special_tokens_mask"] = aligned([row.special_tokens_mask for row in rows], 1)
+            data["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
         if return_offsets_mapping:
-            data["offset_mapping"] = aligned([row.offsets for row in rows], (0, 0))
+            data["offset_mapping"] = [row.offsets for row in rows]
         if return_length:
-            data["length"] = [len(ids) for ids in data["input_ids"]]
-        pieces = [[self._vocabulary.pieces[i] for i in ids] for ids in data["input_ids"]]
-        sequences = aligned([row.sequences for row in rows], None)
-        if not is_batch and return_tensors is None:
+            data["length"] = [len(row) for row in rows]
+        if not is_batch and return_tensors is None and not return_overflowing_tokens:
             data = {k: v if k == "length" else v[0] for k, v in data.items()}
-        return BatchEncoding(
-            data, tensor_type=return_tensors, tokens=pieces, sequence_ids=sequences
-        )
+        if return_overflowing_tokens:
+            data["overflow_to_sample_mapping"] = mapping
+        return BatchEncoding(data, rows, return_tensors)
+
+    def _rows(
+        self,
+        passages: Sequence[Passage],
+        rule: PaddingRule,
+        stride: int,
+        add_special_tokens: bool,
+    ) -> Encoding:
+        """The row of a sample, what is cut off in its `overflowing`."""
+        around = (self._prefix, self._suffix) if add_special_tokens else ([], [])
+        if rule.truncation == "do_not_truncate" or rule.max_length is None:
+            return Encoding(passages, self._vocabulary.pieces, *around)
+        lengths = [len(passage.ids) for passage in passages]
+        room = rule.max_length - len(passages) * (len(around[0]) + len(around[1]))
+        if 0 < room <= stride:
+            raise ValueError(
+                f"stride {stride} does not fit: max_length {rule.max_length} leaves {room} tokens"
+            )
+        kept = kept_lengths(lengths, room, rule.truncation)
+        parts = [
+            [passage.part(*window) for window in windows(n, k, stride, self.truncation_side)]
+            for passage, n, k in zip(passages, lengths, kept, strict=True)
+        ]
+        first, *others = [
+            Encoding(combination, self._vocabulary.pieces, *around)
+            for combination in combined(parts)
+        ]
+        first.overflowing = others
+        return first
+
+    def _warn_of(self, length: int) -> None:
+        if length > self.model_max_length and not self._warned:
+            warnings.warn(
+                f"a text has {length} tokens, more than the model_max_length "
+                f"{self.model_max_length}; truncation=True cuts it",
+                stacklevel=4,
+            )
+            self._warned = True
 
     def _pad_id(self) -> int:
         if self.pad_token_id is None:
             raise ValueError("padding needs a pad_token: set tokenizer.pad_token")
         return self.pad_token_id
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        """How many tokens of one text fit into `model_max_length`."""
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        """How many tokens of a pair fit into `model_max_length`."""
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
     def encode(
         self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **options: Any
@@ -189,24 +264,26 @@ class TextCoder(SpecialTokens):
     ) -> BatchEncoding:
         """One encoding, or a list or mapping of several, with rows of one length.
 
-        input_ids, attention_mask, token_type_ids and special_tokens_mask are padded; other entries
-        (labels) stay as they are.  Tensors are returned for tensors.
+        input_ids, or what `model_input_names` has first, attention_mask, token_type_ids and
+        special_tokens_mask are padded; other entries (labels) stay as they are.  Tensors are
+        returned for tensors.
         """
+        main = self.model_input_names[0]
         if isinstance(encoded_inputs, Sequence) and encoded_inputs:
             encoded_inputs = {k: [one[k] for one in encoded_inputs] for k in encoded_inputs[0]}
-        if not isinstance(encoded_inputs, Mapping) or "input_ids" not in encoded_inputs:
-            raise ValueError("pad takes an encoding, or a list of encodings, that has input_ids")
+        if not isinstance(encoded_inputs, Mapping) or main not in encoded_inputs:
+            raise ValueError(f"pad takes an encoding, or a list of encodings, that has {main}")
         if return_tensors is None:
-            return_tensors = _tensor_type(encoded_inputs["input_ids"])
+            return_tensors = _tensor_type(encoded_inputs[main])
         data = {name: plain(value) for name, value in encoded_inputs.items()}
-        is_batch = bool(data["input_ids"]) and isinstance(data["input_ids"][0], list)
+        is_batch = bool(data[main]) and isinstance(data[main][0], list)
         if not is_batch:
             data = {name: [value] for name, value in data.items()}
         counts = {name: len(value) for name, value in data.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"the entries differ in their number of rows: {counts}")
 
-        lengths = [len(ids) for ids in data["input_ids"]]
+        lengths = [len(ids) for ids in data[main]]
         # max_length alone would truncate, which pad does not do
         rule = padding_rule(
             padding,
@@ -215,13 +292,14 @@ class TextCoder(SpecialTokens):
             pad_to_multiple_of=pad_to_multiple_of,
             model_max_length=self.model_max_length,
         )
-        width = padded_width(lengths, rule, pad_to_multiple_of)
-        if return_attention_mask is None or return_attention_mask:
+        width = padded_width(max(lengths, default=0), rule, pad_to_multiple_of)
+        wanted = "attention_mask" in self.model_input_names
+        if wanted if return_attention_mask is None else return_attention_mask:
             data.setdefault("attention_mask", [[1] * length for length in lengths])
         side = self.padding_side if padding_side is None else padding_side
         pad_id = self._pad_id() if width else 0
         for name, filler in (
-            ("input_ids", pad_id),
+            (main, pad_id),
             ("attention_mask", 0),
             ("token_type_ids", self.pad_token_type_id),
             ("special_tokens_mask", 1),
@@ -232,81 +310,6 @@ class TextCoder(SpecialTokens):
             data = {name: value[0] for name, value in data.items()}
         return BatchEncoding(data, tensor_type=return_tensors)
 
-    def decode(
-        self,
-        token_ids: Any,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        spaces_between_special_tokens: bool | None = None,
-    ) -> Any:
-        """The text of ids, or the list of texts of a list or of a matrix; tensors are taken too."""
-        ids = plain(token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids)
-        options = (skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens)
-        if isinstance(ids, list) and ids and isinstance(ids[0], list):
-            return [self._text(row, *options) for row in ids]
-        return self._text(ids if isinstance(ids, list) else [ids], *options)
-
-    def batch_decode(
-        self,
-        sequences: Any,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        spaces_between_special_tokens: bool | None = None,
-    ) -> list[str]:
-        """The texts that `decode` yields, as a list even of one; of an empty batch, none.
-
-        transformers has done so since 5.24, while its `decode` still reads an empty batch as one
-        empty text.
-        """
-        if hasattr(sequences, "__len__") and len(sequences) == 0:
-            return []
-        texts = self.decode(
-            sequences,
-            skip_special_tokens,
-            clean_up_tokenization_spaces,
-            spaces_between_special_tokens,
-        )
-        return [texts] if isinstance(texts, str) else texts
-
-    def _text(
-        self, ids: Sequence[Any], skip_special: bool, clean_up: bool | None, spaces: bool | None
-    ) -> str:
-        pieces = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special)
-        if self.spaces_between_special_tokens if spaces is None else spaces:
-            text = " ".join(map(text_of, self._runs(pieces)))
-        else:
-            text = text_of(pieces)
-        wanted = self.clean_up_tokenization_spaces if clean_up is None else clean_up
-        return self.clean_up_tokenization(text) if wanted else text
-
-    def _runs(self, pieces: Sequence[str]) -> list[list[str]]:
-        """Each special token by itself, and the pieces between two of them together."""
-        special = {self._vocabulary.pieces[i] for i in self._skipped()}
-        runs: list[list[str]] = []
-        for i, piece in enumerate(pieces):
-            if i == 0 or piece in special or pieces[i - 1] in special:
-                runs.append([])
-            runs[-1].append(piece)
-        return runs
-
-    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """The text that pieces spell together."""
-        return text_of(tokens)
-
-    @staticmethod
-    def clean_up_tokenization(text: str) -> str:
-        """The text without spaces before punctuation and English contractions."""
-        for untidy in _UNTIDY:
-            text = text.replace(untidy, untidy.strip())
-        return text
-
-
-def plain(values: Any) -> Any:
-    """`values` with each tensor in it as a list of numbers."""
-    if isinstance(values, list | tuple):
-        return [plain(value) for value in values]
-    return values.tolist() if hasattr(values, "tolist") else values
-
 
 def _tensor_type(values: Any) -> str | None:
     """The kind of tensor that rows are or hold; None for lists."""
@@ -315,27 +318,3 @@ def _tensor_type(values: Any) -> str | None:
     return {"torch": "pt", "numpy": "np", "jaxlib": "jax"}.get(
         type(values).__module__.split(".")[0]
     )
-
-
-def _samples(text: Any, pair: Any) -> tuple[list[tuple[str, ...]], bool]:
-    """One or two texts for each row, and whether the caller gave a list."""
-    if isinstance(text, str) and (pair is None or isinstance(pair, str)):
-        return [(text, pair) if pair else (text,)], False
-    if not isinstance(text, list | tuple) or isinstance(pair, str):
-        raise ValueError(
-            f"text must be a string or a list of strings, and text_pair alike, got "
-            f"{type(text).__name__} and {type(pair).__name__}"
-        )
-    if not text:
-        raise ValueError("text is an empty list; a batch has at least one row")
-    if pair is None:
-        samples = [(one,) if isinstance(one, str) else one for one in text]
-    elif len(pair) != len(text):
-        raise ValueError(f"text has {len(text)} rows and text_pair has {len(pair)}")
-    else:
-        samples = list(zip(text, pair, strict=True))
-    for sample in samples:
-        is_row = isinstance(sample, list | tuple) and 1 <= len(sample) <= 2
-        if not is_row or not all(isinstance(one, str) for one in sample):
-            raise ValueError(f"a row of text is a string or a pair of strings, got {sample!r}")
-    return [tuple(sample) for sample in samples], True

@@ -1,43 +1,34 @@
 """GemmaTokenizer, the class of the Hugging Face documents, on gemcut's own codec.
 
-Code written against transformers runs with the import line changed.  Three rules differ: no
-message of a chat can write a special token (apply_chat_template); a special token must be a piece
-of the vocabulary (special_tokens); ids that the vocabulary lacks are errors.
+Code written against transformers runs with the import line changed.  Two rules differ: no message
+of a chat can write a special token (apply_chat_template); ids that the vocabulary lacks are errors.
 """
 
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.hub import resolve_checkpoint, take_hub_options
 from gemcut.engine.checks import check_int, check_number
+from gemcut.engine.transformers_api.tokenizers.chat_coder import ChatCoder
 from gemcut.engine.transformers_api.tokenizers.padding import NO_MAXIMUM, check_side
 from gemcut.engine.transformers_api.tokenizers.special_tokens import NAMES
-from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
-from gemcut.tokenizer import Tokenizer, chat_templates, render_chat, tokenizer_files
+from gemcut.tokenizer import Tokenizer, chat_templates, tokenizer_files
+from gemcut.tokenizer.added_tokens import AddedToken
 from gemcut.tokenizer.json_vocabulary import JsonVocabulary
 from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from gemcut.tokenizer.tokenizer_files import TokenizerFiles
-from gemcut.tokenizer.vocabularies import Segment
 
 MASK = "<mask>"
-# the arguments of from_pretrained that choose another file or another process, and their defaults
-_HUB_DEFAULTS = {
-    "cache_dir": (None,),
-    "force_download": (False,),
-    "local_files_only": (False,),
-    "token": (None,),
-    "revision": (None, "main"),
-    "subfolder": (None, ""),
-    "proxies": (None,),
-    "trust_remote_code": (None, False),
-    "use_fast": (None, True, False),  # both are this class
-}
+# keywords of save_pretrained that are about a push to the Hub, or about weights
+_OF_A_PUSH = {"repo_id", "commit_message", "commit_description", "private", "token", "revision"}
+_OF_A_PUSH |= {"create_pr", "tags", "max_shard_size", "safe_serialization"}
 
 
-class GemmaTokenizer(TextCoder):
+class GemmaTokenizer(ChatCoder):
     """Text to ids and back, with the arguments, attributes and results of transformers' class.
 
     `vocab_file` is a tokenizer.model, `tokenizer_file` a tokenizer.json (read by the tokenizers
@@ -63,6 +54,8 @@ class GemmaTokenizer(TextCoder):
         eos_token: Any = "<eos>",
         pad_token: Any = "<pad>",
         mask_token: Any = MASK,
+        sep_token: Any = None,
+        cls_token: Any = None,
         add_bos_token: bool = True,
         add_eos_token: bool = False,
         clean_up_tokenization_spaces: bool = False,
@@ -76,7 +69,9 @@ class GemmaTokenizer(TextCoder):
         additional_special_tokens: Sequence[Any] | None = None,
         extra_special_tokens: Sequence[Any] | Mapping[str, Any] | None = None,
         split_special_tokens: bool = False,
+        model_input_names: Sequence[str] = ("input_ids", "attention_mask"),
         name_or_path: str = "",
+        **own_tokens: Any,
     ):
         dropout = _dropout(sp_model_kwargs)
         if tokenizer_object is not None:
@@ -97,19 +92,24 @@ class GemmaTokenizer(TextCoder):
         check_side("truncation_side", truncation_side)
         if mask_token == MASK and vocabulary.id_of(MASK) is None:
             mask_token = None
-        tokens = (bos_token, eos_token, unk_token, pad_token, mask_token)
+        for name in own_tokens:
+            if not name.endswith("_token"):
+                raise TypeError(f"GemmaTokenizer has no argument {name!r}")
+        tokens = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         super().__init__(
             vocabulary,
-            dict(zip(NAMES, tokens, strict=True)),
+            dict(zip(NAMES, tokens, strict=True)) | own_tokens,
             additional_special_tokens if extra_special_tokens is None else extra_special_tokens,
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
         )
+        self._is_random = dropout > 0
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.use_default_system_prompt = use_default_system_prompt
         self.spaces_between_special_tokens = spaces_between_special_tokens
         self.split_special_tokens = split_special_tokens
+        self.model_input_names = list(model_input_names)
         self.padding_side = padding_side
         self.truncation_side = truncation_side
         self.model_max_length = NO_MAXIMUM if model_max_length is None else model_max_length
@@ -140,15 +140,18 @@ class GemmaTokenizer(TextCoder):
         lacks.  Settings come from tokenizer_config.json unless `overrides` sets them; keys of that
         file that this class does not know are kept, and written by `save_pretrained`.
         """
-        for name, defaults in _HUB_DEFAULTS.items():
-            value = overrides.pop(name, defaults[0])
-            if value not in defaults:
-                raise NotImplementedError(f"{name}={value!r} is not supported")
+        hub = take_hub_options(overrides)
+        use_fast = overrides.pop("use_fast", None)
+        if use_fast not in (None, True, False):  # all mean this class
+            raise ValueError(f"use_fast={use_fast!r} is neither True nor False")
         source = pretrained_model_name_or_path
         name = source if isinstance(source, str) else Path(source)
-        folder = resolve_checkpoint(name, files=tokenizer_files.FILES)
+        folder = resolve_checkpoint(name, files=tokenizer_files.FILES, **hub)
         files = TokenizerFiles.read(folder)
-        known = {k: v for k, v in files.settings.items() if k in _SETTINGS}
+        known = {k: v for k, v in files.settings.items() if k in _SETTINGS or _is_token(k, v)}
+        carried = {k: v for k, v in files.settings.items() if k not in known}
+        # transformers writes these twice: here as they were, by their names as they are
+        known = (carried.pop("model_specific_special_tokens", None) or {}) | known
         dropout = _dropout((known | overrides).get("sp_model_kwargs"))
         codec = Tokenizer.from_files(files, dropout=dropout)
         if isinstance(codec.vocabulary, JsonVocabulary):
@@ -157,7 +160,7 @@ class GemmaTokenizer(TextCoder):
             known.pop("extra_special_tokens", None)
         arguments = {"tokenizer_object": codec, "name_or_path": str(source)} | known | overrides
         tokenizer = cls(**arguments)
-        tokenizer._carried = {k: v for k, v in files.settings.items() if k not in _SETTINGS}
+        tokenizer._carried = carried
         return tokenizer
 
     def save_pretrained(
@@ -166,30 +169,48 @@ class GemmaTokenizer(TextCoder):
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
         push_to_hub: bool = False,
+        save_jinja_files: bool = True,
+        **of_a_push: Any,
     ) -> tuple[str, ...]:
-        """The paths of the files written, from which `from_pretrained` makes this tokenizer."""
+        """The paths of the files written, from which `from_pretrained` makes this tokenizer.
+
+        Chat templates go into files of their own; without `save_jinja_files`, into
+        tokenizer_config.json.  What else transformers takes here is about a push to the Hub.
+        """
         if push_to_hub:
             raise NotImplementedError("push_to_hub=True is not supported")
-        if legacy_format is not None:
+        if unknown := sorted(set(of_a_push) - _OF_A_PUSH):
+            raise TypeError(f"save_pretrained has no arguments {unknown}")
+        held = self._vocabulary.vocabulary.file_name
+        wanted = {True: tokenizer_files.MODEL_FILE, False: tokenizer_files.JSON_FILE}
+        if legacy_format is not None and wanted[legacy_format] != held:
             raise NotImplementedError(
-                f"legacy_format={legacy_format!r} is not supported: "
-                f"{self._vocabulary.vocabulary.file_name} is what this tokenizer holds"
+                f"legacy_format={legacy_format!r} is not supported: {held} is what this tokenizer "
+                "holds"
             )
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_file():
+            raise ValueError(f"save_directory {str(folder)!r} is a file")
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         settings = self._carried | {name: getattr(self, name) for name in _SAVED}
         settings |= self.named | {"tokenizer_class": "GemmaTokenizer"}
-        config, tokens = folder / f"{prefix}tokenizer_config.json", self.special_tokens_map
-        paths = [config, folder / f"{prefix}special_tokens_map.json"]
-        if isinstance(self.chat_template, str):
-            paths.append(folder / f"{prefix}{tokenizer_files.TEMPLATE_FILE}")
-            paths[-1].write_text(self.chat_template, encoding="utf-8")
-        elif self.chat_template is not None:
-            named = self.chat_template.items()
-            settings["chat_template"] = [{"name": k, "template": v} for k, v in named]
+        if held == tokenizer_files.MODEL_FILE:  # a tokenizer.json has them itself
+            settings["added_tokens_decoder"] = {
+                str(i): _options(token) for i, token in self.added_tokens_decoder.items()
+            }
+        templates = chat_templates.files(self.chat_template, prefix) if save_jinja_files else {}
+        if self.chat_template is not None and not save_jinja_files:
+            settings["chat_template"] = chat_templates.as_setting(self.chat_template)
+
+        config = folder / f"{prefix}{tokenizer_files.CONFIG_FILE}"
+        tokens = folder / f"{prefix}{tokenizer_files.MAP_FILE}"
+        folder.mkdir(parents=True, exist_ok=True)
         tokenizer_files.write_json(config, settings)
-        tokenizer_files.write_json(paths[1], tokens)
+        tokenizer_files.write_json(tokens, self.special_tokens_map)
+        paths = [config, tokens, *(folder / name for name in templates)]
+        for path, template in zip(paths[2:], templates.values(), strict=True):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(template, encoding="utf-8")
         return (*map(str, paths), *self.save_vocabulary(folder, filename_prefix))
 
     def save_vocabulary(
@@ -205,145 +226,20 @@ class GemmaTokenizer(TextCoder):
         self._vocabulary.save_vocabulary(path, before, after)
         return (str(path),)
 
-    def get_chat_template(
-        self, chat_template: str | None = None, tools: Sequence[Any] | None = None
-    ) -> str | None:
-        """The jinja template that renders a chat, or None for Gemma's own turns."""
-        named = self.chat_template if isinstance(self.chat_template, dict) else {}
-        if chat_template is not None:
-            return named.get(chat_template, chat_template)
-        if not isinstance(self.chat_template, dict):
-            return self.chat_template
-        name = "tool_use" if tools is not None and "tool_use" in named else "default"
-        if name not in named:
-            raise ValueError(f"no chat template is the default; give chat_template={sorted(named)}")
-        return named[name]
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Any],
-        tools: Sequence[Any] | None = None,
-        documents: Sequence[Any] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool | str = False,
-        tokenize: bool = True,
-        sanitize_control_tokens: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool = True,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: Mapping[str, Any] | None = None,
-        **variables: Any,
-    ) -> Any:
-        """The encoding of a conversation, or of a list of them, with no BOS except the chat's own.
-
-        Without a template the turns are Gemma's own (gemcut.tokenizer.render_chat, which takes
-        `merge_system`), in which contents are encoded apart from markers.  A jinja template yields
-        one string, so literals of special tokens are marked in the messages first and stay text
-        (chat_templates).  Either way a user who types "<start_of_turn>" opens no turn;
-        transformers needs `sanitize_control_tokens` for that.  Two things are not guarded: a
-        literal that a template builds from pieces, and the string that `tokenize=False` yields,
-        which must not be encoded again.  `variables` are the template's; one that it never reads
-        is refused.
-        """
-        if not sanitize_control_tokens:
-            raise ValueError("sanitize_control_tokens=False: messages never write special tokens")
-        if return_assistant_tokens_mask:
-            raise NotImplementedError("return_assistant_tokens_mask=True is not supported")
-        if add_generation_prompt and continue_final_message:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        template = self.get_chat_template(chat_template, tools)
-        if isinstance(conversation, str | Mapping) or not isinstance(conversation, Sequence):
-            kind = type(conversation).__name__
-            raise ValueError(f"conversation must be a list of messages, got {kind}")
-        if not conversation:
-            raise ValueError("conversation is empty; a chat has at least one message")
-        is_batch = isinstance(conversation[0], list | tuple)
-        chats = conversation if is_batch else [conversation]
-        variables |= {"tools": tools, "documents": documents}
-        if template is None:
-            rows = [
-                self._own_turns(chat, add_generation_prompt, continue_final_message, variables)
-                for chat in chats
-            ]
-            texts = [self.decode(ids) for ids in rows] if not tokenize else []
-        else:
-            variables = self.special_tokens_map | variables
-            variables["add_generation_prompt"] = add_generation_prompt
-            parts = [
-                self._templated(template, chat, continue_final_message, tokenize, variables)
-                for chat in chats
-            ]
-            texts = ["".join(one) for one in parts]
-            encode = self._vocabulary.encode
-            rows = [
-                [i for part in one for i in encode(part, add_bos=False, parse_special=True)]
-                for one in (parts if tokenize else [])
-            ]
-        if not tokenize:
-            return texts if is_batch else texts[0]
-        encoding = self.batch(
-            [[Segment(ids, [(0, 0)] * len(ids))] for ids in rows],
-            is_batch,
-            add_special_tokens=False,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            **_without_offsets(tokenizer_kwargs),
-        )
-        return encoding if return_dict else encoding.input_ids
-
-    def _own_turns(
-        self,
-        chat: Sequence[Any],
-        add_generation_prompt: bool,
-        continue_final: bool | str,
-        variables: Mapping[str, Any],
-    ) -> list[int]:
-        given = {name for name, value in variables.items() if value is not None}
-        if unread := sorted(given - {"merge_system"}):
-            raise ValueError(f"without a chat template there is no use for {unread}")
-        if continue_final not in (True, False, "content"):
-            raise ValueError(f"continue_final_message={continue_final!r}: a turn has 'content'")
-        ids = render_chat(
-            self._vocabulary,
-            chat,
-            add_generation_prompt=add_generation_prompt,
-            merge_system=bool(variables.get("merge_system")),
-        )
-        if continue_final:
-            ends = [i for i, token in enumerate(ids) if token == self._vocabulary.end_of_turn_id]
-            ids = ids[: ends[-1]]
-        first = [] if self.bos_token_id is None else [self.bos_token_id]
-        return [*first, *ids[1:]]
-
-    def _templated(
-        self,
-        template: str,
-        chat: Sequence[Any],
-        continue_final: bool | str,
-        guarded: bool,
-        variables: dict[str, Any],
-    ) -> list[str]:
-        field = continue_final if isinstance(continue_final, str) else "content"
-        return chat_templates.render(
-            template,
-            chat,
-            inside_literal=self._vocabulary.inside_marker if guarded else None,
-            continue_final=field if continue_final else None,
-            **variables,
-        )
-
 
 GemmaTokenizerFast = GemmaTokenizer
 _SETTINGS = {
     name
     for name in inspect.signature(GemmaTokenizer.__init__).parameters
-    if name not in ("self", "vocab_file", "tokenizer_file", "tokenizer_object", "name_or_path")
+    if name
+    not in (
+        "self",
+        "vocab_file",
+        "tokenizer_file",
+        "tokenizer_object",
+        "name_or_path",
+        "own_tokens",
+    )
 }
 _SAVED = sorted(_SETTINGS - {*NAMES, "chat_template", "additional_special_tokens"})
 
@@ -369,7 +265,10 @@ def _dropout(options: Mapping[str, Any] | None) -> float:
     return float(alpha)
 
 
-def _without_offsets(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    if options and options.get("return_offsets_mapping"):
-        raise NotImplementedError("return_offsets_mapping=True is not supported for a chat")
-    return dict(options or {})
+def _is_token(name: str, value: Any) -> bool:
+    """Whether a setting names one of the checkpoint's own tokens, such as image_token."""
+    return name.endswith("_token") and isinstance(value, str)
+
+
+def _options(token: AddedToken) -> dict[str, Any]:
+    return {name: value for name, value in asdict(token).items() if name != "id"}

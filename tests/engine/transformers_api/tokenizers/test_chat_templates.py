@@ -143,9 +143,9 @@ class TestChat:
             ),
             pytest.param(
                 turns("a"),
-                {"return_assistant_tokens_mask": True},
-                NotImplementedError,
-                "return_assistant_tokens_mask",
+                {"return_assistant_tokens_mask": True, "return_dict": False},
+                ValueError,
+                "return_assistant_tokens_mask=True needs",
                 id="mask",
             ),
             pytest.param(
@@ -156,22 +156,11 @@ class TestChat:
                 id="prompt-and-continue",
             ),
             pytest.param(
-                turns("a"), {"enable_thinking": True}, ValueError, "enable_thinking", id="variable"
-            ),
-            pytest.param(turns("a"), {"tools": [{}]}, ValueError, "tools", id="tools"),
-            pytest.param(
                 turns("a"),
                 {"continue_final_message": "thought"},
                 ValueError,
                 "'?thought'",
                 id="no-field",
-            ),
-            pytest.param(
-                turns("a"),
-                {"tokenizer_kwargs": {"return_offsets_mapping": True}},
-                NotImplementedError,
-                "return_offsets_mapping",
-                id="offsets",
             ),
         ],
     )
@@ -179,6 +168,23 @@ class TestChat:
         chatty.chat_template = template
         with pytest.raises(error, match=message):
             chatty.apply_chat_template(chat, **options)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"enable_thinking": True}, ValueError, "enable_thinking"),
+            ({"tools": [{}]}, ValueError, "tools"),
+            (
+                {"tokenizer_kwargs": {"return_offsets_mapping": True}},
+                NotImplementedError,
+                "made of ids",
+            ),
+        ],
+    )
+    def test_own_turns_refuse(self, chatty, options, error, message):
+        chatty.chat_template = None
+        with pytest.raises(error, match=message):
+            chatty.apply_chat_template(turns("a"), **options)
 
     @pytest.mark.parametrize(
         ("template", "content", "message"),

@@ -45,9 +45,10 @@ class TestSpecialTokens:
     def test_added(self, ours):
         assert ours.add_special_tokens({"pad_token": "<eos>"}) == 0
         assert ours.pad_token_id == ours.eos_token_id
-        assert ours.add_special_tokens({"extra_special_tokens": ["<table>"]}) == 0
+        assert ours.add_special_tokens({"extra_special_tokens": ["<table>"]}) == 1
         assert ours.extra_special_tokens == ours.additional_special_tokens == ["<table>"]
-        assert ours.add_tokens("<unused1>", special_tokens=True) == 0
+        assert ours.add_tokens("<unused1>", special_tokens=True) == 1
+        assert len(ours) == 520
         assert ours.decode(ours.encode("<table>a<unused1>"), skip_special_tokens=True) == "a"
 
     @pytest.mark.parametrize(
@@ -56,9 +57,12 @@ class TestSpecialTokens:
             pytest.param(lambda t: setattr(t, "pad_token", "[PAD]"), r"'\[PAD\]' is no", id="set"),
             pytest.param(lambda t: setattr(t, "pad_token", 5), "neither a string", id="number"),
             pytest.param(lambda t: setattr(t, "pad_token_id", 520), "token id 520", id="id"),
-            pytest.param(lambda t: t.add_tokens(["new"]), "'new' is no piece", id="add"),
+            pytest.param(lambda t: t.add_tokens([5]), "5 is neither a string", id="add"),
             pytest.param(
-                lambda t: t.add_special_tokens({"cls_token": "a"}), "'cls_token' is no", id="name"
+                lambda t: t.add_special_tokens({"image_token": "a"}), "'image_token'", id="name"
+            ),
+            pytest.param(
+                lambda t: t.add_special_tokens({"extra_special_tokens": "a"}), "a list", id="extra"
             ),
             pytest.param(
                 lambda t: (setattr(t, "bos_token", None), t.update_post_processor()),

@@ -122,13 +122,19 @@ class TestEncode:
                 {"text": ["a"], "text_pair": ["b", "c"]}, ValueError, "1 rows .* has 2", id="pairs"
             ),
             pytest.param({"text": "\ud800"}, ValueError, "lone surrogate", id="surrogate"),
-            pytest.param({"stride": 2}, NotImplementedError, "stride=2", id="stride"),
-            pytest.param({"text_target": "b"}, NotImplementedError, "text_target='b'", id="target"),
+            pytest.param({"stride": -1}, ValueError, "stride -1", id="stride"),
             pytest.param(
-                {"return_overflowing_tokens": True}, NotImplementedError, "overflowing", id="over"
+                {"truncation": True, "max_length": 3, "stride": 5},
+                ValueError,
+                "stride 5 does not fit: max_length 3 leaves 2",
+                id="long-stride",
             ),
+            pytest.param({"is_split_into_words": True}, ValueError, "list of words", id="words"),
             pytest.param(
-                {"is_split_into_words": True}, NotImplementedError, "split_into_words", id="words"
+                {"text": [["a"], "b"], "is_split_into_words": True},
+                ValueError,
+                "got 'b'",
+                id="row2",
             ),
             pytest.param({"no_such": 1}, TypeError, "no_such", id="unknown"),
             pytest.param({"return_tensors": "tf"}, ValueError, "'tf' is not supported", id="tf"),
@@ -137,7 +143,7 @@ class TestEncode:
             pytest.param({"max_length": 0}, ValueError, "max_length 0", id="max-length"),
             pytest.param({"max_length": True}, ValueError, "max_length True", id="bool"),
             pytest.param({"padding_side": "up"}, ValueError, "padding_side is 'up'", id="side"),
-            pytest.param({"pad_to_multiple_of": 8}, ValueError, "needs padding", id="multiple"),
+            pytest.param({"pad_to_multiple_of": 0}, ValueError, "multiple_of 0", id="multiple"),
             pytest.param(
                 {
                     "padding": True,

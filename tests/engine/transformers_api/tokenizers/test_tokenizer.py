@@ -16,7 +16,7 @@ class TestConstructor:
         ("arguments", "error", "message"),
         [
             pytest.param({"no_such": 1}, TypeError, "no_such", id="unknown"),
-            pytest.param({"pad_token": "[PAD]"}, ValueError, "'<unused0>' and its like", id="pad"),
+            pytest.param({"pad_token": 5}, ValueError, "pad_token 5 is neither", id="pad"),
             pytest.param({"bos_token": None}, ValueError, "bos_token is None", id="no-bos"),
             pytest.param(
                 {"use_default_system_prompt": True}, ValueError, "no default system", id="system"

@@ -32,15 +32,18 @@ class TestFiles:
 
     def test_what_is_not_known_is_carried(self, tokenizer_file, tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-        config = '{"legacy": null, "image_token": "x", "add_eos_token": true,'
+        config = '{"legacy": null, "image_token": "<table>", "add_eos_token": true,'
         config += '"bos_token": {"__type": "AddedToken", "content": "<eos>"}}'
         (tmp_path / "tokenizer_config.json").write_text(config)
         tokenizer = GemmaTokenizer.from_pretrained(tmp_path)
         assert (tokenizer.bos_token, tokenizer.add_eos_token) == ("<eos>", True)
+        assert (tokenizer.image_token, tokenizer.image_token_id) == ("<table>", 16)
         tokenizer.save_pretrained(tmp_path / "new")
-        assert '"image_token": "x"' in (tmp_path / "new" / "tokenizer_config.json").read_text()
-        with pytest.raises(TypeError, match="image_token"):
-            GemmaTokenizer.from_pretrained(tmp_path, image_token="x")
+        saved = (tmp_path / "new" / "tokenizer_config.json").read_text()
+        assert '"image_token": "<table>"' in saved
+        assert '"legacy": null' in saved
+        with pytest.raises(TypeError, match="no argument 'image'"):
+            GemmaTokenizer.from_pretrained(tmp_path, image="x")
 
     def test_tokenizer_json_from_transformers(self, saved, from_json, theirs):
         assert sorted(path.name for path in saved.iterdir()) == [
@@ -121,8 +124,9 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"revision": "v2"}, NotImplementedError, "revision='v2'"),
-            ({"trust_remote_code": True}, NotImplementedError, "trust_remote_code=True"),
+            ({"use_fast": 3}, ValueError, "use_fast=3"),
+            ({"proxies": {"http": "x"}}, NotImplementedError, "set HTTPS_PROXY"),
+            ({"subfolder": "../x"}, ValueError, "no folder within"),
             ({"no_such": 1}, TypeError, "no_such"),
         ],
     )
@@ -137,8 +141,10 @@ class TestFiles:
             ours.save_vocabulary(tmp_path / "lost")
         with pytest.raises(NotImplementedError, match="push_to_hub"):
             ours.save_pretrained(tmp_path, push_to_hub=True)
-        with pytest.raises(NotImplementedError, match="legacy_format=True"):
-            ours.save_pretrained(tmp_path, legacy_format=True)
+        with pytest.raises(NotImplementedError, match="legacy_format=False"):
+            ours.save_pretrained(tmp_path, legacy_format=False)
+        with pytest.raises(TypeError, match="no_such"):
+            ours.save_pretrained(tmp_path, no_such=1)
         (tmp_path / "tokenizer.json").write_text("{}")
         with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
             GemmaTokenizer.from_pretrained(tmp_path)
