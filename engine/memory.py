@@ -90,8 +90,9 @@ class Build:
 
     def _second_head_bytes(self) -> int:
         """What a head takes beside its table, where products read it packed (kernels/cpu.py)."""
-        is_packed = self.ops is cpu and cpu.packs(self.dtype)
-        return is_packed * self.config.vocab_size * self.config.hidden_size * self.dtype.itemsize
+        shape = self.config.vocab_size, self.config.hidden_size
+        is_packed = self.ops is cpu and cpu.packs(shape, self.dtype)
+        return is_packed * shape[0] * shape[1] * self.dtype.itemsize
 
     def _graph_bytes(self, decode: int, max_seq_len: int) -> int:
         """What captured steps keep, of which a decode step takes `decode` bytes."""

@@ -52,6 +52,7 @@ __all__ = [
 WIDE = (torch.float32, torch.float64)
 FEW_ROWS, SMALL = 2, 2**18  # rows, and elements of a weight: see linear
 HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once
+BLOCK = 64  # rows and columns of a packed weight come in multiples of it
 # A logit rounded to bfloat16 errs by 2^-9 of itself: the greatest of all is among those so near to
 # the greatest rounded one.  Where more are than MOST_NEAR, all are computed again.
 NEAR, MOST_NEAR = 2**-7, 4096
@@ -192,14 +193,15 @@ def packed(weight: Tensor) -> Tensor:
     In bfloat16 it is reordered into oneDNN's blocks, from which few rows take half the time; the
     results are the same, bit for bit.  Otherwise it is the weight itself.
     """
-    if not (packs(weight.dtype) and weight.is_cpu):
+    if not (packs(weight.shape, weight.dtype) and weight.is_cpu):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
-def packs(dtype: torch.dtype) -> bool:
-    """Whether `packed` changes weights of this dtype, on this machine."""
-    return dtype == torch.bfloat16 and dtype in _by_onednn()
+def packs(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether `packed` changes a weight, on this machine: not one that blocks would have to pad."""
+    is_bf16 = dtype == torch.bfloat16 and dtype in _by_onednn()
+    return is_bf16 and all(size % BLOCK == 0 for size in shape)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,9 @@ def test_published_sizes_are_estimated_to_the_byte(name, dtype):
             device=meta,
             dtype=dtype,
         )
-        second_head = config.vocab_size * config.hidden_size * 2 * (dtype == torch.bfloat16)
-        assert tensor_bytes(weights) + second_head * cpu.packs(dtype) == estimate.weights
+        head = weights.lm_head
+        second_head = head.nbytes * cpu.packs(head.shape, dtype)
+        assert tensor_bytes(weights) + second_head == estimate.weights
         assert tensor_bytes(cache) == estimate.kv_cache
         assert tensor_bytes(SlotState(slots, config.vocab_size, meta)) == estimate.state
 

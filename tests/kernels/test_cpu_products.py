@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from gemcut.kernels import cpu
-from gemcut.kernels.cpu import FEW_ROWS, MOST_NEAR, ROWS, SMALL
+from gemcut.kernels.cpu import BLOCK, FEW_ROWS, MOST_NEAR, ROWS, SMALL
 
 ROWS_TRIED = [1, FEW_ROWS, FEW_ROWS + 1, 17]
-packs = pytest.mark.skipif(not cpu.packs(torch.bfloat16), reason="no bfloat16 in oneDNN here")
+packs = pytest.mark.skipif(
+    not cpu.packs((BLOCK, BLOCK), torch.bfloat16), reason="no bfloat16 in oneDNN here"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +22,14 @@ def _seed():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("M", ROWS_TRIED)
-@pytest.mark.parametrize("shape", [(7, 40), (1 + SMALL // 64, 64)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "shape", [(7, 40), (BLOCK, 2 * BLOCK), (BLOCK + SMALL // 64, 64)], ids=["odd", "small", "large"]
+)
 def test_a_packed_weight_gives_the_same_bits(shape, M, dtype):
     weight, x = torch.randn(shape).to(dtype), torch.randn(M, shape[1]).to(dtype)
     bias = torch.randn(shape[0]).to(dtype)
     packed = cpu.packed(weight)
-    assert (packed is weight) is not cpu.packs(dtype)
+    assert (packed is weight) is not cpu.packs(shape, dtype)
     for b in (None, bias):
         assert torch.equal(cpu.linear(x, packed, b), cpu.linear(x, weight, b))
     assert torch.equal(cpu.lm_head(x, cpu.packed_head(weight), 3.0), cpu.lm_head(x, weight, 3.0))
@@ -34,7 +38,7 @@ def test_a_packed_weight_gives_the_same_bits(shape, M, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("M", ROWS_TRIED)
 def test_any_number_of_threads_gives_the_same_bits(M, dtype):
-    weight, x = torch.randn(1 + SMALL // 64, 64).to(dtype), torch.randn(M, 64).to(dtype)
+    weight, x = torch.randn(BLOCK + SMALL // 64, 64).to(dtype), torch.randn(M, 64).to(dtype)
     threads = torch.get_num_threads()
     found = []
     try:
@@ -71,9 +75,9 @@ def test_the_greatest_logit_is_found_among_rounded_ones(sign, spread, softcap):
 
 @packs
 def test_a_nan_among_the_logits_is_seen():
-    weight = torch.randn(100, 8).bfloat16()
+    weight = torch.randn(2 * BLOCK, BLOCK).bfloat16()
     weight[5] = torch.nan
-    scores, _ = cpu.lm_head_argmax(torch.ones(2, 8).bfloat16(), cpu.packed_head(weight), None)
+    scores, _ = cpu.lm_head_argmax(torch.ones(2, BLOCK).bfloat16(), cpu.packed_head(weight), None)
     assert scores.isnan().all()
 
 
