@@ -20,8 +20,9 @@ from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.placement import is_plain_torch
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import cpu, reference
-from gemcut.kernels.cpu import HEAD_ROWS, QUERIES
+from gemcut.kernels.cpu import QUERIES
 from gemcut.kernels.cpu import ROWS as JOINT_ROWS
+from gemcut.kernels.cpu_products import HEAD_ROWS
 from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, least_split, most_partials
 
 FLOAT = 4  # bytes of a float32

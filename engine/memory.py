@@ -23,6 +23,7 @@ from gemcut.engine.execution.cuda_graphs import can_be_captured
 from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
 from gemcut.engine.placement import is_plain_torch
 from gemcut.kernels import cpu
+from gemcut.kernels.cpu_products import packs
 
 MEMINFO = Path("/proc/meminfo")
 # Of the free memory, for an engine whose size is chosen here.  A CPU's memory is for all processes;
@@ -91,7 +92,7 @@ class Build:
     def _second_head_bytes(self) -> int:
         """What a head takes beside its table, where products read it packed (kernels/cpu.py)."""
         shape = self.config.vocab_size, self.config.hidden_size
-        is_packed = self.ops is cpu and cpu.packs(shape, self.dtype)
+        is_packed = self.ops is cpu and packs(shape, self.dtype)
         return is_packed * shape[0] * shape[1] * self.dtype.itemsize
 
     def _graph_bytes(self, decode: int, max_seq_len: int) -> int:

@@ -62,7 +62,7 @@ class Setup:
 
     @property
     def packed_model(self) -> Gemma:
-        """The same as an engine loads it; the plain one is for what shares or checks its weights."""
+        """The same as an engine loads it; others share the plain one, and check tokens by it."""
         model = self.model
         if model.ops is not cpu:
             return model

@@ -5,7 +5,7 @@ product.  `checkpoint_tensors` is the only list of names and shapes: loading, ch
 follow it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.kernels.cpu import PackedHead, packed, packed_head
+from gemcut.kernels.cpu_products import PackedHead, packed, packed_head
 
 
 @dataclass
@@ -58,7 +58,6 @@ class Weights:
         ]
         is_tied = self.lm_head is self.embedding
         return Weights(**fields, lm_head=fields["embedding"] if is_tied else moved(self.lm_head))
-
 
     def packed(self) -> "Weights":
         """The same weights beside what `pack_` makes of them."""

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate, assert_within_budget, outcome
 
-from gemcut.kernels import cpu, reference
-from gemcut.kernels.cpu import FEW_ROWS, HEAD_ROWS, SMALL
+from gemcut.kernels import cpu, cpu_products, reference
+from gemcut.kernels.cpu_products import FEW_ROWS, HEAD_ROWS, SMALL
 from gemcut.kernels.reference.attention import attention_masked
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -167,7 +167,7 @@ def test_the_head(op, softcap, M, dtype):
 @pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
 def test_logits_of_a_bf16_head_are_not_rounded(ops, onednn, monkeypatch):
     if not onednn:
-        monkeypatch.setattr(cpu, "_by_onednn", frozenset)
+        monkeypatch.setattr(cpu_products, "_by_onednn", frozenset)
     x, weight = torch.randn(3, 8).bfloat16(), torch.randn(2 * HEAD_ROWS + 7, 8).bfloat16()
     exact = x.double() @ weight.double().T
     torch.testing.assert_close(ops.lm_head(x, weight, None), exact.float())

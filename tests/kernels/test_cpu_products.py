@@ -7,11 +7,20 @@ import pytest
 import torch
 
 from gemcut.kernels import cpu
-from gemcut.kernels.cpu import BLOCK, FEW_ROWS, MOST_NEAR, ROWS, SMALL
+from gemcut.kernels.cpu import ROWS
+from gemcut.kernels.cpu_products import (
+    BLOCK,
+    FEW_ROWS,
+    MOST_NEAR,
+    SMALL,
+    packed,
+    packed_head,
+    packs,
+)
 
 ROWS_TRIED = [1, FEW_ROWS, FEW_ROWS + 1, 17]
-packs = pytest.mark.skipif(
-    not cpu.packs((BLOCK, BLOCK), torch.bfloat16), reason="no bfloat16 in oneDNN here"
+needs_bf16 = pytest.mark.skipif(
+    not packs((BLOCK, BLOCK), torch.bfloat16), reason="no bfloat16 in oneDNN here"
 )
 
 
@@ -28,11 +37,11 @@ def _seed():
 def test_a_packed_weight_gives_the_same_bits(shape, M, dtype):
     weight, x = torch.randn(shape).to(dtype), torch.randn(M, shape[1]).to(dtype)
     bias = torch.randn(shape[0]).to(dtype)
-    packed = cpu.packed(weight)
-    assert (packed is weight) is not cpu.packs(shape, dtype)
+    blocks = packed(weight)
+    assert (blocks is weight) is not packs(shape, dtype)
     for b in (None, bias):
-        assert torch.equal(cpu.linear(x, packed, b), cpu.linear(x, weight, b))
-    assert torch.equal(cpu.lm_head(x, cpu.packed_head(weight), 3.0), cpu.lm_head(x, weight, 3.0))
+        assert torch.equal(cpu.linear(x, blocks, b), cpu.linear(x, weight, b))
+    assert torch.equal(cpu.lm_head(x, packed_head(weight), 3.0), cpu.lm_head(x, weight, 3.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -44,14 +53,14 @@ def test_any_number_of_threads_gives_the_same_bits(M, dtype):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append([cpu.linear(x, weight), cpu.lm_head(x, cpu.packed_head(weight), None)])
+            found.append([cpu.linear(x, weight), cpu.lm_head(x, packed_head(weight), None)])
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@packs
+@needs_bf16
 @pytest.mark.parametrize("softcap", [None, 200.0], ids=["no-softcap", "softcap"])
 @pytest.mark.parametrize(
     "spread", [1.0, 1e-3, 0.0], ids=["few-are-near", "many-are-near", "all-are-equal"]
@@ -64,7 +73,7 @@ def test_the_greatest_logit_is_found_among_rounded_ones(sign, spread, softcap):
     weight = (base + spread * torch.randn(V, D)).bfloat16()
     x = torch.ones(3, D).bfloat16() + torch.rand(3, D).bfloat16()
     exact = x.double() @ weight.double().T
-    scores, ids = cpu.lm_head_argmax(x, cpu.packed_head(weight), softcap)
+    scores, ids = cpu.lm_head_argmax(x, packed_head(weight), softcap)
     capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
     best = exact.max(-1).values
     torch.testing.assert_close(scores.double(), capped.max(-1).values, rtol=1e-6, atol=1e-6)
@@ -73,11 +82,11 @@ def test_the_greatest_logit_is_found_among_rounded_ones(sign, spread, softcap):
     assert ((best - found) <= 1e-6 * best.abs()).all()
 
 
-@packs
+@needs_bf16
 def test_a_nan_among_the_logits_is_seen():
     weight = torch.randn(2 * BLOCK, BLOCK).bfloat16()
     weight[5] = torch.nan
-    scores, _ = cpu.lm_head_argmax(torch.ones(2, BLOCK).bfloat16(), cpu.packed_head(weight), None)
+    scores, _ = cpu.lm_head_argmax(torch.ones(2, BLOCK).bfloat16(), packed_head(weight), None)
     assert scores.isnan().all()
 
 
