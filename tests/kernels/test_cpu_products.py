@@ -6,7 +6,7 @@ Their accuracy is held by test_cpu.py.
 import pytest
 import torch
 
-from gemcut.kernels import cpu
+from gemcut.kernels import cpu, cpu_products
 from gemcut.kernels.cpu import ROWS
 from gemcut.kernels.cpu_products import (
     BLOCK,
@@ -44,10 +44,17 @@ def test_a_packed_weight_gives_the_same_bits(shape, M, dtype):
     assert torch.equal(cpu.lm_head(x, packed_head(weight), 3.0), cpu.lm_head(x, weight, 3.0))
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "blocks"])
+def one_row(request, monkeypatch):
+    """Either way for one row, whichever is faster here."""
+    monkeypatch.setattr(cpu_products, "blocks_are_fast", lambda: request.param)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("M", ROWS_TRIED)
-def test_any_number_of_threads_gives_the_same_bits(M, dtype):
-    weight, x = torch.randn(BLOCK + SMALL // 64, 64).to(dtype), torch.randn(M, 64).to(dtype)
+@pytest.mark.parametrize("N", [BLOCK, BLOCK + SMALL // 64], ids=["small", "large"])
+def test_any_number_of_threads_gives_the_same_bits(one_row, N, M, dtype):
+    weight, x = torch.randn(N, 64).to(dtype), torch.randn(M, 64).to(dtype)
     threads = torch.get_num_threads()
     found = []
     try:
@@ -66,14 +73,15 @@ def test_any_number_of_threads_gives_the_same_bits(M, dtype):
     "spread", [1.0, 1e-3, 0.0], ids=["few-are-near", "many-are-near", "all-are-equal"]
 )
 @pytest.mark.parametrize("sign", [1, -1], ids=["some-positive", "all-negative"])
-def test_the_greatest_logit_is_found_among_rounded_ones(sign, spread, softcap):
+@pytest.mark.parametrize("head", [torch.Tensor.clone, packed_head], ids=["plain", "packed"])
+def test_the_greatest_logit_is_found_among_rounded_ones(head, sign, spread, softcap):
     """Where logits differ by less than rounding, too: the rows near the greatest are exact."""
     V, D = 2 * MOST_NEAR, 64
     base = torch.ones(1, D) if sign == 1 else -torch.ones(1, D)
     weight = (base + spread * torch.randn(V, D)).bfloat16()
     x = torch.ones(3, D).bfloat16() + torch.rand(3, D).bfloat16()
     exact = x.double() @ weight.double().T
-    scores, ids = cpu.lm_head_argmax(x, packed_head(weight), softcap)
+    scores, ids = cpu.lm_head_argmax(x, head(weight), softcap)
     capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
     best = exact.max(-1).values
     torch.testing.assert_close(scores.double(), capped.max(-1).values, rtol=1e-6, atol=1e-6)
