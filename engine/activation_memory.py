@@ -20,7 +20,9 @@ from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.placement import is_plain_torch
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import cpu, reference
-from gemcut.kernels.cpu import HEAD_ROWS
+from gemcut.kernels.cpu import QUERIES
+from gemcut.kernels.cpu import ROWS as JOINT_ROWS
+from gemcut.kernels.cpu_products import HEAD_ROWS
 from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, least_split, most_partials
 
 FLOAT = 4  # bytes of a float32
@@ -78,10 +80,9 @@ def _choice_bytes(config: ModelConfig, dtype: torch.dtype, B: int, ops: ModuleTy
     V, D = config.vocab_size, config.hidden_size
     if not is_plain_torch(ops):
         return B * V * KERNELS_CHOICE
-    # of cpu the product from the weight's side, and turned
-    head = B * V * FLOAT * (2 if ops is cpu else 1)
+    head = B * V * FLOAT
     if dtype != torch.float32:  # the head is widened, whole or in blocks
-        head += (HEAD_ROWS if ops is cpu else V) * D * FLOAT
+        head += (min(HEAD_ROWS, V) if ops is cpu else V) * D * FLOAT
     return max(head, B * V * TORCH_CHOICE)
 
 
@@ -152,8 +153,14 @@ def _scores_bytes(
     if ops is reference:
         # scores, masked ones, weights; the mask and its contrary; keys and values of every head
         return (3 * HQ * FLOAT + 2) * T * S + 2 * S * HQ * K * FLOAT
-    # q by KV head, the sum over keys, and that by token; scores and weights, the mask
-    total = 3 * T * HQ * K * FLOAT + (2 * HQ * FLOAT + 1) * T * S
+    total = 0
     if dtype != torch.float32 or max_seq_len > S:  # keys and values, widened or out of a ring
         total += 2 * S * HK * K * FLOAT
-    return total
+    if T <= JOINT_ROWS:
+        # q by KV head, the sum over keys, and that by token; scores and weights, the mask
+        return total + 3 * T * HQ * K * FLOAT + (2 * HQ * FLOAT + 1) * T * S
+    # q, outputs in blocks and joined; of a block scores and weights of one KV head, its values
+    # in the order of the product, the masks
+    queries = min(T, QUERIES)
+    total += 3 * T * HQ * K * FLOAT + 2 * queries * HQ * K * FLOAT + S * K * FLOAT
+    return total + (2 * HQ // HK * FLOAT + 2) * queries * S

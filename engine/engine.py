@@ -37,6 +37,7 @@ from gemcut.engine.serving.metrics import costs, prometheus_text, snapshot
 from gemcut.engine.serving.scheduler import Scheduler
 from gemcut.engine.serving.step_loop import StepLoop
 from gemcut.engine.serving.worker import Worker
+from gemcut.kernels import cpu
 from gemcut.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -194,6 +195,8 @@ class Engine(Calls):
 
         def load() -> Engine:
             weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
+            if op_table is cpu:
+                weights.pack_()
             engine = cls(
                 Gemma(config, weights, op_table),
                 tokenizer,

@@ -22,6 +22,8 @@ from gemcut.engine.execution.cache import PREFILL_CHUNK, counter_bytes, ring_of,
 from gemcut.engine.execution.cuda_graphs import can_be_captured
 from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
 from gemcut.engine.placement import is_plain_torch
+from gemcut.kernels import cpu
+from gemcut.kernels.cpu_products import packs
 
 MEMINFO = Path("/proc/meminfo")
 # Of the free memory, for an engine whose size is chosen here.  A CPU's memory is for all processes;
@@ -37,7 +39,7 @@ SHORTEST = 2  # a prompt and what comes of it
 class Estimate:
     """Bytes of an engine at its peak, by kind."""
 
-    weights: int  # a tied embedding counts once
+    weights: int  # a tied embedding counts once, unless the head is packed
     kv_cache: int
     state: int  # sampling settings and marks, by slot
     activations: int  # of the largest step: a chunk of a prefill, or one token in each slot
@@ -79,13 +81,19 @@ class Build:
         decode = decode_bytes(config, dtype, max_batch_size, max_seq_len, self.ops)
         on_gpu = self.device.type == "cuda"
         return Estimate(
-            weights=config.num_parameters() * dtype.itemsize,
+            weights=config.num_parameters() * dtype.itemsize + self._second_head_bytes(),
             kv_cache=max_batch_size * slot_bytes(config, max_seq_len, chunk, dtype)
             + counter_bytes(config, max_batch_size),
             state=state_bytes(max_batch_size, config.vocab_size),
             activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
             graphs=self._graph_bytes(decode, max_seq_len),
         )
+
+    def _second_head_bytes(self) -> int:
+        """What a head takes beside its table, where products read it packed (kernels/cpu.py)."""
+        shape = self.config.vocab_size, self.config.hidden_size
+        is_packed = self.ops is cpu and packs(shape, self.dtype)
+        return is_packed * shape[0] * shape[1] * self.dtype.itemsize
 
     def _graph_bytes(self, decode: int, max_seq_len: int) -> int:
         """What captured steps keep, of which a decode step takes `decode` bytes."""

@@ -70,8 +70,10 @@ def tensors(root: Any) -> Iterator[Tensor]:
 
 def tensor_bytes(root: Any) -> int:
     """Bytes of the storages of all tensors within reach; a shared storage counts once."""
-    storages = {storage._cdata: storage for storage in map(Tensor.untyped_storage, tensors(root))}
-    return sum(storage.nbytes() for storage in storages.values())
+    found = list(tensors(root))
+    storages = [x.untyped_storage() for x in found if not x.is_mkldnn]
+    packed = {id(x): x.numel() * x.element_size() for x in found if x.is_mkldnn}
+    return sum({x._cdata: x.nbytes() for x in storages}.values()) + sum(packed.values())
 
 
 def estimate_of(engine: Engine) -> Estimate:

@@ -29,6 +29,8 @@ from gemcut.bench.engines.step_bytes import decode_bytes, print_step_bytes
 from gemcut.bench.measure.report_file import Record, metric, print_table
 from gemcut.engine.checks import check_int
 
+RATIOS = ("ratio", "first_token_ratio")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gemcut-bench decode`."""
@@ -64,6 +66,10 @@ def rate_of(generation: Generation) -> float:
     return generation.tokens_per_second
 
 
+def first_rate_of(generation: Generation) -> float:
+    return 1 / generation.first_token_seconds
+
+
 def case_name(result: Result) -> str:
     """The name of a case, by what differs within a run."""
     workload = result.workload
@@ -73,8 +79,8 @@ def case_name(result: Result) -> str:
 def make_records(result: Result, ceilings: Ceilings) -> list[Record]:
     """A record for each contestant.
 
-    `ratio` is gemcut's tokens a second over the peer's in the same round; gemcut's own record
-    names the fastest peer.
+    `ratio` is gemcut's tokens a second over the peer's in the same round, `first_token_ratio` the
+    peer's time to the first token over gemcut's; gemcut's own record names the fastest peer.
     """
     records = []
     for one in result.contestants:
@@ -127,6 +133,7 @@ def _metrics(result: Result, name: str) -> Record:
     }
     if ratios := result.ratios(name, rate_of):
         measured["ratio"] = metric(ratios)
+        measured["first_token_ratio"] = metric(result.ratios(name, first_rate_of))
     return measured
 
 
@@ -138,13 +145,14 @@ def print_case(result: Result, records: list[Record], ceilings: Ceilings) -> Non
             describe(record["tokens_per_second"]),
             describe(record["first_token_ms"]),
             f"{record['read_share']:.1%}",
-            describe(record["ratio"]) if "ratio" in record else "",
+            *(describe(record[name]) if name in record else "" for name in RATIOS),
         ]
         for record in records
         if "tokens_per_second" in record
     ]
     if table:
-        columns = ["tokens/s", "first token, ms", "of read bandwidth", "gemcut's ratio"]
+        columns = ["tokens/s", "first token, ms", "of read bandwidth"]
+        columns += ["gemcut's ratio", "and of the first token"]
         print_table(["median (range)", *columns], table)
     print_fastest(records, "decodes")
     _print_step_bytes(result.setup, result.workload, ceilings["read_gbps"])

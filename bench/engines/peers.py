@@ -109,7 +109,7 @@ class Stage:
 class Gemcut:
     def __init__(self, stage: Stage) -> None:
         setup, workload = stage.setup, stage.workload
-        model = setup.model
+        model = setup.packed_model
         slot = slot_bytes(setup.config, workload.length, PREFILL_CHUNK, setup.dtype)
         require_memory(setup.device, {"cache": workload.batch * slot})
         self.version = gemcut_version()

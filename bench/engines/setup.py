@@ -14,6 +14,7 @@ from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.memory import free_bytes
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
+from gemcut.kernels import cpu
 from gemcut.tokenizer import Tokenizer
 
 
@@ -58,6 +59,14 @@ class Setup:
         else:
             weights = load_checkpoint(self.folder, self.config, **where)
         return Gemma(self.config, weights, self._ops)
+
+    @property
+    def packed_model(self) -> Gemma:
+        """The same as an engine loads it; others share the plain one, and check tokens by it."""
+        model = self.model
+        if model.ops is not cpu:
+            return model
+        return Gemma(model.config, model.weights.packed(), model.ops)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from torch import Tensor
 
 from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.cpu_steps import CpuSteps
 from gemcut.engine.execution.cuda_graphs import Blank, Graphs, Step, can_be_captured, graph_sizes
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.prefill_chunks import padded_sizes
@@ -26,7 +27,7 @@ def choose_steps(
 ) -> Steps:
     """The steps that suit the model's device: graphs on a GPU, unless `cuda_graphs` is False."""
     if not can_be_captured(model.device, model.ops):
-        return Steps(model, cache, state)
+        return (CpuSteps if model.device.type == "cpu" else Steps)(model, cache, state)
     # padded without graphs too, so that cuBLAS computes the same with them and without
     sizes = padded_sizes(model.config, cache.prefill_chunk, cache.max_seq_len)
     return (GraphedSteps if cuda_graphs else Steps)(model, cache, state, sizes)
@@ -64,6 +65,10 @@ class GraphedSteps(Steps):
     def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
         """Sample without a graph: logits processors may have made the logits on the host."""
         return super().sample(logits, slots, _rounded(features))
+
+    def choose(self, hidden: Tensor, slots: Tensor, features: Features) -> Tensor:
+        """Choose first tokens without a graph: they are of as many rows as prompts end together."""
+        return super().choose(hidden, slots, _rounded(features))
 
     def _replay(self, name: str, features: Features | None, *inputs: Tensor) -> Tensor:
         """Replay a step of slots [B], and of drafts [B, T - 1] if it verifies them -> [B, ...]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemcut.engine.execution.logprobs import describe_tokens, prompt_logprobs, prompt_scores
 from gemcut.engine.execution.pending_tokens import PendingTokens
-from gemcut.engine.execution.sampler import Features, run_processors
+from gemcut.engine.execution.sampler import FULL, GREEDY, Features, run_processors
 from gemcut.engine.execution.slot_state import upload
 from gemcut.engine.execution.steps import NO_DRAFT, Steps
 from gemcut.engine.requests.outputs import TokenLogprobs
@@ -65,9 +65,11 @@ class Runner:
         for sequence in sequences:
             assert sequence.slot is not None
             self.state.admit(sequence.slot, sequence)
-        logits = self.model.logits(hidden)
         slots = upload([s.slot for s in sequences], self.device)
-        return self._sample(sequences, logits, slots, _features(sequences), scorer)
+        features = _features(sequences)
+        if scorer is not None or any(s.needs_logits for s in sequences):
+            return self._sample(sequences, self.model.logits(hidden), slots, features, scorer)
+        return self._pending(sequences, self.steps.choose(hidden, slots, features))
 
     def start_decode(
         self,
@@ -100,8 +102,11 @@ class Runner:
 
     def warm_up_prefill(self, slot: int, lengths: Collection[int]) -> None:
         """Run chunks of these lengths, the longest first, in a slot whose content is not needed."""
+        nowhere = upload([self.state.num_slots], self.device)
         for count in sorted(lengths, reverse=True):
-            self.model.logits(self.steps.prefill([0] * count, slot, 0, count)[-1:])
+            last = self.steps.prefill([0] * count, slot, 0, count)[-1:]
+            for features in (FULL, GREEDY):
+                self.steps.choose(last, nowhere, features)
 
     def _sample(
         self,

@@ -4,7 +4,8 @@
     decode   the newest token of each slot goes through the model, and the next one is sampled
     verify   the same with a draft after it: the slot keeps what the model would have sampled itself
     logits   the first half of decode, for a host that must see logits before the next token
-    sample   the second half of decode, and the end of a prefill
+    sample   the second half of decode, from those logits
+    choose   the end of a prefill: the first token, from the state of the last of its prompt
 
 `Steps` launches them kernel by kernel.  `GraphedSteps` (graphed_steps.py) has the same methods, and
 replays CUDA graphs of them.
@@ -79,15 +80,12 @@ class Steps:
         """One more token in each slot: slots [B] -> ids [B]; -1 where none could be sampled."""
         tokens, positions = self._newest(slots)
         hidden = self.model.decode(tokens, self.cache, slots, positions)
-        if features == GREEDY:
-            scores, sampled = self.model.ops.lm_head_argmax(
-                hidden,
-                self.model.weights.lm_head,
-                self.model.config.final_softcap,
-                counters=self.cache.counters,
-            )
-            return self._advance(sampled, scores, slots, features)
-        return self._sample(self.model.logits(hidden), slots, positions + 1, features)
+        return self._choose(hidden, slots, positions + 1, features)
+
+    def choose(self, hidden: Tensor, slots: Tensor, features: Features) -> Tensor:
+        """Sample the next token of slots after states [B, D] -> ids [B]; -1 where none is."""
+        positions = self.state.positions.index_select(0, slots)
+        return self._choose(hidden, slots, positions + 1, features)
 
     def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
         """What the model samples after each draft: slots [B], drafts [B, T - 1] -> ids [B, T].
@@ -153,6 +151,19 @@ class Steps:
     def _newest(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         tokens, positions = self.state.newest.index_select(1, slots).unbind()
         return tokens, positions
+
+    def _choose(
+        self, hidden: Tensor, slots: Tensor, positions: Tensor, features: Features
+    ) -> Tensor:
+        if features == GREEDY:
+            scores, sampled = self.model.ops.lm_head_argmax(
+                hidden,
+                self.model.weights.lm_head,
+                self.model.config.final_softcap,
+                counters=self.cache.counters,
+            )
+            return self._advance(sampled, scores, slots, features)
+        return self._sample(self.model.logits(hidden), slots, positions, features)
 
     def _sample(
         self, logits: Tensor, slots: Tensor, positions: Tensor, features: Features

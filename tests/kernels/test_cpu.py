@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate, assert_within_budget, outcome
 
-from gemcut.kernels import cpu, reference
-from gemcut.kernels.cpu import FEW_ROWS, HEAD_ROWS
+from gemcut.kernels import cpu, cpu_products, reference
+from gemcut.kernels.cpu_products import FEW_ROWS, HEAD_ROWS, SMALL
 from gemcut.kernels.reference.attention import attention_masked
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])
-# one row, a few, the most that take the weight's side, and one more
-by_rows = pytest.mark.parametrize("M", [1, 2, FEW_ROWS, FEW_ROWS + 1], ids=lambda M: f"{M}-rows")
+# one row, the most that torch's own choice takes of a small weight, one more, and many
+by_rows = pytest.mark.parametrize("M", [1, FEW_ROWS, FEW_ROWS + 1, 17], ids=lambda M: f"{M}-rows")
 by_softcap = pytest.mark.parametrize("softcap", [None, 2.0], ids=["no-softcap", "softcap"])
 by_window = pytest.mark.parametrize("window", [None, 8], ids=["global", "local"])
 by_norm = pytest.mark.parametrize("norm", [False, True], ids=["no-norm", "norm"])
@@ -28,6 +28,12 @@ by_heads = pytest.mark.parametrize("heads", HEADS, ids=["group-1", "group-2", "g
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "blocks"])
+def one_row(request, monkeypatch):
+    """Either way for one row, whichever is faster here."""
+    monkeypatch.setattr(cpu_products, "blocks_are_fast", lambda: request.param)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -68,7 +74,11 @@ def test_it_has_the_oracles_names_and_signatures():
     assert cpu.__all__ == reference.__all__
     for name in cpu.__all__:
         found = [inspect.signature(getattr(ops, name)) for ops in (cpu, reference)]
-        assert found[0] == found[1], name
+        one, other = (
+            [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+            for signature in found
+        )
+        assert one == other, name
 
 
 def test_what_is_rewritten_is_tested():
@@ -115,19 +125,19 @@ def test_add_rmsnorm(splits, norm, M, dtype):
 
 @by_dtype
 @by_rows
-@pytest.mark.parametrize("N", [12, 7], ids=["blocks", "no-blocks"])
+@pytest.mark.parametrize("N", [7, 12, 4 + SMALL // 40], ids=["odd", "small", "large"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("op", [cpu.linear, cpu.skinny_linear], ids=["linear", "skinny_linear"])
-def test_products(op, has_bias, N, M, dtype):
+def test_products(one_row, op, has_bias, N, M, dtype):
     bias = normal(N, dtype=dtype) if has_bias else None
     hold(op, normal(M, 40, dtype=dtype), normal(N, 40, dtype=dtype), bias)
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17], ids=lambda M: f"{M}-rows")
-@pytest.mark.parametrize("N", [12, 7], ids=["blocks", "no-blocks"])
+@pytest.mark.parametrize("N", [7, 12, 4 + SMALL // 40], ids=["odd", "small", "large"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
-def test_linear_is_the_product_by_either_way(ops, M, N, bias):
+def test_linear_is_the_product_by_any_way(one_row, ops, M, N, bias):
     x, weight, b = torch.randn(M, 40), torch.randn(N, 40), torch.randn(N) if bias else None
     exact = x.double() @ weight.double().T + (0 if b is None else b.double())
     y = ops.linear(x, weight, b)
@@ -152,15 +162,18 @@ def test_linear_geglu(M, dtype):
 
 @by_dtype
 @by_rows
-@by_softcap
+@pytest.mark.parametrize("softcap", [None, 8.0], ids=["no-softcap", "softcap"])
 @pytest.mark.parametrize("op", [cpu.lm_head, cpu.lm_head_argmax], ids=["lm_head", "lm_head_argmax"])
 def test_the_head(op, softcap, M, dtype):
-    weight = normal(2 * HEAD_ROWS + 7, 40, dtype=dtype)
+    weight = normal(1 + SMALL // 40, 40, dtype=dtype)
     hold(op, normal(M, 40, dtype=dtype), weight, softcap)
 
 
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "blocks"])
 @pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
-def test_a_bf16_head_in_blocks_is_the_whole_head(ops):
+def test_logits_of_a_bf16_head_are_not_rounded(ops, onednn, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(cpu_products, "_by_onednn", frozenset)
     x, weight = torch.randn(3, 8).bfloat16(), torch.randn(2 * HEAD_ROWS + 7, 8).bfloat16()
     exact = x.double() @ weight.double().T
     torch.testing.assert_close(ops.lm_head(x, weight, None), exact.float())
@@ -277,7 +290,10 @@ def test_attention_decode(rows, T, heads, window, softcap, dtype):
 @by_window
 @by_heads
 def test_attention_prefill(heads, window, softcap, dtype):
-    """Chunks of 1, 5, 17, 0, 2 and 16 tokens: at the beginning, past the ring's end, inactive."""
+    """Chunks of 1, 5, 17, 0, 2 and 16 tokens: at the beginning, past the ring's end, inactive.
+
+    Of 17 and more, heads are computed one by one.
+    """
     slots, starts, lengths = [2, 0, 1, 4, 3, 5], [0, 0, 20, 7, -1, 24], [1, 5, 17, 0, 2, 16]
     told = attention(slots, starts, lengths, heads, dtype, softcap, window)
     places = {"starts": torch.tensor(starts), "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}

@@ -1,0 +1,102 @@
+"""Steps on a CPU, on torch's threads, or on one thread while other programs use the cores.
+
+torch splits each product over its threads and waits for the last of them.  Where another program
+is on a core, a thread waits for its time slice, some 4 ms, in each of the seventy and more products
+of a step, which take a quarter of a millisecond each.  One thread waits for nobody.  Both give the
+same bits (kernels/cpu.py), so it may change at any step.
+"""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.execution.sampler import Features
+from gemcut.engine.execution.steps import Steps
+
+# Involuntary switches a second of a step whose threads lose their cores: 100 and more were counted
+# beside busy programs, 5 and less on a machine that has nothing else to do.
+SWITCHES_PER_SECOND, LEAST_SWITCHES = 40, 4
+# Seconds on one thread before the cores are tried again: twice as long after each try that fails.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+LATE = 1e-3  # seconds that a trivial operation takes where a thread had to wait; else 20 us
+TRIED_ELEMENTS = 2**16  # of a tensor: enough for torch to split what it does with them
+
+
+class CpuSteps(Steps):
+    """`Steps` that run on as many threads as are free."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._threads = FreeThreads()
+
+    def prefill(self, token_ids: list[int], slot: int, start: int, length: int) -> Tensor:
+        with self._threads.taken():
+            return super().prefill(token_ids, slot, start, length)
+
+    def decode(self, slots: Tensor, features: Features) -> Tensor:
+        with self._threads.taken():
+            return super().decode(slots, features)
+
+    def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
+        with self._threads.taken():
+            return super().verify(slots, drafts, features)
+
+    def logits(self, slots: Tensor) -> Tensor:
+        with self._threads.taken():
+            return super().logits(slots)
+
+
+class FreeThreads:
+    """Tells whether torch's threads have cores of their own."""
+
+    def __init__(self) -> None:
+        self._alone_until = 0.0  # by the clock: before, one thread
+        self._pause = FIRST_PAUSE
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """A context in which torch computes on its threads, or on one while they are not free."""
+        threads = torch.get_num_threads()
+        if threads == 1:
+            yield
+            return
+        if not self._are_free():
+            torch.set_num_threads(1)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+            return
+        began, switches = time.perf_counter(), _switches()
+        yield
+        switches, seconds = _switches() - switches, time.perf_counter() - began
+        if switches >= max(LEAST_SWITCHES, SWITCHES_PER_SECOND * seconds):
+            self._pause = FIRST_PAUSE
+            self._alone_until = time.perf_counter() + self._pause
+
+    def _are_free(self) -> bool:
+        """Whether they were when this was last tried, at most a pause ago."""
+        now = time.perf_counter()
+        if self._alone_until == 0.0:
+            return True
+        if now < self._alone_until:
+            return False
+        tried = torch.zeros(TRIED_ELEMENTS)
+        for _ in range(3):
+            began = time.perf_counter()
+            tried.add_(1)
+            if time.perf_counter() - began > LATE:
+                self._pause = min(2 * self._pause, LONGEST_PAUSE)
+                self._alone_until = time.perf_counter() + self._pause
+                return False
+        self._alone_until = 0.0
+        return True
+
+
+def _switches() -> int:
+    """How often the system took a core from a thread of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

@@ -1,0 +1,170 @@
+"""Products on a CPU: a model's matrices at the speed of memory, with the same bits on any threads.
+
+torch gives float32 products to MKL, which on a processor that is not Intel's has half of oneDNN's
+speed, and computes one row on one thread.  So oneDNN is called here, in both dtypes.  It reads a
+plain matrix, or one that was packed for it once: in bfloat16 few rows then take half the time.
+
+Letters in shape comments: M tokens, D columns of a weight, N its rows, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WIDE = (torch.float32, torch.float64)
+FEW_ROWS, SMALL, BLOCKS, SHORT = 4, 2**18, 4, 4096  # see linear
+HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once
+BLOCK = 64  # rows and columns of a packed weight come in multiples of it
+# A logit rounded to bfloat16 errs by 2^-9 of itself: the greatest of all is among those so near to
+# the greatest rounded one.  Where more are than MOST_NEAR, all are computed again.
+NEAR, MOST_NEAR = 2**-7, 4096
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Project rows: x [M, D], weight [N, D], perhaps packed, bias [N] -> [M, N].
+
+    Few rows in float32 have ways of their own, by shape alone and, for one row, by what the machine
+    does well; all else is oneDNN's.
+    """
+    if x.dtype not in _by_onednn() or not x.is_cpu:
+        return F.linear(x, weight, bias)
+    M, (N, D) = x.shape[0], weight.shape
+    if M <= FEW_ROWS and x.dtype == torch.float32:
+        is_small = N * D <= SMALL  # oneDNN's beginning, some microseconds, is not repaid
+        if M == 1 and N % BLOCKS == 0 and D <= SHORT and blocks_are_fast():
+            y = _one_row_in_blocks(x, weight)
+            return y if bias is None else y.add_(bias)
+        if M > 1 and is_small:
+            y = torch.mm(weight, x.mT).mT.contiguous()
+            return y if bias is None else y.add_(bias)
+        if is_small:
+            return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _one_row_in_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """The same for x [1, D]: a batch of products, which MKL shares out to threads -> [1, N]."""
+    N, D = weight.shape
+    return torch.bmm(weight.view(BLOCKS, -1, D), x.mT.expand(BLOCKS, D, 1)).view(1, N)
+
+
+@lru_cache
+def blocks_are_fast() -> bool:
+    """Whether one row is read faster in blocks than by F.linear, measured once, in milliseconds.
+
+    On an AMD EPYC they take half the time, on another machine four times as much.  On one thread,
+    so that others who use the cores change nothing.
+    """
+    weights = torch.zeros(8, 3072, 256)  # beyond the second-level cache, as a model's are
+    x = torch.zeros(1, weights.shape[2])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rounds = [[_seconds(way, x, weights) for way in _WAYS] for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    # of each product the least: then it was not interrupted
+    blocks, whole = (np.min(seconds, axis=0).sum() for seconds in zip(*rounds, strict=True))
+    return bool(blocks < whole)
+
+
+_WAYS = (_one_row_in_blocks, F.linear)
+
+
+def _seconds(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Tensor) -> list[float]:
+    """How long a product takes with each of the weights, one after the other."""
+    clock = [time.perf_counter()]
+    for weight in weights:
+        way(x, weight)
+        clock.append(time.perf_counter())
+    return np.diff(clock).tolist()
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The same weight [N, D] as `linear` reads it fastest; nothing else can read it.
+
+    In bfloat16 it is reordered into oneDNN's blocks, from which few rows take half the time; the
+    results are the same, bit for bit.  Otherwise it is the weight itself.
+    """
+    if not (packs(weight.shape, weight.dtype) and weight.is_cpu):
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def packs(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether `packed` changes a weight, on this machine: not one that blocks would have to pad."""
+    is_bf16 = dtype == torch.bfloat16 and dtype in _by_onednn()
+    return is_bf16 and all(size % BLOCK == 0 for size in shape)
+
+
+@dataclass(frozen=True)
+class PackedHead:
+    """A head [V, D], and a second one in blocks: of a tied head, single rows are read too."""
+
+    plain: Tensor
+    blocks: Tensor
+
+
+def packed_head(weight: Tensor | PackedHead) -> Tensor | PackedHead:
+    """A head [V, D] as `lm_head` and `lm_head_argmax` read it fastest; see `packed`."""
+    if isinstance(weight, PackedHead):
+        return weight
+    blocks = packed(weight)
+    return weight if blocks is weight else PackedHead(weight, blocks)
+
+
+@lru_cache
+def _by_onednn() -> frozenset[torch.dtype]:
+    """The dtypes of products that oneDNN computes on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset({torch.float32, torch.bfloat16} if has_bf16 else {torch.float32})
+
+
+def lm_head(x: Tensor, weight: Tensor | PackedHead, softcap: float | None) -> Tensor:
+    """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
+
+    bfloat16 is widened a block at a time, in one buffer that stays in the processor's cache.
+    """
+    plain = weight.plain if isinstance(weight, PackedHead) else weight
+    if plain.dtype in WIDE:
+        return _capped(linear(x, plain), softcap)
+    x, (V, D) = x.float(), plain.shape
+    logits = x.new_empty(x.shape[0], V)
+    buffer = x.new_empty(min(HEAD_ROWS, V), D)
+    for columns, rows in zip(logits.split(HEAD_ROWS, -1), plain.split(HEAD_ROWS), strict=True):
+        columns.copy_(linear(x, buffer[: len(rows)].copy_(rows)))
+    return _capped(logits, softcap)
+
+
+def lm_head_argmax(
+    x: Tensor, weight: Tensor | PackedHead, softcap: float | None, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The greatest logit and its token id: x [M, D] -> [M] float32, [M].
+
+    In bfloat16 only rows whose rounded logit is near the greatest are computed in float32.
+    """
+    if x.dtype == torch.bfloat16 and x.dtype in _by_onednn() and x.is_cpu:
+        packed = isinstance(weight, PackedHead)
+        blocks, plain = (weight.blocks, weight.plain) if packed else (weight, weight)
+        rounded = linear(x, blocks)
+        greatest = rounded.max(-1, keepdim=True).values
+        rows, ids = (rounded >= greatest - greatest.abs() * NEAR).nonzero().unbind(-1)
+        if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
+            logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
+            logits[rows, ids] = torch.linalg.vecdot(x[rows].float(), plain[ids].float())
+            best = logits.max(-1)
+            return _capped(best.values, softcap), best.indices
+    best = lm_head(x, weight, softcap).max(-1)
+    return best.values, best.indices
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
