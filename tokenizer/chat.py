@@ -78,7 +78,7 @@ def encode_chat(
     return [
         token_id
         for part in parts
-        for token_id in tokenizer.encode(part, add_bos=False, parse_special=True)
+        for token_id in tokenizer.encode(part, add_bos=False, add_eos=False, parse_special=True)
     ]
 
 
@@ -149,7 +149,7 @@ class TurnVocabulary(Protocol):
     start_of_turn_id: int | None
     end_of_turn_id: int | None
 
-    def encode(self, text: str, *, add_bos: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]: ...
 
 
 def render_chat(
@@ -172,13 +172,18 @@ def render_chat(
     if start is None or end is None:
         raise ValueError(f"the vocabulary has no {START_OF_TURN} and {END_OF_TURN}: no chat turns")
 
-    newline = tokenizer.encode("\n", add_bos=False)
+    newline = tokenizer.encode("\n", add_bos=False, add_eos=False)
     ids = [tokenizer.bos_id]
     for role, content in _turns(messages, merge_system):
         # one text, as the template has it: a merged system text may begin with a newline
-        ids += [start, *tokenizer.encode(f"{role}\n{content}", add_bos=False), end, *newline]
+        ids += [
+            start,
+            *tokenizer.encode(f"{role}\n{content}", add_bos=False, add_eos=False),
+            end,
+            *newline,
+        ]
     if add_generation_prompt:
-        ids += [start, *tokenizer.encode("model\n", add_bos=False)]
+        ids += [start, *tokenizer.encode("model\n", add_bos=False, add_eos=False)]
     return ids
 
 

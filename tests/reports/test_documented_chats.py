@@ -80,6 +80,15 @@ class TestMessages:
         chat = [Message("user", "a"), Dumped(role="assistant", content="b", name=None)]
         assert pair[0].apply_chat_template(chat) == pair[0].apply_chat_template(turns("a", "b"))
 
+    @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["own", "jinja"])
+    def test_have_no_end_but_their_own(self, pair, tokenizer_file, tmp_path, template):
+        """A checkpoint that puts EOS after a text puts none into a chat, nor into its turns."""
+        GemmaTokenizer(tokenizer_file, add_eos_token=True).save_pretrained(tmp_path)
+        tokenizer = GemmaTokenizer.from_pretrained(tmp_path, chat_template=template)
+        assert tokenizer.encode("a")[-1] == tokenizer.eos_token_id
+        expected = pair[1].apply_chat_template(CHAT, chat_template=TEMPLATE)
+        assert tokenizer.apply_chat_template(CHAT).data == expected.data
+
     @pytest.mark.parametrize("options", [{"tools": [{}]}, {"documents": [{}]}, {"thinking": 3}])
     def test_what_a_template_never_reads_does_nothing(self, pair, options):
         mine, theirs = texts(pair, CHAT, TEMPLATE, **options)

@@ -30,7 +30,7 @@ class PassageCoder(TextDecoder):
         encode, ids = self._vocabulary.encode, []
         for word in words:
             for part in self._parts(word, as_text):
-                ids += encode(part, add_bos=False, parse_special=True)
+                ids += encode(part, add_bos=False, add_eos=False, parse_special=True)
         return Passage(ids, Source(self._places, ids, words, is_split, as_text))
 
     def _places(
