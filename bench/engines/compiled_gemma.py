@@ -258,7 +258,7 @@ class Transformer(nn.Module):
             shape = (2, batch, config.num_kv_heads, self.kinds[kind].capacity, config.head_dim)
             self.layers.append(Layer(config, layer, table.new_zeros(shape)))
         self.norm, self.eps = weights.norm, config.rms_norm_eps
-        self.head = Linear(weights.lm_head)
+        self.head = Linear(weights.head_table)
         self.final_softcap, self.flex = config.final_softcap, flex
 
     def forward(self, token_ids: Tensor, inputs: list[KindInputs]) -> Tensor:

@@ -54,7 +54,7 @@ def random_weights(
     table_std = EMBEDDED / config.embedding_scale
     fill(weights.embedding, table_std)
     if weights.lm_head is not weights.embedding:
-        fill(weights.lm_head, table_std)
+        fill(weights.head_table, table_std)
     for layer in weights.layers:
         for tensor in vars(layer).values():
             if tensor is not None:

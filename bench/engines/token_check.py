@@ -120,7 +120,7 @@ class TokenCheck:
 
     def _compare(self, exact: Tensor, plain: Tensor, text: Text, bits: int | None) -> LogitGaps:
         """The gaps of a text, from both models' states before each of its tokens: [T, D]."""
-        config, head = self.model.config, self.model.weights.lm_head
+        config, head = self.model.config, self.model.weights.head_table
         tokens = torch.tensor(text, device=exact.device)
         best = exact.new_full((len(text),), -torch.inf)
         chosen = torch.full_like(best, torch.nan)

@@ -59,6 +59,11 @@ class Weights:
         is_tied = self.lm_head is self.embedding
         return Weights(**fields, lm_head=fields["embedding"] if is_tied else moved(self.lm_head))
 
+    @property
+    def head_table(self) -> Tensor:
+        """The head [V, D] as a plain tensor."""
+        return self.lm_head.plain if isinstance(self.lm_head, PackedHead) else self.lm_head
+
     def packed(self) -> "Weights":
         """The same weights beside what `pack_` makes of them."""
         layers = [replace(layer) for layer in self.layers]

@@ -135,7 +135,7 @@ class Head:
     @property
     def weight(self) -> Tensor:
         """Its matrix [V, D]; the embeddings' own where they are tied."""
-        return self._gemma.weights.lm_head
+        return self._gemma.weights.head_table
 
     def __call__(self, states: Tensor) -> Tensor:
         return F.linear(states, self.weight)

@@ -180,7 +180,7 @@ class PreTrainedModel(Loading):
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         std = None if mean_resizing else self.config.initializer_range
         table = resized(old.embedding, size, std)
-        head = table if old.lm_head is old.embedding else resized(old.lm_head, size, std)
+        head = table if old.lm_head is old.embedding else resized(old.head_table, size, std)
         model_config = replace(self._gemma.config, vocab_size=size)
         setattr(self.config, "vocab_size", size)  # noqa: B010
         weights = replace(old, embedding=table, lm_head=head)
