@@ -187,6 +187,8 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of text, with BOS and EOS as the checkpoint's files say, or as asked for.
 
+        Who says whether BOS is added gets no EOS unasked.
+
         A literal "<bos>" or "<start_of_turn>" in it stays text, unless `parse_special` turns every
         literal of `marker_ids` into its id.  A text that then begins with BOS gets no second one:
         two hurt the model as much as none.  "▁" (U+2581) encodes as a space does, by definition of
@@ -198,9 +200,11 @@ class Tokenizer:
         else:
             parts = self.inside_marker.split(text)
             ids = [i for part in parts for i in self.vocabulary.encode(part)]
+        if add_eos is None:
+            add_eos = self.add_eos and add_bos is None
         if (self.add_bos if add_bos is None else add_bos) and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
-        if self.add_eos if add_eos is None else add_eos:
+        if add_eos:
             ids.append(self.eos_id)
         return ids
 

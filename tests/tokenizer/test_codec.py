@@ -305,3 +305,13 @@ class TestFromFile:
         train_vocabulary(path, **options)
         with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{message}"):
             Tokenizer.from_file(path)
+
+
+def test_who_says_whether_bos_is_added_gets_no_eos_unasked(tokenizer_file):
+    vocabulary = SentencePieceVocabulary.from_file(tokenizer_file)
+    tokenizer = Tokenizer(vocabulary, add_bos=False, add_eos=True)
+    (a,) = tokenizer.encode("a", add_bos=False)
+    assert tokenizer.encode("a") == [a, 1]
+    assert tokenizer.encode("a", add_bos=True) == [2, a]
+    assert tokenizer.encode("a", add_bos=True, add_eos=True) == [2, a, 1]
+    assert tokenizer.encode("a", add_eos=False) == [a]
