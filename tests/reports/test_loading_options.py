@@ -18,6 +18,7 @@ from gemcut.engine.transformers_api import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
 )
 
 IDS = random_ids(1, 6)
@@ -51,7 +52,14 @@ HUB |= {"force_download": True}
 
 @pytest.mark.parametrize(
     "load",
-    [Gemma2ForCausalLM, AutoModelForCausalLM, AutoModel, Gemma2Config, AutoConfig],
+    [
+        Gemma2ForCausalLM,
+        AutoModelForCausalLM,
+        AutoModel,
+        Gemma2Config,
+        AutoConfig,
+        GenerationConfig,
+    ],
     ids=lambda load: load.__name__,
 )
 def test_options_of_the_hub_act(load, asked):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemcut.engine.checkpoints.hub import resolve_checkpoint
+from gemcut.engine.checkpoints.hub import resolve_checkpoint, take_hub_options
 from gemcut.engine.checks import refuse_unknown, shorten, warn_caller
 from gemcut.engine.config.config_file import as_token_ids, read_json_object
 from gemcut.engine.config.generation_file import read_generation_config
@@ -191,10 +191,12 @@ class GenerationConfig:
     ) -> "GenerationConfig":
         """The settings in generation_config.json of "demo", a folder or a Hugging Face id.
 
-        config_file_name: another name of the file.  ValueError where there is none.
+        config_file_name: another name of the file.  Among `settings` may be the options of the Hub
+        (`token`, `revision`, ...).  ValueError where there is no such file.
         """
         name = FILE if config_file_name is None else str(config_file_name)
-        folder = resolve_checkpoint(pretrained_model_name, files=[name])
+        hub = take_hub_options(settings)
+        folder = resolve_checkpoint(pretrained_model_name, files=[name], **hub)
         if not (folder / name).is_file():
             raise ValueError(f"{pretrained_model_name} has no {name}")
         return cls.from_dict(read_json_object(folder / name), **settings)
