@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from gemcut.engine import PUBLISHED, Engine, cli, info, memory
 from gemcut.engine.checkpoints import hub
 from gemcut.kernels import cpu
+from gemcut.kernels.cpu_products import packs
 
 
 @pytest.fixture
@@ -80,6 +81,24 @@ def test_info_for_people(run, set_free):
         "              36.97 GB weights, 10.81 GB KV cache, 23.04 MB sampling state, "
         "194.73 MB activations\n"
     )
+
+
+@pytest.mark.skipif(
+    not packs((64, 64), torch.bfloat16), reason="the table is of a CPU that packs bfloat16"
+)
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_table_of_the_first_page_says_the_same(model):
+    config, cpu_device = PUBLISHED[model], torch.device("cpu")
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = re.search(rf"^\| google/{model}(?:-pt)? \| (.*) \|$", page, re.MULTILINE)[1].split(
+        " | "
+    )
+    parameters = config.num_parameters()
+    build = memory.Build(config, cpu_device, torch.bfloat16, cpu)
+    engine = build.estimate(1, min(8192, config.context_length)).total
+    facts = [parameters, 2 * parameters, 4 * parameters, engine]
+    units = ["B", "GB", "GB", "GB"]
+    assert shown == [f"{x / 1e9:.2f} {unit}" for x, unit in zip(facts, units, strict=True)]
 
 
 def test_info_of_a_model_with_two_rotations(run):
