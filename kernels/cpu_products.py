@@ -29,23 +29,20 @@ NEAR, MOST_NEAR = 2**-7, 4096
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Project rows: x [M, D], weight [N, D], perhaps packed, bias [N] -> [M, N].
 
-    Few rows in float32 have ways of their own, by shape alone and, for one row, by what the machine
-    does well; all else is oneDNN's.
+    Few rows in float32 have two ways of their own: in blocks, where this machine does that well,
+    and from the weight's side, where oneDNN's beginning, some microseconds, would not be repaid.
     """
     if x.dtype not in _by_onednn() or not x.is_cpu:
         return F.linear(x, weight, bias)
     M, (N, D) = x.shape[0], weight.shape
-    if M <= FEW_ROWS and x.dtype == torch.float32:
-        is_small = N * D <= SMALL  # oneDNN's beginning, some microseconds, is not repaid
-        if M == 1 and N % BLOCKS == 0 and D <= SHORT and blocks_are_fast():
-            y = _one_row_in_blocks(x, weight)
-            return y if bias is None else y.add_(bias)
-        if M > 1 and is_small:
-            y = torch.mm(weight, x.mT).mT.contiguous()
-            return y if bias is None else y.add_(bias)
-        if is_small:
-            return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    few = M <= FEW_ROWS and x.dtype == torch.float32
+    if few and M == 1 and N % BLOCKS == 0 and D <= SHORT and blocks_are_fast():
+        y = _one_row_in_blocks(x, weight)
+    elif few and N * D <= SMALL:
+        y = torch.mm(weight, x.mT).mT.contiguous()
+    else:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y if bias is None else y.add_(bias)
 
 
 def _one_row_in_blocks(x: Tensor, weight: Tensor) -> Tensor:
@@ -61,8 +58,9 @@ def blocks_are_fast() -> bool:
     On an AMD EPYC they take half the time, on another machine four times as much.  On one thread,
     so that others who use the cores change nothing.
     """
-    weights = torch.zeros(8, 3072, 256)  # beyond the second-level cache, as a model's are
-    x = torch.zeros(1, weights.shape[2])
+    # beyond the second-level cache, as a model's are
+    weights = torch.zeros(8, 3072, 256, dtype=torch.float32, device="cpu")
+    x = weights[0, :1]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

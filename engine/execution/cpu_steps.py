@@ -85,7 +85,7 @@ class FreeThreads:
             return True
         if now < self._alone_until:
             return False
-        tried = torch.zeros(TRIED_ELEMENTS)
+        tried = torch.zeros(TRIED_ELEMENTS, dtype=torch.float32, device="cpu")
         for _ in range(3):
             began = time.perf_counter()
             tried.add_(1)

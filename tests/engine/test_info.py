@@ -76,10 +76,10 @@ def test_info_for_people(run, set_free):
         "              2.20 GB a slot of 8192 tokens; 2.82 GB if local layers were no rings\n"
         "on cpu        60.00 GB free, 36.97 GB for weights in float32\n"
         "              room for 2 slots of 8192 tokens\n"
-        "              longest slot, in tokens: 8192 at batch 1, 1964 at batch 8\n"
-        "an engine     8 x 1964 tokens take 48.00 GB\n"
-        "              36.97 GB weights, 10.81 GB KV cache, 23.04 MB sampling state, "
-        "194.73 MB activations\n"
+        "              longest slot, in tokens: 8192 at batch 1, 1976 at batch 8\n"
+        "an engine     8 x 1976 tokens take 48.00 GB\n"
+        "              36.97 GB weights, 10.88 GB KV cache, 23.04 MB sampling state, "
+        "127.93 MB activations\n"
     )
 
 
