@@ -160,7 +160,7 @@ def _scores_bytes(
         # q by KV head, the sum over keys, and that by token; scores and weights, the mask
         return total + 3 * T * HQ * K * FLOAT + (2 * HQ * FLOAT + 1) * T * S
     # q, outputs in blocks and joined; of a block scores and weights of one KV head, its values
-    # in the order of the product, the masks
+    # in the order of the product, the mask
     queries = min(T, QUERIES)
     total += 3 * T * HQ * K * FLOAT + 2 * queries * HQ * K * FLOAT + S * K * FLOAT
-    return total + (2 * HQ // HK * FLOAT + 2) * queries * S
+    return total + (2 * HQ // HK * FLOAT + 1) * queries * S
