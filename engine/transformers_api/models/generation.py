@@ -47,7 +47,8 @@ class GenerativeModel(PreTrainedModel):
     def _read_more(self, folder: Path) -> None:
         self.generation_config = GenerationConfig.of_model(self.config, folder)
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         return True
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:

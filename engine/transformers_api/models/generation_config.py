@@ -66,7 +66,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_mtp": (False,),
     "is_assistant": (False,),
     # the cache is gemcut's own, whatever these ask for
-    "cache_implementation": ("static", "dynamic", "hybrid"),
+    "cache_implementation": (
+        *("static", "dynamic", "dynamic_full", "offloaded", "offloaded_static"),
+        *("sliding_window", "hybrid", "hybrid_chunked"),
+    ),
     "low_memory": (False, True),
     "disable_compile": (False, True),
 }

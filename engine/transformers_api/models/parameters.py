@@ -37,6 +37,11 @@ class Parameters:
         """The dtype of the weights and of hidden states."""
         return self._gemma.dtype
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embeddings."""
+        return self._gemma.config.vocab_size
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The weights, each with its name in a checkpoint."""
         prefix = "model." if self.is_bare else ""
@@ -128,6 +133,8 @@ class Embedding:
 
 class Head:
     """The language-model head: states [..., D] -> scores [..., V], without the softcap."""
+
+    bias = None
 
     def __init__(self, gemma: Gemma) -> None:
         self._gemma = gemma
