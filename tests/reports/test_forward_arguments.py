@@ -192,7 +192,7 @@ def test_a_config_made_of_the_entries_of_another(model_type):
 def test_what_programs_read_of_a_config():
     theirs, ours = twins("AutoModelForCausalLM", "gemma2")
     assert Gemma2Config().name_or_path == transformers.Gemma2Config().name_or_path == ""
-    for name in ("is_encoder_decoder", "use_return_dict", "dtype", "torch_dtype"):
+    for name in ("is_encoder_decoder", "use_return_dict"):
         assert getattr(ours.config, name) == getattr(theirs.config, name), name
     for dtype in ("bfloat16", torch.bfloat16):
         both = Gemma2Config(dtype=dtype), transformers.Gemma2Config(dtype=dtype)
@@ -224,6 +224,9 @@ def test_weights_that_are_not_all_there():
     _, ours = twins("AutoModelForCausalLM", "gemma2")
     model, weights = copy.deepcopy(ours), ours.state_dict()
     assert model.load_state_dict(weights, strict=True) == ([], [])
+    assert model.load_state_dict(weights, assign=True) == ([], [])
+    with pytest.raises(ValueError, match=r"bfloat16, and the model torch.float32: convert"):
+        model.load_state_dict({k: x.bfloat16() for k, x in weights.items()}, assign=True)
     norm = weights.pop("model.norm.weight")
     keys = model.load_state_dict(weights | {"x": norm}, strict=False)
     assert keys.missing_keys == ["model.norm.weight"]

@@ -332,7 +332,7 @@ def _numbered(count: int) -> dict[int, str]:
 
 
 def _dtype_of(value: Any) -> Any:
-    """torch's dtype of that name; another value as it came, which the validation refuses."""
+    """The dtype of torch of that name; another value as it came, which the validation refuses."""
     dtype = getattr(torch, str(value).removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else value
 

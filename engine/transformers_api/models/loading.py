@@ -191,7 +191,7 @@ class Loading(Parameters):
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
         if (chosen := dtype or torch_dtype) not in (None, "auto"):
-            config.dtype = chosen
+            config.torch_dtype = chosen
         return cls(config, dtype=chosen, **options)  # pyright: ignore[reportCallIssue]
 
     def save_pretrained(

@@ -8,8 +8,9 @@ class ModelOutput:
     """Named values in a fixed order; those that are None are left out.
 
     `output.logits`, `output["logits"]`, `output[0]`, `loss, logits = output[:2]`,
-    `output.to_tuple()` and `**output` all work; a loop runs over the names, as over a dictionary's.  `cache` is another name of `past_key_values`.  A value given as a
-    function is computed when it is first asked for, or when the output is copied or pickled.
+    `output.to_tuple()` and `**output` all work; a loop runs over the names, as over those of a
+    dictionary.  `cache` is another name of `past_key_values`.  A value given as a function is
+    computed when it is first asked for, or when the output is copied or pickled.
     """
 
     FIELDS: ClassVar[tuple[str, ...]] = ()

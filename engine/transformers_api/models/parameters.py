@@ -67,9 +67,8 @@ class Parameters:
         """Copy weights in -> the names that are missing and those that are no part of the model.
 
         ValueError where there are any, unless strict is False, and where a shape is another.
+        With `assign` the weights have to be of the model's dtype: they are copied all the same.
         """
-        if assign:
-            raise NotImplementedError("assign=True is not supported: weights are copied")
         own = self.state_dict()
         keys = LoadedKeys(
             [name for name in own if name not in state_dict],
@@ -84,6 +83,11 @@ class Parameters:
                 raise ValueError(
                     f"state_dict: {name} is {list(state_dict[name].shape)}, "
                     f"must be {list(tensor.shape)}"
+                )
+            if assign and state_dict[name].dtype != tensor.dtype:
+                raise ValueError(
+                    f"state_dict: {name} is {state_dict[name].dtype}, and the model "
+                    f"{tensor.dtype}: convert the model by `to` before assign=True"
                 )
         with torch.no_grad():
             for name, tensor in given.items():
