@@ -198,6 +198,10 @@ def test_what_programs_read_of_a_config():
         both = Gemma2Config(dtype=dtype), transformers.Gemma2Config(dtype=dtype)
         assert both[0].dtype == both[1].dtype == torch.bfloat16
         assert both[0].to_dict()["dtype"] == both[1].to_dict()["dtype"] == "bfloat16"
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    assert Gemma2Config(**names).label2id == transformers.Gemma2Config(**names).label2id
+    with pytest.raises(ValueError, match=r"label2id .* contradicts id2label"):
+        Gemma2Config(**{**names, "label2id": {"no": 1}})
     assert Gemma2Config(name_or_path="x").name_or_path == "x"
     assert Gemma2Config(name_or_path="x") == Gemma2Config()
     assert "x" not in Gemma2Config(name_or_path="x").to_dict().values()

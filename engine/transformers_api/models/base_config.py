@@ -37,7 +37,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 DEFAULT_LABELS = 2
 # Older spellings of what rope_parameters and dtype hold now.
 _OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "torch_dtype")
-_OLDER += ("sliding_window_pattern", "num_labels")
+_OLDER += ("sliding_window_pattern", "num_labels", "label2id")
 # of these, what can only be given: later nobody would read it
 _OF_FILES = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
 
@@ -88,6 +88,7 @@ class PreTrainedConfig:
             setattr(self, name, values.get(name, default))
         if (older_dtype := older.pop("torch_dtype", None)) is not None and self.dtype is None:
             self.dtype = older_dtype
+        indices = older.pop("label2id", None)
         if (count := older.pop("num_labels", None)) is not None:
             if self.id2label is not None and len(self.id2label) != count:
                 raise ValueError(
@@ -108,6 +109,8 @@ class PreTrainedConfig:
                 setattr(self, name, written[name])
         assert self.id2label is not None
         self.id2label = {int(index): label for index, label in self.id2label.items()}
+        if indices is not None and indices != self.label2id:
+            raise ValueError(f"label2id {shorten(indices)} contradicts id2label")
 
     @property
     def num_labels(self) -> int:

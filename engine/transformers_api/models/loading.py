@@ -120,7 +120,14 @@ class Loading(Parameters):
         from_hub = take_hub_options(options)
         _take_neutral(options, _LOADING)
         own = inspect.signature(cls.from_pretrained).parameters
-        known = {*own, *HUB_OPTIONS, *_LOADING, *cls.config_class.parameters, "num_labels"}
+        known = {
+            *own,
+            *HUB_OPTIONS,
+            *_LOADING,
+            *cls.config_class.parameters,
+            "num_labels",
+            "label2id",
+        }
         refuse_unknown(f"{cls.__name__}.from_pretrained", options, known)
         folder = resolve_checkpoint(pretrained_model_name_or_path, **from_hub)
         check_holds_model(folder)
