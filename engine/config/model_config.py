@@ -102,7 +102,7 @@ class ModelConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotation pairs its dimensions")
 
     def _check_constants(self) -> None:
-        check_number("rms_norm_eps", self.rms_norm_eps, above=0, below=1)
+        check_number("rms_norm_eps", self.rms_norm_eps, above=0)
         check_number("query_pre_attn_scalar", self.query_pre_attn_scalar, above=0)
         if self.model_type == "gemma" and self.query_pre_attn_scalar != self.head_dim:
             raise ValueError(

@@ -14,8 +14,8 @@ from gemcut.engine.transformers_api.models.generation import GenerativeModel
 from gemcut.engine.transformers_api.models.generation_config import (
     NAMES,
     GenerationConfig,
-    token_ids_of,
 )
+from gemcut.engine.transformers_api.models.setting_checks import token_ids_of
 from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
 # transformers' own settings, where neither the caller nor the checkpoint has others

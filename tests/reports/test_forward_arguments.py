@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from documented_twins import BATCH, LENGTH, MASKS, VOCAB, assert_close, random_ids, twins
 from random_models import MODEL_TYPES
 
@@ -175,6 +176,37 @@ def test_labels_of_a_classifier_are_fixed_in_number():
 # Helpers
 
 
+@by_family
+def test_a_config_made_of_the_entries_of_another(model_type):
+    theirs, ours = twins("AutoModelForCausalLM", model_type)
+    config_class = type(ours.config)
+    assert config_class(**ours.config.to_dict()) == ours.config
+    assert config_class(**theirs.config.to_dict()) == config_class.from_dict(
+        theirs.config.to_dict()
+    )
+    assert config_class(**ours.config.to_diff_dict()) == ours.config
+    with pytest.raises(ValueError, match=r"model_type 'llama' is not supported"):
+        config_class(model_type="llama")
+
+
+def test_what_programs_read_of_a_config():
+    theirs, ours = twins("AutoModelForCausalLM", "gemma2")
+    assert Gemma2Config().name_or_path == transformers.Gemma2Config().name_or_path == ""
+    for name in ("is_encoder_decoder", "use_return_dict"):
+        assert getattr(ours.config, name) == getattr(theirs.config, name), name
+    for dtype in ("bfloat16", torch.bfloat16):
+        both = Gemma2Config(dtype=dtype), transformers.Gemma2Config(dtype=dtype)
+        assert both[0].dtype == both[1].dtype == torch.bfloat16
+        assert both[0].to_dict()["dtype"] == both[1].to_dict()["dtype"] == "bfloat16"
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    assert Gemma2Config(**names).label2id == transformers.Gemma2Config(**names).label2id
+    with pytest.raises(ValueError, match=r"label2id .* contradicts id2label"):
+        Gemma2Config(**{**names, "label2id": {"no": 1}})
+    assert Gemma2Config(name_or_path="x").name_or_path == "x"
+    assert Gemma2Config(name_or_path="x") == Gemma2Config()
+    assert "x" not in Gemma2Config(name_or_path="x").to_dict().values()
+
+
 def test_helpers_of_a_config(tmp_path):
     _, ours = twins("AutoModelForCausalLM", "gemma2")
     config = copy.deepcopy(ours.config)
@@ -185,7 +217,7 @@ def test_helpers_of_a_config(tmp_path):
     with pytest.raises(TypeError, match="update takes no 'pad_token'; did you mean 'pad_token_id'"):
         config.update({"pad_token": 3})
     config.torch_dtype = torch.bfloat16
-    assert config.dtype == config.torch_dtype == "bfloat16"
+    assert config.dtype == config.torch_dtype == torch.bfloat16
     assert config.get_text_config(decoder=True) is config
     for name in ("rope_theta", "rope_scaling"):
         with pytest.raises(ValueError, match=f"config.{name} is what older files call a part of"):
@@ -196,6 +228,9 @@ def test_weights_that_are_not_all_there():
     _, ours = twins("AutoModelForCausalLM", "gemma2")
     model, weights = copy.deepcopy(ours), ours.state_dict()
     assert model.load_state_dict(weights, strict=True) == ([], [])
+    assert model.load_state_dict(weights, assign=True) == ([], [])
+    with pytest.raises(ValueError, match=r"bfloat16, and the model torch.float32: convert"):
+        model.load_state_dict({k: x.bfloat16() for k, x in weights.items()}, assign=True)
     norm = weights.pop("model.norm.weight")
     keys = model.load_state_dict(weights | {"x": norm}, strict=False)
     assert keys.missing_keys == ["model.norm.weight"]
@@ -209,6 +244,9 @@ def test_helpers_of_a_model():
     for name in ("main_input_name", "base_model_prefix", "training"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert (ours.framework, ours.can_generate()) == ("pt", theirs.can_generate())
+    assert type(ours).can_generate()  # asked of the class too
+    assert not type(ours.model).can_generate()
+    assert ours.vocab_size == theirs.vocab_size == ours.model.vocab_size
     assert ours.num_parameters() == theirs.num_parameters()
     without = ours.num_parameters(exclude_embeddings=True)
     assert without == theirs.num_parameters(exclude_embeddings=True)
@@ -228,6 +266,7 @@ def test_helpers_of_a_model():
     states = ours.model(IDS).last_hidden_state
     for head in (ours.get_output_embeddings(), ours.lm_head):
         assert torch.equal(head.weight, theirs.lm_head.weight)
+        assert head.bias is theirs.lm_head.bias is None
         assert_close(head(states), theirs.lm_head(states).detach())
 
 

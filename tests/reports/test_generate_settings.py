@@ -312,3 +312,44 @@ def test_a_long_max_length_takes_memory_as_it_goes(pair):
     fixed = StaticCache(max_cache_len=1400)
     again = pair[1].generate(ids, past_key_values=fixed, max_new_tokens=1290, eos_token_id=None)
     assert torch.equal(again, long)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"do_sample": True}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "top_p": 0.5}],
+    ids=str,
+)
+def test_the_mode_and_the_validity_of_settings(settings):
+    ours, theirs = GenerationConfig(**settings), transformers.GenerationConfig(**settings)
+    assert ours.get_generation_mode() == theirs.get_generation_mode().value
+    for config in (ours, theirs):
+        config.validate(strict=True)
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"num_return_sequences": 2}], ids=str)
+def test_settings_out_of_range(wrong):
+    (name, value), ours, theirs = (
+        *wrong.items(),
+        GenerationConfig(),
+        transformers.GenerationConfig(),
+    )
+    for config in (ours, theirs):
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match=name):
+            config.validate()
+
+
+@pytest.mark.parametrize("idle", [{"temperature": 0.5}, {"top_k": 5}, {"length_penalty": 2.0}])
+def test_settings_without_effect(idle):
+    ours, theirs = GenerationConfig(**idle), transformers.GenerationConfig(**idle)
+    for config in (ours, theirs):
+        with pytest.raises(ValueError, match=next(iter(idle))):
+            config.validate(strict=True)
+    with pytest.warns(UserWarning, match="has no effect without"):
+        ours.validate()
+
+
+def test_modes_that_are_not_there():
+    for config in (GenerationConfig(num_beams=2), GenerationConfig(num_beams=2, do_sample=True)):
+        with pytest.raises(NotImplementedError, match="beams and assistant models"):
+            config.get_generation_mode()

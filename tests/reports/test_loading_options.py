@@ -137,6 +137,20 @@ def test_a_config_by_its_path(ours, folder):
         assert torch.equal(model(IDS).logits, ours(IDS).logits)
 
 
+def test_the_config_of_a_loaded_model(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.name_or_path, config.dtype) == (str(folder), torch.float32)
+    cases = ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"config": config}, {})
+    for options in cases:
+        ours = AutoModelForCausalLM.from_pretrained(folder, **options)
+        given = {**options, "config": transformers.AutoConfig.from_pretrained(folder)}
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, **given)
+        assert ours.config.dtype == theirs.config.dtype == ours.dtype
+        assert ours.config.name_or_path == ours.name_or_path == theirs.name_or_path == str(folder)
+        assert ours.config is not config
+    assert AutoModel.from_config(config, dtype=torch.bfloat16).config.dtype == torch.bfloat16
+
+
 # Attention's name
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
+
 from gemcut.engine.checkpoints.hub import (
     CONFIG_FILES,
     check_holds_model,
@@ -35,7 +37,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 DEFAULT_LABELS = 2
 # Older spellings of what rope_parameters and dtype hold now.
 _OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "torch_dtype")
-_OLDER += ("sliding_window_pattern", "num_labels")
+_OLDER += ("sliding_window_pattern", "num_labels", "label2id")
 # of these, what can only be given: later nobody would read it
 _OF_FILES = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
 
@@ -48,9 +50,10 @@ class PreTrainedConfig:
 
     model_type: ClassVar[str]
     parameters: ClassVar[dict[str, Any]] = {}
+    is_encoder_decoder: ClassVar[bool] = False
 
     architectures: list[str] | None = None
-    dtype: str | None = None  # of the stored weights
+    dtype: torch.dtype | None = None  # of the stored weights
     id2label: dict[int, str] | None = None  # None: LABEL_0 and LABEL_1
     problem_type: str | None = None  # of a sequence classifier; None: as the labels suggest
     output_hidden_states: bool = False
@@ -59,9 +62,8 @@ class PreTrainedConfig:
 
     def __init_subclass__(cls) -> None:
         own = [name for name in cls.__annotations__ if name != "model_type"]
-        shared = [
-            n for n in PreTrainedConfig.__annotations__ if n not in ("model_type", "parameters")
-        ]
+        of_class = ("model_type", "parameters", "is_encoder_decoder")
+        shared = [name for name in PreTrainedConfig.__annotations__ if name not in of_class]
         cls.parameters = {name: getattr(cls, name) for name in own + shared}
         keyword = inspect.Parameter.KEYWORD_ONLY
         cls.__signature__ = inspect.Signature(  # for help() and editors
@@ -70,8 +72,12 @@ class PreTrainedConfig:
 
     def __init__(self, **values: Any) -> None:
         attention = values.pop("attn_implementation", None)
+        self.name_or_path = values.pop("name_or_path", "")
+        extra: dict[str, Any] = {}
+        if "model_type" in values:  # these are the entries of a `to_dict()`
+            values, extra = self._read(values)
         refuse_unknown(type(self).__name__, values, (*self.parameters, *_OLDER))
-        self._fill(values, extra={})
+        self._fill(values, extra)
         if attention is not None:
             self._attn_implementation = attention
 
@@ -82,6 +88,7 @@ class PreTrainedConfig:
             setattr(self, name, values.get(name, default))
         if (older_dtype := older.pop("torch_dtype", None)) is not None and self.dtype is None:
             self.dtype = older_dtype
+        indices = older.pop("label2id", None)
         if (count := older.pop("num_labels", None)) is not None:
             if self.id2label is not None and len(self.id2label) != count:
                 raise ValueError(
@@ -102,6 +109,8 @@ class PreTrainedConfig:
                 setattr(self, name, written[name])
         assert self.id2label is not None
         self.id2label = {int(index): label for index, label in self.id2label.items()}
+        if indices is not None and indices != self.label2id:
+            raise ValueError(f"label2id {shorten(indices)} contradicts id2label")
 
     @property
     def num_labels(self) -> int:
@@ -125,6 +134,20 @@ class PreTrainedConfig:
         return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
     @property
+    def name_or_path(self) -> str:
+        """What `from_pretrained` was given; no file has it."""
+        return self.__dict__.get("_name_or_path", "")
+
+    @name_or_path.setter
+    def name_or_path(self, name: str | Path) -> None:
+        self._name_or_path = str(name)
+
+    @property
+    def use_return_dict(self) -> bool:
+        """`return_dict` by its other name."""
+        return self.return_dict
+
+    @property
     def _attn_implementation(self) -> str:
         """The attention that a program has asked for; gemcut has one of its own."""
         return self.__dict__.get("_asked_attention", "sdpa")
@@ -139,13 +162,13 @@ class PreTrainedConfig:
         self._asked_attention = name
 
     @property
-    def torch_dtype(self) -> str | None:
+    def torch_dtype(self) -> torch.dtype | None:
         """The dtype of the stored weights, by its older name."""
         return self.dtype
 
     @torch_dtype.setter
     def torch_dtype(self, dtype: Any) -> None:
-        self.dtype = _dtype_name(dtype)
+        self.dtype = dtype
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OF_FILES:
@@ -153,7 +176,7 @@ class PreTrainedConfig:
                 f"config.{name} is what older files call a part of rope_parameters or layer_types; "
                 f"set that, or give {name} when the config is made"
             )
-        super().__setattr__(name, _dtype_name(value) if name == "dtype" else value)
+        super().__setattr__(name, _dtype_of(value) if name == "dtype" else value)
 
     def get_text_config(
         self, decoder: bool | None = None, encoder: bool | None = None
@@ -186,6 +209,10 @@ class PreTrainedConfig:
                 values[name] = getattr(self, name)
         return values
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: nothing in it is the default of all families."""
+        return self.to_dict()
+
     def to_json_string(self) -> str:
         """The same as JSON."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -213,24 +240,30 @@ class PreTrainedConfig:
     @classmethod
     def from_dict(cls: type[C], config_dict: Mapping[str, Any], **overrides: Any) -> C:
         """The config that a parsed config.json describes, in the newer or the older spelling."""
+        refuse_unknown(cls.__name__, overrides, (*cls.parameters, *_OLDER))
+        if "num_labels" in overrides:  # the file's labels are of another task
+            config_dict = {key: x for key, x in config_dict.items() if key != "id2label"}
+        named, extra = cls._read(config_dict)
+        config = cls.__new__(cls)
+        config._fill(named | overrides, extra)
+        return config
+
+    @classmethod
+    def _read(cls, config_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters in a parsed config.json by their newer names, and its other keys."""
         model_type = model_type_of(config_dict)
         if model_type != cls.model_type:
             raise ValueError(
                 f"model_type {shorten(model_type)} is not that of {cls.__name__}, "
                 f"{cls.model_type!r}; AutoConfig picks the class by it"
             )
-        refuse_unknown(cls.__name__, overrides, (*cls.parameters, *_OLDER))
-        if "num_labels" in overrides:  # the file's labels are of another task
-            config_dict = {key: x for key, x in config_dict.items() if key != "id2label"}
         written = ModelConfig.from_dict(config_dict).to_dict()
         del written["model_type"]
         if not config_dict.get("architectures"):
             del written["architectures"]
         written.pop("label2id", None)  # follows from id2label
         named = {key: value for key, value in written.items() if key in cls.parameters}
-        config = cls.__new__(cls)
-        config._fill(named | overrides, {k: x for k, x in written.items() if k not in named})
-        return config
+        return named, {key: x for key, x in written.items() if key not in named}
 
     @classmethod
     def from_pretrained(
@@ -247,6 +280,7 @@ class PreTrainedConfig:
             config = cls.from_dict(read_json_object(path), **overrides)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        config.name_or_path = pretrained_model_name_or_path
         if attention is not None:
             config._attn_implementation = attention
         return config
@@ -269,6 +303,7 @@ class PreTrainedConfig:
         """The values that are set, as keys of config.json."""
         skipped = ("output_hidden_states", "output_attentions", "return_dict", "problem_type")
         own = {name: getattr(self, name) for name in self.parameters if name not in skipped}
+        own["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         if own["id2label"] == _numbered(DEFAULT_LABELS):
             del own["id2label"]
         if not own.get("use_bidirectional_attention"):
@@ -299,8 +334,10 @@ def _numbered(count: int) -> dict[int, str]:
     return {index: f"LABEL_{index}" for index in range(count)}
 
 
-def _dtype_name(dtype: Any) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+def _dtype_of(value: Any) -> Any:
+    """The dtype of torch of that name; another value as it came, which the validation refuses."""
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else value
 
 
 def _public(config: PreTrainedConfig) -> dict[str, Any]:

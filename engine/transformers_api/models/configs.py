@@ -152,4 +152,6 @@ class AutoConfig:
             model_type = model_type_of(read_json_object(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        return CONFIGS[model_type].from_pretrained(path, **overrides)
+        config = CONFIGS[model_type].from_pretrained(path, **overrides)
+        config.name_or_path = pretrained_model_name_or_path
+        return config

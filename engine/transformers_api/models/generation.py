@@ -15,11 +15,7 @@ from gemcut.engine.transformers_api.models.arrays import convert, converter_to_k
 from gemcut.engine.transformers_api.models.caches import StaticCache, one_cache
 from gemcut.engine.transformers_api.models.continuation import Continuation
 from gemcut.engine.transformers_api.models.generation_config import GenerationConfig
-from gemcut.engine.transformers_api.models.generation_settings import (
-    check_token_ids,
-    new_tokens,
-    settle,
-)
+from gemcut.engine.transformers_api.models.generation_settings import new_tokens, settle
 from gemcut.engine.transformers_api.models.logits_processors import (
     Processor,
     Shape,
@@ -30,6 +26,7 @@ from gemcut.engine.transformers_api.models.logits_processors import (
 from gemcut.engine.transformers_api.models.outputs import GenerateDecoderOnlyOutput
 from gemcut.engine.transformers_api.models.pretrained import PreTrainedModel, on_its_device
 from gemcut.engine.transformers_api.models.prompt_batch import PromptBatch, read_prompts
+from gemcut.engine.transformers_api.models.setting_checks import check_token_ids
 from gemcut.engine.transformers_api.models.stop_strings import StopStringCriteria
 
 SPARE_CACHES = 8  # kept for later calls: as many calls at once take no new memory
@@ -47,7 +44,8 @@ class GenerativeModel(PreTrainedModel):
     def _read_more(self, folder: Path) -> None:
         self.generation_config = GenerationConfig.of_model(self.config, folder)
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         return True
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:

@@ -1,15 +1,16 @@
 """GenerationConfig: the settings of `generate` by their documented names, and their file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemcut.engine.checkpoints.hub import resolve_checkpoint, take_hub_options
 from gemcut.engine.checks import refuse_unknown, shorten, warn_caller
-from gemcut.engine.config.config_file import as_token_ids, read_json_object
+from gemcut.engine.config.config_file import read_json_object
 from gemcut.engine.config.generation_file import read_generation_config
 from gemcut.engine.transformers_api.models.configs import PreTrainedConfig
+from gemcut.engine.transformers_api.models.setting_checks import OF_OUTPUT, check, token_ids_of
 
 FILE = "generation_config.json"
 
@@ -66,7 +67,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_mtp": (False,),
     "is_assistant": (False,),
     # the cache is gemcut's own, whatever these ask for
-    "cache_implementation": ("static", "dynamic", "hybrid"),
+    "cache_implementation": (
+        *("static", "dynamic", "dynamic_full", "offloaded", "offloaded_static"),
+        *("sliding_window", "hybrid", "hybrid_chunked"),
+    ),
     "low_memory": (False, True),
     "disable_compile": (False, True),
 }
@@ -103,6 +107,8 @@ ANY_VALUE = (
     "assistant_lookbehind",
     "target_lookbehind",
 )
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p")
+OF_SAMPLING += ("epsilon_cutoff", "eta_cutoff")
 NAMES = frozenset({*DEFAULTS, *NEUTRAL, *OF_BEAMS, *ANY_VALUE})
 
 
@@ -146,6 +152,27 @@ class GenerationConfig:
         for name in settings.keys() & NAMES:
             setattr(self, name, settings[name])
         return {name: x for name, x in settings.items() if name not in NAMES}
+
+    def validate(self, strict: bool = False) -> None:
+        """Nothing; ValueError where a setting is out of range, a warning where it has no effect.
+
+        With `strict` the latter is a ValueError too.  What gemcut does not have is refused when
+        `generate` is called.
+        """
+        filled = GenerationConfig(**{**DEFAULTS, **self.settings()})
+        check(filled)
+        for line in without_effect(self.settings(), filled):
+            if strict:
+                raise ValueError(line)
+            warn_caller(line)
+
+    def get_generation_mode(self, assistant_model: None = None) -> str:
+        """What `generate` does by these settings, by the name that transformers has for it."""
+        if self.num_beams not in (None, 1) or assistant_model is not None:
+            raise NotImplementedError("beams and assistant models are not supported")
+        if self.prompt_lookup_num_tokens is not None:
+            return "assisted_generation"
+        return "sample" if self.do_sample else "greedy_search"
 
     @classmethod
     def of_model(cls, config: PreTrainedConfig, folder: str | Path | None) -> "GenerationConfig":
@@ -241,6 +268,24 @@ def is_metadata(key: str) -> bool:
     return key.startswith("_") or key == "transformers_version"
 
 
-def token_ids_of(value: Any) -> tuple[int, ...]:
-    """The ids in an id, a list, an array of them, or None."""
-    return as_token_ids(value.tolist() if hasattr(value, "tolist") else value)
+def without_effect(of_caller: Mapping[str, Any], config: GenerationConfig) -> Iterator[str]:
+    """A line for each setting of a caller that changes nothing; those of a file are defaults."""
+    said = []
+    if not config.do_sample:
+        said += [(name, "do_sample=True") for name in OF_SAMPLING]
+    if not config.return_dict_in_generate:
+        said += [(name, "return_dict_in_generate=True") for name in OF_OUTPUT]
+    said += [(name, "beams") for name in OF_BEAMS]
+    usual = {**DEFAULTS, **OF_BEAMS}
+    for name, needed in said:
+        if (value := of_caller.get(name)) is not None and value != usual[name]:
+            yield f"{name}={shorten(value)} has no effect without {needed}"
+    for more, less in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        value = of_caller.get(less)
+        if value is not None and (decides := getattr(config, more)) is not None:
+            yield f"{less}={value} has no effect beside {more}={decides}, which decides"
+    if (most := config.max_new_tokens) is not None and (config.min_new_tokens or 0) > most:
+        yield f"min_new_tokens={config.min_new_tokens} is above max_new_tokens={most}"
+    ends = token_ids_of(of_caller.get("eos_token_id"))
+    if any(isinstance(token_id, int) and token_id < 0 for token_id in ends):
+        yield f"eos_token_id={shorten(of_caller['eos_token_id'])}: no token is below 0"

@@ -1,5 +1,6 @@
 """`from_pretrained`, `from_config` and `save_pretrained` of the documented models."""
 
+import copy
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -87,7 +88,6 @@ class Loading(Parameters):
 
     config_class: ClassVar[type[PreTrainedConfig]]
     config: PreTrainedConfig
-    name_or_path: str
 
     def _set_up(
         self, config: PreTrainedConfig, model_config: ModelConfig, weights: Weights, ops: str
@@ -120,7 +120,14 @@ class Loading(Parameters):
         from_hub = take_hub_options(options)
         _take_neutral(options, _LOADING)
         own = inspect.signature(cls.from_pretrained).parameters
-        known = {*own, *HUB_OPTIONS, *_LOADING, *cls.config_class.parameters, "num_labels"}
+        known = {
+            *own,
+            *HUB_OPTIONS,
+            *_LOADING,
+            *cls.config_class.parameters,
+            "num_labels",
+            "label2id",
+        }
         refuse_unknown(f"{cls.__name__}.from_pretrained", options, known)
         folder = resolve_checkpoint(pretrained_model_name_or_path, **from_hub)
         check_holds_model(folder)
@@ -130,6 +137,8 @@ class Loading(Parameters):
             config = cls.config_class.from_pretrained(folder, **options)
         elif options:
             raise ValueError(f"give config or {next(iter(options))}, not both")
+        else:
+            config = copy.deepcopy(config)  # the model's own: it gets a name and a dtype
         if not isinstance(config, cls.config_class):
             raise ValueError(
                 f"config is a {type(config).__name__}, not {cls.config_class.__name__}"
@@ -163,7 +172,7 @@ class Loading(Parameters):
         # A thread of its own is also free of what the caller has set for his: a default device,
         # inference mode, autocast.
         model = in_temporary_thread(load)
-        model.name_or_path = str(pretrained_model_name_or_path)
+        config.name_or_path, config.dtype = pretrained_model_name_or_path, chosen
         if made:
             warnings.warn(
                 f"{folder} has no {' and no '.join(made)}: made at random; train it before use",
@@ -188,7 +197,9 @@ class Loading(Parameters):
         """The same as calling the class: a model with random weights."""
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
-        return cls(config, dtype=dtype or torch_dtype, **options)  # pyright: ignore[reportCallIssue]
+        if (chosen := dtype or torch_dtype) not in (None, "auto"):
+            config.torch_dtype = chosen
+        return cls(config, dtype=chosen, **options)  # pyright: ignore[reportCallIssue]
 
     def save_pretrained(
         self, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **options: Any

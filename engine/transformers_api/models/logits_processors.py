@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcut.engine.transformers_api.models.generation_config import (
-    DEFAULTS,
-    GenerationConfig,
-    token_ids_of,
-)
-from gemcut.engine.transformers_api.models.generation_settings import bias_pairs, fewest_tokens
+from gemcut.engine.transformers_api.models.generation_config import DEFAULTS, GenerationConfig
+from gemcut.engine.transformers_api.models.generation_settings import fewest_tokens
+from gemcut.engine.transformers_api.models.setting_checks import bias_pairs, token_ids_of
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 INF = float("inf")

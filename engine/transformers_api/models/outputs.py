@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 class ModelOutput:
     """Named values in a fixed order; those that are None are left out.
 
-    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `loss, logits = output`
-    and `**output` all work.  `cache` is another name of `past_key_values`.  A value given as a
-    function is computed when it is first asked for, or when the output is copied or pickled.
+    `output.logits`, `output["logits"]`, `output[0]`, `loss, logits = output[:2]`,
+    `output.to_tuple()` and `**output` all work; a loop runs over the names, as over those of a
+    dictionary.  `cache` is another name of `past_key_values`.  A value given as a function is
+    computed when it is first asked for, or when the output is copied or pickled.
     """
 
     FIELDS: ClassVar[tuple[str, ...]] = ()
@@ -75,7 +76,7 @@ class ModelOutput:
         return self.OTHER_NAMES.get(str(name), name) in self.keys()
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
+        return iter(self.keys())
 
     def __len__(self) -> int:
         return len(self.keys())

@@ -37,6 +37,11 @@ class Parameters:
         """The dtype of the weights and of hidden states."""
         return self._gemma.dtype
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embeddings."""
+        return self._gemma.config.vocab_size
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The weights, each with its name in a checkpoint."""
         prefix = "model." if self.is_bare else ""
@@ -62,9 +67,8 @@ class Parameters:
         """Copy weights in -> the names that are missing and those that are no part of the model.
 
         ValueError where there are any, unless strict is False, and where a shape is another.
+        With `assign` the weights have to be of the model's dtype: they are copied all the same.
         """
-        if assign:
-            raise NotImplementedError("assign=True is not supported: weights are copied")
         own = self.state_dict()
         keys = LoadedKeys(
             [name for name in own if name not in state_dict],
@@ -79,6 +83,11 @@ class Parameters:
                 raise ValueError(
                     f"state_dict: {name} is {list(state_dict[name].shape)}, "
                     f"must be {list(tensor.shape)}"
+                )
+            if assign and state_dict[name].dtype != tensor.dtype:
+                raise ValueError(
+                    f"state_dict: {name} is {state_dict[name].dtype}, and the model "
+                    f"{tensor.dtype}: convert the model by `to` before assign=True"
                 )
         with torch.no_grad():
             for name, tensor in given.items():
@@ -128,6 +137,8 @@ class Embedding:
 
 class Head:
     """The language-model head: states [..., D] -> scores [..., V], without the softcap."""
+
+    bias = None
 
     def __init__(self, gemma: Gemma) -> None:
         self._gemma = gemma

@@ -60,7 +60,6 @@ class PreTrainedModel(Loading):
     main_input_name = "input_ids"
     framework = "pt"
     training = False
-    name_or_path = ""  # what `from_pretrained` was given
 
     def __init__(
         self,
@@ -190,6 +189,11 @@ class PreTrainedModel(Loading):
     # What programs ask of a model
 
     @property
+    def name_or_path(self) -> str:
+        """What `from_pretrained` was given."""
+        return self.config.name_or_path
+
+    @property
     def base_model(self) -> "PreTrainedModel":
         """The decoder without a head: of a model that has none, itself."""
         return self
@@ -198,7 +202,8 @@ class PreTrainedModel(Loading):
         """The same, by another name."""
         return self.base_model
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         """Whether it has `generate`."""
         return False
 

@@ -77,7 +77,7 @@ class TestConfigs:
     def test_the_spelling_of_older_documents(self):
         config = GemmaConfig(rope_theta=5e4, torch_dtype=torch.bfloat16, num_labels=3)
         assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e4}
-        assert config.dtype == config.torch_dtype == "bfloat16"
+        assert config.dtype == config.torch_dtype == torch.bfloat16
         assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
         assert config.label2id["LABEL_2"] == 2
         config.num_labels = 1

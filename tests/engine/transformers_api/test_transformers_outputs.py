@@ -17,7 +17,8 @@ class TestOutputs:
     def test_mapping_index_and_tuple(self, model):
         output = model(IDS, labels=IDS)
         assert output.keys() == ["loss", "logits", "past_key_values"]
-        loss, logits, cache = output
+        loss, logits, cache = output.to_tuple()
+        assert list(output) == output.keys()
         assert loss is output.loss is output["loss"] is output[0]
         assert logits is output.logits is output[1] is output.get("logits")
         assert cache is output.past_key_values is output.to_tuple()[-1]
