@@ -151,6 +151,14 @@ class Tokenizer:
         self._markers = markers(self.vocabulary.literals, self.special_ids)
         self.marker_ids = frozenset(self._markers.values())
         self._inside_marker: Pattern[str] | None = None
+        self._texts: list[str] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """What each token is alone, by id; special tokens are their literals."""
+        if self._texts is None:  # made when first needed: only log-probabilities show them
+            self._texts = [piece.decode("utf-8", MARK_EACH_BYTE) for piece in self._bytes]
+        return self._texts
 
     def _named(self, name: str, piece: str) -> int:
         token_id = self.id_of(piece)

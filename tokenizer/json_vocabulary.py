@@ -9,6 +9,8 @@ from pathlib import Path
 from gemcut.tokenizer.added_tokens import OPTIONS, AddedToken
 from gemcut.tokenizer.vocabularies import NAMED, Segment, Vocabulary, read_file, text_of
 
+# with it the tokenizers package cuts pieces within a character, and ends the whole process
+_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
 
 
@@ -25,6 +27,10 @@ class JsonVocabulary(Vocabulary):
             raise ImportError(
                 f"{source} is read by the tokenizers package: pip install tokenizers"
             ) from error
+        if _PREFIX.search(content):
+            raise ValueError(
+                f"{source} has a continuing_subword_prefix, as WordPiece models do, not Gemma's"
+            )
         try:
             self._backend = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # it raises no narrower type
