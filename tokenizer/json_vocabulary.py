@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 
 from gemcut.tokenizer.added_tokens import OPTIONS, AddedToken
 from gemcut.tokenizer.vocabularies import NAMED, Segment, Vocabulary, read_file, text_of
@@ -69,10 +70,13 @@ class JsonVocabulary(Vocabulary):
         found = _ADDED.search(content)
         tokens = json.JSONDecoder().raw_decode(content, found.end())[0] if found else []
         for token in tokens:
-            if self._ids[token["content"]] != token["id"]:
+            piece, token_id = token["content"], self.id_of(token["content"])
+            if not piece:
+                raise ValueError(f"{self.source}: the added token of id {token['id']} is empty")
+            if token_id != token["id"]:
                 raise ValueError(
-                    f"{self.source} adds {token['content']!r} at id {token['id']}, "
-                    f"but by its other tokens the id is {self._ids[token['content']]}"
+                    f"{self.source} adds {shorten(piece)} at id {token['id']}, "
+                    f"but by its other tokens the id is {token_id}"
                 )
 
     def _alters_text(self) -> bool:

@@ -139,7 +139,7 @@ def _read_added(entries: Iterable[tuple[Path, Any, AddedToken]]) -> dict[int, Ad
     added: dict[int, AddedToken] = {}
     ids: dict[str, int] = {}
     for path, token_id, token in entries:
-        place = f"{path}: {token.content!r}"
+        place = f"{path}: {shorten(token.content)}"
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise ValueError(f"{place} has the id {shorten(token_id)}, which is no id")
         if not token.content:
@@ -148,7 +148,7 @@ def _read_added(entries: Iterable[tuple[Path, Any, AddedToken]]) -> dict[int, Ad
             raise ValueError(f"{place} has the id {token_id}, and elsewhere {ids[token.content]}")
         if token_id in added and added[token_id].content != token.content:
             other = added[token_id].content
-            raise ValueError(f"{place} has the id {token_id}, and so has {other!r}")
+            raise ValueError(f"{place} has the id {token_id}, and so has {shorten(other)}")
         added[token_id] = replace(token, id=token_id)
     return added
 

@@ -126,6 +126,14 @@ def moved(piece, token_id):
     return apply
 
 
+def named(content):
+    def apply(tokenizer):
+        *others, last = tokenizer["added_tokens"]
+        return tokenizer | {"added_tokens": [*others, last | {"content": content}]}
+
+    return apply
+
+
 def placed(token_id):
     def apply(content):
         *others, last = content["added_tokens"]
@@ -149,6 +157,7 @@ UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]
         pytest.param(moved("e", 300), "has id 300 twice", id="one-id-for-two"),
         pytest.param(moved("new", 900), "has no token of id 5", id="gap"),
         pytest.param(placed(17), "adds '<x>' at id 17", id="added-at-a-taken-id"),
+        pytest.param(named(""), "added token of id .* is empty", id="added-without-a-name"),
         pytest.param(placed(600), "adds '<x>' at id 600", id="added-after-a-gap"),
         pytest.param(
             change(model=WORDS | {"max_input_chars_per_word": 9, "vocab": {"<unk>": 0}}),
@@ -183,7 +192,9 @@ def test_a_message_does_not_grow_with_the_value(bare):
     for name, content in (
         ("added_tokens.json", {"<x>": "5" * 9999}),
         ("tokenizer_config.json", {"add_bos_token": "5" * 9999}),
+        ("added_tokens.json", {"x" * 9999: 5}),
         ("tokenizer_config.json", {"eos_token": [5] * 9999}),
+        ("tokenizer_config.json", {"eos_token": "x" * 9999}),
         ("tokenizer_config.json", {"extra_special_tokens": "5" * 9999}),
         ("tokenizer_config.json", {"chat_template": [5] * 9999}),
     ):
