@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()
         return PIPE_CLOSED
-    except (ValueError, NotImplementedError, MemoryError, OSError) as error:
+    except (ValueError, NotImplementedError, MemoryError, OSError, ImportError) as error:
         reason = " ".join(str(error).splitlines()) or type(error).__name__
         print(f"gemcut: error: {reason}", file=sys.stderr)
         _drop_output()

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -139,18 +140,23 @@ def _given(args: argparse.Namespace) -> SamplingParams:
 
 
 def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
-    return Engine.from_pretrained(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        max_batch_size=max_batch_size,
-        max_seq_len=args.max_seq_len,
-        ops=args.ops,
-        cuda_graphs=args.cuda_graphs,
-        generation_config=args.generation_config,
-        default_params=SamplingParams(**args.unpublished),
-        revision=args.revision,
-    )
+    """The engine that the arguments describe; what it warns of is a line on standard error each."""
+    with warnings.catch_warnings(record=True) as found:
+        engine = Engine.from_pretrained(
+            args.model,
+            device=args.device,
+            dtype=args.dtype,
+            max_batch_size=max_batch_size,
+            max_seq_len=args.max_seq_len,
+            ops=args.ops,
+            cuda_graphs=args.cuda_graphs,
+            generation_config=args.generation_config,
+            default_params=SamplingParams(**args.unpublished),
+            revision=args.revision,
+        )
+    for warning in found:
+        _note(f"warning: {' '.join(str(warning.message).split())}")
+    return engine
 
 
 def _converse(

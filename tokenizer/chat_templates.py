@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from itertools import chain
+from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
 import jinja2
@@ -125,11 +127,14 @@ def by_name(template: Any) -> str | dict[str, str] | None:
     """A template, or several by name where a checkpoint has several."""
     if template is None or isinstance(template, str):
         return template
-    if isinstance(template, Mapping):
-        return dict(template)
-    if isinstance(template, list | tuple):
-        return {one["name"]: one["template"] for one in template}
-    raise ValueError(f"chat_template is a {type(template).__name__}, not a string")
+    named = template
+    if isinstance(template, list | tuple) and all(isinstance(one, Mapping) for one in template):
+        named = {one.get("name"): one.get("template") for one in template}
+    if isinstance(named, Mapping) and all(isinstance(one, str) for one in chain(*named.items())):
+        return dict(named)
+    raise ValueError(
+        f"chat_template {shorten(template)} is neither a string nor a list of templates by name"
+    )
 
 
 def files(templates: str | Mapping[str, str] | None, prefix: str = "") -> dict[str, str]:

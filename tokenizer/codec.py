@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from re import Pattern
+from reprlib import repr as shorten
 
 import numpy as np
 
@@ -139,7 +140,7 @@ class Tokenizer:
             if i not in self.placeholder_ids:
                 raise ValueError(
                     f"the vocabulary has {len(self)} pieces, but the embedding only {num_rows} "
-                    f"rows: none for {self.pieces[i]!r}"
+                    f"rows: none for {shorten(self.pieces[i])}"
                 )
 
     def _update(self) -> None:
@@ -151,11 +152,19 @@ class Tokenizer:
         self._markers = markers(self.vocabulary.literals, self.special_ids)
         self.marker_ids = frozenset(self._markers.values())
         self._inside_marker: Pattern[str] | None = None
+        self._texts: list[str] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """What each token is alone, by id; special tokens are their literals."""
+        if self._texts is None:  # made when first needed: only log-probabilities show them
+            self._texts = [piece.decode("utf-8", MARK_EACH_BYTE) for piece in self._bytes]
+        return self._texts
 
     def _named(self, name: str, piece: str) -> int:
         token_id = self.id_of(piece)
         if token_id is None:
-            raise ValueError(f"{name} {piece!r} is no token of {self.vocabulary.source}")
+            raise ValueError(f"{name} {shorten(piece)} is no token of {self.vocabulary.source}")
         return token_id
 
     def save_vocabulary(self, path: Path, before: Sequence[str], after: Sequence[str]) -> None:

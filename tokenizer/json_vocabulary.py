@@ -5,10 +5,13 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 
 from gemcut.tokenizer.added_tokens import OPTIONS, AddedToken
 from gemcut.tokenizer.vocabularies import NAMED, Segment, Vocabulary, read_file, text_of
 
+# with it the tokenizers package cuts pieces within a character, and ends the whole process
+_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
 
 
@@ -25,6 +28,10 @@ class JsonVocabulary(Vocabulary):
             raise ImportError(
                 f"{source} is read by the tokenizers package: pip install tokenizers"
             ) from error
+        if _PREFIX.search(content):
+            raise ValueError(
+                f"{source} has a continuing_subword_prefix, as WordPiece models do, not Gemma's"
+            )
         try:
             self._backend = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # it raises no narrower type
@@ -63,10 +70,13 @@ class JsonVocabulary(Vocabulary):
         found = _ADDED.search(content)
         tokens = json.JSONDecoder().raw_decode(content, found.end())[0] if found else []
         for token in tokens:
-            if self._ids[token["content"]] != token["id"]:
+            piece, token_id = token["content"], self.id_of(token["content"])
+            if not piece:
+                raise ValueError(f"{self.source}: the added token of id {token['id']} is empty")
+            if token_id != token["id"]:
                 raise ValueError(
-                    f"{self.source} adds {token['content']!r} at id {token['id']}, "
-                    f"but by its other tokens the id is {self._ids[token['content']]}"
+                    f"{self.source} adds {shorten(piece)} at id {token['id']}, "
+                    f"but by its other tokens the id is {token_id}"
                 )
 
     def _alters_text(self) -> bool:

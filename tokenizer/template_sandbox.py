@@ -5,8 +5,17 @@ it makes may grow beyond a limit.
 """
 
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    ValuesView,
+)
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import wraps
@@ -17,15 +26,25 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
+from jinja2.nodes import EvalContext
 from jinja2.runtime import Context
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 250_000
 MAX_SECONDS = 10.0
-MAX_SIZE = 2**26  # characters of a text, items of a list
+MAX_SIZE = 2**24  # characters of a text
+ITEM = 64  # an item of a list, in these characters
 MAX_BITS = 2**16  # of a number
 # a variable that no template can spell: what belongs to one rendering
 _RUN = "gemcut's run"
+# filters and methods of strings whose result may be as large as the product of what they are given
+_MULTIPLY = {"batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust"}
+_MULTIPLY |= {"replace", "rjust", "slice", "sum", "tojson", "translate", "wordwrap", "zfill"}
+
+
+# what jinja2 hands to some filters before the value
+_OF_JINJA = (Context, EvalContext, jinja2.Environment)
 
 
 class TemplateStopped(Exception):
@@ -83,6 +102,22 @@ class _WithLimits(NodeTransformer):
         node.body.insert(0, count)
         return node
 
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return self._made(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return self._made(node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        if node.ctx == "load":
+            return self._made(node)
+        self.generic_visit(node)  # names that are assigned
+        return node
+
+    def _made(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("made", node).set_lineno(node.lineno)
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _call("joined", *node.nodes).set_lineno(node.lineno)
@@ -117,16 +152,21 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         del self.globals["lipsum"]
+        self.globals["namespace"] = _Namespace
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self.filters["tojson"] = _to_json
-        self.filters = {name: _bounded(filter_) for name, filter_ in self.filters.items()}
+        self.filters = {name: _bounded(name, one) for name, one in self.filters.items()}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         _check_operation(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _check_arguments(args, kwargs)
+        method = getattr(obj, "__wrapped__", obj)  # jinja2 wraps str.format
+        value = getattr(method, "__self__", None)
+        if isinstance(value, str) and method.__name__ in _MULTIPLY:
+            args = _with_lists(args)
+            _check_product(value, args, kwargs)
         result = super().call(context, obj, *args, **kwargs)
         _check_value(result)
         return result
@@ -139,6 +179,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def mark(self, context: Context, name: str) -> str:
         return getattr(context.parent[_RUN], name)
 
+    def made(self, value: Any) -> Any:
+        _check_value(value)
+        return value
+
     def joined(self, *values: Any) -> str:
         return self.concat(map(str, values))
 
@@ -146,31 +190,58 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return "".join(_within_limit(texts))
 
 
-def _within_limit(texts: Iterable[str]) -> Iterator[str]:
+def _within_limit(values: Iterable[Any]) -> Iterator[Any]:
     size = 0
-    for text in texts:
-        size += len(text)
+    for value in values:
+        size += _size(value)
         _check_size(size)
-        yield text
+        yield value
 
 
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+class _Namespace(Namespace):
+    """jinja2's, which writes all that it holds, and what that holds, where it is shown."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that makes no value beyond the limit."""
 
     @wraps(function)  # with jinja2's attributes of it
     def checked(*args: Any, **kwargs: Any) -> Any:
-        _check_arguments(args, kwargs)
+        if name in _MULTIPLY:
+            args = _with_lists(args)
+            value, *others = (one for one in args if not isinstance(one, _OF_JINJA))
+            _check_product(value, others, kwargs)
         result = function(*args, **kwargs)
+        if isinstance(result, Iterator):
+            return _within_limit(result)
         _check_value(result)
         return result
 
     return checked
 
 
-def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, int):
-            _check_size(abs(value))  # a width, or a count
+def _check_product(value: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """TemplateStopped where a value, each part of it as large as an argument, would be too large.
+
+    An argument that is a number is a width or a count.  In a layout, such as "%5d", the numbers are
+    widths; arguments are only where it says so, as "%*d" and "{:{}}" do.
+    """
+    others = [*args, *kwargs.values()]
+    if isinstance(value, str) and ("%" in value or "{" in value):
+        if not re.search(r"\*|\{[^}]*\{", value):
+            others = [one for one in others if not isinstance(one, int)]
+        others += map(int, re.findall(r"\d{1,20}", value))
+    sizes = [abs(one) if isinstance(one, int) else _size(one) for one in others]
+    _check_size(_size(value) * max([1, *sizes]))
+
+
+def _with_lists(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of which each has a size: what yields its items one by one is a list."""
+    kinds = Iterator | range | KeysView | ValuesView | ItemsView
+    return tuple(list(one) if isinstance(one, kinds) else one for one in args)
 
 
 def _check_operation(operator: str, left: Any, right: Any) -> None:
@@ -185,10 +256,8 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
         count, value = (left, right) if isinstance(left, int) else (right, left)
         _check_size(_size(value) * count if isinstance(count, int) else 0)
     elif operator == "%" and isinstance(left, str):
-        # a width may stand in the text, or among the values
-        digits = "".join(letter if letter.isdecimal() else " " for letter in left).split()
         values = right if isinstance(right, tuple) else (right,)
-        _check_arguments((*map(int, digits), *values), {})
+        _check_product(left, values, {})
 
 
 def _check_value(value: Any) -> None:
@@ -196,12 +265,22 @@ def _check_value(value: Any) -> None:
 
 
 def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple | dict) else 0
+    """The characters of a value, of all that it holds too; beyond the limit it stops counting."""
+    size, left = 0, [value]
+    while left and size <= MAX_SIZE:
+        one = left.pop()
+        if isinstance(one, str):
+            size += len(one)
+        elif isinstance(one, list | tuple | dict):
+            size += ITEM * len(one)
+            left.extend(one)
+            left.extend(one.values() if isinstance(one, dict) else ())
+    return size
 
 
 def _check_size(size: int) -> None:
     if size > MAX_SIZE:
-        raise TemplateStopped(f"a text, a list or a count would be larger than {MAX_SIZE}")
+        raise TemplateStopped(f"a text or a list would be larger than {MAX_SIZE} characters")
 
 
 def _raise_exception(message: str) -> None:

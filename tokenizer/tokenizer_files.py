@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as shorten  # a hostile value must not fill the message
 from typing import Any
 
 from gemcut.tokenizer.added_tokens import OPTIONS, AddedToken, is_in_brackets
@@ -60,9 +61,8 @@ class TokenizerFiles:
         for name in ("add_bos", "add_eos"):
             value = self.settings.get(f"{name}_token")
             if not isinstance(value, bool | None):
-                raise ValueError(
-                    f"{self.folder / CONFIG_FILE}: {name}_token is {value!r}, not true or false"
-                )
+                place = self.folder / CONFIG_FILE
+                raise ValueError(f"{place}: {name}_token is {shorten(value)}, not true or false")
             if value is not None:
                 said[name] = value
         return said
@@ -112,7 +112,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
             settings[name] = token_content(f"{place}{name}", settings[name])
     extra = settings.get("extra_special_tokens") or []
     if not isinstance(extra, list | dict):
-        raise ValueError(f"{place}extra_special_tokens {extra!r} is neither a list nor an object")
+        raise ValueError(
+            f"{place}extra_special_tokens {shorten(extra)} is neither a list nor an object"
+        )
     named = extra.items() if isinstance(extra, dict) else enumerate(extra)
     contents = {key: token_content(f"{place}extra_special_tokens", one) for key, one in named}
     if extra:
@@ -137,16 +139,16 @@ def _read_added(entries: Iterable[tuple[Path, Any, AddedToken]]) -> dict[int, Ad
     added: dict[int, AddedToken] = {}
     ids: dict[str, int] = {}
     for path, token_id, token in entries:
-        place = f"{path}: {token.content!r}"
+        place = f"{path}: {shorten(token.content)}"
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise ValueError(f"{place} has the id {token_id!r}, which is no id")
+            raise ValueError(f"{place} has the id {shorten(token_id)}, which is no id")
         if not token.content:
             raise ValueError(f"{path}: the added token of id {token_id} is empty")
         if ids.setdefault(token.content, token_id) != token_id:
             raise ValueError(f"{place} has the id {token_id}, and elsewhere {ids[token.content]}")
         if token_id in added and added[token_id].content != token.content:
             other = added[token_id].content
-            raise ValueError(f"{place} has the id {token_id}, and so has {other!r}")
+            raise ValueError(f"{place} has the id {token_id}, and so has {shorten(other)}")
         added[token_id] = replace(token, id=token_id)
     return added
 
@@ -173,7 +175,7 @@ def token_content(name: str, token: Any) -> str:
         token = token.get("content")
     content = token if isinstance(token, str) else getattr(token, "content", None)
     if not isinstance(content, str) or not content:
-        raise ValueError(f"{name} {token!r} is neither a string nor an AddedToken")
+        raise ValueError(f"{name} {shorten(token)} is neither a string nor an AddedToken")
     return content
 
 
@@ -195,7 +197,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(_read_text(path), object_pairs_hook=_object)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object")

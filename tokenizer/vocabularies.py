@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import NamedTuple
 
 from gemcut.tokenizer.added_tokens import AddedToken
@@ -99,15 +100,17 @@ class Vocabulary(ABC):
     def _place(self, token: AddedToken) -> int:
         """The id of a token, appended to the pieces if it is new; ValueError where files clash."""
         if token.special and len(token.content) == 1:
-            raise ValueError(f"special token {token.content!r} has one letter, as any text may")
+            raise ValueError(
+                f"special token {shorten(token.content)} has one letter, as any text may"
+            )
         there, size = self.id_of(token.content), len(self.pieces)
-        added = f"token {token.content!r} is added at id {token.id}"
+        added = f"token {shorten(token.content)} is added at id {token.id}"
         if there is not None:
             if token.id not in (None, there):
                 raise ValueError(f"{added}, but {self.source} has it at {there}")
             return there
         if token.id is not None and token.id < size:
-            raise ValueError(f"{added}, where {self.source} has {self.pieces[token.id]!r}")
+            raise ValueError(f"{added}, where {self.source} has {shorten(self.pieces[token.id])}")
         if token.id is not None and token.id > size:
             raise ValueError(
                 f"{added}, which leaves a gap after {size - 1}, the last of {self.source}"
@@ -139,11 +142,12 @@ def _by_id(ids: Mapping[str, int], source: str) -> list[str]:
     pieces = sorted(ids, key=ids.__getitem__)
     for i, piece in enumerate(pieces):
         if ids[piece] < i:
-            raise ValueError(
-                f"{source} has id {ids[piece]} twice: for {pieces[i - 1]!r} and {piece!r}"
-            )
+            twins = f"{shorten(pieces[i - 1])} and {shorten(piece)}"
+            raise ValueError(f"{source} has id {ids[piece]} twice: for {twins}")
         if ids[piece] > i:
-            raise ValueError(f"{source} has no token of id {i}, but {piece!r} at {ids[piece]}")
+            raise ValueError(
+                f"{source} has no token of id {i}, but {shorten(piece)} at {ids[piece]}"
+            )
     return pieces
 
 

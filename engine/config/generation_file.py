@@ -10,11 +10,10 @@ An Engine takes from it, where a call gives no settings of its own:
     eos_token_id         ends a text, beside the ids of config.json
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
-from gemcut.engine.checks import check_bool, check_int, check_number, shorten
+from gemcut.engine.checks import check_bool, check_int, check_number, shorten, warn_caller
 from gemcut.engine.config.config_file import as_token_ids, read_json_object
 from gemcut.engine.config.model_config import ModelConfig
 
@@ -132,4 +131,4 @@ def _warn_of_the_rest(values: dict[str, Any]) -> None:
     ]
     if rest:
         names = ", ".join(map(shorten, rest))
-        warnings.warn(f"{FILE}: an engine does not act on {names}", stacklevel=2)
+        warn_caller(f"{FILE}: an engine does not act on {names}")

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens, from blocks of logits: never those of a long text all at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -25,33 +26,33 @@ def describe_tokens(
 
     logits [M, V], token_ids [M] -> M entries.
     """
-    top = logits.shape[-1] if top == -1 else top
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(-1, token_ids.unsqueeze(-1))
     ranks = (logprobs > chosen).sum(-1) + 1
-    best = logprobs.topk(top, -1)
+    best = logprobs.sort(-1, descending=True) if top == -1 else logprobs.topk(top, -1)
     entries = []
     for token_id, logprob, rank, best_ids, best_logprobs in zip(
         token_ids.tolist(),
         chosen.squeeze(-1).tolist(),
         ranks.tolist(),
-        best.indices.tolist(),
-        best.values.tolist(),
+        best.indices,
+        best.values,
         strict=True,
     ):
-        ranked = zip(best_ids, best_logprobs, range(1, top + 1), strict=True)
-        entry = {token_id: Logprob(logprob, rank, _show(tokenizer, token_id))}
-        entry |= {id_: Logprob(value, place, _show(tokenizer, id_)) for id_, value, place in ranked}
-        entries.append(entry)
+        ids = best_ids.tolist()  # a row at a time: each may be the whole vocabulary
+        (text,), texts = _texts(tokenizer, [token_id]), _texts(tokenizer, ids)
+        ranked = zip(ids, map(Logprob, best_logprobs.tolist(), count(1), texts), strict=True)
+        entries.append({token_id: Logprob(logprob, rank, text)} | dict(ranked))
     return entries
 
 
-def _show(tokenizer: Tokenizer | None, token_id: int) -> str | None:
+def _texts(tokenizer: Tokenizer | None, token_ids: Sequence[int]) -> Sequence[str | None]:
+    """What each token is shown as; None without a tokenizer."""
     if tokenizer is None:
-        return None
+        return [None] * len(token_ids)
     # ids of an embedding padded past the vocabulary have no text
-    shown = token_id < len(tokenizer)
-    return tokenizer.decode([token_id], skip_special_tokens=False) if shown else ""
+    texts, size = tokenizer.texts, len(tokenizer)
+    return [texts[i] if i < size else "" for i in token_ids]
 
 
 def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float]:

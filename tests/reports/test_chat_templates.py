@@ -155,7 +155,10 @@ class TestBadTemplates:
             pytest.param("{% for %}", "is not jinja", id="not-jinja"),
             pytest.param("{{ messages | no_such_filter }}", "is not jinja", id="unknown-filter"),
             pytest.param([{"name": "x", "template": "a"}], "is the default", id="no-default"),
-            pytest.param(5, "chat_template is a int", id="a-number"),
+            pytest.param(5, "chat_template 5 is neither", id="a-number"),
+            pytest.param([5], r"chat_template \[5\] is neither", id="a-list-of-numbers"),
+            pytest.param([{"name": "default"}], "is neither", id="no-template"),
+            pytest.param({"default": 5}, "is neither", id="no-text"),
         ],
     )
     def test_are_refused_before_weights(self, folder, tmp_path, template, message):

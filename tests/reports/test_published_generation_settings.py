@@ -128,6 +128,14 @@ def test_one_warning_names_what_is_not_acted_upon(published):
         assert_serves(engine)
     (warning,) = [one for one in found if "generation_config" in str(one.message)]
     assert str(warning.message).endswith("'top_kk', 'no_repeat_ngram_size', 'num_beams'")
+    assert warning.filename == __file__
+
+
+def test_the_command_line_says_it_in_one_line(published, capsys):
+    folder = published(top_kk=5, num_beams=4)
+    assert main(["generate", "a", "--model", str(folder), "--max-tokens", "1"]) == 0
+    message = "an engine does not act on 'top_kk', 'num_beams'"
+    assert capsys.readouterr().err == f"gemcut: warning: generation_config.json: {message}\n"
 
 
 def output(capsys, *arguments):

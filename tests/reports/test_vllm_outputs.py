@@ -29,6 +29,20 @@ def test_an_output_says_that_it_has_finished_and_what_was_cached(engine):
     assert not first.finished
 
 
+def test_all_log_probabilities_have_their_place_and_text(engine):
+    params = SamplingParams(temperature=0, logprobs=-1, max_tokens=2)
+    size = engine.config.vocab_size
+    for entry in engine.generate("It was", params).outputs[0].logprobs:
+        assert sorted(entry) == list(range(size))
+        assert [one.rank for one in entry.values()] == list(range(1, size + 1))
+        values = [one.logprob for one in entry.values()]
+        assert values == sorted(values, reverse=True)
+        for token_id, one in entry.items():
+            text = engine.tokenizer.decode([token_id], skip_special_tokens=False)
+            assert one.decoded_token == text
+            assert pickle.loads(pickle.dumps(one)) == one
+
+
 @pytest.mark.parametrize("count", [0, 3, -1])
 def test_the_sampled_token_is_first_then_the_likeliest_by_rank(engine, count):
     last = engine.config.vocab_size - 1

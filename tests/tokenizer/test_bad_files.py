@@ -42,6 +42,7 @@ def refused(folder, message: str) -> None:
     [
         pytest.param("added_tokens.json", "{", "cannot be read as JSON", id="no-json"),
         pytest.param("added_tokens.json", LFS, "cannot be read as JSON", id="lfs"),
+        pytest.param("added_tokens.json", "[" * 9999, "cannot be read as JSON", id="nested"),
         pytest.param("added_tokens.json", "[]", "holds a list", id="a-list"),
         pytest.param("added_tokens.json", '{"<x>": "520"}', "'520', which is no id", id="text"),
         pytest.param("added_tokens.json", '{"<x>": true}', "True, which is no id", id="boolean"),
@@ -125,6 +126,14 @@ def moved(piece, token_id):
     return apply
 
 
+def named(content):
+    def apply(tokenizer):
+        *others, last = tokenizer["added_tokens"]
+        return tokenizer | {"added_tokens": [*others, last | {"content": content}]}
+
+    return apply
+
+
 def placed(token_id):
     def apply(content):
         *others, last = content["added_tokens"]
@@ -148,13 +157,19 @@ UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]
         pytest.param(moved("e", 300), "has id 300 twice", id="one-id-for-two"),
         pytest.param(moved("new", 900), "has no token of id 5", id="gap"),
         pytest.param(placed(17), "adds '<x>' at id 17", id="added-at-a-taken-id"),
+        pytest.param(named(""), "added token of id .* is empty", id="added-without-a-name"),
         pytest.param(placed(600), "adds '<x>' at id 600", id="added-after-a-gap"),
         pytest.param(
             change(model=WORDS | {"max_input_chars_per_word": 9, "vocab": {"<unk>": 0}}),
-            "holds a WordPiece model",
+            "as WordPiece models do",
             id="wordpiece",
         ),
         pytest.param(change(model=UNIGRAM, added_tokens=[]), "holds a Unigram model", id="unigram"),
+        pytest.param(
+            change_model(continuing_subword_prefix="##"),
+            "has a continuing_subword_prefix",
+            id="prefix",
+        ),
         pytest.param(
             change(normalizer={"type": "Lowercase"}), "alters text before", id="lower-case"
         ),
@@ -171,6 +186,31 @@ def test_tokenizer_json(bare, backend, break_it, message):
     content = broken if isinstance(broken, str) else json.dumps(broken)
     (bare / "tokenizer.json").write_text(content)
     refused(bare, message)
+
+
+def test_a_message_does_not_grow_with_the_value(bare):
+    for name, content in (
+        ("added_tokens.json", {"<x>": "5" * 9999}),
+        ("tokenizer_config.json", {"add_bos_token": "5" * 9999}),
+        ("added_tokens.json", {"x" * 9999: 5}),
+        ("tokenizer_config.json", {"eos_token": [5] * 9999}),
+        ("tokenizer_config.json", {"eos_token": "x" * 9999}),
+        ("tokenizer_config.json", {"extra_special_tokens": "5" * 9999}),
+        ("tokenizer_config.json", {"chat_template": [5] * 9999}),
+    ):
+        (bare / name).write_text(json.dumps(content))
+        with pytest.raises(ValueError) as error:  # noqa: PT011  another test has the messages
+            Engine.from_pretrained(bare)
+        assert len(one_line(error)) < 400
+        (bare / name).unlink()
+
+
+@pytest.mark.parametrize("length", [{}, [5], "512", True, 0, float("inf"), float("nan")], ids=str)
+def test_a_length_that_is_none(bare, length):
+    (bare / "tokenizer_config.json").write_text(json.dumps({"model_max_length": length}))
+    with pytest.raises(ValueError, match="model_max_length") as error:
+        AutoTokenizer.from_pretrained(bare)
+    one_line(error)
 
 
 def test_unknown_keys_are_fine(bare):

@@ -76,10 +76,55 @@ def test_sizes_are_bounded(text, monkeypatch):
         Template(text).render({"messages": [1]})
 
 
+LONG = "('a' * 65536)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{LONG}.replace('a', {LONG})", f"{LONG} | replace('a', {LONG})",
+        f"{LONG}.join({LONG} | list)", f"{LONG} | join({LONG})", f"range(65536) | join({LONG})",
+        f"{LONG}.join(range(65536) | map('string'))",
+        "('\t' * 65536).expandtabs(65536)", "'{:>4000000000}'.format('a')",
+        "'{:{}}'.format('a', 4 * 10 ** 9)", f"('{{0}}' * 65536).format({LONG})",
+        "'%9999999999d' | format(1)", f"('%(a)s' * 65536) % {{'a': {LONG}}}",
+        f"('a\n' * 65536) | indent({LONG})", f"{LONG} | wordwrap(1, wrapstring={LONG})",
+        "[1] | slice(2 ** 26) | list", "range(90000) | list | tojson(indent=2 ** 20)",
+        "range(65536) | map('center', 60000) | list", f"([{LONG}] * 65536) | length",
+        "([range(9999) | list] * 9999) | sum(start=[])",
+    ],
+)  # fmt: skip
+def test_what_two_large_values_make_is_bounded(text):
+    with pytest.raises(TemplateStopped):
+        Template(f"{{{{ {text} }}}}").render({})
+
+
+@pytest.mark.parametrize("made", ["[@, @]", "(@, @)", "{1: @, 2: @}", "dict(a=@, b=@)", "[@] * 2"])
+@pytest.mark.parametrize("used", ["{{ @ }}", "{{ @ == [@] }}", "{{ '%s' % [@] }}"])
+def test_what_values_hold_is_bounded(made, used):
+    double = (
+        "{% set n = namespace(x=[1]) %}{% for i in range(50) %}{% set n.x = MADE %}{% endfor %}"
+    )
+    with pytest.raises(TemplateStopped):
+        Template((double.replace("MADE", made) + used).replace("@", "n.x")).render({})
+
+
+def test_a_namespace_does_not_show_what_it_holds():
+    text = "{% set n = namespace(x=1) %}{% for i in range(60) %}"
+    text += "{% set n.x = namespace(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}"
+    assert Template(text).render({}) == "<Namespace>"
+
+
+def test_numbers_are_no_widths_where_they_are_shown():
+    text = "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(n) }} {{ n | string }} {{ n | tojson }} "
+    text += "{{ 'a%5d' % n }} {{ '{:>3}{}'.format('a', n) }} {{ '%d' | format(n) }}"
+    assert Template(text).render({"n": 1700000000}).replace("1700000000", "n") == "n n n an   an n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{{ range(10 ** 9) | list }}", "larger"), ("{{ lipsum(9999) }}", "undefined")],
 )
 def test_what_jinja_gives_is_bounded(text, message):
-    with pytest.raises((TemplateStopped, jinja2.UndefinedError), match=message):
+    with pytest.raises((TemplateStopped, jinja2.UndefinedError, OverflowError), match=message):
         Template(text).render({})

@@ -113,7 +113,7 @@ class GemmaTokenizer(ChatCoder):
         self.padding_side = padding_side
         self.truncation_side = truncation_side
         self.model_max_length = NO_MAXIMUM if model_max_length is None else model_max_length
-        check_int("model_max_length", int(self.model_max_length), 1, 10 * NO_MAXIMUM)
+        check_number("model_max_length", self.model_max_length, at_least=1)
         self.chat_template = chat_templates.by_name(chat_template)
         self.name_or_path = name_or_path
         self._carried: dict[str, Any] = {}
