@@ -16,7 +16,7 @@ from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
 TEXTS = (
     "x [NEW] y▁the z the", "x[S]y [PAD] <start_of_turn>[NEW]", "x [L] y [R]  z", "wrd wrdx awrd!",
-    "<l> a <l>  b<r>  <r> c", "[NEW][NEWER] [NEW", "<table><img>",
+    "<l> a <l>  b<r>  <r> c", "[NEW][NEWER] [NEW", "<table><img>", "a [Q] b",
 )  # fmt: skip
 KINDS = ("tokenizer.model", "tokenizer.json")
 OPTIONS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
@@ -70,6 +70,7 @@ def facts(tokenizer) -> dict:
 
 STEPS = {
     "new": lambda t: t.add_tokens(["[NEW]", "▁the", "[NEW]", "", "[NEWER]"]),
+    "taking spaces": lambda t: t.add_special_tokens({"sep_token": AddedToken("[Q]", lstrip=True)}),
     "pad": lambda t: t.add_special_tokens({"pad_token": "[PAD]", "cls_token": "[CLS]"}),
     "extra": lambda t: t.add_special_tokens({"extra_special_tokens": ["[S]", "<start_of_turn>"]}),
     "more": lambda t: t.add_special_tokens({"extra_special_tokens": ["[S]", "[S2]"]}, False),
