@@ -32,6 +32,9 @@ class AddedToken:
     single_word: bool = False
     normalized: bool = True
 
+    def __str__(self) -> str:
+        return self.content
+
     @property
     def is_plain(self) -> bool:
         """Whether it has none of the options that look at the text beside it."""
@@ -43,10 +46,13 @@ class AddedToken:
 
     def is_spelled(self, text: str) -> bool:
         """Whether the characters of a token in a text are its literal, and no merged pieces."""
-        text = text.lstrip() if self.lstrip else text
-        text = text.rstrip() if self.rstrip else text
-        return text == self.content or (
-            self.normalized and text.replace(" ", "▁") == self.content.replace(" ", "▁")
+        literal = self.content
+        if self.lstrip:
+            text, literal = text.lstrip(), literal.lstrip()
+        if self.rstrip:
+            text, literal = text.rstrip(), literal.rstrip()
+        return text == literal or (
+            self.normalized and text.replace(" ", "▁") == literal.replace(" ", "▁")
         )
 
 

@@ -40,6 +40,7 @@ OPTIONS: dict[str, Any] = {
     "handle_long_generation": None,
     "num_workers": None,
 }
+KINDS = ("return_text", "return_full_text", "return_tensors")  # a call has one of them at most
 # the arguments of `generate` that a pipeline hands on
 HANDED_ON = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 TAKEN = frozenset({*OPTIONS, *HANDED_ON, *NAMES, "generation_config", "batch_size"})
@@ -154,6 +155,11 @@ class _Call:
         given: Mapping[str, Any],
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
+        for options in (defaults, given):
+            if len(asked := [name for name in KINDS if options.get(name) is not None]) > 1:
+                raise ValueError(f"{asked[0]} and {asked[1]} exclude each other")
+        if any(given.get(name) is not None for name in KINDS[1:]):
+            defaults = {name: x for name, x in defaults.items() if name not in KINDS}
         merged = {**defaults, **given}
         merged.pop("batch_size", None)
         self._options = {name: merged.pop(name, usual) for name, usual in OPTIONS.items()}
@@ -162,15 +168,7 @@ class _Call:
         if (stop := self._options["stop_sequence"]) is not None:
             merged["stop_strings"] = stop
         self._settings = self._with_defaults(merged)
-        self._check()
-
-    def _check(self) -> None:
-        options = self._options
-        if options["return_text"] is not None:
-            for name in ("return_full_text", "return_tensors"):
-                if options[name] is not None:
-                    raise ValueError(f"return_text and {name} exclude each other")
-        if (how := options["handle_long_generation"]) not in (None, "hole"):
+        if (how := self._options["handle_long_generation"]) not in (None, "hole"):
             raise ValueError(f"handle_long_generation {shorten(how)} is neither None nor 'hole'")
 
     def _with_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -312,7 +310,10 @@ def _prompts(inputs: Any) -> tuple[Iterator[Any], str]:
             raise ValueError(
                 f"the prompt {shorten(inputs)} is neither a text nor a list that holds one"
             )
-    items = iter(inputs)
+    if hasattr(inputs, "__iter__") or not hasattr(inputs, "__len__"):
+        items = iter(inputs)
+    else:  # a dataset, which need not say by an IndexError where it ends
+        items = (inputs[i] for i in range(len(inputs)))
     first = list(islice(items, 1))
     items = chain(first, items)
     if first and isinstance(first[0], Mapping):

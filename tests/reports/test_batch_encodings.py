@@ -1,10 +1,12 @@
 """What training scripts do with a batch: words and labels, long texts in rows, characters."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 from real_models import real_tokenizer
+from transformers import AddedToken
 from transformers import AutoTokenizer as TheirAutoTokenizer
 from vocabulary import EURO, TURN_MARKERS, hugging_face_twin
 
@@ -65,6 +67,12 @@ class TestWords:
         for i in range(len(TEXTS)):
             assert mine.word_ids(i) == other.word_ids(i)
         assert set(mine.word_ids(1)) == {None, 0, 1, 2, 3, 4, 5, 6}
+
+    def test_a_token_with_a_space_of_its_own(self, theirs, tokenizer_file):
+        mine, other = GemmaTokenizer(tokenizer_file, mask_token=None), copy.deepcopy(theirs)
+        for tokenizer in (mine, other):
+            tokenizer.add_tokens(AddedToken(" sp", lstrip=True))
+        assert mine("a  sp b").word_ids() == other("a  sp b").word_ids()
 
 
 class TestPlaces:
@@ -134,11 +142,13 @@ class TestLongTexts:
             tokenizer(LONG)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            tokenizer(LONG)
+            tokenizer(LONG, padding=True)
             fresh = GemmaTokenizer(tokenizer_file, model_max_length=5)
             fresh(LONG, truncation=True)
             fresh(LONG, verbose=False)
             fresh("a")
+        with pytest.warns(UserWarning, match="more than .* 5"):
+            fresh(LONG, padding=True)
 
     def test_multiples_without_padding_do_nothing(self, ours, theirs):
         for options in ({}, {"padding": True}, {"padding": "max_length", "max_length": 13}):
@@ -150,6 +160,29 @@ class TestLongTexts:
             arguments = {"text": TEXTS, "text_target": TEXTS[::-1]} | options
             assert ours(**arguments).data == theirs(**arguments).data
         assert ours(text_target="a").data == theirs(text_target="a").data
+
+    def test_targets_are_cut_where_texts_are(self, ours, theirs):
+        """A max_target_length is a number alone: max_length says that anything is cut."""
+        for options in (
+            {"max_length": 5},
+            {"max_length": 5, "padding": "max_length", "truncation": True},
+            {"truncation": "only_second", "padding": True},
+            {"truncation": True},
+        ):
+            arguments = {"text": TEXTS, "text_target": TEXTS[::-1], "max_target_length": 7}
+            arguments |= options
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert ours(**arguments).data == theirs(**arguments).data
+        with pytest.warns(UserWarning, match="max_target_length=7 does nothing"):
+            ours(TEXTS, text_target=TEXTS, max_target_length=7)
+        with pytest.raises(ValueError, match="max_target_length 0 is no positive integer"):
+            ours(TEXTS, text_target=TEXTS, max_length=7, max_target_length=0)
+
+    def test_a_stride_fits_into_no_row_without_room(self, ours, theirs):
+        for tokenizer in (ours, theirs):
+            with pytest.raises(ValueError, match="stride"):
+                tokenizer(LONG, truncation=True, max_length=1, stride=1)
 
     def test_tokenizer_kwargs_come_before_arguments(self, ours, theirs):
         inner = {"max_length": 4, "truncation": True, "add_special_tokens": False}

@@ -16,7 +16,7 @@ from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
 TEXTS = (
     "x [NEW] y▁the z the", "x[S]y [PAD] <start_of_turn>[NEW]", "x [L] y [R]  z", "wrd wrdx awrd!",
-    "<l> a <l>  b<r>  <r> c", "[NEW][NEWER] [NEW", "<table><img>",
+    "<l> a <l>  b<r>  <r> c", "[NEW][NEWER] [NEW", "<table><img>", "a [Q] b",
 )  # fmt: skip
 KINDS = ("tokenizer.model", "tokenizer.json")
 OPTIONS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
@@ -56,6 +56,7 @@ def facts(tokenizer) -> dict:
     told |= {"len": len(tokenizer), "vocab": tokenizer.get_vocab()}
     told["added"] = tokenizer.get_added_vocab()
     decoder = tokenizer.added_tokens_decoder
+    told["contents"] = [str(token) for token in decoder.values()]
     told["decoder"] = {i: [getattr(t, n) for n in OPTIONS] for i, t in decoder.items()}
     for text in TEXTS:
         for split in (False, True):
@@ -69,6 +70,7 @@ def facts(tokenizer) -> dict:
 
 STEPS = {
     "new": lambda t: t.add_tokens(["[NEW]", "▁the", "[NEW]", "", "[NEWER]"]),
+    "taking spaces": lambda t: t.add_special_tokens({"sep_token": AddedToken("[Q]", lstrip=True)}),
     "pad": lambda t: t.add_special_tokens({"pad_token": "[PAD]", "cls_token": "[CLS]"}),
     "extra": lambda t: t.add_special_tokens({"extra_special_tokens": ["[S]", "<start_of_turn>"]}),
     "more": lambda t: t.add_special_tokens({"extra_special_tokens": ["[S]", "[S2]"]}, False),
@@ -164,6 +166,20 @@ class TestNamedTokens:
         assert mine.get_added_vocab() == other.get_added_vocab()
         assert mine.all_special_ids == other.all_special_ids
         assert len(mine) == len(other) == mine.vocab_size + 1
+
+
+class TestSettingsOfOtherTokenizers:
+    def test_that_describe_gemmas_too_change_nothing(self, folder, tokenizer_file):
+        options = {"do_lower_case": False, "keep_accents": True, "legacy": False}
+        options |= {"add_prefix_space": False, "from_slow": None}
+        pair = tokenizers(folder, tokenizer_file, "tokenizer.json", **options)
+        mine, other = map(facts, pair)
+        assert mine == other
+
+    @pytest.mark.parametrize("name", ["do_lower_case", "add_prefix_space", "strip_accents"])
+    def test_that_would_change_a_text_are_refused(self, folder, name):
+        with refused(f"{name}=True: Gemma's tokenizers do not change a text"):
+            GemmaTokenizer.from_pretrained(folder, **{name: True})
 
 
 class TestFolders:

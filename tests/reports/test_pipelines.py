@@ -50,6 +50,12 @@ CASES = {
         {"max_new_tokens": 4},
     ),
     "config in place of settings": ({"max_new_tokens": 9}, "The", {"config": {"do_sample": False}}),
+    "ids in place of new text": (
+        {"return_full_text": False},
+        "The",
+        GREEDY | {"return_tensors": True},
+    ),
+    "text in place of ids": ({"return_tensors": True}, "The", GREEDY | {"return_full_text": True}),
     "stop": (GREEDY, "The", {"stop_sequence": "e"}),
     "stops": ({"stop_sequence": ["e", "x"], **GREEDY}, "The", {}),
     "several answers": ({}, "The", {"top_k": 1, "num_return_sequences": 3, "max_new_tokens": 5}),
@@ -121,7 +127,7 @@ def test_a_dataset_gives_an_answer_for_each(pipes):
             return 2
 
         def __getitem__(self, index):
-            return ["a", "b c"][index]
+            return ["a", "b c"][index % 2]
 
     theirs, ours = (make(**GREEDY) for make in pipes)
     assert list(ours(Prompts())) == list(theirs(Prompts()))
@@ -169,6 +175,7 @@ def test_options_of_loading_say_that_a_model_is_loaded(pipes, folder):
     [
         ({"return_text": True, "return_tensors": True}, "return_text and return_tensors exclude"),
         ({"return_text": True, "return_full_text": True}, "return_text and return_full_text excl"),
+        ({"return_tensors": True, "return_full_text": True}, "return_full_text and return_tensors"),
         ({"handle_long_generation": "x"}, "handle_long_generation 'x' is neither"),
         ({"batch_size": 0}, "batch_size 0 is outside 1"),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 
 from gemcut.engine.transformers_api.tokenizers.rows import Encoding, Passage, Source
 from gemcut.engine.transformers_api.tokenizers.text_coder import TextCoder
+from gemcut.engine.transformers_api.tokenizers.tool_schemas import as_schemas
 from gemcut.tokenizer import chat_templates, render_chat
 from gemcut.tokenizer.chat_templates import Rendered
 
@@ -62,6 +63,8 @@ class ChatCoder(TextCoder):
         string that `tokenize=False` yields, which must not be encoded again.
 
         `tools`, `documents` and `variables` are the template's; what it never reads does nothing.
+        A tool is a JSON schema, or a function with type hints and a docstring that describes its
+        arguments under "Args:", as transformers reads them.
         `return_assistant_tokens_mask` adds `assistant_masks`, 1 for each token that the template
         wrote between {% generation %} and {% endgeneration %}.
         """
@@ -73,7 +76,8 @@ class ChatCoder(TextCoder):
         if return_assistant_tokens_mask:
             _check_mask(template, return_dict and tokenize, continue_final_message)
         chats, is_batch = _chats(conversation)
-        variables |= {"tools": tools, "documents": documents}
+        schemas = None if tools is None else as_schemas(tools)
+        variables |= {"tools": schemas, "documents": documents}
         rendered: list[Rendered] = []
         if template is None:
             own = [

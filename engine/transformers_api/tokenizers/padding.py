@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 NO_MAXIMUM = int(1e30)  # transformers' value for a tokenizer without a maximum
@@ -34,10 +34,8 @@ def padding_rule(
     `max_length` alone truncates.  "max_length" and truncation without a `max_length` use
     `model_max_length`, and do nothing where the tokenizer has none, as transformers documents.
     """
-    for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if value is not None and not is_count:
-            raise ValueError(f"{name} {value!r} is no positive integer")
+    _check_count("max_length", max_length)
+    _check_count("pad_to_multiple_of", pad_to_multiple_of)
     if max_length is not None and padding is False and truncation is None:
         truncation = "longest_first"
     pad: Any = {True: "longest", False: "do_not_pad"}.get(padding, padding)
@@ -66,6 +64,18 @@ def padding_rule(
             "so rows cannot be cut to one and padded to the other"
         )
     return PaddingRule(pad, cut, max_length)
+
+
+def of_targets(rule: PaddingRule, max_target_length: int) -> PaddingRule:
+    """The rule of a text's targets: that of the text, with a number of their own."""
+    _check_count("max_target_length", max_target_length)
+    if rule.padding != "max_length" and rule.truncation == "do_not_truncate":
+        warnings.warn(
+            f"max_target_length={max_target_length} does nothing without a max_length, which "
+            "says that texts are cut",
+            stacklevel=5,
+        )
+    return replace(rule, max_length=max_target_length)
 
 
 def kept_lengths(lengths: list[int], room: int, strategy: str) -> list[int]:
@@ -138,6 +148,12 @@ def check_side(name: str, side: Any) -> None:
     """Nothing, or ValueError where `side` is neither left nor right."""
     if side not in SIDES:
         raise ValueError(f"{name} is {side!r}; 'left' and 'right' are supported")
+
+
+def _check_count(name: str, value: Any) -> None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value is not None and not is_count:
+        raise ValueError(f"{name} {value!r} is no positive integer")
 
 
 def _list(names: Sequence[str]) -> str:

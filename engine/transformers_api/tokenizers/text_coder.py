@@ -14,6 +14,7 @@ from gemcut.engine.transformers_api.tokenizers.padding import (
     PaddingRule,
     check_side,
     kept_lengths,
+    of_targets,
     padded,
     padded_width,
     padding_rule,
@@ -76,7 +77,7 @@ class TextCoder(PassageCoder):
             self.split_special_tokens if split_special_tokens is None else split_special_tokens
         )
 
-        def encoding(text: Any, pair: Any, max_length: int | None) -> BatchEncoding:
+        def encoding(text: Any, pair: Any, **lengths: Any) -> BatchEncoding:
             rows, is_batch = samples(text, pair, is_split_into_words)
             passages = [
                 [
@@ -95,16 +96,16 @@ class TextCoder(PassageCoder):
                 is_batch,
                 add_special_tokens=add_special_tokens,
                 max_length=max_length,
+                **lengths,
                 **options,
             )
 
         if text_target is None:
-            return encoding(text, text_pair, max_length)
-        target_length = max_length if max_target_length is None else max_target_length
-        target = encoding(text_target, text_pair_target, target_length)
+            return encoding(text, text_pair)
+        target = encoding(text_target, text_pair_target, max_target_length=max_target_length)
         if text is None:
             return target
-        result = encoding(text, text_pair, max_length)
+        result = encoding(text, text_pair)
         result["labels"] = target.input_ids
         return result
 
@@ -117,6 +118,7 @@ class TextCoder(PassageCoder):
         padding: bool | str = False,
         truncation: bool | str | None = None,
         max_length: int | None = None,
+        max_target_length: int | None = None,
         stride: int = 0,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
@@ -134,6 +136,7 @@ class TextCoder(PassageCoder):
         `padding` is True or "longest", "max_length", or False; `truncation` is True or
         "longest_first", "only_first", "only_second", or False.  Without `max_length` they use
         `model_max_length`; a tokenizer that has none neither pads nor truncates to it.
+        `max_target_length` comes in the place of the number that these have found.
 
         With `return_overflowing_tokens` what is cut off follows as further rows, each repeating
         `stride` tokens of the one before, and `overflow_to_sample_mapping` has each row's sample.
@@ -151,13 +154,15 @@ class TextCoder(PassageCoder):
             pad_to_multiple_of=pad_to_multiple_of,
             model_max_length=self.model_max_length,
         )
+        if max_target_length is not None:
+            rule = of_targets(rule, max_target_length)
         firsts = [self._rows(passages, rule, stride, add_special_tokens) for passages in samples]
         longest = max((len(row) for row in firsts), default=0)
         width = padded_width(longest, rule, pad_to_multiple_of)
         if width:
             for row in chain.from_iterable([first, *first.overflowing] for first in firsts):
                 row.pad(width, side, self._pad_id(), self.pad_token_type_id)
-        elif verbose and rule.max_length is None:
+        if verbose and rule.max_length is None:
             self._warn_of(longest)
 
         rows, mapping = firsts, []
@@ -196,7 +201,7 @@ class TextCoder(PassageCoder):
             return Encoding(passages, self._vocabulary.pieces, *around)
         lengths = [len(passage.ids) for passage in passages]
         room = rule.max_length - len(passages) * (len(around[0]) + len(around[1]))
-        if 0 < room <= stride:
+        if stride and 0 <= room <= stride:
             raise ValueError(
                 f"stride {stride} does not fit: max_length {rule.max_length} leaves {room} tokens"
             )

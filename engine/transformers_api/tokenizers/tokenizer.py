@@ -26,6 +26,16 @@ MASK = "<mask>"
 # keywords of save_pretrained that are about a push to the Hub, or about weights
 _OF_A_PUSH = {"repo_id", "commit_message", "commit_description", "private", "token", "revision"}
 _OF_A_PUSH |= {"create_pr", "tags", "max_shard_size", "safe_serialization"}
+# settings of other tokenizers, with the values at which they describe Gemma's too
+_NEUTRAL = {
+    "add_prefix_space": (None, False),
+    "do_lower_case": (None, False),
+    "from_slow": (None, False),
+    "keep_accents": (None, True),
+    "legacy": (None, False, True),  # about a space that SentencePiece puts before a text
+    "remove_space": (None, False),
+    "strip_accents": (None, False),
+}
 
 
 class GemmaTokenizer(ChatCoder):
@@ -92,6 +102,9 @@ class GemmaTokenizer(ChatCoder):
         check_side("truncation_side", truncation_side)
         if mask_token == MASK and vocabulary.id_of(MASK) is None:
             mask_token = None
+        for name in own_tokens.keys() & _NEUTRAL:
+            if (value := own_tokens.pop(name)) not in _NEUTRAL[name]:
+                raise ValueError(f"{name}={value!r}: Gemma's tokenizers do not change a text")
         for name in own_tokens:
             if not name.endswith("_token"):
                 raise TypeError(f"GemmaTokenizer has no argument {name!r}")
