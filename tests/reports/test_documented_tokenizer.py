@@ -228,7 +228,7 @@ class TestFolders:
             assert {t["name"]: t["template"] for t in saved["chat_template"]} == templates
             assert not list((tmp_path / name).rglob("*.jinja"))
 
-    @pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "a\\b", "/x", "\0", 5])
+    @pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "a\\b", "/x", "\0"])
     def test_a_template_stays_in_its_folder(self, tokenizer_file, tmp_path, name):
         tokenizer = GemmaTokenizer(tokenizer_file, chat_template={"default": "a", name: "b"})
         with refused("no name of a file"):
