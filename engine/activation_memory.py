@@ -20,8 +20,8 @@ from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.placement import is_plain_torch
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import cpu, reference
-from gemcut.kernels.cpu import QUERIES
 from gemcut.kernels.cpu import ROWS as JOINT_ROWS
+from gemcut.kernels.cpu import block_of_queries
 from gemcut.kernels.cpu_products import HEAD_ROWS
 from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, least_split, most_partials
 
@@ -161,6 +161,6 @@ def _scores_bytes(
         return total + 3 * T * HQ * K * FLOAT + (2 * HQ * FLOAT + 1) * T * S
     # q, outputs in blocks and joined; of a block scores and weights of one KV head, its values
     # in the order of the product, the mask
-    queries = min(T, QUERIES)
+    queries = block_of_queries(T)
     total += 3 * T * HQ * K * FLOAT + 2 * queries * HQ * K * FLOAT + S * K * FLOAT
     return total + (2 * HQ // HK * FLOAT + 1) * queries * S

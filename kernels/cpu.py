@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 WIDE = (torch.float32, torch.float64)
-ROWS, QUERIES = 16, 128  # of a prompt, that attend all heads at once, and a head at a time
+ROWS, QUERIES = 16, 160  # of a prompt, that attend all heads at once, and at most a head at a time
 
 
 # Numbers
@@ -314,9 +314,10 @@ def _attend(
         weights = _scores(q.reshape(B * HK, -1, K), k, scale, softcap).softmax(-1)
         return rounded(torch.bmm(weights, v).view(B, 1, HQ, K), dtype)
     if B == 1 and T > ROWS:
+        size = block_of_queries(T)
         blocks = [
             _attend_block(block, k, v, first, start + T0, scale, softcap, sliding_window)
-            for T0, block in zip(range(0, T, QUERIES), q[0].split(QUERIES), strict=True)
+            for T0, block in zip(range(0, T, size), q[0].split(size), strict=True)
         ]
         return rounded(torch.cat(blocks), dtype).unsqueeze(0)
     q = q.view(B, T, HK, -1, K).permute(0, 2, 3, 1, 4).reshape(B * HK, -1, K)  # [B HK, G T, K]
@@ -325,6 +326,11 @@ def _attend(
     weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
     out = torch.bmm(weights.view(B * HK, -1, end - first), v).view(B, HK, -1, T, K)
     return rounded(out.permute(0, 3, 1, 2, 4).reshape(B, T, HQ, K), dtype)
+
+
+def block_of_queries(T: int) -> int:
+    """How many of T queries attend at once: equal blocks of at most QUERIES."""
+    return -(-T // -(-T // QUERIES))
 
 
 def _attend_block(

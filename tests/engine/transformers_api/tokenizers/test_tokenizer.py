@@ -24,9 +24,7 @@ class TestConstructor:
             pytest.param({"padding_side": "up"}, ValueError, "padding_side is 'up'", id="side"),
             pytest.param({"truncation_side": 1}, ValueError, "truncation_side is 1", id="cut"),
             pytest.param({"model_max_length": 0}, ValueError, "model_max_length 0", id="length"),
-            pytest.param(
-                {"chat_template": 5}, ValueError, "chat_template 5", id="template"
-            ),
+            pytest.param({"chat_template": 5}, ValueError, "chat_template 5", id="template"),
             pytest.param({"extra_special_tokens": "<table>"}, ValueError, "is a list", id="extra"),
             pytest.param(
                 {"extra_special_tokens": [], "additional_special_tokens": []},
