@@ -8,7 +8,6 @@ Letters in shape comments: M tokens, D columns of a weight, N its rows, V vocabu
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDE = (torch.float32, torch.float64)
-FEW_ROWS, SMALL, BLOCKS, SHORT = 4, 2**18, 4, 4096  # see linear
+FEW_ROWS, SMALL, BLOCKS, SHORT = 8, 2**18, 4, 4096  # see linear
 HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once
 BLOCK = 64  # rows and columns of a packed weight come in multiples of it
 # A logit rounded to bfloat16 errs by 2^-9 of itself: the greatest of all is among those so near to
@@ -29,15 +28,16 @@ NEAR, MOST_NEAR = 2**-7, 4096
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Project rows: x [M, D], weight [N, D], perhaps packed, bias [N] -> [M, N].
 
-    Few rows in float32 have two ways of their own: in blocks, where this machine does that well,
-    and from the weight's side, where oneDNN's beginning, some microseconds, would not be repaid.
+    Few rows in float32 have two ways of their own: one row as a batch of products, where this
+    machine does that well, and a small weight from its own side, as oneDNN's beginning, some
+    microseconds, would not be repaid.
     """
     if x.dtype not in _by_onednn() or not x.is_cpu:
         return F.linear(x, weight, bias)
     M, (N, D) = x.shape[0], weight.shape
     few = M <= FEW_ROWS and x.dtype == torch.float32
     if few and M == 1 and N % BLOCKS == 0 and D <= SHORT and blocks_are_fast():
-        y = _one_row_in_blocks(x, weight)
+        y = torch.bmm(weight.view(BLOCKS, -1, D), x.mT.expand(BLOCKS, D, 1)).view(1, N)
     elif few and N * D <= SMALL:
         y = torch.mm(weight, x.mT).mT.contiguous()
     else:
@@ -45,18 +45,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def _one_row_in_blocks(x: Tensor, weight: Tensor) -> Tensor:
-    """The same for x [1, D]: a batch of products, which MKL shares out to threads -> [1, N]."""
-    N, D = weight.shape
-    return torch.bmm(weight.view(BLOCKS, -1, D), x.mT.expand(BLOCKS, D, 1)).view(1, N)
-
-
 @lru_cache
 def blocks_are_fast() -> bool:
     """Whether one row is read faster in blocks than by F.linear, measured once, in milliseconds.
 
-    On an AMD EPYC they take half the time, on another machine four times as much.  On one thread,
-    so that others who use the cores change nothing.
+    On an AMD EPYC they take half the time; a machine on which they took longer was reported.  On
+    one thread, so that others who use the cores change nothing.
     """
     # beyond the second-level cache, as a model's are
     weights = torch.zeros(8, 3072, 256, dtype=torch.float32, device="cpu")
@@ -64,7 +58,9 @@ def blocks_are_fast() -> bool:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rounds = [[_seconds(way, x, weights) for way in _WAYS] for _ in range(5)]
+        rounds = [
+            [_seconds(in_blocks, x, weights) for in_blocks in (True, False)] for _ in range(5)
+        ]
     finally:
         torch.set_num_threads(threads)
     # of each product the least: then it was not interrupted
@@ -72,14 +68,14 @@ def blocks_are_fast() -> bool:
     return bool(blocks < whole)
 
 
-_WAYS = (_one_row_in_blocks, F.linear)
-
-
-def _seconds(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Tensor) -> list[float]:
+def _seconds(in_blocks: bool, x: Tensor, weights: Tensor) -> list[float]:
     """How long a product takes with each of the weights, one after the other."""
-    clock = [time.perf_counter()]
+    clock, column = [time.perf_counter()], x.mT.expand(BLOCKS, x.shape[1], 1)
     for weight in weights:
-        way(x, weight)
+        if in_blocks:
+            torch.bmm(weight.view(BLOCKS, -1, weight.shape[1]), column)
+        else:
+            F.linear(x, weight)
         clock.append(time.perf_counter())
     return np.diff(clock).tolist()
 

@@ -8,8 +8,6 @@ same bits (kernels/cpu.py), so it may change at any step.
 
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,56 +32,52 @@ class CpuSteps(Steps):
         self._threads = FreeThreads()
 
     def prefill(self, token_ids: list[int], slot: int, start: int, length: int) -> Tensor:
-        with self._threads.taken():
+        with self._threads:
             return super().prefill(token_ids, slot, start, length)
 
     def decode(self, slots: Tensor, features: Features) -> Tensor:
-        with self._threads.taken():
+        with self._threads:
             return super().decode(slots, features)
 
     def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
-        with self._threads.taken():
+        with self._threads:
             return super().verify(slots, drafts, features)
 
     def logits(self, slots: Tensor) -> Tensor:
-        with self._threads.taken():
+        with self._threads:
             return super().logits(slots)
 
 
 class FreeThreads:
-    """Tells whether torch's threads have cores of their own."""
+    """A context of one step: torch's threads while they have cores of their own, else one."""
 
     def __init__(self) -> None:
         self._alone_until = 0.0  # by the clock: before, one thread
         self._pause = FIRST_PAUSE
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """A context in which torch computes on its threads, or on one while they are not free."""
-        threads = torch.get_num_threads()
-        if threads == 1:
-            yield
-            return
-        if not self._are_free():
+    def __enter__(self) -> None:
+        """Let torch compute on its threads, or on one while they are not free."""
+        self._threads = torch.get_num_threads()
+        self._is_alone = self._threads > 1 and not self._are_free()
+        if self._is_alone:
             torch.set_num_threads(1)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(threads)
-            return
-        began, switches = time.perf_counter(), _switches()
-        yield
-        switches, seconds = _switches() - switches, time.perf_counter() - began
-        if switches >= max(LEAST_SWITCHES, SWITCHES_PER_SECOND * seconds):
-            self._pause = FIRST_PAUSE
-            self._alone_until = time.perf_counter() + self._pause
+        self._began, self._switches = time.perf_counter(), _switches()
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_alone:
+            torch.set_num_threads(self._threads)
+        elif self._threads > 1:
+            now = time.perf_counter()
+            most = max(LEAST_SWITCHES, SWITCHES_PER_SECOND * (now - self._began))
+            if _switches() - self._switches >= most:
+                self._pause = FIRST_PAUSE
+                self._alone_until = now + self._pause
 
     def _are_free(self) -> bool:
         """Whether they were when this was last tried, at most a pause ago."""
-        now = time.perf_counter()
         if self._alone_until == 0.0:
             return True
-        if now < self._alone_until:
+        if time.perf_counter() < self._alone_until:
             return False
         tried = torch.zeros(TRIED_ELEMENTS, dtype=torch.float32, device="cpu")
         for _ in range(3):

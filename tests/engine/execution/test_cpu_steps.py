@@ -1,6 +1,6 @@
 """Threads of a step on a CPU: all of torch's, or one while other programs use the cores."""
 
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ class Machine:
 
     def step(self, free: FreeThreads, *, lost: int = 0, seconds: float = 0.01) -> int:
         """A step, in which so many cores are lost -> the threads that it had."""
-        with free.taken():
+        with free:
             used = torch.get_num_threads()
             self.switches += lost
             self.now += seconds
@@ -87,7 +87,7 @@ def test_cores_that_stay_busy_are_tried_ever_more_rarely(machine):
 def test_an_error_gives_the_threads_back(machine):
     free = FreeThreads()
     machine.step(free, lost=50)
-    with suppress(ValueError), free.taken():
+    with suppress(ValueError), free:
         assert torch.get_num_threads() == 1
         raise ValueError
     assert torch.get_num_threads() == 2
@@ -96,9 +96,9 @@ def test_an_error_gives_the_threads_back(machine):
 def test_one_thread_is_left_alone(machine):
     torch.set_num_threads(1)
     free, machine.late = FreeThreads(), 0.004
-    with free.taken():
+    with free:
         machine.switches += 100
-    with free.taken():
+    with free:
         assert torch.get_num_threads() == 1
     torch.set_num_threads(2)
     assert machine.step(free) == 2, "what happened on one thread says nothing of two"
@@ -114,13 +114,7 @@ def test_tokens_and_logprobs_are_the_same_whatever_the_threads_are(threads, monk
         return [(output.token_ids, output.outputs[0].logprobs) for output in outputs]
 
     counts = iter([1, 2, 2, 1] * 100)
-
-    @contextmanager
-    def taken(self):
-        torch.set_num_threads(next(counts))
-        yield
-        torch.set_num_threads(2)
-
     plain = generated()
-    monkeypatch.setattr(FreeThreads, "taken", taken)
+    monkeypatch.setattr(FreeThreads, "__enter__", lambda self: torch.set_num_threads(next(counts)))
+    monkeypatch.setattr(FreeThreads, "__exit__", lambda self, *_: torch.set_num_threads(2))
     assert generated() == plain
