@@ -15,8 +15,8 @@ from torch import Tensor
 from gemcut.engine.execution.sampler import Features
 from gemcut.engine.execution.steps import Steps
 
-# Involuntary switches a second of a step whose threads lose their cores: 100 and more were counted
-# beside busy programs, 5 and less on a machine that has nothing else to do.
+# Involuntary switches a second from which on a step counts as having lost its cores: a thread that
+# shares one loses it every few milliseconds, one that does not hardly ever.
 SWITCHES_PER_SECOND, LEAST_SWITCHES = 40, 4
 # Seconds on one thread before the cores are tried again: twice as long after each try that fails.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
