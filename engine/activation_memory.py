@@ -20,8 +20,7 @@ from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.placement import is_plain_torch
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import cpu, reference
-from gemcut.kernels.cpu import ROWS as JOINT_ROWS
-from gemcut.kernels.cpu import block_of_queries
+from gemcut.kernels.cpu import JOINT_QUERIES, block_of_queries
 from gemcut.kernels.cpu_products import HEAD_ROWS
 from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, least_split, most_partials
 
@@ -156,7 +155,7 @@ def _scores_bytes(
     total = 0
     if dtype != torch.float32 or max_seq_len > S:  # keys and values, widened or out of a ring
         total += 2 * S * HK * K * FLOAT
-    if T <= JOINT_ROWS:
+    if T <= JOINT_QUERIES:
         # q by KV head, the sum over keys, and that by token; scores and weights, the mask
         return total + 3 * T * HQ * K * FLOAT + (2 * HQ * FLOAT + 1) * T * S
     # q, outputs in blocks and joined; of a block scores and weights of one KV head, its values

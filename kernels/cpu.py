@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcut.kernels.cpu_products import linear, lm_head, lm_head_argmax
+from gemcut.kernels.cpu_products import WIDE, linear, lm_head, lm_head_argmax
 from gemcut.kernels.reference import (
     advance_,
     embed,
@@ -49,8 +49,9 @@ __all__ = [
     "skinny_linear",
 ]
 
-WIDE = (torch.float32, torch.float64)
-ROWS, QUERIES = 16, 160  # of a prompt, that attend all heads at once, and at most a head at a time
+# queries of one sequence: up to so many attend with all heads at once; more, a head at a time, in
+# blocks of at most QUERIES
+JOINT_QUERIES, QUERIES = 16, 160
 
 
 # Numbers
@@ -313,7 +314,7 @@ def _attend(
     if T == 1:  # all keys are visible
         weights = _scores(q.reshape(B * HK, -1, K), k, scale, softcap).softmax(-1)
         return rounded(torch.bmm(weights, v).view(B, 1, HQ, K), dtype)
-    if B == 1 and T > ROWS:
+    if B == 1 and T > JOINT_QUERIES:
         size = block_of_queries(T)
         blocks = [
             _attend_block(block, k, v, first, start + T0, scale, softcap, sliding_window)
@@ -352,22 +353,24 @@ def _attend_block(
     begin = first if sliding_window is None else max(first, start - sliding_window + 1)
     seen = slice(begin - first, end - first)
     hidden = ~_visible(start, begin, end, sliding_window, q.device)  # [T, S]
-    q = times(q, scale if softcap is None else scale / softcap)
     heads = []
     for of_q, of_k, of_v in zip(q.split(HQ // HK, dim=1), k[:, seen], v[:, seen], strict=True):
-        scores = linear(of_q.transpose(0, 1).reshape(-1, K), of_k)  # [G T, S]
-        if softcap is not None:
-            scores = times_(scores.tanh_(), softcap)
+        scores = _scores(of_q.transpose(0, 1).reshape(-1, K), of_k, scale, softcap)  # [G T, S]
         weights = scores.view(-1, T, end - begin).masked_fill_(hidden, -torch.inf).softmax(-1)
         heads.append(linear(weights.flatten(0, 1), of_v.mT).view(-1, T, K))
     return torch.cat(heads).transpose(0, 1)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Scores before the mask: q [R, G T, K], k [R, S, K] -> [R, G T, S]."""
+    """Scores before the mask: q [R, G T, K], k [R, S, K] -> [R, G T, S]; of one head without R."""
+
+    def product(factor: float) -> Tensor:
+        scaled = times(q, factor)
+        return linear(scaled, k) if q.dim() == 2 else torch.bmm(scaled, k.mT)
+
     if softcap is None:
-        return torch.bmm(times(q, scale), k.mT)
-    return times_(torch.bmm(times(q, scale / softcap), k.mT).tanh_(), softcap)
+        return product(scale)
+    return times_(product(scale / softcap).tanh_(), softcap)
 
 
 def _tokens(cache: Tensor, rows: slice, first: int, end: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 torch gives float32 products to MKL, which on a processor that is not Intel's has half of oneDNN's
 speed, and computes one row on one thread.  So oneDNN is called here, in both dtypes.  It reads a
-plain matrix, or one that was packed for it once: in bfloat16 few rows then take half the time.
+plain matrix, or one that was packed for it once, which in bfloat16 makes few rows faster
+(bench/NOTES.md has the times).
 
 Letters in shape comments: M tokens, D columns of a weight, N its rows, V vocabulary.
 """
@@ -47,10 +48,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @lru_cache
 def blocks_are_fast() -> bool:
-    """Whether one row is read faster in blocks than by F.linear, measured once, in milliseconds.
+    """Whether one row takes less time in blocks than by F.linear, measured once in a process.
 
-    On an AMD EPYC they take half the time; a machine on which they took longer was reported.  On
-    one thread, so that others who use the cores change nothing.
+    On an AMD EPYC it takes half; a machine on which it took more was reported.  On one thread, so
+    that others who use the cores change nothing.
     """
     # beyond the second-level cache, as a model's are
     weights = torch.zeros(8, 3072, 256, dtype=torch.float32, device="cpu")
@@ -83,8 +84,8 @@ def _seconds(in_blocks: bool, x: Tensor, weights: Tensor) -> list[float]:
 def packed(weight: Tensor) -> Tensor:
     """The same weight [N, D] as `linear` reads it fastest; nothing else can read it.
 
-    In bfloat16 it is reordered into oneDNN's blocks, from which few rows take half the time; the
-    results are the same, bit for bit.  Otherwise it is the weight itself.
+    In bfloat16 it is reordered into oneDNN's blocks; the results are the same, bit for bit.
+    Otherwise it is the weight itself.
     """
     if not (packs(weight.shape, weight.dtype) and weight.is_cpu):
         return weight
@@ -146,8 +147,8 @@ def lm_head_argmax(
     In bfloat16 only rows whose rounded logit is near the greatest are computed in float32.
     """
     if x.dtype == torch.bfloat16 and x.dtype in _by_onednn() and x.is_cpu:
-        packed = isinstance(weight, PackedHead)
-        blocks, plain = (weight.blocks, weight.plain) if packed else (weight, weight)
+        is_packed = isinstance(weight, PackedHead)
+        blocks, plain = (weight.blocks, weight.plain) if is_packed else (weight, weight)
         rounded = linear(x, blocks)
         greatest = rounded.max(-1, keepdim=True).values
         rows, ids = (rounded >= greatest - greatest.abs() * NEAR).nonzero().unbind(-1)

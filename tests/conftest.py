@@ -70,3 +70,12 @@ def poisoned(monkeypatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads of torch, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

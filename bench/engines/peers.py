@@ -109,9 +109,12 @@ class Stage:
 class Gemcut:
     def __init__(self, stage: Stage) -> None:
         setup, workload = stage.setup, stage.workload
-        model = setup.packed_model
         slot = slot_bytes(setup.config, workload.length, PREFILL_CHUNK, setup.dtype)
-        require_memory(setup.device, {"cache": workload.batch * slot})
+        needs: dict[str, float] = {"cache": workload.batch * slot}
+        if setup.packed_bytes:
+            needs["packed weights"] = setup.packed_bytes
+        require_memory(setup.device, needs)
+        model = setup.packed_model
         self.version = gemcut_version()
         self.settings = f"Engine.generate, {model.ops.__name__.rpartition('.')[2]} ops"
         self.engine = Engine(

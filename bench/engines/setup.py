@@ -15,6 +15,7 @@ from gemcut.engine.execution.model import Gemma
 from gemcut.engine.memory import free_bytes
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
 from gemcut.kernels import cpu
+from gemcut.kernels.cpu_products import packs
 from gemcut.tokenizer import Tokenizer
 
 
@@ -59,6 +60,12 @@ class Setup:
         else:
             weights = load_checkpoint(self.folder, self.config, **where)
         return Gemma(self.config, weights, self._ops)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of `packed_model` beside those of the plain one."""
+        shape = self.config.vocab_size, self.config.hidden_size
+        return self.weight_bytes if self._ops is cpu and packs(shape, self.dtype) else 0
 
     @property
     def packed_model(self) -> Gemma:

@@ -1,9 +1,9 @@
 """Steps on a CPU, on torch's threads, or on one thread while other programs use the cores.
 
 torch splits each product over its threads and waits for the last of them.  Where another program
-is on a core, a thread waits for its time slice, some 4 ms, in each of the seventy and more products
-of a step, which take a quarter of a millisecond each.  One thread waits for nobody.  Both give the
-same bits (kernels/cpu.py), so it may change at any step.
+is on a core, a thread waits for its time slice, 4 to 8 ms, at each of the products of a step, 73 in
+Gemma 3 270M, most of which take less than 0.2 ms.  One thread waits for nobody.  Both give the
+same bits (tests/kernels/test_cpu_products.py), so it may change at any step.
 """
 
 import resource
@@ -15,12 +15,15 @@ from torch import Tensor
 from gemcut.engine.execution.sampler import Features
 from gemcut.engine.execution.steps import Steps
 
-# Involuntary switches a second from which on a step counts as having lost its cores: a thread that
-# shares one loses it every few milliseconds, one that does not hardly ever.
-SWITCHES_PER_SECOND, LEAST_SWITCHES = 40, 4
+# Involuntary switches from which on a step counts as having lost its cores.  On two cores 34 to 98 a
+# second were counted where nothing else ran, and 232 to 248 beside two busy programs; of a step of
+# Gemma 3 270M 0 or 1, and 10 or 12, in the median.
+SWITCHES_PER_SECOND, LEAST_SWITCHES = 150, 6
 # Seconds on one thread before the cores are tried again: twice as long after each try that fails.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
-LATE = 1e-3  # seconds that a trivial operation takes where a thread had to wait; else 20 us
+LATE = (
+    1e-3  # seconds: a trivial operation takes 8 us where nothing else runs, 1.9 ms where it waits
+)
 TRIED_ELEMENTS = 2**16  # of a tensor: enough for torch to split what it does with them
 
 
@@ -46,6 +49,18 @@ class CpuSteps(Steps):
     def logits(self, slots: Tensor) -> Tensor:
         with self._threads:
             return super().logits(slots)
+
+    def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
+        with self._threads:
+            return super().sample(logits, slots, features)
+
+    def first_logits(self, hidden: Tensor) -> Tensor:
+        with self._threads:
+            return super().first_logits(hidden)
+
+    def choose(self, hidden: Tensor, slots: Tensor, features: Features) -> Tensor:
+        with self._threads:
+            return super().choose(hidden, slots, features)
 
 
 class FreeThreads:

@@ -68,7 +68,8 @@ class Runner:
         slots = upload([s.slot for s in sequences], self.device)
         features = _features(sequences)
         if scorer is not None or any(s.needs_logits for s in sequences):
-            return self._sample(sequences, self.model.logits(hidden), slots, features, scorer)
+            logits = self.steps.first_logits(hidden)
+            return self._sample(sequences, logits, slots, features, scorer)
         return self._pending(sequences, self.steps.choose(hidden, slots, features))
 
     def start_decode(

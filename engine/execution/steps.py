@@ -5,7 +5,8 @@
     verify   the same with a draft after it: the slot keeps what the model would have sampled itself
     logits   the first half of decode, for a host that must see logits before the next token
     sample   the second half of decode, from those logits
-    choose   the end of a prefill: the first token, from the state of the last of its prompt
+    choose   the end of a prefill: the first token, from the state of the last of its prompt; where
+             the host must see logits, first_logits, then sample
 
 `Steps` launches them kernel by kernel.  `GraphedSteps` (graphed_steps.py) has the same methods, and
 replays CUDA graphs of them.
@@ -81,6 +82,10 @@ class Steps:
         tokens, positions = self._newest(slots)
         hidden = self.model.decode(tokens, self.cache, slots, positions)
         return self._choose(hidden, slots, positions + 1, features)
+
+    def first_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of first tokens, from the states of their prompts' ends: [B, D] -> [B, V]."""
+        return self.model.logits(hidden)
 
     def choose(self, hidden: Tensor, slots: Tensor, features: Features) -> Tensor:
         """Sample the next token of slots after states [B, D] -> ids [B]; -1 where none is."""

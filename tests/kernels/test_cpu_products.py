@@ -5,9 +5,10 @@ Their accuracy is held by test_cpu.py.
 
 import pytest
 import torch
+from accuracy import assert_within_budget
 
-from gemcut.kernels import cpu, cpu_products
-from gemcut.kernels.cpu import ROWS
+from gemcut.kernels import cpu, cpu_products, reference
+from gemcut.kernels.cpu import JOINT_QUERIES
 from gemcut.kernels.cpu_products import (
     BLOCK,
     FEW_ROWS,
@@ -80,14 +81,30 @@ def test_the_greatest_logit_is_found_among_rounded_ones(head, sign, spread, soft
     base = torch.ones(1, D) if sign == 1 else -torch.ones(1, D)
     weight = (base + spread * torch.randn(V, D)).bfloat16()
     x = torch.ones(3, D).bfloat16() + torch.rand(3, D).bfloat16()
-    exact = x.double() @ weight.double().T
+    logits = reference.lm_head(x.double(), weight.double(), softcap)
+    best = logits.max(-1).values
+    eager, _ = reference.lm_head_argmax(x, weight, softcap)
     scores, ids = cpu.lm_head_argmax(x, head(weight), softcap)
-    capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
-    best = exact.max(-1).values
-    torch.testing.assert_close(scores.double(), capped.max(-1).values, rtol=1e-6, atol=1e-6)
-    found = exact.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    assert scores.dtype == torch.float32
-    assert ((best - found) <= 1e-6 * best.abs()).all()
+    assert_within_budget("scores", scores, eager, best)
+    of_ids = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    assert_within_budget("exact logits of the ids", of_ids.float(), eager, best)
+
+
+def test_the_way_of_one_row_is_the_faster_one(two_threads, monkeypatch):
+    took = {True: [1.0, 3.0], False: [2.0, 2.5]}  # in blocks, and not
+    monkeypatch.setattr(cpu_products, "_seconds", lambda in_blocks, *_: took[in_blocks])
+    measure = cpu_products.blocks_are_fast.__wrapped__
+    assert measure()
+    took[True] = [2.0, 3.0]
+    assert not measure()
+    assert torch.get_num_threads() == 2
+
+
+def test_a_way_is_timed_with_each_of_the_weights():
+    for in_blocks in (True, False):
+        seconds = cpu_products._seconds(in_blocks, torch.ones(1, 8), torch.ones(3, 12, 8))
+        assert len(seconds) == 3
+        assert min(seconds) > 0
 
 
 @needs_bf16
@@ -102,13 +119,13 @@ def test_a_nan_among_the_logits_is_seen():
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["no-softcap", "softcap"])
 def test_queries_in_blocks_attend_as_all_at_once(softcap, window, monkeypatch):
     """A prompt's queries see their keys whatever the blocks are, in a ring and out of it."""
-    T, HQ, HK, K, start = 3 * ROWS + 5, 4, 2, 16, 30
+    T, HQ, HK, K, start = 3 * JOINT_QUERIES + 5, 4, 2, 16, 30
     capacity = start + T if window is None else window + T
     caches = [torch.randn(1, HK, capacity, K, dtype=torch.float64) for _ in range(2)]
     q = torch.randn(T, HQ, K, dtype=torch.float64)
     places = torch.tensor([0]), torch.tensor([start]), torch.tensor([0, T])
     found = []
-    for size in (T, 1, 7, ROWS):
+    for size in (T, 1, 7, JOINT_QUERIES):
         monkeypatch.setattr(cpu, "QUERIES", size)
         found.append(cpu.attention_prefill(q, *caches, *places, 0.3, softcap, window))
     for other in found[1:]:

@@ -182,14 +182,6 @@ def what_a_child_says(work: Callable[[], Any]) -> str:
     pytest.fail("the child hangs")
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def beside(work: Callable[[], Any], meanwhile: Callable[[], str]) -> str:
     """What `meanwhile` says while another thread does `work` again and again."""
     stop, started = threading.Event(), threading.Event()
