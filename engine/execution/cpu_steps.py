@@ -15,9 +15,9 @@ from torch import Tensor
 from gemcut.engine.execution.sampler import Features
 from gemcut.engine.execution.steps import Steps
 
-# Involuntary switches from which on a step counts as having lost its cores.  On two cores 34 to 98 a
-# second were counted where nothing else ran, and 232 to 248 beside two busy programs; of a step of
-# Gemma 3 270M 0 or 1, and 10 or 12, in the median.
+# Involuntary switches from which on a step counts as having lost its cores.  On two cores 34 to 98
+# a second were counted where nothing else ran, and 232 to 248 beside two busy programs; in a step
+# of Gemma 3 270M 0 or 1, and 10 or 12, in the median.
 SWITCHES_PER_SECOND, LEAST_SWITCHES = 150, 6
 # Seconds on one thread before the cores are tried again: twice as long after each try that fails.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
