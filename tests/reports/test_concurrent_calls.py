@@ -6,13 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from documented_twins import random_ids, twins
 
-from gemcut.engine import Engine
+from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.transformers_api import DynamicCache
 
 IDS = random_ids(length=6)
@@ -242,7 +243,16 @@ def test_a_child_that_was_forked_beside_a_call_does_not_hang(model):
 
 @forks
 def test_a_child_of_a_stepping_engine_gets_an_error():
-    with Engine.from_pretrained("demo", max_batch_size=2) as engine:
+    within, forked = threading.Event(), threading.Event()
+
+    def hold(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """Keep the engine within this step until the child is there."""
+        within.set()
+        assert forked.wait(60)
+        return logits
+
+    held = SamplingParams(max_tokens=2, logits_processors=[hold])
+    with Engine.from_pretrained("demo", max_batch_size=2) as engine, ThreadPoolExecutor(1) as pool:
 
         def ask_and_close() -> None:
             try:
@@ -250,8 +260,25 @@ def test_a_child_of_a_stepping_engine_gets_an_error():
             finally:
                 engine.close()
 
-        said = beside(
-            lambda: engine.generate("It was a bright"), lambda: what_a_child_says(ask_and_close)
-        )
-        assert said.startswith("RuntimeError: this process was forked")
+        answer = pool.submit(engine.generate, "It was a bright", held)
+        assert within.wait(60)
+        try:
+            said = what_a_child_says(ask_and_close)
+        finally:
+            forked.set()
+        assert said.startswith("RuntimeError: this process was forked while the engine made a step")
+        assert len(answer.result().token_ids) == 2
         assert engine.generate("It was").text
+
+
+@forks
+def test_a_child_of_an_idle_engine_may_ask_it():
+    greedy = SamplingParams(max_tokens=8, temperature=0)
+    with Engine.from_pretrained("demo", max_batch_size=2) as engine:
+        expected = engine.generate("It was", greedy).text
+
+        def ask() -> str:
+            torch.set_num_threads(1)
+            return engine.generate("It was", greedy).text
+
+        assert what_a_child_says(ask) == f"returned {expected}"
