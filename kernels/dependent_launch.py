@@ -72,7 +72,7 @@ def wait_for_predecessor(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def prefetch_and_wait(
-    w_ptr, rows, column, D,  # [N, D], [BLOCK_ROWS]: rows that exist, columns that follow `column`
+    w_ptr, rows, column, D,  # [N, D], [BLOCK_ROWS]: rows that exist, the first column wanted
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +80,9 @@ def prefetch_and_wait(
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
+            last = D - PREFETCH * 8 // w_ptr.dtype.element_ty.primitive_bitwidth
             # the instruction takes multiples of 16 bytes; a weight may begin elsewhere
-            address = (w_ptr + rows * D + column).to(tl.int64) & -16
+            address = (w_ptr + rows * D + tl.minimum(column, last)).to(tl.int64) & -16
             tl.inline_asm_elementwise(
                 "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
                 [address, tl.zeros_like(rows).to(tl.int32) + PREFETCH],

@@ -111,3 +111,47 @@ def test_the_wait_itself():
     assert wait_problems(code(*given)) == ["a wait with a condition: @P0 ACQBULK"]
     given = [line for line in RIGHT if line != "PREEXIT"]
     assert wait_problems(code(*given)) == ["the next kernel is never allowed to begin"]
+
+
+# A real kernel with its wait moved or left out: what the compile report says of it
+MUTATED = """
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from gemcut.kernels import norm
+from gemcut.tools.compile_report import compile_launch
+from gemcut.tools.launches import recorded
+
+WAIT, LOAD = "    wait_for_predecessor(DEPENDENT)\\n", "    x = tl.load(x_ptr + row"
+source = Path(norm.__file__).read_text()
+begin = source.index("def rmsnorm_kernel")
+before, after = source[:begin], source[begin:]
+line = next(line for line in after.splitlines(keepends=True) if line.startswith(LOAD))
+forms = {
+    "right": after,
+    "left out": after.replace(WAIT, "", 1),
+    "moved": after.replace(WAIT, "", 1).replace(line, line + WAIT, 1),
+}
+sys.path.insert(0, sys.argv[1])
+for number, (form, changed) in enumerate(forms.items()):
+    Path(sys.argv[1], f"mutated_{number}.py").write_text(before + changed)
+    module = import_module(f"mutated_{number}")
+    with recorded("sm_90") as found:
+        x = torch.empty(1, 2304, device="cuda", dtype=torch.bfloat16)
+        module.rmsnorm(x, x.select(0, 0), 1e-6)
+    problems = compile_launch(*found, []).problems()
+    print(form, *(problem.partition(":")[0] for problem in problems), sep=": ")
+"""
+
+
+def test_a_mistake_in_a_kernel_breaks_a_rule_of_the_report(tmp_path):
+    command = [sys.executable, "-P", "-c", MUTATED, str(tmp_path)]
+    run = subprocess.run(command, env=COMPILING, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    right, left_out, moved = run.stdout.splitlines()
+    assert right == "right"
+    assert left_out == "left out: no waits for the kernel before"
+    assert set(moved.split(": ")[1:]) == {"memory before the wait"}
