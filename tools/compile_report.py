@@ -13,6 +13,7 @@ Exits with 1 where a rule is broken:
     tensor cores        in whatever multiplies matrices; HGMMA in prefill attention on sm_90
     wide loads          16 bytes at a time in whatever memory bounds
     64-bit addresses    no 32-bit product of two values that are not known at compile time
+    dependent launch    every kernel of a decode step, where the arch can (launch_wait.py)
 """
 
 import argparse
@@ -38,8 +39,10 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.kernels.dependent_launch import ARCHS
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.tools.launch_wait import wait_problems
 from gemcut.tools.launches import CAPABILITY, Launch, launches
 from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
 
@@ -48,6 +51,8 @@ MODELS += ("vaultgemma-1b", "gemma-3-1b")
 QUICK = {"models": ["gemma-2-2b"], "archs": ["sm_90"]}
 # kernels that move too little for the width of a load to matter
 SMALL = {"rope_tables_kernel", "advance_kernel"}
+PREFILL = {"attention_prefill_kernel", "geglu_kernel"}  # launched in no decode step
+PLAIN = "a plain launch, where the arch has dependent ones"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a cached result
 COUNTED = {
@@ -72,6 +77,7 @@ class Cell:
     multiplies: bool = False
     narrow_products: list[str] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)  # what is wrong with its wait
     tail_cycles: int = 0  # from the loop that multiplies to the end
     seconds: float = 0.0
     error: str | None = None
@@ -94,6 +100,7 @@ class Cell:
             yield "no 16-byte loads"
         for line in self.narrow_products:
             yield f"a 32-bit product: {line}"
+        yield from self.waits
 
 
 def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cell:
@@ -118,8 +125,11 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     cell.spill_bytes = spilled(stack, compiled.asm["ptx"])
     cell.shared_bytes = compiled.metadata.shared
     cell.instructions = {name: len(re.findall(regex, code)) for name, regex in COUNTED.items()}
-    if launch.arch == "sm_90":  # whose encoding machine_code.py reads
-        instructions = parse(code)
+    instructions = parse(code)
+    if launch.arch in ARCHS and launch.kernel not in PREFILL:
+        is_dependent = dict(launch.options).get("launch_pdl", False)
+        cell.waits = wait_problems(instructions) if is_dependent else [PLAIN]
+    if launch.arch == "sm_90":  # whose control bits machine_code.py reads
         cell.loops = find_loops(instructions)
         main = [loop.end for loop in cell.loops if loop.multiplies]
         cell.tail_cycles = tail_cycles(instructions, main[0]) if main else 0

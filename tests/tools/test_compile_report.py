@@ -71,6 +71,7 @@ def test_a_tile_that_spills_is_reported():
         ({"instructions": {"tensor_core": 8, "hgmma": 0, "wide_loads": 8}}, "no HGMMA"),
         ({"instructions": {"tensor_core": 8, "hgmma": 8, "wide_loads": 0}}, "no 16-byte loads"),
         ({"narrow_products": ["%a * %b"]}, "a 32-bit product: %a * %b"),
+        ({"waits": ["2 waits for the kernel before"]}, "2 waits for the kernel before"),
         ({"error": "CompilationError: no"}, "CompilationError: no"),
         (
             {
