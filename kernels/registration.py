@@ -16,8 +16,8 @@ from gemcut.kernels import cpu, reference
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
 
-# Not the counters of attention_decode and lm_head_argmax: they are zero before and after, so that
-# no caller sees a change, and torch 2.11 fails for a mutated argument that is left to its default.
+# Not the counters of lm_head_argmax: they are zero before and after, so that no caller sees a
+# change, and torch 2.11 fails for a mutated argument that is left to its default.
 MUTATED = {
     "add_rmsnorm_": ("residual",),
     "advance_": ("tokens", "positions"),

@@ -78,7 +78,7 @@ class Cell:
     narrow_products: list[str] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)  # what is wrong with its wait
-    tail_cycles: int = 0  # from the loop that multiplies to the end
+    tail_cycles: int = 0  # to the end from the loop that multiplies, or else loads
     seconds: float = 0.0
     error: str | None = None
 
@@ -132,6 +132,7 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     if launch.arch == "sm_90":  # whose control bits machine_code.py reads
         cell.loops = find_loops(instructions)
         main = [loop.end for loop in cell.loops if loop.multiplies]
+        main = main or [loop.end for loop in cell.loops if loop.loads]
         cell.tail_cycles = tail_cycles(instructions, main[0]) if main else 0
     cell.multiplies = "tt.dot" in compiled.asm["ttir"]
     cell.narrow_products = narrow_products(compiled.asm["ttir"])

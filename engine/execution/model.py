@@ -207,8 +207,8 @@ class Gemma:
 
         token_ids [B] or [B, T], slots [B], positions [B] of the first of them -> [B * T, D].  Rows
         may be of any lengths; one with a negative position is inactive, and so is a token of T > 1
-        with a negative id.  `tables` replace the rotation by position.  Seven kernels a layer,
-        eight where q and k are normalised.
+        with a negative id.  `tables` replace the rotation by position.  Eight kernels a layer,
+        nine where q and k are normalised.
         """
         check_process()
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
@@ -242,7 +242,6 @@ class Gemma:
                 kv.v,
                 slots,
                 positions,
-                counters=cache.counters,
                 **self.attention(i),
             )
             branch = ops.skinny_linear(attended.reshape(q.shape[0], -1), layer.o, layer.o_bias)
