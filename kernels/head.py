@@ -28,9 +28,9 @@ from gemcut.kernels.checks import (
     require,
 )
 from gemcut.kernels.gelu import tanh
+from gemcut.kernels.gumbel import packed, packed_id, packed_value
 from gemcut.kernels.skinny_product import BLOCK_M, check_linear, pipeline, product, rows_of_weight
 from gemcut.kernels.tiles import tuned
-from gemcut.kernels.top_k_top_p import packed, packed_id, packed_value
 
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 

@@ -39,25 +39,27 @@ def sample(
 ) -> Tensor:
     """One token id for each row: logits [B, V] float32 -> [B] int64.  The rest is [B] each.
 
-    temperature 0 (or None for all rows) takes the maximum.  top_k 0, top_p 1 and min_p 0 keep
-    all; None means that no row uses it.  A filter keeps every token that ties with the last one it
-    keeps; top_p measures what top_k left; min_p is a share of the greatest probability.
+    temperature 0 (or None for all rows) takes the maximum, of equal ones the lowest id.  top_k 0,
+    top_p 1 and min_p 0 keep all; None means that no row uses it.  A filter keeps every token that
+    ties with the last one it keeps; top_p measures what top_k left; min_p is a share of the
+    greatest probability.
 
-    The draw is exact and stateless: argmax of logits / temperature + Gumbel noise, where the noise
+    The draw is exact and stateless: argmax of logits + temperature * Gumbel noise, where the noise
     is a hash of the row's seed, the position of the new token and the token id.
     """
-    best = logits.argmax(-1)
     if temperature is None:
-        return best
+        return logits.argmax(-1)
     assert seeds is not None
     assert positions is not None
-    greedy = temperature == 0
-    # the greatest becomes 0, so that no temperature overflows
-    scaled = logits - logits.amax(-1, keepdim=True)
-    scaled = scaled / temperature.masked_fill(greedy, 1.0).unsqueeze(-1)
-    kept = filter_logits(scaled, top_k, top_p, min_p)
-    drawn = (kept + gumbel_noise(seeds, positions, logits.shape[-1])).argmax(-1)
-    return torch.where(greedy, best, drawn)
+    temperature = temperature.unsqueeze(-1)
+    noisy = logits + temperature * gumbel_noise(seeds, positions, logits.shape[-1])
+    if top_k is not None or top_p is not None or min_p is not None:
+        # the greatest becomes 0, so that no temperature overflows
+        scaled = logits - logits.amax(-1, keepdim=True)
+        scaled = scaled / temperature.masked_fill(temperature == 0, 1.0)
+        is_dropped = filter_logits(scaled, top_k, top_p, min_p) == -torch.inf
+        noisy = noisy.masked_fill(is_dropped, -torch.inf)
+    return noisy.argmax(-1)
 
 
 def advance_(
