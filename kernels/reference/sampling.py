@@ -73,10 +73,13 @@ def advance_(
 ) -> Tensor:
     """Write each row's choice to its slot, for the next step: the ids [B], -1 where there is none.
 
-    chosen, scores, slots [B]; tokens, positions, limits [num_slots]; is_end [num_slots, V].  A row
-    has none where it is inactive (its position is negative) or its score is not finite.  It is
-    inactive after that, after a token that ends it, and after the one at its limit.
+    chosen, scores [B], or [S, B] of which the greatest score counts; slots [B]; tokens, positions,
+    limits [num_slots]; is_end [num_slots, V].  A row has none where it is inactive (its position is
+    negative) or its score is not finite.  It is inactive after that, after a token that ends it,
+    and after the one at its limit.
     """
+    if chosen.dim() == 2:
+        chosen, scores = best_of_parts(chosen, scores)
     before = positions.index_select(0, slots)
     after = before + 1
     is_valid = (before >= 0) & (scores.abs() < torch.inf)
@@ -84,6 +87,14 @@ def advance_(
     tokens.index_copy_(0, slots, chosen)
     positions.index_copy_(0, slots, torch.where(goes_on, after, -1))
     return torch.where(is_valid, chosen, -1)
+
+
+def best_of_parts(chosen: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The choice of the greatest score, the first of equal ones: [S, B] each -> [B] each."""
+    if chosen.shape[0] == 1:
+        return chosen.squeeze(0), scores.squeeze(0)
+    best = scores.max(0)
+    return chosen.gather(0, best.indices.unsqueeze(0)).squeeze(0), best.values
 
 
 def filter_logits(
