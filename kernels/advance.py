@@ -21,6 +21,7 @@ from gemcut.kernels.gumbel import packed, packed_id, packed_value
 
 MAX_PARTS = 4096  # they are in registers
 
+
 @triton.jit(do_not_specialize=["B"])
 def advance_kernel(
     chosen_ptr, scores_ptr, slots_ptr, ids_ptr,  # [S, B] x 2, [B] x 2

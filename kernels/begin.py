@@ -25,7 +25,10 @@ from gemcut.kernels.norm import MAX_HIDDEN_SIZE, normalised
 from gemcut.kernels.rotary import check_frequencies, store_tables
 
 
-@triton.jit(do_not_specialize_on_alignment=["token_ids_ptr", "positions_ptr", "rows_ptr"])
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["token_ids_ptr", "positions_ptr", "rows_ptr"],
+)
 def begin_step_kernel(
     token_ids_ptr, positions_ptr, rows_ptr,  # [N], [N], [M]
     table_ptr, norm_w_ptr, inv_freq_ptr, local_inv_freq_ptr,  # [V, D], [D], [K/2] or [M, K/2]
@@ -57,9 +60,7 @@ def begin_step_kernel(
     w = tl.load(norm_w_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
 
     inv_freq_ptr += m * stride_inv_freq_m
-    store_tables(
-        cos_ptr, sin_ptr, m, position, inv_freq_ptr, ATTENTION_SCALING, HALF_DIM, BLOCK_K
-    )
+    store_tables(cos_ptr, sin_ptr, m, position, inv_freq_ptr, ATTENTION_SCALING, HALF_DIM, BLOCK_K)
     if local_inv_freq_ptr is not None:
         local_inv_freq_ptr += m * stride_local_inv_freq_m
         store_tables(

@@ -149,7 +149,7 @@ def lm_head_argmax(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The greatest logit, or logit with noise, and its token id: x [M, D] -> [1, M] float32, [1, M].
+    """The greatest logit, or logit with noise, and its token id: x [M, D] -> [1, M] x 2.
 
     In bfloat16 without noise only rows whose rounded logit is near the greatest are computed in
     float32.

@@ -271,7 +271,11 @@ def _ranges(blocks: int, name: str) -> tuple[int, int]:
 
     All run at once and end together: 250 programs of 16 for 256 000 tokens on sm_90.
     """
-    processors = PROCESSORS.get(name)
-    most = PROGRAMS_INTERPRETED if processors is None else PROGRAMS_OF_A_PROCESSOR * processors
-    each = triton.cdiv(blocks, most)
+    each = triton.cdiv(blocks, _most_programs(name))
     return triton.cdiv(blocks, each), each
+
+
+def _most_programs(name: str) -> int:
+    if name == "interpreter":
+        return PROGRAMS_INTERPRETED
+    return PROGRAMS_OF_A_PROCESSOR * PROCESSORS[name]

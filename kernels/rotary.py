@@ -52,9 +52,7 @@ def rope_tables_kernel(
     m = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + m)
     inv_freq_ptr += m * stride_inv_freq_m
-    store_tables(
-        cos_ptr, sin_ptr, m, position, inv_freq_ptr, ATTENTION_SCALING, HALF_DIM, BLOCK_D
-    )
+    store_tables(cos_ptr, sin_ptr, m, position, inv_freq_ptr, ATTENTION_SCALING, HALF_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -66,7 +64,9 @@ def store_tables(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HALF_DIM
     dtype = cos_ptr.dtype.element_ty
-    angles = position.to(tl.float32) * tl.load(inv_freq_ptr + offs_d, mask=mask_d, other=0.0)
+    position = position.to(tl.float32)
+    inv_freq = tl.load(inv_freq_ptr + offs_d, mask=mask_d, other=0.0)
+    angles = position * inv_freq
     cos = (tl.cos(angles) * ATTENTION_SCALING).to(dtype)
     sin = tl.sin(angles) * ATTENTION_SCALING
 

@@ -9,9 +9,9 @@
 
 Prefill runs exactly that.  Decode runs the same in ops for few rows: what stands before the first
 layer is one op, rotation and GeGLU are fused into their products, and a product leaves partial sums
-to the norm that reads it.  Each is one loop for all four families: where a family lacks a norm, its weight is None.  `ops` is a module:
-`gemcut.kernels`, or `gemcut.kernels.reference` with the same names and signatures, which runs on
-any machine.
+to the norm that reads it.  Each is one loop for all four families: where a family lacks a norm, its
+weight is None.  `ops` is a module: `gemcut.kernels`, or `gemcut.kernels.reference` with the same
+names and signatures, which runs on any machine.
 """
 
 from collections.abc import Callable

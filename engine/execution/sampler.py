@@ -1,7 +1,9 @@
 """Sampling: the choice of each row's next token, on the device, by the settings of its slot.
 
 A choice that needs no setting beside the temperature is made while the head computes its logits,
-which then are never stored.  Both ways give the same token.  `features` names the settings that a batch uses; the others are not computed.  A setting that is
+which then are never stored.  Both ways give the same token.
+
+`features` names the settings that a batch uses; the others are not computed.  A setting that is
 left out and a neutral one give the same token, so a graph with more features than a batch needs
 serves it too.
 """

@@ -163,7 +163,7 @@ def lm_head_argmax(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The greatest logit and its token id, the lowest of equals: x [M, D] -> [1, M] float32, [1, M].
+    """The greatest logit and its token id, the lowest of equals: x [M, D] -> [1, M] x 2.
 
     With temperature, seeds and positions [M]: the greatest of logits + temperature * noise, which
     is the token of `sample`.  A kernel gives the best of each of S ranges of the vocabulary, [S, M]
