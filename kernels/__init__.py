@@ -10,6 +10,7 @@ import sys
 
 if sys.platform == "linux":  # Triton is built for Linux; elsewhere there are only the ops in torch
     from gemcut.kernels.advance import advance_
+    from gemcut.kernels.begin import begin_step
     from gemcut.kernels.decode_attention import attention_decode
     from gemcut.kernels.head import embed, lm_head, lm_head_argmax
     from gemcut.kernels.matmul import linear, skinny_linear
@@ -26,6 +27,7 @@ __all__ = [
     "advance_",
     "attention_decode",
     "attention_prefill",
+    "begin_step",
     "embed",
     "geglu",
     "linear",

@@ -10,7 +10,7 @@ KV heads, K head_dim, C the capacity of a cache slot, B rows of a batch, T new t
 keys that are read, R heads of several slots.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from gemcut.kernels.cpu_products import WIDE, linear, lm_head, lm_head_argmax
 from gemcut.kernels.reference import (
     advance_,
+    best_of_parts,
     embed,
     filter_logits,
     gumbel_noise,
@@ -32,6 +33,8 @@ __all__ = [
     "advance_",
     "attention_decode",
     "attention_prefill",
+    "begin_step",
+    "best_of_parts",
     "embed",
     "filter_logits",
     "geglu",
@@ -110,6 +113,33 @@ def summed(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     return x[0] if x.shape[0] == 1 else x.sum(0)
+
+
+# The beginning of a decode step
+
+
+def begin_step(
+    token_ids: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    table: Tensor,
+    scale: float,
+    norm_weight: Tensor,
+    eps: float,
+    inv_freqs: Sequence[Tensor],
+    attention_scalings: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Positions [M], residual and its norm [M, D] x 2, cos and sin [R, M, 1, K] of R kinds."""
+    if rows is not None:
+        token_ids, positions = token_ids.index_select(0, rows), positions.index_select(0, rows)
+    residual = embed(token_ids, table, scale)
+    kinds = zip(inv_freqs, attention_scalings, strict=True)
+    tables = [rope_tables(positions, inv_freq, c, table.dtype) for inv_freq, c in kinds]
+    if len(tables) == 1:
+        cos, sin = (one.unsqueeze(0) for one in tables[0])
+    else:
+        cos, sin = (torch.stack(of_kinds) for of_kinds in zip(*tables, strict=True))
+    return positions, residual, rmsnorm(residual, norm_weight, eps), cos, sin
 
 
 # Rotary embedding and cache

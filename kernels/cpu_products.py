@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemcut.kernels.reference import gumbel_noise
+
 WIDE = (torch.float32, torch.float64)
 FEW_ROWS, SMALL, BLOCKS, SHORT = 8, 2**18, 4, 4096  # see linear
 HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once
@@ -140,13 +142,20 @@ def lm_head(x: Tensor, weight: Tensor | PackedHead, softcap: float | None) -> Te
 
 
 def lm_head_argmax(
-    x: Tensor, weight: Tensor | PackedHead, softcap: float | None, counters: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | PackedHead,
+    softcap: float | None,
+    temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The greatest logit and its token id: x [M, D] -> [M] float32, [M].
+    """The greatest logit, or logit with noise, and its token id: x [M, D] -> [1, M] x 2.
 
-    In bfloat16 only rows whose rounded logit is near the greatest are computed in float32.
+    In bfloat16 without noise only rows whose rounded logit is near the greatest are computed in
+    float32.
     """
-    if x.dtype == torch.bfloat16 and x.dtype in _by_onednn() and x.is_cpu:
+    by_rounded = temperature is None and x.dtype == torch.bfloat16
+    if by_rounded and x.dtype in _by_onednn() and x.is_cpu:
         is_packed = isinstance(weight, PackedHead)
         blocks, plain = (weight.blocks, weight.plain) if is_packed else (weight, weight)
         rounded = linear(x, blocks)
@@ -156,9 +165,15 @@ def lm_head_argmax(
             logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
             logits[rows, ids] = torch.linalg.vecdot(x[rows].float(), plain[ids].float())
             best = logits.max(-1)
-            return _capped(best.values, softcap), best.indices
-    best = lm_head(x, weight, softcap).max(-1)
-    return best.values, best.indices
+            return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
+    logits = lm_head(x, weight, softcap)
+    if temperature is not None:
+        assert seeds is not None
+        assert positions is not None
+        noise = gumbel_noise(seeds, positions, logits.shape[-1])
+        logits = logits + temperature.unsqueeze(-1) * noise  # rounded as in `sample`
+    best = logits.max(-1)
+    return best.values.unsqueeze(0), best.indices.unsqueeze(0)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

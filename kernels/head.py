@@ -2,16 +2,20 @@
 
     embed             y[m] = table[token_ids[m]] * scale, rounded to the table's dtype
     lm_head           logits = softcap * tanh(x @ weight.T / softcap), in float32
-    lm_head_argmax    the greatest of them and its token id, without the logits
+    lm_head_argmax    the greatest of them and its token id, without the logits; with temperatures
+                      the greatest of logits + temperature * noise, which is a draw (gumbel.py)
 
 Logits are float32 whatever x's dtype: bf16 logits tie, about one row in twenty would have two equal
-maxima.  A program owns BLOCK_V tokens for 16 rows.  For the argmax, all programs meet in an atomic
-maximum of (logit, lowest id) packed into 63 bits, exact in any order, and the last to finish
-unpacks it.  Both take the same sums in the same order, so they agree bit for bit.
+maxima.  lm_head has a program for each BLOCK_V tokens and 16 rows.  In lm_head_argmax two programs
+share a processor.  Each walks over a range of the vocabulary, as long as that of every other, in
+one loop over blocks and columns, so that the weights of the next block are on their way while the
+last one's logits are compared.  It keeps its best token in registers and writes it once; advance_
+takes the greatest of all ranges.  Both take the same sums in the same order, so they agree bit for
+bit.
 
 Cost of embed: 2 M D elements moved.  Of the head: V D weights read once for 16 rows (1.2 GB in a
-step of gemma-2-2b, a fifth of all its bytes), 2 operations each a row, 4 M V bytes of logits
-written: bound by memory bandwidth, see skinny_product.py.
+step of gemma-2-2b, a fifth of all its bytes), 2 operations each a row, some 70 more a logit for the
+noise, 4 M V bytes of logits written: bound by memory bandwidth, see skinny_product.py.
 """
 
 import torch
@@ -19,21 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.checks import (
-    check_counters,
-    check_index,
-    check_shape,
-    check_softcap,
-    check_tensors,
-    require,
-)
+from gemcut.kernels.checks import check_index, check_shape, check_softcap, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
-from gemcut.kernels.skinny_product import BLOCK_M, check_linear, pipeline, product, rows_of_weight
+from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
+from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
+from gemcut.kernels.skinny_product import (
+    BLOCK_M,
+    check_linear,
+    pipeline,
+    product,
+    rows_of_weight,
+    weight_tile,
+)
 from gemcut.kernels.tiles import tuned
-from gemcut.kernels.top_k_top_p import packed, packed_id, packed_value
 
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
+PROGRAMS_OF_A_PROCESSOR = 2  # in lm_head_argmax: one's best of a block is found beside the other
+PROGRAMS_INTERPRETED = 3
 
 
 @triton.jit(do_not_specialize_on_alignment=["token_ids_ptr"])
@@ -47,29 +54,25 @@ def embed_kernel(
     wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    token_id = tl.load(token_ids_ptr + row).to(tl.int64)
-    # an id outside the table would read foreign memory: it yields NaN, which shows
-    width = tl.where((token_id >= 0) & (token_id < V), D, 0)
-    x = tl.load(table_ptr + token_id * D + offs_d, mask=offs_d < width, other=float("nan"))
-    y = x.to(tl.float32) * SCALE
-    tl.store(y_ptr + row * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+    y = embedding(table_ptr, tl.load(token_ids_ptr + row), offs_d, V, D, SCALE)
+    tl.store(y_ptr + row * D + offs_d, y, mask=offs_d < D)
 
 
 @triton.jit
-def head_tile(
-    x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D,
-    SOFTCAP: tl.constexpr, IS_EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Logits of tokens offs_v: [BLOCK_V, BLOCK_M] float32."""
-    acc = product(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D, 0, D,
-        IS_EVEN, True, BLOCK_M, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
+def embedding(table_ptr, token_id, offs_d, V, D, SCALE: tl.constexpr):
+    """Columns offs_d of a token's scaled row of the table [V, D], in the table's dtype."""
+    token_id = token_id.to(tl.int64)
+    # an id outside the table would read foreign memory: it yields NaN, which shows
+    width = tl.where((token_id >= 0) & (token_id < V), D, 0)
+    x = tl.load(table_ptr + token_id * D + offs_d, mask=offs_d < width, other=float("nan"))
+    return (x.to(tl.float32) * SCALE).to(table_ptr.dtype.element_ty)
+
+
+@triton.jit
+def capped(logits, SOFTCAP: tl.constexpr):
     if SOFTCAP is not None:
-        acc = SOFTCAP * tanh(acc / SOFTCAP, APPROXIMATE=False)
-    return acc
+        logits = SOFTCAP * tanh(logits / SOFTCAP, APPROXIMATE=False)
+    return logits
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -89,22 +92,26 @@ def lm_head_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_m, mask_v = offs_m < M, offs_v < V
-    logits = head_tile(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D,
-        SOFTCAP, IS_EVEN, BLOCK_M, BLOCK_V, BLOCK_D,
+    acc = product(
+        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D, 0, D,
+        IS_EVEN, True, BLOCK_M, BLOCK_V, BLOCK_D,
     )  # fmt: skip
+    logits = capped(acc, SOFTCAP)
     logits_ptrs = logits_ptr + offs_m[None, :] * V + offs_v[:, None]
     tl.store(logits_ptrs, logits, mask=mask_m[None, :] & mask_v[:, None])
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["counters_ptr"])
+@triton.jit(
+    do_not_specialize=["M"],
+    do_not_specialize_on_alignment=["temperature_ptr", "seeds_ptr", "positions_ptr"],
+)
 def lm_head_argmax_kernel(
     x_ptr, w_ptr,  # [M, D], [V, D]
-    state_ptr,  # [M] int64: the greatest logit so far and its id, packed; zero before and after
-    counters_ptr,  # [ceil(M / BLOCK_M)] int32, zeros before and after
-    best_ptr, ids_ptr,  # [M] float32, [M] int64
+    temperature_ptr, seeds_ptr, positions_ptr,  # [M] each; None takes the greatest logit
+    scores_ptr, ids_ptr,  # [S, M] float32, int64: the best of each range of the vocabulary
     stride_x_m,
     M, V, D,
+    blocks,  # of BLOCK_V tokens, in a range
     SOFTCAP: tl.constexpr,
     IS_EVEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -113,26 +120,49 @@ def lm_head_argmax_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     wait_for_predecessor(DEPENDENT)
+    IS_RANDOM: tl.constexpr = temperature_ptr is not None
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_m, mask_v = offs_m < M, offs_v < V
-    logits = head_tile(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D,
-        SOFTCAP, IS_EVEN, BLOCK_M, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
-    best = tl.max(tl.where(mask_v[:, None], packed(logits, offs_v[:, None]), 0), axis=0)
-    tl.atomic_max(state_ptr + offs_m, best, mask=mask_m, sem="relaxed")
+    mask_m = offs_m < M
+    if IS_RANDOM:
+        temperature = tl.load(temperature_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
+        seed = tl.load(seeds_ptr + offs_m, mask=mask_m, other=0)[None, :]
+        position = tl.load(positions_ptr + offs_m, mask=mask_m, other=0)[None, :]
 
-    tl.debug_barrier()  # every thread's maximum comes before the count
-    counter_ptr = counters_ptr + tl.program_id(0)
-    finished = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-    if finished == tl.num_programs(1) - 1:
-        # .cg: L2, where the other programs' maxima are
-        best = tl.load(state_ptr + offs_m, mask=mask_m, other=0, cache_modifier=".cg")
-        tl.store(best_ptr + offs_m, packed_value(best), mask=mask_m)
-        tl.store(ids_ptr + offs_m, packed_id(best), mask=mask_m)
-        tl.store(state_ptr + offs_m, tl.zeros_like(best), mask=mask_m)
-        tl.store(counter_ptr, 0)
+    block = (tl.program_id(1).to(tl.int64) * blocks).to(tl.int32)  # below V
+    end = tl.minimum(block + blocks, tl.cdiv(V, BLOCK_V))
+    steps = (end - block).to(tl.int64) * tl.cdiv(D, BLOCK_D)
+    start_d = 0
+    acc = tl.zeros([BLOCK_V, BLOCK_M], dtype=tl.float32)
+    best = tl.zeros([BLOCK_V, BLOCK_M], dtype=tl.int64)
+    for _ in range(steps.to(tl.int32)):
+        offs_v = block.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        mask_x = mask_m[:, None]
+        if not IS_EVEN:
+            mask_x = mask_x & (offs_d < D)[None, :]
+        x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :]
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        w = weight_tile(w_ptr, offs_v, mask_v, offs_d, D, IS_EVEN)
+        # as `product` adds up
+        acc += tl.dot(w, x.T, input_precision="ieee", max_num_imprecise_acc=1)
+
+        is_last = start_d + BLOCK_D >= D
+        if is_last:
+            logits = capped(acc, SOFTCAP)
+            if IS_RANDOM:
+                logits = noisy_logits(logits, temperature, seed, position, offs_v[:, None])
+            found = packed(logits, offs_v[:, None])
+            best = tl.maximum(best, tl.where(mask_v[:, None], found, 0))
+            acc = tl.zeros_like(acc)
+        # not under the `if`: loads that depended on it would wait for the product before them
+        block = tl.where(is_last, block + 1, block)
+        start_d = tl.where(is_last, 0, start_d + BLOCK_D)
+
+    best = tl.max(best, axis=0)
+    offs = tl.program_id(1).to(tl.int64) * M + offs_m
+    tl.store(scores_ptr + offs, packed_value(best), mask=mask_m)
+    tl.store(ids_ptr + offs, packed_id(best), mask=mask_m)
 
 
 def _tile(V: int, x: Tensor) -> dict[str, int]:
@@ -184,31 +214,76 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
 
 def lm_head_argmax(
-    x: Tensor, weight: Tensor, softcap: float | None, counters: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The greatest logit and its token id: x [M, D], weight [V, D] -> [M] float32, [M] int64.
+    """The greatest logit and its token id in each of S ranges of the vocabulary, the lowest first.
 
-    The lowest id wins a tie; NaN counts as the greatest.  `counters` is scratch: two zeros for each
-    row and one for 16 in int32, zeros again afterwards; None allocates it, which costs a launch.
+    x [M, D], weight [V, D] -> [S, M] float32, [S, M] int64.  The greatest score of a row is that of
+    its token, of the first range among equals; `advance_` takes it.  With temperature [M] float32,
+    seeds and positions [M] int, scores are logits + temperature * noise, and the token is that of
+    `sample`; at temperature 0 they are logits.  The lowest id wins a tie; NaN counts as the
+    greatest.  S depends on V and the arch alone, and a row's bits not on the others.
     """
     check_linear(x, weight, None)
     check_softcap(softcap)
     M, (V, D) = x.shape[0], weight.shape
     require(V < 2**31, f"vocabulary of {V} is not below 2**31")
-    groups = triton.cdiv(M, BLOCK_M)
-    if counters is None:
-        counters = torch.zeros(2 * M + groups, dtype=torch.int32, device=x.device)
-    check_counters(counters, 2 * M + groups, x)
-    require(counters.storage_offset() % 2 == 0, "counters must begin at a multiple of 8 bytes")
+    _check_draw(x, temperature, seeds, positions)
 
-    best = torch.empty(M, dtype=torch.float32, device=x.device)
-    ids = torch.empty(M, dtype=torch.int64, device=x.device)
+    tile = _tile(V, x)
+    parts, blocks = _ranges(triton.cdiv(V, tile["BLOCK_V"]), arch_of(x.device))
+    scores = torch.empty((parts, M), dtype=torch.float32, device=x.device)
+    ids = torch.empty((parts, M), dtype=torch.int64, device=x.device)
     if M:
-        tile = _tile(V, x)
-        state, counters = counters.narrow(0, 0, 2 * M), counters.narrow(0, 2 * M, groups)
-        lm_head_argmax_kernel[(groups, triton.cdiv(V, tile["BLOCK_V"]))](
-            x_ptr=x, w_ptr=weight, state_ptr=state.view(torch.int64), counters_ptr=counters,
-            best_ptr=best, ids_ptr=ids, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, **tile, **dependent_launch(x.device),
+        lm_head_argmax_kernel[(triton.cdiv(M, BLOCK_M), parts)](
+            x_ptr=x, w_ptr=weight,
+            temperature_ptr=temperature, seeds_ptr=seeds, positions_ptr=positions,
+            scores_ptr=scores, ids_ptr=ids, stride_x_m=x.stride(0),
+            M=M, V=V, D=D, blocks=blocks, SOFTCAP=softcap, **tile,
+            **dependent_launch(x.device),
         )  # fmt: skip
-    return best, ids
+    return scores, ids
+
+
+def _check_draw(
+    x: Tensor, temperature: Tensor | None, seeds: Tensor | None, positions: Tensor | None
+) -> None:
+    if temperature is None:
+        return
+    require(
+        seeds is not None and positions is not None,
+        "temperature needs seeds and positions, of which one is None",
+    )
+    M, dtype = x.shape[0], temperature.dtype
+    require(dtype == torch.float32, f"temperature is {dtype}, must be torch.float32")
+    require(temperature.device == x.device, f"temperature is on {temperature.device}, x elsewhere")
+    check_tensors(temperature, seeds=seeds, positions=positions)
+    check_shape("temperature", temperature, M)
+    check_index("seeds", seeds, M)
+    check_index("positions", positions, M)
+
+
+def count_ranges(weight: Tensor, x: Tensor) -> int:
+    """S of `lm_head_argmax`: in how many ranges it reads a vocabulary [V, D]."""
+    V = weight.shape[0]
+    return _ranges(triton.cdiv(V, _tile(V, x)["BLOCK_V"]), arch_of(x.device))[0]
+
+
+def _ranges(blocks: int, name: str) -> tuple[int, int]:
+    """Programs that share these blocks, and how many each has: the same, but for the last's rest.
+
+    All run at once and end together: 250 programs of 16 for 256 000 tokens on sm_90.
+    """
+    each = triton.cdiv(blocks, _most_programs(name))
+    return triton.cdiv(blocks, each), each
+
+
+def _most_programs(name: str) -> int:
+    if name == "interpreter":
+        return PROGRAMS_INTERPRETED
+    return PROGRAMS_OF_A_PROCESSOR * PROCESSORS[name]

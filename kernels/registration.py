@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from gemcut.kernels import cpu, reference
+from gemcut.kernels.head import count_ranges
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
 
-# Not the counters of lm_head_argmax: they are zero before and after, so that no caller sees a
-# change, and torch 2.11 fails for a mutated argument that is left to its default.
 MUTATED = {
     "add_rmsnorm_": ("residual",),
     "advance_": ("tokens", "positions"),
@@ -35,11 +34,27 @@ def _fake_queries(x: Tensor, width: int, k_cache: Tensor) -> Tensor:
     return k_cache.new_empty(x.shape[-2], width // K - 2 * HK, K)
 
 
+def _is_kernel(x: Tensor) -> bool:
+    return x.device.type != "cpu" or INTERPRETED
+
+
 def _fake_skinny_linear(x: Tensor, weight: Tensor, bias=None) -> Tensor:
-    is_kernel = x.device.type != "cpu" or INTERPRETED
-    splits = count_parts(weight, x) if is_kernel else 1
+    splits = count_parts(weight, x) if _is_kernel(x) else 1
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((splits, x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+def _fake_lm_head_argmax(x: Tensor, weight: Tensor, *_):
+    parts = count_ranges(weight, x) if _is_kernel(x) else 1
+    shape = (parts, x.shape[0])
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_begin_step(token_ids, positions, rows, table, scale, norm_weight, eps, inv_freqs, _):
+    M = positions.shape[0] if rows is None else rows.shape[0]
+    residual, half = _matrix(table, M, table.shape[1]), inv_freqs[0].shape[-1]
+    cos = table.new_empty(len(inv_freqs), M, 1, 2 * half)
+    return positions.new_empty(M), residual, residual.clone(), cos, cos.clone()
 
 
 def _fake_rope_tables(positions: Tensor, inv_freq: Tensor, attention_scaling, dtype):
@@ -50,9 +65,10 @@ def _fake_rope_tables(positions: Tensor, inv_freq: Tensor, attention_scaling, dt
 # What each op yields, without data
 FAKES: dict[str, Callable[..., Any]] = {
     "add_rmsnorm_": lambda residual, *_: residual.new_empty(residual.shape),
-    "advance_": lambda chosen, *_: chosen.new_empty(chosen.shape, dtype=torch.int64),
+    "advance_": lambda chosen, *_: chosen.new_empty(chosen.shape[-1], dtype=torch.int64),
     "attention_decode": lambda q, *_: q.new_empty(q.shape),
     "attention_prefill": lambda q, *_: q.new_empty(q.shape),
+    "begin_step": _fake_begin_step,
     "embed": lambda token_ids, table, _: _matrix(table, token_ids.shape[0], table.shape[1]),
     "geglu": lambda gate_up: _matrix(gate_up, gate_up.shape[0], gate_up.shape[1] // 2),
     "linear": lambda x, weight, *_: _matrix(x, x.shape[0], weight.shape[0]),
@@ -61,10 +77,7 @@ FAKES: dict[str, Callable[..., Any]] = {
         x, weight.shape[0], k_cache
     ),
     "lm_head": lambda x, weight, _: _matrix(x, x.shape[0], weight.shape[0]).float(),
-    "lm_head_argmax": lambda x, *_: (
-        x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty(x.shape[0], dtype=torch.int64),
-    ),
+    "lm_head_argmax": _fake_lm_head_argmax,
     "penalize": lambda logits, *_: logits.new_empty(logits.shape),
     "rmsnorm": lambda x, *_: x.new_empty(x.shape),
     "rope_and_store_": lambda qkv, k_cache, *_: _fake_queries(qkv, qkv.shape[-1], k_cache),

@@ -53,17 +53,27 @@ def rope_tables_kernel(
 ):  # fmt: skip
     wait_for_predecessor(DEPENDENT)
     m = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + m)
+    inv_freq_ptr += m * stride_inv_freq_m
+    store_tables(cos_ptr, sin_ptr, m, position, inv_freq_ptr, ATTENTION_SCALING, HALF_DIM, BLOCK_D)
+
+
+@triton.jit
+def store_tables(
+    cos_ptr, sin_ptr, row, position, inv_freq_ptr,  # [.., K] x 2, .., .., [K/2]
+    ATTENTION_SCALING: tl.constexpr, HALF_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Row `row` of both tables: the cos and sin of a position."""
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HALF_DIM
     dtype = cos_ptr.dtype.element_ty
-
-    position = tl.load(positions_ptr + m).to(tl.float32)
-    inv_freq = tl.load(inv_freq_ptr + m * stride_inv_freq_m + offs_d, mask=mask_d, other=0.0)
+    position = position.to(tl.float32)
+    inv_freq = tl.load(inv_freq_ptr + offs_d, mask=mask_d, other=0.0)
     angles = position * inv_freq
     cos = (tl.cos(angles) * ATTENTION_SCALING).to(dtype)
     sin = tl.sin(angles) * ATTENTION_SCALING
 
-    first = m * (2 * HALF_DIM) + offs_d
+    first = row * (2 * HALF_DIM) + offs_d
     tl.store(cos_ptr + first, cos, mask=mask_d)
     tl.store(cos_ptr + first + HALF_DIM, cos, mask=mask_d)
     tl.store(sin_ptr + first, (-sin).to(dtype), mask=mask_d)
@@ -180,15 +190,8 @@ def rope_tables(
     """
     require(positions.dim() == 1, f"positions is {list(positions.shape)}, must be [M]")
     M = positions.shape[0]
-    require(
-        inv_freq.dim() in (1, 2), f"inv_freq is {list(inv_freq.shape)}, must be [K/2] or [M, K/2]"
-    )
-    half = inv_freq.shape[-1]
-    require(0 < 2 * half <= MAX_HEAD_DIM, f"head_dim {2 * half} is not in 2 to {MAX_HEAD_DIM}")
-    check_tensors(inv_freq, positions=positions)
-    require(inv_freq.dtype == torch.float32, f"inv_freq is {inv_freq.dtype}, must be torch.float32")
+    half = check_frequencies(inv_freq, M, positions)
     check_index("positions", positions, M)
-    check_shape("inv_freq", inv_freq, *([half] if inv_freq.dim() == 1 else [M, half]))
     require(dtype in DTYPES, f"dtype {dtype} is not supported; float32, bfloat16, float16 are")
 
     cos = torch.empty((M, 1, 2 * half), device=positions.device, dtype=dtype)
@@ -202,6 +205,19 @@ def rope_tables(
             num_warps=max(1, block_d // 32), **dependent_launch(positions.device),
         )  # fmt: skip
     return cos, sin
+
+
+def check_frequencies(inv_freq: Tensor, M: int, positions: Tensor) -> int:
+    """ValueError unless inv_freq is [K/2] or [M, K/2] in float32, beside the positions: K/2."""
+    require(
+        inv_freq.dim() in (1, 2), f"inv_freq is {list(inv_freq.shape)}, must be [K/2] or [M, K/2]"
+    )
+    half = inv_freq.shape[-1]
+    require(0 < 2 * half <= MAX_HEAD_DIM, f"head_dim {2 * half} is not in 2 to {MAX_HEAD_DIM}")
+    check_tensors(inv_freq, positions=positions)
+    require(inv_freq.dtype == torch.float32, f"inv_freq is {inv_freq.dtype}, must be torch.float32")
+    check_shape("inv_freq", inv_freq, *([half] if inv_freq.dim() == 1 else [M, half]))
+    return half
 
 
 def rope_and_store_(

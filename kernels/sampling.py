@@ -2,14 +2,12 @@
 
     penalize    y = x / r where x > 0, else x * r      for tokens generated or in the prompt
                 y - frequency * count - presence * (count > 0)
-    sample      id = argmax over the kept v of  scaled[v] + noise[v]
-                scaled = (logits - max logits) / temperature
-                noise = -log(-log(u)),  u = (top 23 bits of hash(seed, position, v) + 1/2) / 2**23
+    sample      id = argmax over the kept v of  logits[v] + temperature * noise[v]      (gumbel.py)
 
-logits [B, V] float32, every setting [B].  min_p keeps scaled >= log(min_p), a share of the greatest
-probability; top-k and top-p are thresholds too (top_k_top_p.py), so nothing is sorted and the
-draw needs no list of what is kept.  The hash is SplitMix64 in 64-bit integers: bit for bit the
-oracle's.  A row of temperature 0, or one where nothing can be drawn (NaN), takes the maximum; NaN
+logits [B, V] float32, every setting [B].  What is kept depends on scaled = (logits - max logits) /
+temperature.  min_p keeps scaled >= log(min_p), a share of the greatest probability; top-k and top-p
+are thresholds too (top_k_top_p.py), so nothing is sorted and the draw needs no list of what is
+kept.  A row of temperature 0, or one where nothing can be drawn (NaN), takes the maximum; NaN
 counts as the greatest, as in torch.
 
 A program takes a chunk of a row's vocabulary, whatever B is: a row's id never depends on the batch.
@@ -30,6 +28,7 @@ from torch import Tensor
 
 from gemcut.kernels.checks import check_index, check_rows, check_shape, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
+from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
 from gemcut.kernels.top_k_top_p import (
     BEST,
     BUCKETS,
@@ -41,18 +40,10 @@ from gemcut.kernels.top_k_top_p import (
     descending_keys,
     is_last_program,
     narrow_,
-    packed,
-    packed_id,
-    packed_value,
     scaled_logits,
 )
 
 CHUNK = 2048  # logits of a program: 8 KiB, and 125 programs for a row of 256 000
-
-# SplitMix64 (Steele, Lea, Flood, 2014, "Fast splittable pseudorandom number generators")
-GOLDEN_GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
-MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
-MIX_2 = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit(do_not_specialize_on_alignment=["repetition_ptr", "presence_ptr", "frequency_ptr"])
@@ -125,27 +116,6 @@ def best_kernel(
         tl.store(state_ptr + THRESHOLD, threshold.to(tl.int64))
 
 
-@triton.jit
-def mix64(x):
-    x = (x ^ (x >> 30)) * MIX_1
-    x = (x ^ (x >> 27)) * MIX_2
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def noise_bits(seed, position, token_ids):
-    """The hash of reference.gumbel_noise, its top 23 bits: [N] int32."""
-    gamma = tl.full([], GOLDEN_GAMMA, tl.uint64)
-    stream = mix64(seed.to(tl.uint64) + (position + 1).to(tl.uint64) * gamma)
-    return (mix64(stream + (token_ids + 1).to(tl.uint64) * gamma) >> 41).to(tl.int32)
-
-
-@triton.jit
-def gumbel(bits):
-    uniform = (bits.to(tl.float32) + 0.5) * (2.0**-23)
-    return -tl.log(-tl.log(uniform))
-
-
 @triton.jit(
     do_not_specialize_on_alignment=["temperature_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr"]
 )
@@ -173,8 +143,8 @@ def draw_kernel(
     if HAS_MIN_P:
         mask = mask & (scaled >= tl.log(tl.load(min_p_ptr + row)))
 
-    position = tl.load(positions_ptr + row).to(tl.int64)
-    noisy = scaled + gumbel(noise_bits(tl.load(seeds_ptr + row), position, offs_v))
+    seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+    noisy = noisy_logits(x, temperature, seed, position, offs_v)
     drawn = tl.max(tl.where(mask, packed(noisy, offs_v), 0), axis=0)
     tl.atomic_max(state_ptr + DRAWN, drawn, sem="relaxed")
     if is_last_program(state_ptr):

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
+from gemcut.kernels.gumbel import packed_value
 
 MAX_VOCAB_SIZE = 2**20  # the masses of a row, 2**42 each at most, add up in 63 bits
 BUCKETS, GROUP = 2048, 64
@@ -51,29 +52,6 @@ FINE_TO = tl.constexpr(134 << 23)  # 128
 FIRST_FINE = tl.constexpr(124 << 1)
 FIRST_HIGH = tl.constexpr((124 << 1) + (10 << 7))
 NEXT = tl.constexpr(11)  # bits that the second pass resolves
-
-
-@triton.jit
-def packed(x, token_ids):
-    """Numbers above 0 that order as x does (NaN greatest), then as the lower id: [N] int64."""
-    x = tl.where(x == 0.0, 0.0, x)  # -0 ties with 0
-    bits = x.to(tl.uint32, bitcast=True)
-    # not ~bits: the interpreter of Triton 3.6 has no complement of unsigned numbers
-    order = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    order = tl.where(x != x, 0xFFFFFFFF, order).to(tl.int64)
-    return (order << 31) | (0x7FFFFFFF - token_ids).to(tl.int64)
-
-
-@triton.jit
-def packed_id(number):
-    return 0x7FFFFFFF - (number & 0x7FFFFFFF)
-
-
-@triton.jit
-def packed_value(number):
-    order = (number >> 31).to(tl.uint32)
-    bits = tl.where((order >> 31) != 0, order & 0x7FFFFFFF, order ^ 0xFFFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.sampler import FULL, GREEDY
+from gemcut.engine.execution.sampler import FULL, GREEDY, RANDOM
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.execution.weights import empty_weights
@@ -181,7 +181,7 @@ def kernels_of_company(config: ModelConfig, arch: str) -> dict[tuple[int, int], 
         model, cache = steps.model, steps.cache
         for batch, tokens in ((1, 1), (3, 1), (16, 1), (1, 8), (2, 8), (5, 3)):
             slots = torch.empty(batch, dtype=torch.int64, device=model.device)
-            token_ids, positions = steps._newest(slots)
+            token_ids, positions = steps.state.newest.index_select(1, slots).unbind()
             if tokens > 1:
                 token_ids = token_ids.unsqueeze(1).expand(batch, tokens)
             launched.clear()
@@ -214,7 +214,7 @@ def _run(config: ModelConfig, batches: Sequence[int], max_seq_len: int) -> None:
     for batch in batches:
         slots = torch.empty(batch, dtype=torch.int64, device=device)
         steps.logits(slots)
-        for features in (GREEDY, FULL):
+        for features in (GREEDY, RANDOM, FULL):
             steps.decode(slots, features)
             if (drafts := min(MAX_DRAFT, ROWS // batch - 1)) > 0:
                 steps.verify(slots, torch.empty_like(slots).expand(drafts, -1).mT, features)

@@ -7,11 +7,11 @@
         h  = add_norm(residual, geglu(h @ gate_up) @ down)
     logits = softcap(h @ lm_head)
 
-Prefill runs exactly that.  Decode runs the same in ops for few rows: rotation and GeGLU are fused
-into their products, and a product leaves partial sums to the norm that reads it.  Each is one loop
-for all four families: where a family lacks a norm, its weight is None.  `ops` is a module:
-`gemcut.kernels`, or `gemcut.kernels.reference` with the same names and signatures, which runs on
-any machine.
+Prefill runs exactly that.  Decode runs the same in ops for few rows: what stands before the first
+layer is one op, rotation and GeGLU are fused into their products, and a product leaves partial sums
+to the norm that reads it.  Each is one loop for all four families: where a family lacks a norm, its
+weight is None.  `ops` is a module: `gemcut.kernels`, or `gemcut.kernels.reference` with the same
+names and signatures, which runs on any machine.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,8 @@ from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.rope import Rope
 from gemcut.engine.execution.weights import Weights
 from gemcut.engine.placement import check_process
+
+Tables = list[tuple[Tensor, Tensor]]  # cos and sin of global layers, then of local ones
 
 
 class Gemma:
@@ -161,7 +163,7 @@ class Gemma:
         cache: KVCache,
         slots: Tensor,
         positions: Tensor,
-        tables: list[tuple[Tensor, Tensor]],
+        tables: Tables,
         attend: Callable[[int, Tensor], Tensor],
         observe: Callable[[int, Tensor], object] = lambda layer, residual: None,
     ) -> Tensor:
@@ -201,14 +203,17 @@ class Gemma:
         cache: KVCache,
         slots: Tensor,
         positions: Tensor,
-        tables: list[tuple[Tensor, Tensor]] | None = None,
+        tables: Tables | None = None,
+        *,
+        by_slot: bool = False,
     ) -> Tensor:
         """Normed hidden states of a few new tokens of each row.
 
         token_ids [B] or [B, T], slots [B], positions [B] of the first of them -> [B * T, D].  Rows
         may be of any lengths; one with a negative position is inactive, and so is a token of T > 1
-        with a negative id.  `tables` replace the rotation by position.  Eight kernels a layer,
-        nine where q and k are normalised.
+        with a negative id.  `tables` replace the rotation by position.  by_slot: token_ids and
+        positions [num_slots] are those of all slots, of which each row takes its own.  One kernel,
+        then eight a layer, nine where q and k are normalised.
         """
         check_process()
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
@@ -218,9 +223,14 @@ class Gemma:
             token_slots, token_positions = _spread(token_ids, slots, positions)
             token_ids = token_ids.clamp(min=0)
         if tables is None:
-            tables = self.rope_tables(token_positions, token_positions + 1)
-        residual = self.embed(token_ids.flatten())  # [B * T, D]
-        h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
+            rows = slots if by_slot else None
+            token_positions, residual, h, tables = self.begin(
+                token_ids.flatten(), token_positions, rows
+            )
+            positions = token_positions if by_slot else positions
+        else:
+            residual = self.embed(token_ids.flatten())
+            h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
         for i, layer in enumerate(self.weights.layers):
             kv = cache.layers[i]
             q = ops.linear_rope_and_store_(
@@ -252,11 +262,38 @@ class Gemma:
             h = ops.add_rmsnorm_(residual, branch, layer.post_mlp_norm, self.next_norms[i], eps)
         return h
 
+    def begin(
+        self, token_ids: Tensor, positions: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tables]:
+        """What a decode step has before its first layer: positions [M], residual, h, tables.
+
+        token_ids, positions [N], of which row m takes those at rows[m]; its own where that is None.
+        """
+        ropes = [self.rope_global]
+        if self.rope_local is not self.rope_global:
+            ropes.append(self.rope_local)
+        lengths = None
+        if self.rope_depends_on_length:  # else they would be launches for nobody
+            lengths = (positions if rows is None else positions.index_select(0, rows)) + 1
+        positions, residual, h, cos, sin = self.ops.begin_step(
+            token_ids,
+            positions,
+            rows,
+            self.weights.embedding,
+            self.embedding_scale,
+            self.weights.layers[0].input_norm,
+            self.config.rms_norm_eps,
+            [rope.inv_freq(lengths) for rope in ropes],
+            [rope.attention_scaling for rope in ropes],
+        )
+        tables = list(zip(cos.unbind(), sin.unbind(), strict=True))
+        return positions, residual, h, tables if len(tables) == 2 else tables * 2
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: normed hidden states [M, D] -> logits [M, V] in float32."""
         return self.ops.lm_head(hidden, self.weights.lm_head, self.config.final_softcap)
 
-    def rope_tables(self, positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def rope_tables(self, positions: Tensor, lengths: Tensor) -> Tables:
         """Cos and sin of global layers, then of local ones: positions, lengths [M].
 
         `lengths`: how long each token's sequence is when the token is computed.

@@ -1,5 +1,8 @@
 """Sampling: the choice of each row's next token, on the device, by the settings of its slot.
 
+A choice that needs no setting beside the temperature is made while the head computes its logits,
+which then are never stored.  Both ways give the same token.
+
 `features` names the settings that a batch uses; the others are not computed.  A setting that is
 left out and a neutral one give the same token, so a graph with more features than a batch needs
 serves it too.
@@ -10,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.requests.sequence import TokenSequence
 
@@ -21,15 +25,42 @@ FULL: Features = FILTERED | {"bias", "min_tokens", "penalties"}
 KINDS = (FULL, FILTERED, RANDOM, GREEDY)  # sets that get a graph, the most features first
 
 
+def choose_tokens(
+    hidden: Tensor,
+    slots: Tensor,
+    positions: Tensor | None,
+    model: Gemma,
+    state: SlotState,
+    features: Features,
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row: normed hidden states [M, D], slots [M].
+
+    positions [M] of these tokens; None: one after the newest of their slots.  -> ids and scores as
+    `sample_tokens` gives them, or those of S ranges of the vocabulary, [S, M], to be compared.
+    """
+    if not features <= RANDOM:
+        logits = model.logits(hidden)
+        return sample_tokens(logits, slots, positions, state, features, model.ops)
+    noise: tuple[Tensor, ...] = ()
+    if features == RANDOM:
+        _, newest, _, _, seeds, _ = state.integers.index_select(1, slots).unbind()
+        temperature, *_ = state.floats.index_select(1, slots).unbind()
+        noise = temperature, seeds, newest + 1 if positions is None else positions
+    scores, ids = model.ops.lm_head_argmax(
+        hidden, model.weights.lm_head, model.config.final_softcap, *noise
+    )
+    return ids, scores
+
+
 def sample_tokens(
     logits: Tensor,
     slots: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     state: SlotState,
     features: Features,
     ops: ModuleType,
 ) -> tuple[Tensor, Tensor]:
-    """The next token of each row: logits [B, V], slots [B], positions [B] of these tokens.
+    """The next token of each row: logits [B, V], slots [B], positions [B] as `choose_tokens`.
 
     -> ids [B] and their logits, float32 [B]: not finite where a row has no token to choose, because
     its logits are NaN or all its tokens are banned.
@@ -38,7 +69,9 @@ def sample_tokens(
         return _scored(ops.sample(logits), logits)
     integers = state.integers.index_select(1, slots)
     floats = state.floats.index_select(1, slots)
-    *_, top_k, seeds, first_end = integers.unbind()
+    _, newest, _, top_k, seeds, first_end = integers.unbind()
+    if positions is None:
+        positions = newest + 1
     temperature, top_p, min_p, repetition, presence, frequency = floats.unbind()
     if "bias" in features:
         logits = logits + state.bias.index_select(0, slots)

@@ -21,9 +21,16 @@ from torch import Tensor
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.sampler import GREEDY, KINDS, Features, count_tokens, sample_tokens
+from gemcut.engine.execution.sampler import (
+    KINDS,
+    Features,
+    choose_tokens,
+    count_tokens,
+    sample_tokens,
+)
 from gemcut.engine.execution.slot_state import INACTIVE, SlotState, upload
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
+from gemcut.kernels.reference import best_of_parts
 
 PLACE = 4  # numbers that say where a chunk is: slot, first position, tokens, length of the prompt
 NO_DRAFT = -1  # pads a draft
@@ -79,9 +86,7 @@ class Steps:
 
     def decode(self, slots: Tensor, features: Features) -> Tensor:
         """One more token in each slot: slots [B] -> ids [B]; -1 where none could be sampled."""
-        tokens, positions = self._newest(slots)
-        hidden = self.model.decode(tokens, self.cache, slots, positions)
-        return self._choose(hidden, slots, positions + 1, features)
+        return self._choose(self._states(slots), slots, features)
 
     def first_logits(self, hidden: Tensor) -> Tensor:
         """Logits of first tokens, from the states of their prompts' ends: [B, D] -> [B, V]."""
@@ -89,8 +94,7 @@ class Steps:
 
     def choose(self, hidden: Tensor, slots: Tensor, features: Features) -> Tensor:
         """Sample the next token of slots after states [B, D] -> ids [B]; -1 where none is."""
-        positions = self.state.positions.index_select(0, slots)
-        return self._choose(hidden, slots, positions + 1, features)
+        return self._choose(hidden, slots, features)
 
     def verify(self, slots: Tensor, drafts: Tensor, features: Features) -> Tensor:
         """What the model samples after each draft: slots [B], drafts [B, T - 1] -> ids [B, T].
@@ -100,18 +104,16 @@ class Steps:
         slot goes on from the last valid column.
         """
         state, (B, T) = self.state, (drafts.shape[0], drafts.shape[1] + 1)
-        newest, positions = self._newest(slots)
+        newest, positions = state.newest.index_select(1, slots).unbind()
         tokens = torch.cat([newest.unsqueeze(-1), drafts], dim=1)  # [B, T]
         hidden = self.model.decode(tokens, self.cache, slots, positions)
         following = positions.unsqueeze(-1) + torch.arange(1, T + 1, device=slots.device)
-        sampled, scores = sample_tokens(
-            self.model.logits(hidden),
-            slots.repeat_interleave(T, output_size=B * T),
-            following.flatten(),
-            state,
-            features,
-            self.model.ops,
+        token_slots = slots.repeat_interleave(T, output_size=B * T)
+        sampled, scores = choose_tokens(
+            hidden, token_slots, following.flatten(), self.model, state, features
         )
+        if sampled.dim() == 2:
+            sampled, scores = best_of_parts(sampled, scores)
         sampled, scores = sampled.view(B, T), scores.view(B, T)
         accepted = (sampled.narrow(1, 0, T - 1) == drafts).cumprod(1).sum(1, keepdim=True)  # [B, 1]
         state.positions.index_copy_(
@@ -124,13 +126,12 @@ class Steps:
 
     def logits(self, slots: Tensor) -> Tensor:
         """Logits of each slot's next token: slots [B] -> [B, V] float32."""
-        tokens, positions = self._newest(slots)
-        return self.model.logits(self.model.decode(tokens, self.cache, slots, positions))
+        return self.model.logits(self._states(slots))
 
     def sample(self, logits: Tensor, slots: Tensor, features: Features) -> Tensor:
         """Sample from logits [B, V] the next token of slots [B] -> ids [B]; -1 where none is."""
-        positions = self.state.positions.index_select(0, slots)
-        return self._sample(logits, slots, positions + 1, features)
+        chosen = sample_tokens(logits, slots, None, self.state, features, self.model.ops)
+        return self._advance(*chosen, slots, features)
 
     def warm_up_calls(self) -> Iterator[Callable[[], Tensor]]:
         """Calls that run every kind of step once, with no active row.
@@ -153,34 +154,19 @@ class Steps:
                 if width > 1:
                     yield partial(self.verify, slots, drafts, features)
 
-    def _newest(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, positions = self.state.newest.index_select(1, slots).unbind()
-        return tokens, positions
+    def _states(self, slots: Tensor) -> Tensor:
+        """Normed hidden states of the newest token of each slot: slots [B] -> [B, D]."""
+        state = self.state
+        return self.model.decode(state.tokens, self.cache, slots, state.positions, by_slot=True)
 
-    def _choose(
-        self, hidden: Tensor, slots: Tensor, positions: Tensor, features: Features
-    ) -> Tensor:
-        if features == GREEDY:
-            scores, sampled = self.model.ops.lm_head_argmax(
-                hidden,
-                self.model.weights.lm_head,
-                self.model.config.final_softcap,
-                counters=self.cache.counters,
-            )
-            return self._advance(sampled, scores, slots, features)
-        return self._sample(self.model.logits(hidden), slots, positions, features)
-
-    def _sample(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, features: Features
-    ) -> Tensor:
-        ops = self.model.ops
-        sampled, scores = sample_tokens(logits, slots, positions, self.state, features, ops)
-        return self._advance(sampled, scores, slots, features)
+    def _choose(self, hidden: Tensor, slots: Tensor, features: Features) -> Tensor:
+        chosen = choose_tokens(hidden, slots, None, self.model, self.state, features)
+        return self._advance(*chosen, slots, features)
 
     def _advance(
         self, sampled: Tensor, scores: Tensor, slots: Tensor, features: Features
     ) -> Tensor:
-        """Go on from the last token of each slot: sampled, scores, slots [B] -> ids [B]."""
+        """Go on from the last token of each slot: slots [B], what `choose_tokens` gives -> ids."""
         state = self.state
         if "penalties" in features:  # requests with penalties have no drafts: it is their only one
             count_tokens(sampled, slots, state)

@@ -7,6 +7,7 @@ on a CPU.
 from gemcut.kernels.reference.attention import attention_decode, attention_prefill
 from gemcut.kernels.reference.ops import (
     add_rmsnorm_,
+    begin_step,
     embed,
     geglu,
     linear,
@@ -21,6 +22,7 @@ from gemcut.kernels.reference.ops import (
 )
 from gemcut.kernels.reference.sampling import (
     advance_,
+    best_of_parts,
     filter_logits,
     gumbel_noise,
     penalize,
@@ -32,6 +34,8 @@ __all__ = [
     "advance_",
     "attention_decode",
     "attention_prefill",
+    "begin_step",
+    "best_of_parts",
     "embed",
     "filter_logits",
     "geglu",

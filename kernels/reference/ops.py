@@ -8,9 +8,13 @@ cache is a ring: position p is at index p % C, which is p itself where C is the 
 negative position marks an inactive row: nothing is stored for it, and its attention is zero.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gemcut.kernels.reference.sampling import gumbel_noise
 
 # Embedding and norms
 
@@ -152,14 +156,27 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
 
 def lm_head_argmax(
-    x: Tensor, weight: Tensor, softcap: float | None, counters: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The greatest logit and its token id, the lowest of equals: x [M, D] -> [M] float32, [M].
+    """The greatest logit and its token id, the lowest of equals: x [M, D] -> [1, M] x 2.
 
-    `counters` is scratch of the kernel.
+    With temperature, seeds and positions [M]: the greatest of logits + temperature * noise, which
+    is the token of `sample`.  A kernel gives the best of each of S ranges of the vocabulary, [S, M]
+    each, of which `advance_` takes the greatest.
     """
-    best = lm_head(x, weight, softcap).max(-1)
-    return best.values, best.indices
+    logits = lm_head(x, weight, softcap)
+    if temperature is not None:
+        assert seeds is not None
+        assert positions is not None
+        noise = gumbel_noise(seeds, positions, logits.shape[-1])
+        logits = logits + temperature.unsqueeze(-1) * noise
+    best = logits.max(-1)
+    return best.values.unsqueeze(0), best.indices.unsqueeze(0)
 
 
 # What a decode step does in one kernel
@@ -187,3 +204,32 @@ def linear_rope_and_store_(
     """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
     rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps)
     return rope_and_store_(F.linear(x, weight, bias), k_cache, v_cache, *rotation)
+
+
+# The beginning of a decode step
+
+
+def begin_step(
+    token_ids: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    table: Tensor,
+    scale: float,
+    norm_weight: Tensor,
+    eps: float,
+    inv_freqs: Sequence[Tensor],
+    attention_scalings: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What stands before the first layer: positions, residual and its norm, cos and sin.
+
+    token_ids, positions [N], of which row m takes those at rows[m], or its own where rows is None;
+    table [V, D], norm_weight [D]; for each of R kinds of layer inv_freqs [K/2] or [M, K/2] and its
+    scaling -> positions [M], residual [M, D], normed [M, D], cos, sin [R, M, 1, K].
+    """
+    if rows is not None:
+        token_ids, positions = token_ids.index_select(0, rows), positions.index_select(0, rows)
+    residual = embed(token_ids, table, scale)
+    kinds = zip(inv_freqs, attention_scalings, strict=True)
+    tables = [rope_tables(positions, inv_freq, c, table.dtype) for inv_freq, c in kinds]
+    cos, sin = (torch.stack(of_kinds) for of_kinds in zip(*tables, strict=True))
+    return positions, residual, rmsnorm(residual, norm_weight, eps), cos, sin

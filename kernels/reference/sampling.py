@@ -39,25 +39,27 @@ def sample(
 ) -> Tensor:
     """One token id for each row: logits [B, V] float32 -> [B] int64.  The rest is [B] each.
 
-    temperature 0 (or None for all rows) takes the maximum.  top_k 0, top_p 1 and min_p 0 keep
-    all; None means that no row uses it.  A filter keeps every token that ties with the last one it
-    keeps; top_p measures what top_k left; min_p is a share of the greatest probability.
+    temperature 0 (or None for all rows) takes the maximum, of equal ones the lowest id.  top_k 0,
+    top_p 1 and min_p 0 keep all; None means that no row uses it.  A filter keeps every token that
+    ties with the last one it keeps; top_p measures what top_k left; min_p is a share of the
+    greatest probability.
 
-    The draw is exact and stateless: argmax of logits / temperature + Gumbel noise, where the noise
+    The draw is exact and stateless: argmax of logits + temperature * Gumbel noise, where the noise
     is a hash of the row's seed, the position of the new token and the token id.
     """
-    best = logits.argmax(-1)
     if temperature is None:
-        return best
+        return logits.argmax(-1)
     assert seeds is not None
     assert positions is not None
-    greedy = temperature == 0
-    # the greatest becomes 0, so that no temperature overflows
-    scaled = logits - logits.amax(-1, keepdim=True)
-    scaled = scaled / temperature.masked_fill(greedy, 1.0).unsqueeze(-1)
-    kept = filter_logits(scaled, top_k, top_p, min_p)
-    drawn = (kept + gumbel_noise(seeds, positions, logits.shape[-1])).argmax(-1)
-    return torch.where(greedy, best, drawn)
+    temperature = temperature.unsqueeze(-1)
+    noisy = logits + temperature * gumbel_noise(seeds, positions, logits.shape[-1])
+    if top_k is not None or top_p is not None or min_p is not None:
+        # the greatest becomes 0, so that no temperature overflows
+        scaled = logits - logits.amax(-1, keepdim=True)
+        scaled = scaled / temperature.masked_fill(temperature == 0, 1.0)
+        is_dropped = filter_logits(scaled, top_k, top_p, min_p) == -torch.inf
+        noisy = noisy.masked_fill(is_dropped, -torch.inf)
+    return noisy.argmax(-1)
 
 
 def advance_(
@@ -71,10 +73,13 @@ def advance_(
 ) -> Tensor:
     """Write each row's choice to its slot, for the next step: the ids [B], -1 where there is none.
 
-    chosen, scores, slots [B]; tokens, positions, limits [num_slots]; is_end [num_slots, V].  A row
-    has none where it is inactive (its position is negative) or its score is not finite.  It is
-    inactive after that, after a token that ends it, and after the one at its limit.
+    chosen, scores [B], or [S, B] of which the greatest score counts; slots [B]; tokens, positions,
+    limits [num_slots]; is_end [num_slots, V].  A row has none where it is inactive (its position is
+    negative) or its score is not finite.  It is inactive after that, after a token that ends it,
+    and after the one at its limit.
     """
+    if chosen.dim() == 2:
+        chosen, scores = best_of_parts(chosen, scores)
     before = positions.index_select(0, slots)
     after = before + 1
     is_valid = (before >= 0) & (scores.abs() < torch.inf)
@@ -82,6 +87,14 @@ def advance_(
     tokens.index_copy_(0, slots, chosen)
     positions.index_copy_(0, slots, torch.where(goes_on, after, -1))
     return torch.where(is_valid, chosen, -1)
+
+
+def best_of_parts(chosen: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The choice of the greatest score, the first of equal ones: [S, B] each -> [B] each."""
+    if chosen.shape[0] == 1:
+        return chosen.squeeze(0), scores.squeeze(0)
+    best = scores.max(0)
+    return chosen.gather(0, best.indices.unsqueeze(0)).squeeze(0), best.values
 
 
 def filter_logits(

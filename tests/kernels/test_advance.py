@@ -5,7 +5,7 @@ import torch
 from accuracy import DEVICE
 
 from gemcut.kernels import reference
-from gemcut.kernels.advance import BLOCK_B, advance_
+from gemcut.kernels.advance import advance_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 INF, NAN = float("inf"), float("nan")
@@ -40,12 +40,32 @@ def both(arguments: dict[str, torch.Tensor]) -> None:
         assert arguments[name].equal(twin[name]), name
 
 
-@pytest.mark.parametrize(
-    "B", [1, 5, BLOCK_B, 2 * BLOCK_B + 3], ids=["one", "few", "one-block", "ragged-blocks"]
-)
+@pytest.mark.parametrize("B", [1, 5, 40])
 def test_matches_its_oracle(B):
     for seed in range(5):
         both(case(B, seed=seed))
+
+
+@pytest.mark.parametrize("S", [1, 2, 64, 250])
+def test_the_greatest_of_several_scores_counts(S):
+    """NaN is the greatest of all: a row that has one has nothing to choose."""
+    for seed in range(5):
+        arguments = case(5, seed=seed)
+        scores = torch.randn(S, 5).round(decimals=1)  # with ties
+        scores[S // 2, 1], scores[S - 1, 2] = NAN, INF
+        scores[:, 3] = -INF
+        chosen = torch.randint(50, (S, 5))
+        arguments |= {"scores": scores.to(DEVICE), "chosen": chosen.to(DEVICE)}
+        both(arguments)
+
+
+def test_of_equal_scores_the_first_counts():
+    arguments = case(1)
+    arguments["scores"] = torch.tensor([[1.0], [2.0], [2.0], [-0.0]], device=DEVICE)
+    arguments["chosen"] = torch.tensor([[9], [30], [4], [1]], device=DEVICE)
+    slot = arguments["slots"].item()
+    advance_(**arguments)
+    assert arguments["tokens"][slot] == 30
 
 
 @pytest.mark.parametrize("op", [advance_, reference.advance_], ids=["kernel", "oracle"])
@@ -97,7 +117,10 @@ def test_no_rows():
     [
         ("scores", torch.ones(3).bfloat16(), "scores are torch.bfloat16"),
         ("scores", torch.ones(2), r"scores is \[2\], must be \[3\]"),
+        ("scores", torch.ones(1, 3), r"scores is \[1, 3\], must be \[3\]"),
         ("chosen", torch.ones(3), "chosen is torch.float32"),
+        ("chosen", torch.ones(1, 1, 3).long(), r"chosen is \[1, 1, 3\], must be \[B\] or \[S, B\]"),
+        ("chosen", torch.ones(0, 3).long(), "chosen has 0 parts, must be in 1 to 4096"),
         ("slots", torch.ones(4).long(), r"slots is \[4\], must be \[3\]"),
         ("tokens", torch.ones(6).int(), "tokens is torch.int32"),
         ("positions", torch.ones(5).long(), r"positions is \[5\], must be \[6\]"),

@@ -88,6 +88,7 @@ def test_what_is_rewritten_is_tested():
         "add_rmsnorm_",
         "attention_decode",
         "attention_prefill",
+        "begin_step",
         "geglu",
         "linear",
         "linear_geglu",
@@ -167,6 +168,35 @@ def test_linear_geglu(M, dtype):
 def test_the_head(op, softcap, M, dtype):
     weight = normal(1 + SMALL // 40, 40, dtype=dtype)
     hold(op, normal(M, 40, dtype=dtype), weight, softcap)
+
+
+@by_dtype
+@by_rows
+@pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
+def test_a_draw_is_that_of_sample(ops, M, dtype):
+    """A mixed batch draws from stored logits: the same token, its logits rounded alike."""
+    x, weight = normal(M, 40, dtype=dtype), normal(300, 40, dtype=dtype)
+    temperature = torch.rand(M).where(torch.arange(M) % 3 != 0, torch.zeros(M))
+    seeds, positions = torch.arange(M), torch.arange(M) + 5
+    scores, ids = ops.lm_head_argmax(x, weight, 8.0, temperature, seeds, positions)
+    logits = ops.lm_head(x, weight, 8.0)
+    chosen = ops.sample(logits, temperature, seeds=seeds, positions=positions)
+    assert ids.equal(chosen.unsqueeze(0))
+    greedy = temperature == 0
+    assert scores[0, greedy].equal(logits.max(-1).values[greedy])
+
+
+@by_dtype
+@by_rows
+@pytest.mark.parametrize("kinds", [1, 2], ids=["one-kind", "two-kinds"])
+def test_begin_step(kinds, M, dtype):
+    inv_freqs = [base ** -torch.arange(0, 1, 1 / 9) for base in (1e6, 1e4)][:kinds]
+    of_slots = {"token_ids": torch.arange(30) % 13, "positions": 250 + torch.arange(30)}
+    model = {"table": normal(13, 40, dtype=dtype), "scale": 2.5, "eps": EPS}
+    model |= {"norm_weight": normal(40, dtype=dtype), "inv_freqs": inv_freqs}
+    model |= {"attention_scalings": [1.0, 1.37][:kinds]}
+    hold(cpu.begin_step, **of_slots, rows=29 - torch.arange(M), **model)
+    hold(cpu.begin_step, **{n: x[:M] for n, x in of_slots.items()}, rows=None, **model)
 
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "blocks"])

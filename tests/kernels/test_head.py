@@ -3,7 +3,9 @@ import torch
 from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, random
 from torch import Tensor
 
+from gemcut.kernels import gpu_arch, head, reference, sample
 from gemcut.kernels.head import embed, lm_head, lm_head_argmax
+from gemcut.kernels.reference import best_of_parts
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 by_softcap = pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "capped"])
@@ -44,55 +46,139 @@ def test_lm_head(M, V, D, softcap, dtype):
     assert_accurate(lm_head, x, weight, softcap)
 
 
+@pytest.fixture(params=[1, 3, 100], ids="{} programs at most".format)
+def programs(request, monkeypatch):
+    """So many ranges of a vocabulary, whose blocks have 16 tokens."""
+    monkeypatch.setattr(head, "_most_programs", lambda name: request.param)
+    monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
+    return request.param
+
+
+def best(x: Tensor, weight: Tensor, softcap: float | None, *draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and scores of the whole vocabulary: [M] each."""
+    scores, ids = lm_head_argmax(x, weight, softcap, *draw)
+    return best_of_parts(ids, scores)
+
+
 @by_dtype
 @by_softcap
 @by_shape
-def test_argmax_is_that_of_the_logits_bit_for_bit(M, V, D, softcap, dtype):
+def test_argmax_is_that_of_the_logits_bit_for_bit(M, V, D, softcap, dtype, programs):
     torch.manual_seed(0)
     x, weight = random(M, D, dtype=dtype), random(V, D, dtype=dtype, scale=4 * D**-0.5)
-    best, ids = lm_head_argmax(x, weight, softcap)
+    ids, scores = best(x, weight, softcap)
     expected = lm_head(x, weight, softcap).max(-1)
-    assert torch.equal(best, expected.values)
+    assert torch.equal(scores, expected.values)
     assert torch.equal(ids, expected.indices)
 
 
-def test_the_lowest_id_wins_a_tie():
+@pytest.mark.parametrize(("V", "blocks"), [(256, 16), (97, 7), (300, 19)])
+def test_every_range_has_its_own_best(V, blocks, monkeypatch):
+    """19 blocks of 16 tokens: 3 programs of 7, 7 and 5."""
+    monkeypatch.setattr(head, "_most_programs", lambda name: 3)
+    monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
+    x, weight = random(3, 40), random(V, 40)
+    scores, ids = lm_head_argmax(x, weight, None)
+    size = 16 * -(-blocks // 3)
+    logits = lm_head(x, weight, None)
+    assert len(scores) == head.count_ranges(weight, x) == 3
+    for part, (of_part, found) in enumerate(zip(scores, ids, strict=True)):
+        expected = logits[:, part * size : (part + 1) * size].max(-1)
+        assert torch.equal(of_part, expected.values)
+        assert torch.equal(found, part * size + expected.indices)
+
+
+@pytest.mark.parametrize("name", gpu_arch.PROCESSORS)
+@pytest.mark.parametrize("V", [256_000, 262_144, 65_536, 1000, 64, 5])
+def test_no_wave_of_ranges_has_an_idle_tail(V, name):
+    """They fit a GPU at once, and none has more blocks than another; the last may lack some."""
+    blocks = -(-V // 64)
+    ranges, each = head._ranges(blocks, name)
+    assert (ranges - 1) * each < blocks <= ranges * each
+    assert ranges <= 2 * gpu_arch.PROCESSORS[name]
+    # no fewer blocks for each would do
+    assert each == 1 or -(-blocks // (each - 1)) > 2 * gpu_arch.PROCESSORS[name]
+
+
+def settings(M: int, temperature: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperature, 0 in every third row, seeds and positions of M rows."""
+    temperatures = torch.full((M,), temperature, device=DEVICE)
+    temperatures[1::3] = 0.0
+    seeds = torch.arange(M, device=DEVICE) * 2**40 - 3
+    return temperatures, seeds, torch.arange(M, device=DEVICE) + 7
+
+
+@by_dtype
+@by_softcap
+@by_shape
+def test_a_draw_is_that_of_sample_bit_for_bit(M, V, D, softcap, dtype, programs):
+    """A mixed batch draws from stored logits: its rows must not notice."""
+    torch.manual_seed(0)
+    x, weight = random(M, D, dtype=dtype), random(V, D, dtype=dtype, scale=4 * D**-0.5)
+    draw = settings(M)
+    ids, scores = best(x, weight, softcap, *draw)
+    logits, (temperature, seeds, positions) = lm_head(x, weight, softcap), draw
+    assert torch.equal(ids, sample(logits, temperature, seeds=seeds, positions=positions))
+    noise = reference.gumbel_noise(seeds, positions, V)
+    noisy = logits + temperature[:, None] * noise
+    torch.testing.assert_close(scores, noisy.max(-1).values)
+    greedy = temperature == 0
+    assert torch.equal(scores[greedy], logits.max(-1).values[greedy])
+
+
+def test_draws_follow_the_logits():
+    """As often as softmax(logits / temperature) says, by a chi-square of 2000 rows."""
+    M, V, temperature = 2000, 6, 0.5
+    logits = torch.tensor([1.0, 0.5, 0.0, -0.5, 0.25, 0.75], device=DEVICE)
+    x = torch.ones(M, 1, device=DEVICE)
+    seeds = torch.arange(M, device=DEVICE)
+    ids, _ = best(x, logits[:, None].contiguous(), None, settings(M)[0] * 0 + 0.5, seeds, seeds)
+    expected = M * torch.softmax(logits / temperature, 0)
+    counts = ids.bincount(minlength=V)
+    assert ((counts - expected).square() / expected).sum() < 20.5  # one in 1000 at 5 degrees
+
+
+def test_the_lowest_id_wins_a_tie(programs):
     weight = torch.zeros(300, 8, device=DEVICE)
-    weight[[70, 71, 200, 299], 0] = 1.0  # in several programs
+    weight[[70, 71, 200, 299], 0] = 1.0  # in several blocks
     x = random(2, 8).abs()
-    assert lm_head_argmax(x, weight, None)[1].tolist() == [70, 70]
-    assert lm_head_argmax(-x, weight, None)[1].tolist() == [0, 0]
+    assert best(x, weight, None)[0].tolist() == [70, 70]
+    assert best(-x, weight, None)[0].tolist() == [0, 0]
 
 
-def test_nan_is_the_greatest():
+def test_nan_is_the_greatest(programs):
     """A broken model must not look like one that has made up its mind."""
-    x = random(2, 8)
+    x, weight = random(2, 8), random(200, 8)
     x[0, 3] = torch.nan
-    best, ids = lm_head_argmax(x, random(200, 8), None)
-    assert best.isnan().tolist() == [True, False]
-    assert ids[0] == 0
+    for draw in ((), settings(2)):
+        ids, scores = best(x, weight, None, *draw)
+        assert scores.isnan().tolist() == [True, False]
+        assert ids[0] == 0
+    weight[150] = torch.nan  # one token alone, not in the first block
+    assert best(random(1, 8), weight, None)[0].tolist() == [150]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+def test_what_a_row_cannot_choose_is_a_token_all_the_same(programs):
+    """All logits are -inf: the first id, and a score that says so."""
+    weight = torch.full((200, 8), -torch.inf, device=DEVICE)
+    ids, scores = best(torch.ones(1, 8, device=DEVICE), weight, None)
+    assert (ids.tolist(), scores.tolist()) == ([0], [-torch.inf])
 
 
 @by_dtype
 def test_a_row_does_not_depend_on_its_company(dtype):
     x, weight = random(18, 300, dtype=dtype), random(150, 300, dtype=dtype)
     assert_row_invariant(lambda rows: lm_head(x[rows], weight, 30.0), 18)
-    assert_row_invariant(lambda rows: lm_head_argmax(x[rows], weight, 30.0), 18)
-
-
-def test_counters_are_zero_again():
-    x, weight = random(18, 24), random(150, 24)
-    counters = torch.zeros(40, dtype=torch.int32, device=DEVICE)
-    first = lm_head_argmax(x, weight, None, counters)
-    assert not counters.any()
-    second = lm_head_argmax(x, weight, None, counters)
-    assert torch.equal(first[1], second[1])
+    assert_row_invariant(lambda rows: best(x[rows], weight, 30.0), 18)
+    draw = settings(18)
+    assert_row_invariant(lambda rows: best(x[rows], weight, None, *(y[rows] for y in draw)), 18)
 
 
 def test_no_rows():
     assert embed(ids_tensor(), random(5, 8), 1.0).shape == (0, 8)
     assert lm_head(random(0, 8), random(5, 8), None).shape == (0, 5)
-    assert [x.shape for x in lm_head_argmax(random(0, 8), random(5, 8), None)] == [(0,), (0,)]
+    assert [x.shape for x in lm_head_argmax(random(0, 8), random(5, 8), None)] == [(1, 0), (1, 0)]
 
 
 def test_bad_input():
@@ -107,10 +193,14 @@ def test_bad_input():
         lm_head(random(3, 9), weight, None)
     with pytest.raises(ValueError, match=r"softcap is 0\.0, must be above 0 and finite, or None"):
         lm_head(x, weight, 0.0)
-    with pytest.raises(ValueError, match=r"counters are torch.int64, must be int32"):
-        lm_head_argmax(x, weight, None, torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    with pytest.raises(ValueError, match=r"counters is \[1\], must be dense and at least \[36\]"):
-        lm_head_argmax(random(17, 8), weight, None, ids_tensor(0, dtype=torch.int32))
-    crooked = torch.zeros(40, dtype=torch.int32, device=DEVICE)[1:]
-    with pytest.raises(ValueError, match="counters must begin at a multiple of 8 bytes"):
-        lm_head_argmax(x, weight, None, crooked)
+    temperature, seeds, positions = settings(3)
+    with pytest.raises(ValueError, match="temperature needs seeds and positions"):
+        lm_head_argmax(x, weight, None, temperature, seeds)
+    with pytest.raises(ValueError, match=r"temperature is torch.float16, must be torch.float32"):
+        lm_head_argmax(x, weight, None, temperature.half(), seeds, positions)
+    with pytest.raises(ValueError, match=r"temperature is \[2\], must be \[3\]"):
+        lm_head_argmax(x, weight, None, temperature[:2], seeds, positions)
+    with pytest.raises(ValueError, match=r"seeds is torch.float32, must be int64 or int32"):
+        lm_head_argmax(x, weight, None, temperature, temperature, positions)
+    with pytest.raises(ValueError, match=r"positions is \[2\], must be \[3\]"):
+        lm_head_argmax(x, weight, None, temperature, seeds, positions[:2])

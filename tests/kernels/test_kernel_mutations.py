@@ -21,6 +21,16 @@ from gemcut.kernels import matmul
 pytestmark = pytest.mark.usefixtures("poisoned")
 NORM, HEAD = ("norm", "rmsnorm"), ("head", "lm_head")
 PREFILL = ("prefill_attention", "attention_prefill")
+ARGMAX = ("head", "lm_head_argmax")
+# one program walks over three blocks, each in two steps
+IN_BLOCKS = (
+    ("head", "return PROGRAMS_OF_A_PROCESSOR * PROCESSORS[name]", "return 1"),
+    (
+        "head",
+        'rule = {"BLOCK_V": block_v, **pipeline(x, triton.cdiv(V, block_v))}',
+        'rule = {"BLOCK_V": 16, "BLOCK_D": 16, "num_warps": 4}',
+    ),
+)
 DECODE = ("decode_attention", "attention_decode")
 WINDOW = ("attention_tiles", "offs_n[None, :] < W")
 # mistake: (the op's module, the op), then (module, right, wrong) of what is changed
@@ -82,9 +92,42 @@ MISTAKES = {
     "scale from head_dim": (
         DECODE, ("decode_attention", "SCALE=scale", "SCALE=K**-0.5"),
     ),
-    "final softcap left out": (HEAD, ("head", "SOFTCAP * tanh(acc / SOFTCAP, APPROXIMATE=False)",
-                                      "acc")),
-    "embedding not scaled": (("head", "embed"), ("head", "x.to(tl.float32) * SCALE", "x")),
+    "final softcap left out": (
+        HEAD, ("head", "SOFTCAP * tanh(logits / SOFTCAP, APPROXIMATE=False)", "logits"),
+    ),
+    "embedding not scaled": (
+        ("head", "embed"), ("head", "(x.to(tl.float32) * SCALE).to", "x.to"),
+    ),
+    "logits of a range's first block alone": (
+        ARGMAX,
+        ("head", "best = tl.maximum(best, ", "best = tl.where(block > 0, best, "),
+        *IN_BLOCKS,
+    ),
+    "the last block alone": (
+        ARGMAX, ("head", "best = tl.maximum(best, ", "best = (" ), *IN_BLOCKS,
+    ),
+    "a sum that goes on in the next block": (
+        ARGMAX, ("head", "acc = tl.zeros_like(acc)", "acc = acc"), *IN_BLOCKS,
+    ),
+    "logits of a block's first columns": (
+        ARGMAX, ("head", "is_last = start_d + BLOCK_D >= D", "is_last = start_d + D >= D"),
+        *IN_BLOCKS,
+    ),
+    "noise by the position of another row": (
+        ARGMAX, ("head", "tl.load(positions_ptr + offs_m", "tl.load(positions_ptr + 0 * offs_m"),
+    ),
+    "noise by the place in a block": (
+        ARGMAX,
+        ("head", "seed, position, offs_v[:, None])", "seed, position, offs_v[:, None] % 16)"),
+        *IN_BLOCKS,
+    ),
+    "a step that begins with the norm of another token": (
+        ("begin", "begin_step"), ("begin", "token_ids_ptr + row,", "token_ids_ptr + m,"),
+    ),
+    "local layers rotated as global ones": (
+        ("begin", "begin_step"),
+        ("begin", "local_inv_freq_ptr=inv_freqs[1] if", "local_inv_freq_ptr=inv_freqs[0] if"),
+    ),
 }  # fmt: skip
 
 
@@ -118,6 +161,11 @@ def mutated(tmp_path):
 @pytest.mark.parametrize("name", sorted(set(kernels.__all__) - {"sample"}))
 def test_no_mistake_is_no_difference(name):
     assert_accurate(getattr(kernels, name), **small_calls()[name])
+
+
+def test_no_mistake_in_blocks_is_no_difference(mutated):
+    op = mutated("head", list(IN_BLOCKS)).lm_head_argmax
+    assert_accurate(op, **small_calls()["lm_head_argmax"])
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

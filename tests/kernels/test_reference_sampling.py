@@ -77,7 +77,7 @@ def test_rows_are_filtered_apart():
     assert kept[2:].equal(TopPLogitsWarper(0.5)(None, logits[2:]))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 1e29])
 def test_draws_follow_the_softmax(temperature):
     logits = random_logits(2)[0, :12]
     drawn = draw(logits, 40_000, temperature)
@@ -136,6 +136,26 @@ def test_greedy_rows_beside_random_ones():
     )
     assert chosen.equal(logits.argmax(-1))
     assert sample(logits).equal(logits.argmax(-1))
+
+
+def test_temperature_0_is_greedy_by_the_definition_itself():
+    """The noise vanishes: nothing about a row's maximum is known, and the lowest id wins a tie."""
+    logits = random_logits(4, rows=3)
+    logits[1, 7] = logits[1, 30] = 9.0
+    logits[2] = torch.tensor([-0.0, 0.0, -torch.inf]).repeat(V)[:V]
+    zeros = torch.zeros(3).long()
+    assert (logits + 0.0 * gumbel_noise(zeros, zeros, V)).argmax(-1).equal(logits.argmax(-1))
+    chosen = sample(logits, torch.zeros(3), seeds=zeros, positions=zeros)
+    assert chosen.tolist() == [logits[0].argmax(), 7, 0]
+
+
+def test_what_cannot_be_compared_counts_as_the_greatest():
+    """NaN is chosen, so that the engine sees it; among tokens that are all banned, the first."""
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[1.0, nan, 2.0], [-inf, -inf, -inf], [0.0, inf, 1.0]])
+    zeros, ones = torch.zeros(3).long(), torch.ones(3)
+    for filters in ((), (zeros + 2,), (None, 0.5 * ones), (zeros + 2, 0.5 * ones, 0.1 * ones)):
+        assert sample(logits, ones, *filters, seeds=zeros, positions=zeros).tolist() == [1, 0, 1]
 
 
 def test_repetition_penalty_is_that_of_transformers():

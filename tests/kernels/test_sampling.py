@@ -11,7 +11,8 @@ import triton.language as tl
 from accuracy import DEVICE, random
 
 from gemcut.kernels import reference, sampling
-from gemcut.kernels.sampling import noise_bits, sample
+from gemcut.kernels.gumbel import noise_bits
+from gemcut.kernels.sampling import sample
 from gemcut.kernels.top_k_top_p import BUCKETS, THRESHOLD, _first_bucket, _first_key
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -170,12 +171,13 @@ def test_draws_are_the_oracles(with_filters, V, chunk):
         arguments |= dict.fromkeys(("top_k", "top_p", "min_p"))
     x = scaled(**arguments)
     filters = [arguments[name] for name in ("top_k", "top_p", "min_p")]
-    x = reference.filter_logits(x, *filters)
+    is_kept = reference.filter_logits(x, *filters).isfinite()
     _, noise = kernel_noise(arguments["seeds"], arguments["positions"], V)
-    noisy = x.double() + noise
+    temperature = arguments["temperature"].double().unsqueeze(-1)
+    noisy = (arguments["logits"] + temperature * noise).masked_fill(~is_kept, -torch.inf)
     # each log errs by two units in the last place: the inner one shifts the noise by 2**-22, the
-    # outer by 2**-22 of it; and the sum is rounded
-    error = 2.0**-22 * (1 + noise.abs()) + 2.0**-24 * noisy.abs()
+    # outer by 2**-22 of it; the product is rounded, by the oracle, and the sum
+    error = 2.0**-22 * temperature * (1 + 1.25 * noise.abs()) + 2.0**-24 * noisy.abs()
     greatest, expected = noisy.max(-1)
     error_of_best = error.gather(-1, expected.unsqueeze(-1))
     others = (noisy + error.nan_to_num(posinf=0.0)).scatter(-1, expected.unsqueeze(-1), -torch.inf)
@@ -197,6 +199,7 @@ def test_greedy(V, chunk):
     assert sample(logits).equal(best)
     zeros = torch.zeros(len(logits), dtype=torch.int64, device=DEVICE)
     assert sample(logits, zeros.float(), zeros, seeds=zeros, positions=zeros).equal(best)
+    assert sample(logits, zeros.float(), seeds=zeros, positions=zeros).equal(best)
     assert sample(torch.full_like(logits, -3.0)).eq(0).all()
     zeros_of_both_signs = torch.tensor([[-1.0, -0.0, 0.0]], device=DEVICE)
     assert sample(zeros_of_both_signs).tolist() == [1]
