@@ -31,14 +31,18 @@ from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
 from gemcut.kernels.top_k_top_p import (
     BEST,
     BUCKETS,
+    DECIDED,
     DRAWN,
     FIELDS,
     LAST_KEY,
     MAX_VOCAB_SIZE,
     THRESHOLD,
+    TILE,
     descending_keys,
+    greatest_listed,
     is_last_program,
-    narrow_,
+    list_undecided,
+    narrow_kernel,
     scaled_logits,
 )
 
@@ -72,7 +76,7 @@ def penalize_kernel(
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr"])
 def best_kernel(
     logits_ptr, temperature_ptr, top_k_ptr,  # [B, V], [B], [B]
-    maxima_ptr, state_ptr, ids_ptr,  # [B, chunks], [B, FIELDS + BUCKETS], [B]
+    maxima_ptr, state_ptr, ids_ptr,  # [B, chunks], [B, FIELDS and more], [B]
     stride_logits_b, stride_state_b,
     V, num_chunks,
     HAS_TOP_K: tl.constexpr,
@@ -109,39 +113,65 @@ def best_kernel(
             kth = scaled_logits(kth, packed_value(best), temperature)
             threshold = tl.minimum(threshold, descending_keys(kth))
         tl.store(state_ptr + THRESHOLD, threshold.to(tl.int64))
+        tl.store(state_ptr + DECIDED, LAST_KEY + 1)
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["temperature_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr"]
-)
+    do_not_specialize_on_alignment=[
+        "temperature_ptr", "top_p_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr"
+    ]
+)  # fmt: skip
 def draw_kernel(
-    logits_ptr, temperature_ptr, min_p_ptr,  # [B, V], [B], [B]
-    seeds_ptr, positions_ptr, state_ptr, ids_ptr,  # [B], [B], [B, FIELDS + BUCKETS], [B]
+    logits_ptr, temperature_ptr, top_p_ptr, min_p_ptr,  # [B, V], [B], [B], [B]
+    seeds_ptr, positions_ptr, ids_ptr,  # [B], [B], [B]
+    state_ptr, list_ptr,  # [B, FIELDS and more], [B, V]
     stride_logits_b, stride_state_b,
     V,
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
+    TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """The greatest noisy logit of what is kept."""
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)
-    if temperature == 0.0:
-        return  # best_kernel has written the id
+    logits_ptr += row * stride_logits_b
     state_ptr += row * stride_state_b
+    temperature = tl.load(temperature_ptr + row)
+    seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+    IS_FILTERED: tl.constexpr = HAS_TOP_K or HAS_TOP_P
+    if (IS_FILTERED or HAS_MIN_P) and temperature == 0.0:
+        return  # best_kernel has written the id
+
     offs_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = offs_v < V
-    x = tl.load(logits_ptr + row * stride_logits_b + offs_v, mask=mask, other=-float("inf"))
-    scaled = scaled_logits(x, packed_value(tl.load(state_ptr + BEST)), temperature)
-    threshold = tl.load(state_ptr + THRESHOLD).to(tl.int32)
-    mask = mask & (descending_keys(scaled) <= threshold)
-    if HAS_MIN_P:
-        mask = mask & (scaled >= tl.log(tl.load(min_p_ptr + row)))
+    x = tl.load(logits_ptr + offs_v, mask=mask, other=-float("inf"))
+    if IS_FILTERED or HAS_MIN_P:
+        greatest = packed_value(tl.load(state_ptr + BEST))
+        key = descending_keys(scaled_logits(x, greatest, temperature))
+        last_key = tl.full([], LAST_KEY, tl.int32)
+        if HAS_MIN_P:
+            least = tl.minimum(tl.log(tl.load(min_p_ptr + row)), 0.0)
+            last_key = tl.minimum(last_key, descending_keys(least))
+        mask = key <= last_key
+    if IS_FILTERED:
+        mask = mask & (key < tl.load(state_ptr + DECIDED))
+        list_ptr += row * V
+        list_undecided(key, offs_v, list_ptr, state_ptr)
+    if tl.max(mask.to(tl.int32), axis=0) > 0:
+        noisy = noisy_logits(x, temperature, seed, position, offs_v)
+        drawn = tl.max(tl.where(mask, packed(noisy, offs_v), 0), axis=0)
+        tl.atomic_max(state_ptr + DRAWN, drawn, sem="relaxed")
 
-    seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
-    noisy = noisy_logits(x, temperature, seed, position, offs_v)
-    drawn = tl.max(tl.where(mask, packed(noisy, offs_v), 0), axis=0)
-    tl.atomic_max(state_ptr + DRAWN, drawn, sem="relaxed")
     if is_last_program(state_ptr):
         drawn = tl.load(state_ptr + DRAWN, cache_modifier=".cg")
+        if IS_FILTERED:
+            p = tl.load(top_p_ptr + row) if HAS_TOP_P else 1.0
+            listed = greatest_listed(
+                logits_ptr, list_ptr, state_ptr, greatest, temperature, p, last_key, seed, position,
+                HAS_TOP_K, HAS_TOP_P, TILE,
+            )  # fmt: skip
+            drawn = tl.maximum(drawn, listed)
         tl.store(ids_ptr + row, packed_id(drawn), mask=drawn > 0)
 
 
@@ -247,29 +277,32 @@ def _choose_(
     num_chunks = triton.cdiv(V, CHUNK)
     grid = (B, num_chunks)
     is_random = temperature is not None
-    has_top_k = is_random and top_k is not None
-    has_top_p = is_random and top_p is not None
-    width = FIELDS.value + (BUCKETS if has_top_k or has_top_p else 0)
+    has_top_k, has_top_p = is_random and top_k is not None, is_random and top_p is not None
+    is_filtered = has_top_k or has_top_p
+    width = FIELDS.value + BUCKETS * (has_top_k + has_top_p)
     state = torch.zeros((B, width), device=logits.device, dtype=torch.int64)
-    maxima = torch.empty(grid, device=logits.device, dtype=logits.dtype) if has_top_k else None
+    shared = {"logits_ptr": logits, "state_ptr": state, "stride_logits_b": logits.stride(0)}
+    shared |= {"stride_state_b": width, "V": V, "CHUNK": CHUNK, "num_warps": 8}
 
-    best_kernel[grid](
-        logits_ptr=logits, temperature_ptr=temperature, top_k_ptr=top_k,
-        maxima_ptr=maxima, state_ptr=state, ids_ptr=ids,
-        stride_logits_b=logits.stride(0), stride_state_b=width,
-        V=V, num_chunks=num_chunks,
-        HAS_TOP_K=has_top_k, BLOCK_C=triton.next_power_of_2(num_chunks), CHUNK=CHUNK, num_warps=8,
-    )  # fmt: skip
-    if temperature is None:
-        return state
-    if top_k is not None:
-        narrow_(state, logits, temperature, top_k, is_mass=False, chunk=CHUNK)
-    if top_p is not None:
-        narrow_(state, logits, temperature, top_p, is_mass=True, chunk=CHUNK)
-    draw_kernel[grid](
-        logits_ptr=logits, temperature_ptr=temperature, min_p_ptr=min_p,
-        seeds_ptr=seeds, positions_ptr=positions, state_ptr=state, ids_ptr=ids,
-        stride_logits_b=logits.stride(0), stride_state_b=width,
-        V=V, HAS_MIN_P=min_p is not None, CHUNK=CHUNK, num_warps=8,
-    )  # fmt: skip
+    if is_filtered or min_p is not None or not is_random:
+        maxima = torch.empty(grid, device=logits.device, dtype=logits.dtype) if has_top_k else None
+        best_kernel[grid](
+            temperature_ptr=temperature, top_k_ptr=top_k, maxima_ptr=maxima, ids_ptr=ids,
+            num_chunks=num_chunks, HAS_TOP_K=has_top_k,
+            BLOCK_C=triton.next_power_of_2(num_chunks), **shared,
+        )  # fmt: skip
+    if is_filtered:
+        narrow_kernel[grid](
+            temperature_ptr=temperature, top_k_ptr=top_k, top_p_ptr=top_p,
+            HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p, BUCKETS=BUCKETS, TILE=TILE, **shared,
+        )  # fmt: skip
+    if is_random:
+        listed = torch.empty((B, V), device=logits.device, dtype=torch.int32)
+        draw_kernel[grid](
+            temperature_ptr=temperature, top_p_ptr=top_p, min_p_ptr=min_p,
+            seeds_ptr=seeds, positions_ptr=positions, ids_ptr=ids,
+            list_ptr=listed if is_filtered else None,
+            HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p, HAS_MIN_P=min_p is not None,
+            TILE=TILE, **shared,
+        )  # fmt: skip
     return state
