@@ -44,21 +44,20 @@ BUCKETS = 2048
 TILE = 1024  # listed tokens that the last program holds at once
 
 # A row of the state, int64, zero at first: these fields, then buckets of counts, then of masses.
-BEST = tl.constexpr(0)  # the greatest logit and its id, packed
-DRAWN = tl.constexpr(1)  # the greatest noisy logit and its id, packed
-ARRIVED = tl.constexpr(2)  # programs that have finished; zero between launches
-THRESHOLD = tl.constexpr(3)  # the greatest key that may be kept, in the end that is kept
-DECIDED = tl.constexpr(4)  # keys below are surely kept, and none of them is listed
-LIST_END = tl.constexpr(5)  # keys from DECIDED to before this are listed
-K_FIRST = tl.constexpr(6)  # first key of the bucket in which top-k ends: they are listed too
-K_END = tl.constexpr(7)  # and the first after it; 0 where top-k drops nothing
-K_LEFT = tl.constexpr(8)  # how many tokens top-k keeps from K_FIRST on, ties apart
-K_MASS = tl.constexpr(9)  # mass of what top-k keeps before K_FIRST
-P_FIRST = tl.constexpr(10)  # first key of the buckets in which top-p may end
-P_END = tl.constexpr(11)  # and the first after them; 0 where top-p drops nothing
-P_MASS = tl.constexpr(12)  # mass before P_FIRST
-TOTAL = tl.constexpr(13)  # mass of all tokens, where top-k drops nothing
-LISTED = tl.constexpr(14)  # length of the list
+DRAWN = tl.constexpr(0)  # the greatest noisy logit and its id, packed
+ARRIVED = tl.constexpr(1)  # programs that have finished; zero between launches
+DECIDED = tl.constexpr(2)  # keys below are surely kept, and none of them is listed
+LIST_END = tl.constexpr(3)  # keys from DECIDED to before this are listed
+K_FIRST = tl.constexpr(4)  # first key of the bucket in which top-k ends: they are listed too
+K_END = tl.constexpr(5)  # and the first after it; 0 where top-k drops nothing
+K_LEFT = tl.constexpr(6)  # how many tokens top-k keeps from K_FIRST on, ties apart
+K_MASS = tl.constexpr(7)  # mass of what top-k keeps before K_FIRST
+P_FIRST = tl.constexpr(8)  # first key of the buckets in which top-p may end
+P_END = tl.constexpr(9)  # and the first after them; 0 where top-p drops nothing
+P_MASS = tl.constexpr(10)  # mass before P_FIRST
+TOTAL = tl.constexpr(11)  # mass of all tokens, where top-k drops nothing
+LISTED = tl.constexpr(12)  # length of the list
+THRESHOLD = tl.constexpr(13)  # in the end, the greatest key that is kept
 FIELDS = tl.constexpr(16)
 
 LAST_KEY = tl.constexpr(0x7F7FFFFF)  # of the lowest finite number: -inf and NaN are never drawn
@@ -85,9 +84,12 @@ def is_last_program(state_ptr):
 
 @triton.jit
 def scaled_logits(x, greatest, temperature):
-    """(x - greatest) / temperature with the oracle's roundings: plain `/` is not exact on a GPU."""
+    """(x - greatest) / temperature with the oracle's roundings: plain `/` is not exact on a GPU.
+
+    Temperature 0, which needs no filter, divides by 1.
+    """
     x = x - greatest
-    return tl.div_rn(x, tl.zeros_like(x) + temperature)
+    return tl.div_rn(x, tl.zeros_like(x) + tl.where(temperature == 0.0, 1.0, temperature))
 
 
 @triton.jit
@@ -130,6 +132,21 @@ def _reach(so_far, target):
 
 
 @triton.jit
+def chunk_maxima(maxima_ptr, BLOCK_C: tl.constexpr):
+    """The greatest logit of each chunk of a row and its id, packed: [BLOCK_C], 0 past the last."""
+    offs_c = tl.arange(0, BLOCK_C)
+    return tl.load(maxima_ptr + offs_c, mask=offs_c < tl.num_programs(1), other=0)
+
+
+@triton.jit
+def _kth_value(maxima, k, BLOCK_C: tl.constexpr):
+    """The k-th greatest logit of some packed ones; below all others where they are fewer."""
+    values = tl.where(maxima > 0, packed_value(maxima), -float("inf"))
+    is_kth = tl.arange(0, BLOCK_C) == k - 1
+    return tl.max(tl.where(is_kth, tl.sort(values, descending=True), -float("inf")), axis=0)
+
+
+@triton.jit
 def _share(p, mass):
     """The mass to be reached.  0 for p = 0: by the first key, that of the most probable token."""
     return tl.ceil(p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64)
@@ -138,34 +155,41 @@ def _share(p, mass):
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr"])
 def narrow_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr,  # [B, V], [B], [B], [B]
-    state_ptr,  # [B, FIELDS and BUCKETS for each setting in use]
+    maxima_ptr, state_ptr,  # [B, chunks], [B, FIELDS and BUCKETS for each setting in use]
     stride_logits_b, stride_state_b,
     V,
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     BUCKETS: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The keys that are surely kept, and those that the draw must list."""
     row = tl.program_id(0).to(tl.int64)
     state_ptr += row * stride_state_b
-    temperature = tl.load(temperature_ptr + row)
-    k = tl.load(top_k_ptr + row).to(tl.int64) if HAS_TOP_K else tl.full([], 0, tl.int64)
-    p = tl.load(top_p_ptr + row) if HAS_TOP_P else tl.full([], 1.0, tl.float32)
-    uses_k, uses_p = k > 0, p < 1.0
-    if (temperature == 0.0) | ~(uses_k | uses_p):
-        return  # best_kernel has written that all are kept
-
-    counts_ptr = state_ptr + FIELDS
-    masses_ptr = counts_ptr + (BUCKETS if HAS_TOP_K else 0)
-    threshold = tl.load(state_ptr + THRESHOLD).to(tl.int32)
     offs_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits_ptr + row * stride_logits_b + offs_v, mask=offs_v < V, other=-float("inf"))
-    scaled = scaled_logits(x, packed_value(tl.load(state_ptr + BEST)), temperature)
+    maxima = chunk_maxima(maxima_ptr + row * tl.num_programs(1), BLOCK_C)
+    temperature = tl.load(temperature_ptr + row)
+    k = tl.load(top_k_ptr + row).to(tl.int64) if HAS_TOP_K else tl.full([], 0, tl.int64)
+    k = tl.minimum(k, 0x7FFFFFFF).to(tl.int32)
+    p = tl.load(top_p_ptr + row) if HAS_TOP_P else tl.full([], 1.0, tl.float32)
+    is_random = temperature != 0.0
+    uses_k, uses_p = is_random & (k > 0), is_random & (p < 1.0)
+
+    greatest = packed_value(tl.max(maxima, axis=0))
+    scaled = scaled_logits(x, greatest, temperature)
     key = descending_keys(scaled)
     bucket = _bucket(key)
+    counts_ptr = state_ptr + FIELDS
+    masses_ptr = counts_ptr + (BUCKETS if HAS_TOP_K else 0)
+    threshold = tl.full([], LAST_KEY, tl.int32)
     if HAS_TOP_K:
+        if uses_k & (k <= tl.num_programs(1)):
+            # k chunks have a maximum as high as the k-th of these, so k tokens are
+            kth = scaled_logits(_kth_value(maxima, k, BLOCK_C), greatest, temperature)
+            threshold = tl.minimum(threshold, descending_keys(kth))
         one = tl.full([CHUNK], 1, tl.int64)
         is_counted = key <= tl.where(uses_k, threshold, -1)
         tl.atomic_add(counts_ptr + bucket, one, mask=is_counted, sem="relaxed")
@@ -178,26 +202,30 @@ def narrow_kernel(
         tl.atomic_add(masses_ptr + bucket, mass, mask=may_matter, sem="relaxed")
 
     if is_last_program(state_ptr):
-        buckets = tl.arange(0, BUCKETS)
+        buckets = tl.arange(0, BUCKETS)  # .cg: L2, where the other programs' sums are
+        if HAS_TOP_K:
+            counts = tl.load(counts_ptr + buckets, cache_modifier=".cg").to(tl.int32)
+        if HAS_TOP_P:
+            masses = tl.load(masses_ptr + buckets, cache_modifier=".cg")
+            total = tl.load(state_ptr + TOTAL, cache_modifier=".cg")
+
         k_bucket = tl.full([], BUCKETS, tl.int32)  # none: top-k drops nothing
         if HAS_TOP_K:
-            counts = tl.load(counts_ptr + buckets, cache_modifier=".cg")  # L2, where the sums are
             k_bucket, before = _reach(tl.cumsum(counts, axis=0), k)
             k_bucket = tl.where(uses_k, k_bucket, BUCKETS)
-            tl.store(state_ptr + K_LEFT, k - before)
+            tl.store(state_ptr + K_LEFT, (k - before).to(tl.int64))
         drops = k_bucket < BUCKETS
         k_first = tl.where(drops, _first_key(k_bucket), 0)
         k_end = tl.where(drops, tl.minimum(_first_key(k_bucket + 1), threshold + 1), 0)
         decided = tl.where(drops, k_first, LAST_KEY + 1)
         list_end = tl.zeros_like(k_end)
         if HAS_TOP_P:
-            masses = tl.load(masses_ptr + buckets, cache_modifier=".cg")
-            k_mass = tl.sum(tl.where(buckets < k_bucket, masses, 0), axis=0)
-            k_mass = tl.where(uses_k, k_mass, tl.load(state_ptr + TOTAL, cache_modifier=".cg"))
-            most = k_mass + tl.sum(tl.where(buckets == k_bucket, masses, 0), axis=0)
             so_far = tl.cumsum(masses, axis=0)
+            k_mass = tl.max(tl.where(buckets < k_bucket, so_far, 0), axis=0)
+            k_mass = tl.where(uses_k, k_mass, total)
+            most = tl.max(tl.where(buckets <= k_bucket, so_far, 0), axis=0)
             p_bucket, before = _reach(so_far, _share(p, k_mass))
-            last_bucket, _ = _reach(so_far, _share(p, most))
+            last_bucket, _ = _reach(so_far, _share(p, tl.maximum(k_mass, most)))
             p_first = tl.where(uses_p, _first_key(p_bucket), 0)
             p_end = tl.where(uses_p, _first_key(last_bucket + 1), 0)
             decided = tl.where(uses_p, p_first, decided)
@@ -208,9 +236,9 @@ def narrow_kernel(
             tl.store(state_ptr + P_MASS, before)
         if HAS_TOP_K:
             # few enough for the last program alone: the others then need no noise
-            fits = drops & (tl.sum(tl.where(buckets <= k_bucket, counts, 0), axis=0) <= TILE)
-            decided = tl.where(fits, 0, decided)
-            list_end = tl.where(fits, k_end, list_end)
+            few = drops & (tl.sum(tl.where(buckets <= k_bucket, counts, 0), axis=0) <= TILE)
+            decided = tl.where(few, 0, decided)
+            list_end = tl.where(few, k_end, list_end)
             tl.store(state_ptr + K_FIRST, k_first.to(tl.int64))
             tl.store(state_ptr + K_END, k_end.to(tl.int64))
         tl.store(state_ptr + DECIDED, decided.to(tl.int64))
@@ -218,16 +246,14 @@ def narrow_kernel(
 
 
 @triton.jit
-def list_undecided(key, token_ids, list_ptr, state_ptr):
-    """Append the tokens of these keys [N] that narrow_kernel could not decide to the row's list."""
-    first, end = tl.load(state_ptr + DECIDED), tl.load(state_ptr + LIST_END)
-    k_first, k_end = tl.load(state_ptr + K_FIRST), tl.load(state_ptr + K_END)
-    is_listed = (key >= first) & ((key < end) | ((key >= k_first) & (key < k_end)))
-    place = tl.cumsum(is_listed.to(tl.int32), axis=0)
-    count = tl.sum(is_listed.to(tl.int32), axis=0)
+def list_tokens(is_listed, token_ids, list_ptr, state_ptr):
+    """Append tokens [N] to the row's list: a program's in order, programs in any."""
+    is_listed = is_listed.to(tl.int32)
+    count = tl.sum(is_listed, axis=0)
     if count > 0:
-        listed = tl.atomic_add(state_ptr + LISTED, count.to(tl.int64), sem="relaxed")
-        tl.store(list_ptr + listed + place - 1, token_ids, mask=is_listed)
+        begin = tl.atomic_add(state_ptr + LISTED, count.to(tl.int64), sem="relaxed")
+        list_ptr += begin - 1
+        tl.store(list_ptr + tl.cumsum(is_listed, axis=0), token_ids, mask=is_listed != 0)
 
 
 @triton.jit
@@ -248,7 +274,7 @@ def _amount(key, first, last, end, IS_MASS: tl.constexpr):
     amount = tl.where(is_in, _masses(key) if IS_MASS else 1, 0)
     at = tl.where(is_in, key, first)
     after = tl.where((key > last) & (key < end), key, end - 1)
-    return tl.sum(amount.to(tl.int64), axis=0), tl.max(at, axis=0), tl.min(after, axis=0)
+    return tl.sum(amount, axis=0), tl.max(at, axis=0), tl.min(after, axis=0)
 
 
 @triton.jit
@@ -292,23 +318,24 @@ def greatest_listed(
     Keys beyond last_key are not drawn, but count.  Writes the row's final THRESHOLD.
     """
     count = tl.load(state_ptr + LISTED, cache_modifier=".cg").to(tl.int32)
+    k_first = tl.load(state_ptr + K_FIRST).to(tl.int32)
+    k_end = tl.load(state_ptr + K_END).to(tl.int32)
+    k_left = tl.load(state_ptr + K_LEFT)
+    k_mass = tl.load(state_ptr + K_MASS)
+    p_first = tl.load(state_ptr + P_FIRST).to(tl.int32)
+    p_end = tl.load(state_ptr + P_END).to(tl.int32)
+    p_mass = tl.load(state_ptr + P_MASS)
     row = (logits_ptr, list_ptr, count, greatest, temperature)
     token_ids, x, key = _tile(row, 0, TILE)
     threshold = tl.full([], LAST_KEY, tl.int32)
-    k_first = tl.load(state_ptr + K_FIRST).to(tl.int32)
-    k_end = tl.load(state_ptr + K_END).to(tl.int32)
     if HAS_TOP_K:
-        left = tl.load(state_ptr + K_LEFT)
-        kth = _least_key(row, key, k_first, k_end, left, False, TILE)
+        kth = _least_key(row, key, k_first, k_end, k_left.to(tl.int32), False, TILE)
         threshold = tl.where(k_end > 0, kth, threshold)
     if HAS_TOP_P:
-        p_first = tl.load(state_ptr + P_FIRST).to(tl.int32)
-        p_end = tl.load(state_ptr + P_END).to(tl.int32)
-        mass, _, _ = _listed_amount(
-            row, key, k_first, tl.minimum(threshold, k_end - 1), k_end, True, TILE
-        )
-        mass = _share(p, mass + tl.load(state_ptr + K_MASS)) - tl.load(state_ptr + P_MASS)
-        pth = _least_key(row, key, p_first, p_end, mass, True, TILE)
+        k_last = tl.minimum(threshold, k_end - 1)
+        mass, _, _ = _listed_amount(row, key, k_first, k_last, k_end, True, TILE)
+        target = _share(p, k_mass + mass) - p_mass
+        pth = _least_key(row, key, p_first, p_end, target, True, TILE)
         threshold = tl.where(p_end > 0, tl.minimum(threshold, pth), threshold)
     tl.store(state_ptr + THRESHOLD, threshold.to(tl.int64))
 

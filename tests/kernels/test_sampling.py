@@ -287,17 +287,17 @@ def test_launches(monkeypatch):
             launched.append(self.name)
             return self.kernel[grid]
 
-    for name in ("best", "narrow", "draw"):
+    for name in ("maxima", "narrow", "draw"):
         kernel = getattr(sampling, f"{name}_kernel")
         monkeypatch.setattr(sampling, f"{name}_kernel", Counted(kernel, name))
     arguments = batch(97, 1)
     for names, expected in (
-        ((), ["best"]),
+        ((), ["draw"]),
         (("temperature",), ["draw"]),
-        (("temperature", "min_p"), ["best", "draw"]),
-        (("temperature", "top_k"), ["best", "narrow", "draw"]),
-        (("temperature", "top_p"), ["best", "narrow", "draw"]),
-        (("temperature", "top_k", "top_p", "min_p"), ["best", "narrow", "draw"]),
+        (("temperature", "min_p"), ["maxima", "draw"]),
+        (("temperature", "top_k"), ["maxima", "narrow", "draw"]),
+        (("temperature", "top_p"), ["maxima", "narrow", "draw"]),
+        (("temperature", "top_k", "top_p", "min_p"), ["maxima", "narrow", "draw"]),
     ):
         launched.clear()
         sample(**{k: arguments[k] for k in ("logits", "seeds", "positions", *names)})
