@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_index, check_shape, check_tensors, require
+from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.head import embedding
 from gemcut.kernels.norm import MAX_HIDDEN_SIZE, normalised
 from gemcut.kernels.rotary import check_frequencies, store_tables
@@ -41,9 +42,11 @@ def begin_step_kernel(
     ATTENTION_SCALING: tl.constexpr,
     LOCAL_ATTENTION_SCALING: tl.constexpr,
     HALF_DIM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,  # of half a head
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     m = tl.program_id(0).to(tl.int64)
     row = m
     if rows_ptr is not None:
@@ -134,6 +137,6 @@ def begin_step(
             ATTENTION_SCALING=float(attention_scalings[0]),
             LOCAL_ATTENTION_SCALING=float(attention_scalings[-1]),
             HALF_DIM=half, BLOCK_D=block_d, BLOCK_K=triton.next_power_of_2(half),
-            num_warps=min(16, max(1, block_d // 512)),
+            num_warps=min(16, max(1, block_d // 512)), **dependent_launch(device),
         )  # fmt: skip
     return row_positions, residual, y, cos, sin

@@ -30,16 +30,22 @@ from gemcut.kernels.checks import check_index, check_rows, check_shape, check_te
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
 from gemcut.kernels.top_k_top_p import (
-    BEST,
     BUCKETS,
+    DECIDED,
     DRAWN,
     FIELDS,
+    K_END,
+    K_FIRST,
     LAST_KEY,
+    LIST_END,
     MAX_VOCAB_SIZE,
-    THRESHOLD,
+    TILE,
+    chunk_maxima,
     descending_keys,
+    greatest_listed,
     is_last_program,
-    narrow_,
+    list_tokens,
+    narrow_kernel,
     scaled_logits,
 )
 
@@ -72,84 +78,99 @@ def penalize_kernel(
     tl.store(y_ptr + row * stride_y_b + offs_v, y, mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr"])
-def best_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr,  # [B, V], [B], [B]
-    maxima_ptr, state_ptr, ids_ptr,  # [B, chunks], [B, FIELDS + BUCKETS], [B]
+@triton.jit
+def maxima_kernel(
+    logits_ptr, maxima_ptr, state_ptr,  # [B, V], [B, chunks], [B, stride_state_b]
     stride_logits_b, stride_state_b,
-    V, num_chunks,
-    HAS_TOP_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # num_chunks or more
+    V,
     DEPENDENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The maximum and its id; a first threshold for top-k, below which no chunk need look."""
+    """The greatest logit of each chunk and its id, packed; the state becomes zero."""
     wait_for_predecessor(DEPENDENT)
-    row, pid_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offs_v = pid_v * CHUNK + tl.arange(0, CHUNK)
+    row, pid_v, num_chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    offs = tl.arange(0, CHUNK)
+    offs_v = pid_v * CHUNK + offs
     mask = offs_v < V
-    x = tl.load(logits_ptr + row * stride_logits_b + offs_v, mask=mask, other=-float("inf"))
-    best = tl.max(tl.where(mask, packed(x, offs_v), 0), axis=0)
+    x = tl.load(logits_ptr + row * stride_logits_b + offs_v, mask=mask, other=0.0)
+    greatest = tl.max(tl.where(mask, packed(x, offs_v), 0), axis=0)
+    tl.store(maxima_ptr + row * num_chunks + pid_v, greatest)
     state_ptr += row * stride_state_b
-    tl.atomic_max(state_ptr + BEST, best, sem="relaxed")
-    if HAS_TOP_K:
-        maxima_ptr += row * num_chunks
-        tl.store(maxima_ptr + pid_v, tl.max(x, axis=0))
-
-    if is_last_program(state_ptr):
-        best = tl.load(state_ptr + BEST, cache_modifier=".cg")
-        tl.store(ids_ptr + row, packed_id(best))
-        threshold = tl.full([], LAST_KEY, tl.int32)
-        if HAS_TOP_K:
-            # k chunks have a maximum as high as the k-th of these, so k tokens are
-            offs_c = tl.arange(0, BLOCK_C)
-            maxima = tl.load(
-                maxima_ptr + offs_c, mask=offs_c < num_chunks, other=-float("inf"),
-                cache_modifier=".cg",
-            )  # fmt: skip
-            is_kth = offs_c == tl.load(top_k_ptr + row) - 1
-            kth = tl.max(tl.where(is_kth, tl.sort(maxima, descending=True), -float("inf")), axis=0)
-            temperature = tl.load(temperature_ptr + row)
-            temperature = tl.where(temperature == 0.0, 1.0, temperature)
-            kth = scaled_logits(kth, packed_value(best), temperature)
-            threshold = tl.minimum(threshold, descending_keys(kth))
-        tl.store(state_ptr + THRESHOLD, threshold.to(tl.int64))
+    for begin in tl.range(pid_v * CHUNK, stride_state_b, num_chunks * CHUNK, num_stages=1):
+        mask = begin + offs < stride_state_b
+        tl.store(state_ptr + begin + offs, tl.zeros([CHUNK], tl.int64), mask=mask)
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["temperature_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr"]
-)
+    do_not_specialize_on_alignment=[
+        "temperature_ptr", "top_p_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr"
+    ]
+)  # fmt: skip
 def draw_kernel(
-    logits_ptr, temperature_ptr, min_p_ptr,  # [B, V], [B], [B]
-    seeds_ptr, positions_ptr, state_ptr, ids_ptr,  # [B], [B], [B, FIELDS + BUCKETS], [B]
+    logits_ptr, temperature_ptr, top_p_ptr, min_p_ptr,  # [B, V], [B], [B], [B]
+    seeds_ptr, positions_ptr, ids_ptr,  # [B], [B], [B]
+    maxima_ptr, state_ptr, list_ptr,  # [B, chunks], [B, stride_state_b], [B, V]
     stride_logits_b, stride_state_b,
     V,
+    IS_RANDOM: tl.constexpr,
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """The greatest of the logits that are kept, with their noise."""
     wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)
-    if temperature == 0.0:
-        return  # best_kernel has written the id
+    logits_ptr += row * stride_logits_b
     state_ptr += row * stride_state_b
+    IS_NARROWED: tl.constexpr = HAS_TOP_K or HAS_TOP_P
+    if IS_NARROWED:  # loads that wait for nothing come first
+        decided = tl.load(state_ptr + DECIDED).to(tl.int32)
+        list_end = tl.load(state_ptr + LIST_END).to(tl.int32)
+        k_first = tl.load(state_ptr + K_FIRST).to(tl.int32)
+        k_end = tl.load(state_ptr + K_END).to(tl.int32)
+    if IS_RANDOM:
+        temperature = tl.load(temperature_ptr + row)
+        seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
     offs_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = offs_v < V
-    x = tl.load(logits_ptr + row * stride_logits_b + offs_v, mask=mask, other=-float("inf"))
-    scaled = scaled_logits(x, packed_value(tl.load(state_ptr + BEST)), temperature)
-    threshold = tl.load(state_ptr + THRESHOLD).to(tl.int32)
-    mask = mask & (descending_keys(scaled) <= threshold)
-    if HAS_MIN_P:
-        mask = mask & (scaled >= tl.log(tl.load(min_p_ptr + row)))
+    x = tl.load(logits_ptr + offs_v, mask=mask, other=-float("inf"))
 
-    seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
-    noisy = noisy_logits(x, temperature, seed, position, offs_v)
-    drawn = tl.max(tl.where(mask, packed(noisy, offs_v), 0), axis=0)
-    tl.atomic_max(state_ptr + DRAWN, drawn, sem="relaxed")
+    best = tl.full([], 0, tl.int64)
+    last_key = tl.full([], LAST_KEY, tl.int32)
+    if IS_NARROWED or HAS_MIN_P:
+        maxima = chunk_maxima(maxima_ptr + row * tl.num_programs(1), BLOCK_C)
+        best = tl.max(maxima, axis=0)
+        key = descending_keys(scaled_logits(x, packed_value(best), temperature))
+        if HAS_MIN_P:
+            least = tl.minimum(tl.log(tl.load(min_p_ptr + row)), 0.0)
+            last_key = tl.minimum(last_key, descending_keys(least))
+        mask = key <= last_key
+    if IS_NARROWED:
+        mask = mask & (key < decided)
+        is_listed = (key >= decided) & ((key < list_end) | ((key >= k_first) & (key < k_end)))
+        list_ptr += row * V
+        list_tokens(is_listed, offs_v, list_ptr, state_ptr)
+    if tl.max(mask.to(tl.int32), axis=0) > 0:
+        if IS_RANDOM:
+            x = noisy_logits(x, temperature, seed, position, offs_v)
+        drawn = tl.max(tl.where(mask, packed(x, offs_v), 0), axis=0)
+        tl.atomic_max(state_ptr + DRAWN, drawn, sem="relaxed")
+
     if is_last_program(state_ptr):
         drawn = tl.load(state_ptr + DRAWN, cache_modifier=".cg")
-        tl.store(ids_ptr + row, packed_id(drawn), mask=drawn > 0)
+        if IS_NARROWED:
+            p = tl.load(top_p_ptr + row) if HAS_TOP_P else 1.0
+            listed = greatest_listed(
+                logits_ptr, list_ptr, state_ptr,
+                packed_value(best), temperature, p, last_key, seed, position,
+                HAS_TOP_K, HAS_TOP_P, TILE,
+            )  # fmt: skip
+            drawn = tl.maximum(drawn, listed)
+        tl.store(ids_ptr + row, packed_id(tl.where(drawn > 0, drawn, best)))
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -252,34 +273,35 @@ def _choose_(
 ) -> Tensor:
     """Write the ids; return the state of every row (top_k_top_p.py), which holds its threshold."""
     B, V = logits.shape
-    num_chunks = triton.cdiv(V, CHUNK)
-    grid = (B, num_chunks)
+    grid = (B, triton.cdiv(V, CHUNK))
     is_random = temperature is not None
-    has_top_k = is_random and top_k is not None
-    has_top_p = is_random and top_p is not None
-    width = FIELDS.value + (BUCKETS if has_top_k or has_top_p else 0)
-    state = torch.zeros((B, width), device=logits.device, dtype=torch.int64)
-    maxima = torch.empty(grid, device=logits.device, dtype=logits.dtype) if has_top_k else None
+    has_top_k, has_top_p = is_random and top_k is not None, is_random and top_p is not None
+    has_min_p = is_random and min_p is not None
+    device, width = logits.device, FIELDS.value + BUCKETS * (has_top_k + has_top_p)
+    maxima = listed = None
+    shared = {"logits_ptr": logits, "stride_logits_b": logits.stride(0), "stride_state_b": width}
+    shared |= {"V": V, "CHUNK": CHUNK, "num_warps": 8, **dependent_launch(device)}
+    chunks = {"BLOCK_C": triton.next_power_of_2(grid[1])}
 
-    best_kernel[grid](
-        logits_ptr=logits, temperature_ptr=temperature, top_k_ptr=top_k,
-        maxima_ptr=maxima, state_ptr=state, ids_ptr=ids,
-        stride_logits_b=logits.stride(0), stride_state_b=width,
-        V=V, num_chunks=num_chunks,
-        HAS_TOP_K=has_top_k, BLOCK_C=triton.next_power_of_2(num_chunks), CHUNK=CHUNK, num_warps=8,
-        **dependent_launch(logits.device),
-    )  # fmt: skip
-    if temperature is None:
-        return state
-    if top_k is not None:
-        narrow_(state, logits, temperature, top_k, is_mass=False, chunk=CHUNK)
-    if top_p is not None:
-        narrow_(state, logits, temperature, top_p, is_mass=True, chunk=CHUNK)
+    if has_top_k or has_top_p or has_min_p:
+        state = torch.empty((B, width), device=device, dtype=torch.int64)
+        maxima = torch.empty(grid, device=device, dtype=torch.int64)
+        maxima_kernel[grid](maxima_ptr=maxima, state_ptr=state, **shared)
+    else:
+        state = torch.zeros((B, width), device=device, dtype=torch.int64)
+    if has_top_k or has_top_p:
+        listed = torch.empty((B, V), device=device, dtype=torch.int32)
+        narrow_kernel[grid](
+            temperature_ptr=temperature, top_k_ptr=top_k, top_p_ptr=top_p,
+            maxima_ptr=maxima, state_ptr=state,
+            HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p, BUCKETS=BUCKETS, TILE=TILE,
+            **chunks, **shared,
+        )  # fmt: skip
     draw_kernel[grid](
-        logits_ptr=logits, temperature_ptr=temperature, min_p_ptr=min_p,
-        seeds_ptr=seeds, positions_ptr=positions, state_ptr=state, ids_ptr=ids,
-        stride_logits_b=logits.stride(0), stride_state_b=width,
-        V=V, HAS_MIN_P=min_p is not None, CHUNK=CHUNK, num_warps=8,
-        **dependent_launch(logits.device),
+        temperature_ptr=temperature, top_p_ptr=top_p, min_p_ptr=min_p,
+        seeds_ptr=seeds, positions_ptr=positions, ids_ptr=ids,
+        maxima_ptr=maxima, state_ptr=state, list_ptr=listed,
+        IS_RANDOM=is_random, HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p, HAS_MIN_P=has_min_p,
+        TILE=TILE, **chunks, **shared,
     )  # fmt: skip
     return state

@@ -13,7 +13,7 @@ from accuracy import DEVICE, random
 from gemcut.kernels import reference, sampling
 from gemcut.kernels.gumbel import noise_bits
 from gemcut.kernels.sampling import sample
-from gemcut.kernels.top_k_top_p import BUCKETS, THRESHOLD, _first_bucket, _first_key
+from gemcut.kernels.top_k_top_p import BUCKETS, THRESHOLD, _bucket, _first_key
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 LOGITS = {
@@ -278,27 +278,26 @@ def test_a_temperature_so_low_that_logits_overflow():
 def test_launches(monkeypatch):
     """A filter that is None costs no launch, and the state no buckets."""
     launched = []
-    for module, name in ((sampling, "best"), (sampling, "draw"), (sampling.narrow_, "narrow")):
-        space = getattr(module, "__globals__", None) or vars(module)
-        kernel = space[f"{name}_kernel"]
 
-        class Counted:
-            def __init__(self, kernel, name):
-                self.kernel, self.name = kernel, name
+    class Counted:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
 
-            def __getitem__(self, grid):
-                launched.append(self.name)
-                return self.kernel[grid]
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
 
-        monkeypatch.setitem(space, f"{name}_kernel", Counted(kernel, name))
+    for name in ("maxima", "narrow", "draw"):
+        kernel = getattr(sampling, f"{name}_kernel")
+        monkeypatch.setattr(sampling, f"{name}_kernel", Counted(kernel, name))
     arguments = batch(97, 1)
     for names, expected in (
-        ((), ["best"]),
-        (("temperature",), ["best", "draw"]),
-        (("temperature", "min_p"), ["best", "draw"]),
-        (("temperature", "top_k"), ["best", *["narrow"] * 3, "draw"]),
-        (("temperature", "top_p"), ["best", *["narrow"] * 3, "draw"]),
-        (("temperature", "top_k", "top_p", "min_p"), ["best", *["narrow"] * 6, "draw"]),
+        ((), ["draw"]),
+        (("temperature",), ["draw"]),
+        (("temperature", "min_p"), ["maxima", "draw"]),
+        (("temperature", "top_k"), ["maxima", "narrow", "draw"]),
+        (("temperature", "top_p"), ["maxima", "narrow", "draw"]),
+        (("temperature", "top_k", "top_p", "min_p"), ["maxima", "narrow", "draw"]),
     ):
         launched.clear()
         sample(**{k: arguments[k] for k in ("logits", "seeds", "positions", *names)})
@@ -310,7 +309,7 @@ def buckets_kernel(first_ptr, back_ptr, BUCKETS: tl.constexpr):
     buckets = tl.arange(0, BUCKETS)
     first = _first_key(buckets)
     tl.store(first_ptr + buckets, first)
-    tl.store(back_ptr + buckets, _first_bucket(first))
+    tl.store(back_ptr + buckets, _bucket(first))
 
 
 def test_the_buckets_of_the_first_pass_cover_all_keys():
