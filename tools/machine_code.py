@@ -73,8 +73,8 @@ def find_loops(code: Sequence[Instruction], latencies: Mapping[str, int] = LATEN
     """The innermost loops, in the order of the code."""
     spans = []
     for instruction in code:
-        if _target(instruction) < instruction.address:
-            spans.append((_target(instruction), instruction.address))
+        if branch_target(instruction) < instruction.address:
+            spans.append((branch_target(instruction), instruction.address))
     loops = []
     for begin, end in sorted(spans):
         inner = any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
@@ -103,14 +103,14 @@ def _usual(body: Sequence[Instruction]) -> list[Instruction]:
         if instruction.address < resumes:
             continue
         usual.append(instruction)
-        target = _target(instruction)
+        target = branch_target(instruction)
         passed = {i.name for i in body if instruction.address < i.address < target}
         if "STG" in passed and passed.isdisjoint(MULTIPLIES):
             resumes = target
     return usual
 
 
-def _target(instruction: Instruction) -> int:
+def branch_target(instruction: Instruction) -> int:
     """The target of a branch; of another instruction its own address."""
     match = BRANCH.search(instruction.text)
     return int(match[1], 16) if match else instruction.address
@@ -149,6 +149,6 @@ def tail_cycles(
     for instruction in code:
         if instruction.address > begin:
             tail.append(instruction)
-            if instruction.name in LAST or _target(instruction) < instruction.address:
+            if instruction.name in LAST or branch_target(instruction) < instruction.address:
                 break
     return pass_cycles(tail, latencies, passes=1)
