@@ -26,11 +26,11 @@ from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 
 BLOCK_M = 16  # rows of x in a program: the least that tensor cores take
 BLOCK_N = 64  # rows of the weight in a program
-# Columns of a step, of 16 bits, and steps in shared memory, by the programs of a processor that they
-# are for.  60, 40 and 70 KB a program: at most 75, beside which the next kernel's programs find room,
-# and at least 25 of weight on their way to a processor.  The first two were timed on an H200, and
-# the third with a step less; bench/NOTES.md has what others gain.
-PIPELINES = {3: (128, 3), 5: (64, 4), 1: (64, 7)}
+# Columns of a step, of 16 bits, and steps in shared memory, by the programs of a processor that it
+# is for.  60, 50 and 70 KB a program: at most 75, beside which the next kernel's find room, and at
+# least 25 of weight on their way to a processor.  The first was timed on an H200, the others with
+# one step less; bench/NOTES.md has what larger ones gain.
+PIPELINES = {3: (128, 3), 4: (64, 5), 1: (64, 7)}
 # half as much shared memory, or less: 30, 40 and 60 KB
 SMALL_PIPELINES = {3: (64, 3), 2: (64, 4), 1: (64, 6)}
 SMALL_ARCHS = ("sm_80", "sm_89", "sm_120")

@@ -4,9 +4,9 @@
     asynchronous    the loop that multiplies loads by copies to shared memory, never into registers
     16 bytes        and each of them is as wide as a thread can ask for
 
-25 KB on each of 132 processors are 4.67 TB/s at a latency of .72 microseconds; at the 1.04 fitted in
-machine.py it takes 37.  A program's are its steps of shared memory less the one being multiplied; a
-processor is full when shared memory or registers are.
+25 KB on each of 132 processors are 4.67 TB/s at a latency of .72 microseconds; at the 1.04 of
+machine.py, a fitted one, it takes 37.  A program's are its steps of shared memory less the one
+being multiplied; a processor is full when shared memory or registers are.
 """
 
 from collections.abc import Mapping, Sequence
