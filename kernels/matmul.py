@@ -34,6 +34,9 @@ from gemcut.kernels.skinny_product import (
 )
 from gemcut.kernels.tiles import tuned
 
+PROGRAMS = 3  # of a processor: they fill its shared memory, and no processor gets more than others
+LEAST_COLUMNS = 128  # of a part
+
 
 @triton.jit(do_not_specialize=["M"])
 def skinny_linear_kernel(
@@ -69,15 +72,20 @@ def skinny_linear_kernel(
 
 
 def _tile(weight: Tensor, x: Tensor) -> dict[str, int]:
-    """With the most parts that leave two programs to each processor."""
+    """With the most equal parts of whole steps that leave PROGRAMS to each processor."""
     N, D = weight.shape
     block_n = rows_of_weight(x)
     blocks = triton.cdiv(N, block_n)
-    steps = triton.cdiv(D, pipeline(x, blocks)["BLOCK_D"])
     processors = PROCESSORS.get(arch_of(x.device), 0)  # 0: the interpreter's programs take turns
-    splits = max(1, min(steps, 2 * processors // blocks))
-    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # as many as equal ones need
-    rule = {"BLOCK_N": block_n, "SPLITS": splits, **pipeline(x, blocks * splits)}
+    most = max(1, min(PROGRAMS * processors // blocks, D // LEAST_COLUMNS))
+
+    def splits(tile: dict[str, int]) -> int:
+        steps = triton.cdiv(D, tile["BLOCK_D"])
+        return triton.cdiv(steps, triton.cdiv(steps, most))
+
+    # a program alone has shorter steps, of which more equal parts can be made
+    tile = max(pipeline(x, blocks * most), pipeline(x, 1), key=splits)
+    rule = {"BLOCK_N": block_n, "SPLITS": splits(tile), **tile}
     return rule | tuned("skinny_linear", x, N, D)
 
 

@@ -23,6 +23,7 @@ from gemcut.kernels.dependent_launch import (
     prefetch_and_wait,
     prefetched_bytes,
 )
+from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
 from gemcut.kernels.rotary import check_head_norms, rope_and_store_
 from gemcut.kernels.skinny_product import (
@@ -107,9 +108,18 @@ def linear_rope_and_store_kernel(
 
 
 def _tile(num_heads: int, K: int, x: Tensor) -> dict[str, int]:
+    """BLOCK_I pairs: 64 rows of the weight, or 32 where those are too few for all processors.
+
+    Half as many rows of twice as many columns are as many bytes on their way, to twice as many
+    processors; a warpgroup instruction takes no fewer than 64 rows, so these are tensor core
+    instructions of a warp.
+    """
     half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
     block_i = min(rows_of_weight(x, BLOCK_N // 2), half)
-    rule = {"BLOCK_I": block_i, **pipeline(x, num_heads * triton.cdiv(K // 2, block_i))}
+    blocks = num_heads * triton.cdiv(K // 2, block_i)
+    rule = {"BLOCK_I": block_i, **pipeline(x, blocks)}
+    if block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0):
+        rule |= {"BLOCK_I": block_i // 2, "BLOCK_D": 2 * rule["BLOCK_D"], "num_stages": 6}
     return rule | tuned("linear_rope_and_store", x, num_heads * K, x.shape[1], K)
 
 

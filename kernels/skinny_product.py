@@ -26,12 +26,14 @@ from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 
 BLOCK_M = 16  # rows of x in a program: the least that tensor cores take
 BLOCK_N = 64  # rows of the weight in a program
-MOST_PROGRAMS = 3  # that share a processor
-# Steps of the weight on their way in each of so many programs of a processor.  With the steps of
-# `pipeline`, 20 KB each, they fill 180, 160 and 120 of the 227 KB of an H200.  Only 3, 4 and 6 were
-# timed on one, on the products of gemma-2-2b, gemma-2-9b and vaultgemma-1b.
-STAGES = {3: 3, 2: 4, 1: 6}
-SMALL_ARCHS = ("sm_80", "sm_89", "sm_120")  # half as much shared memory, or less
+# Columns of a step, of 16 bits, and steps in shared memory, by the programs of a processor that it
+# is for.  60, 50 and 70 KB a program: at most 75, beside which the next kernel's find room, and at
+# least 25 of weight on their way to a processor.  The first was timed on an H200, the others with
+# one step less; bench/NOTES.md has what larger ones gain.
+PIPELINES = {3: (128, 3), 4: (64, 5), 1: (64, 7)}
+# half as much shared memory, or less: 30, 40 and 60 KB
+SMALL_PIPELINES = {3: (64, 3), 2: (64, 4), 1: (64, 6)}
+SMALL_ARCHS = ("sm_80", "sm_89", "sm_120")
 
 
 @triton.jit
@@ -89,8 +91,8 @@ def halves(acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
 def pipeline(x: Tensor, blocks: int) -> dict[str, int]:
     """How `blocks` programs stream a weight: columns of a step, steps on their way, warps.
 
-    As many programs share a processor as leave the fewest of them idle while the last ones run.  Of
-    many waves the last one counts for little, and programs hide each other's beginnings.
+    As many programs share a processor as leave the fewest of them idle while the last ones run, but
+    of many waves the last one counts for little.  A program alone on its processor has more steps.
     """
     # a size may be a SymInt under torch.compile, which no cache can hold
     return dict(_pipeline(arch_of(x.device), x.itemsize, int(blocks)))
@@ -100,15 +102,17 @@ def pipeline(x: Tensor, blocks: int) -> dict[str, int]:
 def _pipeline(name: str, itemsize: int, blocks: int) -> dict[str, int]:
     if name == "interpreter":
         return {"BLOCK_D": 256, "num_warps": 4, "num_stages": 1}
-    block_d = (64 if name in SMALL_ARCHS else 128) * 2 // itemsize
+    pipelines = SMALL_PIPELINES if name in SMALL_ARCHS else PIPELINES
 
     def idle(programs: int) -> float:
         slots = programs * PROCESSORS[name]
         waves = -(-blocks // slots)
-        return 0.0 if waves > 4 else 1 - blocks / (waves * slots)
+        return 0.0 if waves > 4 else round(1 - blocks / (waves * slots), 3)
 
-    together = min(range(MOST_PROGRAMS, 0, -1), key=lambda n: round(idle(n), 3))
-    return {"BLOCK_D": block_d, "num_warps": 4, "num_stages": STAGES[together]}
+    alone = blocks <= PROCESSORS[name]
+    together = 1 if alone else min((n for n in pipelines if n > 1), key=idle)
+    columns, stages = pipelines[together]
+    return {"BLOCK_D": columns * 2 // itemsize, "num_warps": 4, "num_stages": stages}
 
 
 def rows_of_weight(x: Tensor, rows: int = BLOCK_N) -> int:

@@ -12,6 +12,8 @@ Exits with 1 where a rule is broken:
     shared memory       within what one block may have on that arch
     tensor cores        in whatever multiplies matrices; HGMMA in prefill attention on sm_90
     wide loads          16 bytes at a time in whatever memory bounds
+    chain on sm_90      at most 75 KB of shared memory in whatever a decode step launches
+    weights             enough of them in flight, asynchronous and 16 bytes wide (weight_stream.py)
     64-bit addresses    no 32-bit product of two values that are not known at compile time
     dependent launch    every kernel of a decode step, where the arch can (launch_wait.py)
 """
@@ -45,6 +47,8 @@ from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools.launch_wait import wait_problems
 from gemcut.tools.launches import CAPABILITY, Launch, launches
 from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
+from gemcut.tools.weight_stream import ARCHS as STREAMING
+from gemcut.tools.weight_stream import stream_problems
 
 MODELS: tuple[str, ...] = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 MODELS += ("vaultgemma-1b", "gemma-3-1b")
@@ -53,6 +57,7 @@ QUICK = {"models": ["gemma-2-2b"], "archs": ["sm_90"]}
 SMALL = {"rope_tables_kernel", "advance_kernel"}
 PREFILL = {"attention_prefill_kernel", "geglu_kernel"}  # launched in no decode step
 PLAIN = "a plain launch, where the arch has dependent ones"
+CHAIN = 75 * 1024  # bytes of shared memory in a decode step on sm_90: three programs fit
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a cached result
 COUNTED = {
@@ -78,6 +83,7 @@ class Cell:
     narrow_products: list[str] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)  # what is wrong with its wait
+    stream: list[str] = field(default_factory=list)  # what is wrong with a product's stream
     tail_cycles: int = 0  # to the end from the loop that multiplies, or else loads
     seconds: float = 0.0
     error: str | None = None
@@ -91,6 +97,9 @@ class Cell:
             yield f"spills {self.spill_bytes} bytes of registers"
         if self.shared_bytes > SHARED_MEMORY[self.arch]:
             yield f"{self.shared_bytes} bytes of shared memory > {SHARED_MEMORY[self.arch]}"
+        elif self.arch == "sm_90" and self.kernel not in PREFILL and self.shared_bytes > CHAIN:
+            yield f"{self.shared_bytes} bytes of shared memory in a decode step > {CHAIN}"
+        yield from self.stream
         if self.multiplies and not self.instructions["tensor_core"]:
             yield "no tensor cores"
         warpgroup = self.kernel == "attention_prefill_kernel" and self.arch == "sm_90"
@@ -129,6 +138,9 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     if launch.arch in ARCHS and launch.kernel not in PREFILL:
         is_dependent = dict(launch.options).get("launch_pdl", False)
         cell.waits = wait_problems(instructions) if is_dependent else [PLAIN]
+    if launch.arch in STREAMING and launch.kernel not in PREFILL:
+        used = cell.shared_bytes, cell.registers
+        cell.stream = stream_problems(cell.tile, *used, instructions)
     if launch.arch == "sm_90":  # whose control bits machine_code.py reads
         cell.loops = find_loops(instructions)
         main = [loop.end for loop in cell.loops if loop.multiplies]

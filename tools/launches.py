@@ -67,6 +67,8 @@ class Made:
     numbers: tuple[tuple[str, int], ...] = ()  # by argument, those of constants included
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()  # of tensors, by argument
     item_bytes: tuple[tuple[str, int], ...] = ()  # of their elements
+    is_dependent: bool = False  # it begins while the launch before it still runs
+    before: int = 0  # programs of the product before it, if that may still run
 
 
 def launches(

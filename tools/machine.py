@@ -61,6 +61,10 @@ class Machine:
     warps: int = 64  # of a processor
     issue: float = 0.85  # instructions a cycle, of a scheduler at most
     launch_gap_us: float = 0.45  # between the end of a launch and the start of the next, in a graph
+    hidden_us: float = 0.48  # of gap and start, where a launch is dependent
+    # a dependent product takes so much longer where it leaves places free, by their number over
+    # that of its programs: these pile up where the kernel before ends first
+    crowding: float = 0.44
     start_us: float = 0.24  # from a launch's start to a program's first instruction
     fill_us: float = 1.04  # a latency of memory: until the first load has come
     memory_us: float = 1.04  # the same under load, which the steps in flight must cover

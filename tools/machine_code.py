@@ -4,10 +4,10 @@ Every instruction of sm_90 carries what the compiler decided about its issue: cy
 scoreboards that it sets when its result is there, and those that it waits for.  So the time of one
 warp alone follows from the code, where each scoreboard is set after a latency of machine.py.
 
-A loop is a branch back; of nested ones the innermost counts.  What a pass of attention does only at
-the end of a split, storing sums after a branch, is left out of it.  Control bits (128-bit
-encoding, from bit 105): 4 of stall, 1 of yield, 3 + 3 of scoreboards set after a result and after
-the operands are read (7: none), 6 of those waited for.
+A loop is a branch back; of nested ones the innermost counts.  What a pass does only now and then,
+after a branch, is counted apart: attention stores sums at the end of a split, the head compares the
+logits of a block.  Control bits (128-bit encoding, from bit 105): 4 of stall, 1 of yield, 3 + 3 of
+scoreboards set after a result and after the operands are read (7: none), 6 of those waited for.
 """
 
 import re
@@ -22,6 +22,8 @@ BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?0x([0-9a-f]+)")
 PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 MULTIPLIES = ("HMMA", "HGMMA")
 LAST = ("EXIT", "ATOM", "ATOMG", "RED")  # with which a program ends, or counts itself
+LOADS = {"LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
+LONG = 100  # instructions after a branch: what takes so many is not done in every pass
 SHORTEST = 8  # instructions of a loop: fewer spin on something
 READ_CYCLES = 12  # until operands are read, where a scoreboard tells
 OTHER_LATENCY = 30  # of an instruction with a scoreboard that machine.py does not name
@@ -52,6 +54,7 @@ class Loop:
     instructions: int
     multiplies: bool  # by tensor cores
     loads: bool  # from global memory
+    rare_cycles: int = 0  # of what few passes do, after a branch
 
 
 def parse(sass: str) -> list[Instruction]:
@@ -73,15 +76,15 @@ def find_loops(code: Sequence[Instruction], latencies: Mapping[str, int] = LATEN
     """The innermost loops, in the order of the code."""
     spans = []
     for instruction in code:
-        if _target(instruction) < instruction.address:
-            spans.append((_target(instruction), instruction.address))
+        if branch_target(instruction) < instruction.address:
+            spans.append((branch_target(instruction), instruction.address))
     loops = []
     for begin, end in sorted(spans):
         inner = any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
         body = [i for i in code if begin <= i.address <= end]
         if inner or len(body) < SHORTEST:
             continue
-        body = _usual(body)
+        body, rare = _usual(body)
         names = {i.name for i in body}
         loops.append(
             Loop(
@@ -90,27 +93,33 @@ def find_loops(code: Sequence[Instruction], latencies: Mapping[str, int] = LATEN
                 pass_cycles(body, latencies),
                 len(body),
                 multiplies=not names.isdisjoint(MULTIPLIES),
-                loads=not names.isdisjoint(("LDG", "LDGSTS", "UTMALDG", "UBLKCP")),
+                loads=not names.isdisjoint(LOADS),
+                rare_cycles=pass_cycles(rare, latencies, passes=1),
             )
         )
     return loops
 
 
-def _usual(body: Sequence[Instruction]) -> list[Instruction]:
-    """A loop's body without code that a branch skips and that stores but does not multiply."""
-    usual, resumes = [], 0
+def _usual(body: Sequence[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
+    """What every pass of a loop does, and what a branch skips on most of them.
+
+    That is code without a product that stores, or is long and loads nothing.
+    """
+    usual, rare, resumes = [], [], 0
     for instruction in body:
         if instruction.address < resumes:
+            rare.append(instruction)
             continue
         usual.append(instruction)
-        target = _target(instruction)
-        passed = {i.name for i in body if instruction.address < i.address < target}
-        if "STG" in passed and passed.isdisjoint(MULTIPLIES):
+        target = branch_target(instruction)
+        skipped = [i.name for i in body if instruction.address < i.address < target]
+        is_long = len(skipped) >= LONG and LOADS.isdisjoint(skipped)
+        if ("STG" in skipped or is_long) and not set(MULTIPLIES) & set(skipped):
             resumes = target
-    return usual
+    return usual, rare
 
 
-def _target(instruction: Instruction) -> int:
+def branch_target(instruction: Instruction) -> int:
     """The target of a branch; of another instruction its own address."""
     match = BRANCH.search(instruction.text)
     return int(match[1], 16) if match else instruction.address
@@ -149,6 +158,6 @@ def tail_cycles(
     for instruction in code:
         if instruction.address > begin:
             tail.append(instruction)
-            if instruction.name in LAST or _target(instruction) < instruction.address:
+            if instruction.name in LAST or branch_target(instruction) < instruction.address:
                 break
     return pass_cycles(tail, latencies, passes=1)

@@ -50,8 +50,8 @@ def print_step(step: PredictedStep, machine: Machine) -> None:
         for line in lines
     ]
     launches = sum(line.launches for line in lines)
-    gaps = launches * machine.launch_gap_us
-    rows.append(["gaps", str(launches), f"{machine.launch_gap_us:.2f}", f"{gaps:.1f}"])
+    gaps = step.gaps_us(machine)
+    rows.append(["gaps", str(launches), f"{gaps / launches:.2f}", f"{gaps:.1f}"])
     rows[-1] += [f"{gaps / step_us:.1%}", ""]
     print(f"\n{step.model}, batch {step.batch}, context {step.context}, predicted")
     print_table(["", "launches", "us each", "us a step", "of the step", "of bandwidth"], rows)

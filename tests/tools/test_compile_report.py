@@ -72,10 +72,16 @@ def test_a_tile_that_spills_is_reported():
         ({"instructions": {"tensor_core": 8, "hgmma": 8, "wide_loads": 0}}, "no 16-byte loads"),
         ({"narrow_products": ["%a * %b"]}, "a 32-bit product: %a * %b"),
         ({"waits": ["2 waits for the kernel before"]}, "2 waits for the kernel before"),
+        (
+            {"kernel": "attention_decode_kernel", "shared_bytes": 76_801},
+            "76801 bytes of shared memory in a decode step > 76800",
+        ),
+        ({"stream": ["copies of less than 16 bytes"]}, "copies of less than 16 bytes"),
         ({"error": "CompilationError: no"}, "CompilationError: no"),
         (
             {
                 "kernel": "lm_head_kernel",
+                "shared_bytes": 76_800,
                 "instructions": {"tensor_core": 0, "hgmma": 0, "wide_loads": 8},
             },
             "no tensor cores",

@@ -9,7 +9,14 @@ from predicted import attention, cell, combined, loop, made, product
 from gemcut.kernels.kv_splits import count_splits
 from gemcut.tools.launches import Made
 from gemcut.tools.machine import H200
-from gemcut.tools.prediction.launch_time import cuts, launch_us, longest_run, memory_bytes, seen
+from gemcut.tools.prediction.launch_time import (
+    MOST_CROWDED,
+    cuts,
+    launch_us,
+    longest_run,
+    memory_bytes,
+    seen,
+)
 
 MAIN = loop(2000, 1000, multiplies=True)
 
@@ -25,15 +32,41 @@ def test_launches_without_a_product_take_constants():
     assert us(penalize) == pytest.approx(H200.other_us + 16 * 256_000 * 2 / H200.bandwidth * 1e6)
 
 
-def test_a_norm_reads_the_partial_sums_of_its_row():
-    """Sixteen rows are sixteen programs, on a processor each."""
-    for rows in (1, 16):
-        alone, of_eight = (
-            us(made("add_rmsnorm_kernel", (rows,), {"x_ptr": (parts, rows, 2304)}, SPLITS=parts))
-            for parts in (1, 8)
-        )
-        assert alone == H200.small_us["add_rmsnorm_kernel"]
-        assert of_eight == pytest.approx(alone + 1e6 * 7 * 2304 * 2 / H200.processor_bandwidth)
+def test_partial_sums_take_no_time_of_their_own():
+    """A chain's norm of 8 took no longer than a step's of one."""
+    for parts in (1, 8):
+        norm = made("add_rmsnorm_kernel", (1,), {"x_ptr": (parts, 1, 2304)}, SPLITS=parts)
+        assert us(norm) == H200.small_us["add_rmsnorm_kernel"]
+
+
+def test_a_dependent_product_crowds_where_places_are_free():
+    """Four of its programs fit a processor: 528 places."""
+    plain = product("linear_geglu_kernel", 400 * 64, 2304)
+    dependent = replace(plain, is_dependent=True, before=288)
+    crowded = 1 + H200.crowding * (528 / 400 - 1)
+    assert us(dependent, MAIN) == pytest.approx(us(plain, MAIN) * crowded)
+    # all find a place beside what runs; all places are needed
+    assert us(replace(dependent, before=100), MAIN) == us(plain, MAIN)
+    full = product("linear_geglu_kernel", 528 * 64, 2304)
+    assert us(replace(full, is_dependent=True, before=396), MAIN) == us(full, MAIN)
+    few = replace(product("linear_geglu_kernel", 64, 2304), is_dependent=True, before=528)
+    assert us(few, MAIN) == us(replace(few, is_dependent=False), MAIN) * (
+        1 + H200.crowding * MOST_CROWDED
+    )
+
+
+def test_a_program_walks_over_blocks_of_rows():
+    """As many bytes in one run; what is rare is done once a block."""
+    head = product("lm_head_argmax_kernel", 264 * 16 * 64, 2304)
+    walking = product("lm_head_argmax_kernel", 264 * 16 * 64, 2304, blocks=16)
+    walking = replace(walking, grid=(1, 264))
+    ideal = 1e6 * memory_bytes(head, 1) / H200.bandwidth
+    assert ideal < us(walking, loop(0, 300, multiplies=True)) < 1.1 * ideal
+    slow = loop(0, 5000, multiplies=True)
+    comparing = replace(slow, rare_cycles=4000)
+    ends = H200.start_us + H200.fill_us + H200.end_us + H200.us(500)
+    cycles = 16 * (18 * 5000 + 4000)
+    assert us(walking, comparing) == pytest.approx(ends + H200.us(cycles), rel=1e-3)
 
 
 def test_a_large_product_takes_its_bytes_over_the_bandwidth():

@@ -93,4 +93,23 @@ def test_what_a_pass_stores_after_a_branch_is_left_out():
     (stores,) = find_loops(parse(loop("STG.E [R2.64], R5")), LATENCIES)
     (loads,) = find_loops(parse(loop("LDS R4, [R2]")), LATENCIES)
     assert (stores.cycles, stores.instructions) == (5 + 8 + 5, 10)
+    assert (stores.rare_cycles, loads.rare_cycles) == (6 * 7, 0)
     assert (loads.cycles, loads.instructions) == (5 + 6 * 7 + 8 + 5, 16)
+
+
+def test_long_code_after_a_branch_is_rare():
+    """The head compares the logits of a block once in many steps; what loads is no such code."""
+
+    def loop(count: int, first: str = "NOP") -> str:
+        end = 0x20 + 16 * count
+        lines = [line(0x10, f"@P0 BRA 0x{end:x}", 5), line(0x20, first, 2)]
+        lines += [line(0x30 + 16 * i, "FADD R5, R4, R5", 2) for i in range(count - 1)]
+        lines += [line(end + 16 * i, "HMMA.16816.F32.BF16 R12, R4, R6, R12", 1) for i in range(8)]
+        return "\n".join([*lines, line(end + 0x80, "@P1 BRA 0x10", 5)])
+
+    (long,) = find_loops(parse(loop(120)), LATENCIES)
+    assert (long.cycles, long.rare_cycles) == (5 + 8 + 5, 240)
+    for code in (loop(40), loop(120, "LDG.E R4, [R2.64]")):
+        (other,) = find_loops(parse(code), LATENCIES)
+        assert other.rare_cycles == 0
+        assert other.cycles > 5 + 8 + 5

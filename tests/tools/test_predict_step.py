@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools import predict_step
+from gemcut.tools.launches import Made
 from gemcut.tools.machine import H200
-from gemcut.tools.prediction.predicted_step import PredictedStep
+from gemcut.tools.prediction.predicted_step import PredictedStep, in_turn
 
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 LAUNCHES = """
@@ -92,6 +94,26 @@ def test_the_table_adds_up(step, capsys):
         assert line.kernel in printed
         assert line.share is None or 0 < line.share <= 1
     assert f"a step takes {step.step_us(H200):.0f} us" in printed
+
+
+def test_a_dependent_launch_hides_its_beginning(step):
+    """But not one that follows a launch of torch's own."""
+
+    def launched(one: Made, pdl: bool) -> Made:
+        assert one.launch is not None
+        return replace(one, launch=replace(one.launch, options=(("launch_pdl", pdl),)))
+
+    torchs, qkv, up, keys, *_ = step.counts
+    first, second, third, plain, last = in_turn(
+        [torchs, launched(qkv, True), launched(keys, True), launched(up, False), torchs]
+    )[1:] + in_turn([launched(up, True)])
+    assert not first.is_dependent
+    assert (second.is_dependent, second.before) == (True, 64)
+    assert [one.is_dependent for one in (third, plain, last)] == [False, False, False]
+    counts = {replace(one, is_dependent=one is qkv): n for one, n in step.counts.items()}
+    hiding = replace(step, counts=counts)
+    hidden = step.counts[qkv] * H200.hidden_us
+    assert hiding.step_us(H200) == pytest.approx(step.step_us(H200) - hidden)
 
 
 def test_markdown_leaves_room_for_what_is_measured(step, capsys):

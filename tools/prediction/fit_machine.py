@@ -190,7 +190,9 @@ def _taken(pairs: Sequence[Pair], machine: Machine) -> Machine:
     for profile, step in pairs:
         if profile.model == PRODUCTS:
             continue
-        gaps.append((sum(n for n, _ in profile.kernels.values()), profile.gaps_us))
+        hidden = sum(count for count, made in step.made() if made.is_dependent)
+        us = profile.gaps_us + hidden * machine.hidden_us
+        gaps.append((sum(n for n, _ in profile.kernels.values()), us))
         by_name = {made.name: made for _, made in step.made()}
         for name, (count, us) in profile.kernels.items():
             made = by_name.get(name)

@@ -5,7 +5,8 @@
     attention     has keys and a step of BLOCK_N: its tiles follow one another, at the pace of the
                   loop or of the memory
     its sum       has splits and a step of BLOCK_S: passes over them, one after the other
-    others        take a constant, and the time of reading their logits or partial sums
+    others        take a constant, and the time of reading their logits; partial sums took none that
+                  was measured
 
 The name of a product plays no part, so a new one is predicted as soon as it is launched.
 """
@@ -21,6 +22,8 @@ from gemcut.tools.machine import H200, Machine
 from gemcut.tools.machine_code import Loop
 from gemcut.tools.prediction.bandwidth_model import Stream, stream_us
 
+MOST_CROWDED = 0.83  # places left free, by programs: more were not timed
+
 
 def launch_us(made: Made, cell: Cell | None, context: int, machine: Machine = H200) -> float:
     """Microseconds from the launch's start to its end, where rows see `context` keys at most."""
@@ -29,14 +32,14 @@ def launch_us(made: Made, cell: Cell | None, context: int, machine: Machine = H2
     facts = facts_of(made)
     main = main_loop(cell)
     if cell is not None and main is not None and {"w_ptr.1", "BLOCK_D"} <= facts.keys():
-        return product_us(facts, made.grid, cell, main, machine)
+        us = product_us(facts, made.grid, cell, main, machine)
+        return us * (1 + machine.crowding * crowded(made, cell, machine))
     if cell is not None and main is not None and "BLOCK_N" in facts:
         return attention_us(facts, made.grid, cell, main, context, machine)
     if cell is not None and cell.loops and "BLOCK_S" in facts:
         return combine_us(facts, made.grid, cell, context, machine)
     us = machine.small_us.get(made.name, machine.other_us)
-    us += 1e6 * memory_bytes(made, context) / machine.bandwidth
-    return us + 1e6 * partial_bytes(facts, made.grid) / machine.processor_bandwidth
+    return us + 1e6 * memory_bytes(made, context) / machine.bandwidth
 
 
 def facts_of(made: Made) -> dict[str, int]:
@@ -67,28 +70,34 @@ def memory_bytes(made: Made, context: int) -> float:
     return 0.0
 
 
-def partial_bytes(facts: dict[str, int], grid: Sequence[int]) -> float:
-    """Partial sums beyond the first that each program reads, where a product was cut into parts."""
-    name = "qkv_ptr" if "qkv_ptr.2" in facts else "x_ptr"
-    if facts.get("SPLITS", 1) == 1 or f"{name}.2" not in facts:
-        return 0.0
-    elements = facts[f"{name}.1"] * facts[f"{name}.2"] * (facts["SPLITS"] - 1)
-    return elements * facts[f"{name}.bytes"] / math.prod(grid)
-
-
 def occupancy(facts: dict[str, int], cell: Cell, machine: Machine) -> int:
     """How many programs a processor holds."""
     return machine.programs_at_once(cell.shared_bytes, cell.registers, facts.get("num_warps", 4))
 
 
+def crowded(made: Made, cell: Cell, machine: Machine) -> float:
+    """Places that a dependent product leaves free, by its programs; 0 where these spread evenly.
+
+    They do where they need every place, and where all find one beside the product before.
+    """
+    programs = math.prod(made.grid)
+    places = machine.processors * occupancy(facts_of(made), cell, machine)
+    uneven = made.is_dependent and programs < places < programs + made.before
+    return min(places / programs - 1, MOST_CROWDED) if uneven else 0.0
+
+
 def product_us(
     facts: dict[str, int], grid: Sequence[int], cell: Cell, main: Loop, machine: Machine
 ) -> float:
-    """A product with a matrix, which its programs cut into equal shares."""
+    """A product with a matrix, which its programs cut into equal shares.
+
+    A program may walk over several `blocks` of rows in one loop, and end each in a rare pass.
+    """
     N, D, size = facts["w_ptr.0"], facts["w_ptr.1"], facts["w_ptr.bytes"]
     rows, block_m, block_d = facts.get("M", 1), facts.get("BLOCK_M", 16), facts["BLOCK_D"]
     programs, groups = math.prod(grid), math.ceil(rows / block_m)
-    steps = math.ceil(min(facts.get("split_d", D), D) / block_d)
+    columns = math.ceil(min(facts.get("split_d", D), D) / block_d)
+    steps = columns * facts.get("blocks", 1)
     weight_bytes = N * D * size * groups / programs / steps  # of a step
     end_us = machine.us(cell.tail_cycles)
     if "counters_ptr.0" in facts:  # by which each program counts itself
@@ -97,7 +106,7 @@ def product_us(
         programs=programs,
         steps=steps,
         step_bytes=weight_bytes / groups,  # a further group of rows reads it from L2
-        cycles=main.cycles,
+        cycles=main.cycles + main.rare_cycles / columns,
         instructions=main.instructions,
         num_warps=facts.get("num_warps", 4),
         stages=facts.get("num_stages", 2),

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -62,11 +62,16 @@ class PredictedStep:
             lines.append(Line(_label(made), count, us, share))
         return lines
 
+    def gaps_us(self, machine: Machine) -> float:
+        """Microseconds before all launches; a dependent one begins before its turn."""
+        hidden = sum(count for count, made in self.made() if made.is_dependent)
+        launches = sum(self.counts.values())
+        return launches * machine.launch_gap_us - hidden * machine.hidden_us
+
     def step_us(self, machine: Machine) -> float:
-        """Microseconds of the step, a gap before each launch included."""
-        return sum(
-            count * (self.us(made, machine) + machine.launch_gap_us) for count, made in self.made()
-        )
+        """Microseconds of the step, gaps between launches included."""
+        us = sum(count * self.us(made, machine) for count, made in self.made())
+        return us + self.gaps_us(machine)
 
     @property
     def step_bytes(self) -> int:
@@ -97,13 +102,30 @@ def predict_steps(
     """Steps of (model, batch, context), each launch compiled once."""
     steps = []
     for model, batch, context in wanted:
-        made = step_launches(PUBLISHED[model], arch, batch=batch, context=context)
+        made = in_turn(step_launches(PUBLISHED[model], arch, batch=batch, context=context))
         steps.append((model, batch, context, dict(Counter(made))))
     cells = compile_all((made for *_, counts in steps for made in counts), jobs)
     return [
         PredictedStep(model, batch, context, counts, cells)
         for model, batch, context, counts in steps
     ]
+
+
+def in_turn(made: Iterable[Made]) -> list[Made]:
+    """Launches in their order, each with what it knows of those before it.
+
+    One that follows a launch of torch's own begins when that has ended, however it is launched.
+    """
+    found, after_torch, before = [], True, 0
+    for one in made:
+        asked = one.launch is not None and dict(one.launch.options).get("launch_pdl", False)
+        is_dependent = bool(asked) and not after_torch
+        before = before if is_dependent else 0
+        found.append(replace(one, is_dependent=is_dependent, before=before))
+        after_torch = one.launch is None
+        if "w_ptr.1" in facts_of(one):
+            before = math.prod(one.grid)
+    return found
 
 
 def compile_all(made: Iterable[Made], jobs: int) -> Cells:
