@@ -65,6 +65,15 @@ class KVCache:
         # scratch in which the programs of one launch count themselves; zero between launches
         self.counters = torch.zeros(count_counters(num_slots), device=device, dtype=torch.int32)
 
+    def clear(self, slot: int) -> None:
+        """Zero a slot: a step with drafts looks at values that no token has written yet.
+
+        It multiplies them by 0, which does not hide a NaN.
+        """
+        for layer in self.layers:
+            layer.k[slot].zero_()
+            layer.v[slot].zero_()
+
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another, as far as the source has them.
 
