@@ -5,7 +5,7 @@ On GPUs that have it, every kernel of a decode step is launched so (launch_pdl=T
     gdc_launch_dependents    the next kernel may begin as soon as all programs have said this: its
                              programs take the places that this one leaves free
     prefetch                 L2 is asked for the first bytes of the program's own rows of a weight
-    gdc_wait                 until the kernel before has ended and all that it wrote can be read
+    gdc_wait                 it waits until the kernel before has ended, with all its writes
 
 and only then loads, stores or returns.  So a kernel has ended only when the one before it had, and
 the one before that: completion is transitive, each kernel finds the memory that a plain launch
@@ -20,13 +20,19 @@ leave, many on one processor and none on the next; after its end they spread eve
 Torch's own launches among them are plain.  A plain kernel begins when everything before it in the
 stream has ended, and never says gdc_launch_dependents: what follows it waits for its end.
 
-It saves the gap between launches, and costs the even spread of programs over processors: those of
-the next kernel take what places there are.  On an H200 a chain of norm, geglu and down took, at
-equal tile, .98 and .94 of the time of plain launches (vaultgemma-1b), .97 and .98 (gemma-2-9b), .96
-and 1.08 (gemma-2-2b, 4 and 3 stages).  256 prefetched bytes of a row gained 3 % at the best tile of
-vaultgemma-1b, whose weights of a layer fit L2, and cost 1 to 2 % in the larger ones.
-bench/results/nvidia-h200/visit-prototypes.json holds all of these; there the products were
-prototypes.
+It saves gaps between launches, and costs the even spread of programs over processors: those of the
+next kernel take what places there are.  Prototypes of norm, geglu and down in a chain, on an H200
+(bench/results/nvidia-h200/visit-prototypes.json), the time by dependent launches to that by plain
+ones at equal tile, and of 256 bytes of each row prefetched to none:
+
+    64 rows x           128 columns, 4 stages    128, 3         64, 4     prefetch at 128, 4 and 3
+    vaultgemma-1b        .98                      .94           1.08      1.01   .97
+    gemma-2-2b           .96                     1.08           1.05      1.03  1.01
+    gemma-2-9b           .97                      .98           1.20      1.01  1.01
+
+So rows are prefetched where a weight is no larger than the largest that gained, 32 MB.  That holds
+for some weights of larger models too, which no chain had: qkv and o, beside an attention that
+leaves memory idle.
 
 tools/compile_report.py finds the wait in the compiled code of every such kernel.
 """
@@ -42,7 +48,7 @@ from gemcut.kernels.launch_switch import is_on
 
 ARCHS = ("sm_90", "sm_100", "sm_120")
 PREFETCHED_BYTES = 256  # of a row
-MOST_PREFETCHED = 32 * 2**20  # bytes of a weight whose rows are prefetched, see above
+MOST_PREFETCHED = 32_000_000  # bytes of a weight whose rows are prefetched, see above
 
 
 def dependent_launch(device: torch.device) -> dict[str, bool]:
@@ -75,6 +81,16 @@ def wait_for_predecessor(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def prefetched_addresses(w_ptr, rows, column, D, PREFETCH: tl.constexpr):
+    """Where PREFETCH bytes of some rows of a weight [N, D] begin, all of them within a row.
+
+    The instruction takes multiples of 16; a weight may begin elsewhere.
+    """
+    last = D - PREFETCH * 8 // w_ptr.dtype.element_ty.primitive_bitwidth
+    return (w_ptr + rows * D + tl.minimum(column, last)).to(tl.int64) & -16
+
+
+@triton.jit
 def prefetch_and_wait(
     w_ptr, rows, column, D,  # [N, D], [BLOCK_ROWS]: rows that exist, the first column wanted
     DEPENDENT: tl.constexpr,
@@ -84,9 +100,7 @@ def prefetch_and_wait(
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
-            last = D - PREFETCH * 8 // w_ptr.dtype.element_ty.primitive_bitwidth
-            # the instruction takes multiples of 16 bytes; a weight may begin elsewhere
-            address = (w_ptr + rows * D + tl.minimum(column, last)).to(tl.int64) & -16
+            address = prefetched_addresses(w_ptr, rows, column, D, PREFETCH)
             tl.inline_asm_elementwise(
                 "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
                 [address, tl.zeros_like(rows).to(tl.int32) + PREFETCH],

@@ -7,10 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from accuracy import DEVICE
 
 from gemcut.kernels import dependent_launch as module
 from gemcut.kernels import gpu_arch, rmsnorm
-from gemcut.kernels.dependent_launch import dependent_launch, prefetched_bytes
+from gemcut.kernels.dependent_launch import (
+    dependent_launch,
+    prefetched_addresses,
+    prefetched_bytes,
+)
 from gemcut.kernels.launch_switch import dependent_launches, is_on
 
 ON, OFF = ({"DEPENDENT": yes, "launch_pdl": yes} for yes in (True, False))
@@ -84,6 +91,28 @@ def weight(N, D, dtype=torch.bfloat16):
 )
 def test_what_is_prefetched(given, is_even, wanted):
     assert prefetched_bytes(given, is_even) == wanted
+
+
+@triton.jit
+def addresses_kernel(w_ptr, y_ptr, column, D, PREFETCH: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.arange(0, ROWS).to(tl.int64)
+    tl.store(y_ptr + rows, prefetched_addresses(w_ptr, rows, column, D, PREFETCH))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 7], ids=["aligned", "one-past", "odd"])
+@pytest.mark.parametrize(("D", "column"), [(128, 0), (320, 128), (320, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_prefetched_bytes_begin_in_their_row(dtype, D, column, offset):
+    """The last split of a row may be shorter than what is prefetched."""
+    storage = torch.empty(offset + 4 * D, dtype=dtype, device=DEVICE)
+    w, y = storage[offset:], torch.empty(4, dtype=torch.int64, device=DEVICE)
+    addresses_kernel[(1,)](w_ptr=w, y_ptr=y, column=column, D=D, PREFETCH=256, ROWS=4)
+    row_bytes = D * w.itemsize
+    for row, address in enumerate(y.tolist()):
+        assert address % 16 == 0
+        begin = address - w.data_ptr() - row * row_bytes  # within the row
+        assert -16 < begin <= row_bytes - 256
+        assert begin > min(column * w.itemsize, row_bytes - 256) - 16
 
 
 def test_a_launcher_passes_both_keywords(monkeypatch):
