@@ -86,7 +86,11 @@ def store_partial(
     BLOCK_K: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Leave rows offs_r of acc, m and l at place `number`."""
+    """Leave rows offs_r of acc, m and l at place `number`.
+
+    IN_PLACE stores acc from the registers in which the product left it: by way of shared memory it
+    would take 8 KB more, and of 82 KB no three programs fit a processor of sm_90.
+    """
     offs_k = tl.arange(0, BLOCK_K)
     acc_ptr += number.to(tl.int64) * num_rows * HEAD_DIM
     offs = offs_r[:, None] * HEAD_DIM + offs_k[None, :]
