@@ -1,161 +1,91 @@
-"""Token choice on the device: which tokens are kept, which is drawn, and on what that depends.
-
-What is kept and what is drawn are compared exactly.  Where rounding may decide, float64 says so, by
-bounds on the errors of exp and log that are derived below.
-"""
+"""Token choice on the device: which tokens are kept, which is drawn, and on what that depends."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from accuracy import DEVICE, random
+from sampling_cases import (
+    assert_draws_are_exact,
+    assert_top_k_is_exact,
+    assert_top_p_is_exact,
+    batch,
+    chosen,
+    exact_top_p,
+    rounding_of_shares,
+    scaled,
+    uniform_numbers,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemcut.kernels import reference, sampling
-from gemcut.kernels.gumbel import noise_bits
 from gemcut.kernels.sampling import sample
-from gemcut.kernels.top_k_top_p import BUCKETS, THRESHOLD, _bucket, _first_key
+from gemcut.kernels.top_k_top_p import BUCKETS, _bucket, _first_key
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-LOGITS = {
-    "spread": lambda V: 3 * torch.randn(V),
-    "peaked": lambda V: 20 * torch.randn(V),
-    "beyond-the-fine-buckets": lambda V: 200 * torch.randn(V),
-    "nearly-flat": lambda V: 1e-9 * torch.rand(V),
-    "flat": lambda V: torch.full((V,), 2.5),
-    "tied": lambda V: (2 * torch.randn(V)).round(),
-    "banned": lambda V: torch.randn(V).masked_fill(torch.rand(V) < 0.7, -torch.inf),
-    "one-possible": lambda V: torch.full((V,), -torch.inf).index_fill(0, torch.tensor(V - 3), 1.0),
-}
 by_size = pytest.mark.parametrize(
-    ("V", "chunk"),
+    ("V", "chunk", "tile"),
     [
-        pytest.param(97, 2048, id="one-chunk"),
-        pytest.param(700, 512, id="ragged-chunks"),
-        pytest.param(5000, 2048, id="large"),
+        pytest.param(97, 2048, 1024, id="one-chunk"),
+        pytest.param(700, 512, 64, id="ragged-chunks"),
+        pytest.param(5000, 2048, 1024, id="large"),
+        pytest.param(300, 64, 64, id="more-chunks-than-k"),
     ],
 )
 
 
-def batch(V: int, rows_each: int) -> dict[str, torch.Tensor]:
-    """Every kind of logits under settings of every kind: ordinary ones, none, and the extremes."""
-    torch.manual_seed(V)
-    logits = torch.stack([draw(V) for draw in LOGITS.values() for _ in range(rows_each)])
-    B = len(logits)
-
-    def cycle(*values, dtype=torch.float32):
-        # the lengths of the cycles have no common factor, so that settings meet in many ways
-        return torch.tensor(values, dtype=dtype).repeat(B)[:B]
-
-    settings = {
-        "temperature": cycle(1.0, 0.6, 1.3, 0.7, 0.0),
-        "top_k": cycle(3, 0, 40, 1, V, V + 9, 2, dtype=torch.int64),
-        "top_p": cycle(
-            0.9013, 0.3171, 1.0, 0.0, 0.9907, 1.5, 0.5071, 0.9993, 0.7019, 0.9511, 0.0517
-        ),
-        "min_p": cycle(0.0, 0.1, 1.0),
-        "seeds": torch.randint(-(2**63), 2**63 - 1, (B,)),
-        "positions": torch.randint(0, 131072, (B,)),
-    }
-    return {name: x.to(DEVICE) for name, x in {"logits": logits, **settings}.items()}
-
-
-def scaled(logits, temperature, **_):
-    """Scaled logits with the oracle's roundings: float32 [B, V]."""
-    shifted = logits - logits.amax(-1, keepdim=True)
-    return shifted / temperature.masked_fill(temperature == 0, 1.0).unsqueeze(-1)
-
-
-def chosen(arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ids [B], and what the kernels' threshold keeps: [B, V] bool."""
-    ids = torch.empty(len(arguments["logits"]), dtype=torch.int64, device=DEVICE)
-    names = "logits", "temperature", "top_k", "top_p", "min_p", "seeds", "positions"
-    state = sampling._choose_(ids, *(arguments.get(name) for name in names))
-    keys = scaled(**arguments).view(torch.int32) & 0x7FFFFFFF
-    return ids, keys <= state[:, THRESHOLD.value].unsqueeze(-1)
-
-
-def exact_top_p(x, top_p, margin):
-    """What top-p keeps of float64 logits [B, V] in float64, if p were `margin` [B] greater."""
-    ordered, order = x.double().sort(-1, descending=True)
-    share = ordered.softmax(-1).cumsum(-1)
-    # a token is kept where all that is more probable than it, ties apart, falls short of p
-    above = torch.cat([torch.zeros_like(share[:, :1]), share[:, :-1]], -1)
-    is_first = torch.ones_like(above, dtype=torch.bool)
-    is_first[:, 1:] = ordered[:, 1:] < ordered[:, :-1]
-    above = above.masked_fill(~is_first, -1.0).cummax(-1).values
-    p = (top_p.double() + margin).unsqueeze(-1)
-    is_kept = (above < p) | (above <= 0) | (top_p >= 1).unsqueeze(-1)
-    return torch.zeros_like(is_kept).scatter_(-1, order, is_kept) & (x > -torch.inf)
-
-
-def rounding_of_shares(x):
-    """By how much rounding can move a cumulative share of scaled logits [B, V]: [B].
-
-    exp errs by two units in the last place, and by half a unit of its argument: 2**-23 (2 + |x|),
-    relative.  It stands in the numerator and in the denominator; masses are cut to 2**-42.
-    """
-    mass = x.double().exp()
-    error = (mass * (2 + x.double().abs()).masked_fill(mass == 0, 0.0)).sum(-1) * 2.0**-23
-    return 2 * error / mass.sum(-1) + x.shape[-1] * 2.0**-41
-
-
 @pytest.fixture(autouse=True)
-def restored_chunk(monkeypatch, request):
-    chunk = getattr(request.node, "callspec", None) and request.node.callspec.params.get("chunk")
-    if chunk:
-        monkeypatch.setattr(sampling, "CHUNK", chunk)
+def sizes(monkeypatch, request):
+    """Chunks and tiles of the sizes that a test is parametrised with."""
+    callspec = getattr(request.node, "callspec", None)
+    for name in ("chunk", "tile"):
+        if callspec and name in callspec.params:
+            monkeypatch.setattr(sampling, name.upper(), callspec.params[name])
 
 
 @by_size
-def test_top_k_keeps_what_the_oracle_keeps(V, chunk):
-    arguments = batch(V, 2)
-    arguments = {name: x for name, x in arguments.items() if name not in ("top_p", "min_p")}
-    expected = reference.filter_logits(scaled(**arguments), arguments["top_k"], None, None)
-    is_random = arguments["temperature"] != 0
-    assert chosen(arguments)[1][is_random].equal(expected.isfinite()[is_random])
+def test_top_k_keeps_what_the_oracle_keeps(V, chunk, tile):
+    assert_top_k_is_exact(sampling, batch(V, 2))
 
 
 @by_size
 @pytest.mark.parametrize("with_top_k", [False, True], ids=["alone", "after-top-k"])
-def test_top_p_keeps_what_float64_keeps(with_top_k, V, chunk):
-    arguments = batch(V, 2)
+def test_top_p_keeps_what_float64_keeps(with_top_k, V, chunk, tile):
+    arguments = batch(V, 1)
     if not with_top_k:
         del arguments["top_k"]
-    x = reference.filter_logits(scaled(**arguments), arguments.get("top_k"), None, None)
-    margin = rounding_of_shares(x)
-    least = exact_top_p(x, arguments["top_p"], -margin)
-    most = exact_top_p(x, arguments["top_p"], margin)
-    _, actual = chosen(arguments)
-    is_random = arguments["temperature"] != 0
-    assert ((least <= actual) & (actual <= most))[is_random].all()
-    # rounding cannot decide in nearly all rows, so the test is sharp
-    assert (least == most).all(-1)[is_random].double().mean() > 0.9
+    assert_top_p_is_exact(sampling, arguments)
 
 
-@triton.jit
-def noise_bits_kernel(seeds_ptr, positions_ptr, y_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)
-    bits = noise_bits(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), offs)
-    tl.store(y_ptr + row * V + offs, bits, mask=offs < V)
+@pytest.mark.parametrize("chunk", [64])
+@pytest.mark.parametrize("tile", [16])
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_small_rows(seed, chunk, tile):
+    """A row's kinds and settings meet otherwise with each seed."""
+    arguments = batch(60 + 11 * seed, 1, seed)
+    assert_top_k_is_exact(sampling, arguments)
+    assert_top_p_is_exact(sampling, arguments)
+    assert_draws_are_exact(sampling, arguments)
 
 
-def kernel_noise(seeds, positions, V):
-    """The kernel's hash, and its Gumbel noise in float64: [B, V]."""
-    bits = torch.empty(len(seeds), V, dtype=torch.int32, device=DEVICE)
-    noise_bits_kernel[(len(seeds),)](
-        seeds_ptr=seeds, positions_ptr=positions, y_ptr=bits,
-        V=V, BLOCK=triton.next_power_of_2(V),
-    )  # fmt: skip
-    uniform = (bits.double() + 0.5) * 2.0**-23
-    return uniform, -torch.log(-torch.log(uniform))
+def test_the_largest_vocabulary(monkeypatch):
+    V = 2**20
+    monkeypatch.setattr(sampling, "CHUNK", 2**17)
+    monkeypatch.setattr(sampling, "TILE", 2**14)
+    arguments = {name: x[:2].contiguous() for name, x in batch(7, 1, seed=3).items()}
+    arguments["logits"] = torch.stack([3 * torch.randn(V), torch.full((V,), 1.5)]).to(DEVICE)
+    arguments["temperature"].fill_(1.0)
+    arguments["top_k"].copy_(torch.tensor([300, 0]))
+    arguments["top_p"].fill_(0.9)
+    assert_top_k_is_exact(sampling, arguments)
+    assert_top_p_is_exact(sampling, arguments)
 
 
 def test_the_hash_is_the_oracles():
     extremes = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 77], device=DEVICE)
     seeds = extremes.repeat_interleave(3)
     positions = torch.tensor([0, 1, 131071], device=DEVICE).repeat(6)
-    uniform, _ = kernel_noise(seeds, positions, 300)
+    uniform = uniform_numbers(seeds, positions, 300)
     noise = reference.gumbel_noise(seeds, positions, 300)
     # the same rounded function of the same bits: equal numbers of 23 bits give equal noise
     assert noise.equal(-torch.log(-torch.log(uniform.float())))
@@ -163,37 +93,22 @@ def test_the_hash_is_the_oracles():
 
 
 @by_size
-@pytest.mark.parametrize("with_filters", [False, True], ids=["plain", "filtered"])
-def test_draws_are_the_oracles(with_filters, V, chunk):
-    """Every row whose two greatest noisy logits lie further apart than rounding can move them."""
-    arguments = batch(V, 2)
-    if not with_filters:
-        arguments |= dict.fromkeys(("top_k", "top_p", "min_p"))
-    x = scaled(**arguments)
-    filters = [arguments[name] for name in ("top_k", "top_p", "min_p")]
-    is_kept = reference.filter_logits(x, *filters).isfinite()
-    _, noise = kernel_noise(arguments["seeds"], arguments["positions"], V)
-    temperature = arguments["temperature"].double().unsqueeze(-1)
-    noisy = (arguments["logits"] + temperature * noise).masked_fill(~is_kept, -torch.inf)
-    # each log errs by two units in the last place: the inner one shifts the noise by 2**-22, the
-    # outer by 2**-22 of it; the product is rounded, by the oracle, and the sum
-    error = 2.0**-22 * temperature * (1 + 1.25 * noise.abs()) + 2.0**-24 * noisy.abs()
-    greatest, expected = noisy.max(-1)
-    error_of_best = error.gather(-1, expected.unsqueeze(-1))
-    others = (noisy + error.nan_to_num(posinf=0.0)).scatter(-1, expected.unsqueeze(-1), -torch.inf)
-    is_decided = greatest - error_of_best.squeeze(-1) > others.amax(-1)
-    is_greedy = arguments["temperature"] == 0
-    expected = torch.where(is_greedy, arguments["logits"].argmax(-1), expected)
-    is_decided |= is_greedy
-    assert is_decided.double().mean() > 0.95
-
-    actual = sample(**arguments)
-    assert actual[is_decided].equal(expected[is_decided])
-    assert actual[is_decided].equal(reference.sample(**arguments)[is_decided])
+@pytest.mark.parametrize("filters", ["none", "min-p", "all"])
+def test_draws_are_the_oracles(filters, V, chunk, tile):
+    arguments = batch(V, 1)
+    if filters != "all":
+        arguments["top_k"].zero_()
+        arguments["top_p"].fill_(1.0)
+    if filters == "none":
+        arguments["min_p"].zero_()
+    assert_draws_are_exact(sampling, arguments)
+    unused = {"none": ("top_k", "top_p", "min_p"), "min-p": ("top_k", "top_p"), "all": ()}
+    less = {name: x for name, x in arguments.items() if name not in unused[filters]}
+    assert sample(**less).equal(sample(**arguments))
 
 
 @by_size
-def test_greedy(V, chunk):
+def test_greedy(V, chunk, tile):
     logits = batch(V, 1)["logits"]
     best = logits.argmax(-1)
     assert sample(logits).equal(best)
@@ -221,10 +136,10 @@ def test_rows_that_lie_apart_and_indices_of_32_bits(monkeypatch):
 def test_a_row_does_not_depend_on_the_batch(monkeypatch):
     monkeypatch.setattr(sampling, "CHUNK", 512)
     arguments = batch(700, 1)
-    ids, kept = chosen(arguments)
+    ids, kept = chosen(sampling, arguments)
     for row in range(len(ids)):
         alone = {name: x[row : row + 1] for name, x in arguments.items()}
-        id_alone, kept_alone = chosen(alone)
+        id_alone, kept_alone = chosen(sampling, alone)
         assert id_alone.equal(ids[row : row + 1])
         assert kept_alone.equal(kept[row : row + 1])
 
@@ -250,7 +165,7 @@ def test_the_last_token_of_top_p_is_found_where_mass_is_in_the_tail():
         margin = rounding_of_shares(logits)
         most = exact_top_p(logits, arguments["top_p"], margin)
         assert exact_top_p(logits, arguments["top_p"], -margin).equal(most)
-        assert chosen(arguments)[1].equal(most)
+        assert chosen(sampling, arguments)[1].equal(most)
 
 
 def test_nothing_to_choose_stays_in_range():
@@ -276,7 +191,7 @@ def test_a_temperature_so_low_that_logits_overflow():
 
 
 def test_launches(monkeypatch):
-    """A filter that is None costs no launch, and the state no buckets."""
+    """A filter that is None costs no launch; with filters, nothing is filled."""
     launched = []
 
     class Counted:
@@ -287,20 +202,29 @@ def test_launches(monkeypatch):
             launched.append(self.name)
             return self.kernel[grid]
 
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "zero" in str(func):
+                launched.append("zeros")
+            return func(*args, **(kwargs or {}))
+
     for name in ("maxima", "narrow", "draw"):
         kernel = getattr(sampling, f"{name}_kernel")
         monkeypatch.setattr(sampling, f"{name}_kernel", Counted(kernel, name))
     arguments = batch(97, 1)
+    all_three = ["maxima", "narrow", "draw"]
     for names, expected in (
-        ((), ["draw"]),
-        (("temperature",), ["draw"]),
+        ((), ["zeros", "draw"]),
+        (("temperature",), ["zeros", "draw"]),
         (("temperature", "min_p"), ["maxima", "draw"]),
-        (("temperature", "top_k"), ["maxima", "narrow", "draw"]),
-        (("temperature", "top_p"), ["maxima", "narrow", "draw"]),
-        (("temperature", "top_k", "top_p", "min_p"), ["maxima", "narrow", "draw"]),
+        (("temperature", "top_k"), all_three),
+        (("temperature", "top_p"), all_three),
+        (("temperature", "top_k", "top_p", "min_p"), all_three),
     ):
+        used = {k: arguments[k] for k in ("logits", "seeds", "positions", *names)}
         launched.clear()
-        sample(**{k: arguments[k] for k in ("logits", "seeds", "positions", *names)})
+        with Noted():
+            sample(**used)
         assert launched == expected
 
 
