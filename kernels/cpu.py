@@ -1,23 +1,32 @@
 """The op table for a CPU: the oracles' names, written for speed where torch has a faster way.
 
-`reference` defines what each op computes; ops that would gain nothing are taken from there.  A
-decode step of a small model has few arithmetic operations and many calls of torch, each of which
-costs a microsecond or more.  So tensors of constants are kept, and an operation that would change
-nothing is left out.  Products are in cpu_products.py.
+`reference` defines what each op computes; ops that would gain nothing are taken from there.
+Products are in cpu_products.py; norms, tables of rotation and the beginning of a step in
+cpu_rows.py.
 
 Letters in shape comments: M tokens, D hidden size, F MLP width, V vocabulary, HQ and HK query and
 KV heads, K head_dim, C the capacity of a cache slot, B rows of a batch, T new tokens of a row, S
 keys that are read, R heads of several slots.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcut.kernels.cpu_products import WIDE, linear, lm_head, lm_head_argmax
+from gemcut.kernels.cpu_products import linear, lm_head, lm_head_argmax
+from gemcut.kernels.cpu_rows import (
+    add_rmsnorm_,
+    begin_step,
+    rmsnorm,
+    rope_tables,
+    rounded,
+    summed,
+    times,
+    times_,
+    widened,
+)
 from gemcut.kernels.reference import (
     advance_,
     best_of_parts,
@@ -57,107 +66,7 @@ __all__ = [
 JOINT_QUERIES, QUERIES = 16, 160
 
 
-# Numbers
-
-
-def widened(x: Tensor) -> Tensor:
-    """Float64 stays, float32 stays, bfloat16 becomes float32."""
-    return x if x.dtype in WIDE else x.float()
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a `to` that does nothing still costs 1 us
-
-
-@lru_cache(maxsize=64)
-def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device=device)
-
-
-def times(x: Tensor, factor: float) -> Tensor:
-    return x * constant(factor, x.dtype, x.device)  # converting a Python number costs 1 us and more
-
-
-def times_(x: Tensor, factor: float) -> Tensor:
-    return x.mul_(constant(factor, x.dtype, x.device))
-
-
-# Norms
-
-
-def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last axis: x [..., D], weight [D] -> new tensor [..., D] in x's dtype."""
-    dtype = x.dtype
-    if dtype not in WIDE:
-        x = x.float()
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    eps_ = constant(eps, x.dtype, x.device)
-    y = x * torch.addcmul(eps_, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    y = torch.addcmul(y, y, weight)
-    return y if dtype in WIDE else y.to(dtype)
-
-
-def add_rmsnorm_(
-    residual: Tensor, x: Tensor, post_weight: Tensor | None, next_weight: Tensor, eps: float
-) -> Tensor:
-    """Add a branch x [M, D] or [S, M, D] to the residual [M, D] and normalise the sum -> [M, D]."""
-    x = summed(x)
-    if post_weight is not None:
-        x = rmsnorm(x, post_weight, eps)
-    residual.add_(x)
-    return rmsnorm(residual, next_weight, eps)
-
-
-def summed(x: Tensor) -> Tensor:
-    """Rows [M, N] of themselves, or of their partial sums [S, M, N], mostly one."""
-    if x.dim() == 2:
-        return x
-    return x[0] if x.shape[0] == 1 else x.sum(0)
-
-
-# The beginning of a decode step
-
-
-def begin_step(
-    token_ids: Tensor,
-    positions: Tensor,
-    rows: Tensor | None,
-    table: Tensor,
-    scale: float,
-    norm_weight: Tensor,
-    eps: float,
-    inv_freqs: Sequence[Tensor],
-    attention_scalings: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Positions [M], residual and its norm [M, D] x 2, cos and sin [R, M, 1, K] of R kinds."""
-    if rows is not None:
-        token_ids, positions = token_ids.index_select(0, rows), positions.index_select(0, rows)
-    residual = embed(token_ids, table, scale)
-    kinds = zip(inv_freqs, attention_scalings, strict=True)
-    tables = [rope_tables(positions, inv_freq, c, table.dtype) for inv_freq, c in kinds]
-    if len(tables) == 1:
-        cos, sin = (one.unsqueeze(0) for one in tables[0])
-    else:
-        cos, sin = (torch.stack(of_kinds) for of_kinds in zip(*tables, strict=True))
-    return positions, residual, rmsnorm(residual, norm_weight, eps), cos, sin
-
-
 # Rotary embedding and cache
-
-
-def rope_tables(
-    positions: Tensor, inv_freq: Tensor, attention_scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cos and sin [M, 1, K] of positions [M]; inv_freq [K/2] or [M, K/2].
-
-    Frequencies are negated in the first half, which negates the sine alone.
-    """
-    inv_freq = torch.cat([-inv_freq, inv_freq], -1).unsqueeze(-2)
-    angles = positions.view(-1, 1, 1) * inv_freq  # [M, 1, K]
-    cos, sin = angles.cos(), angles.sin()
-    if attention_scaling != 1:
-        cos, sin = cos * attention_scaling, sin * attention_scaling
-    return rounded(cos, dtype), rounded(sin, dtype)
 
 
 def rope_and_store_(

@@ -20,7 +20,7 @@ from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.sampler import FULL, GREEDY, RANDOM
+from gemcut.engine.execution.sampler import FULL, GREEDY, RANDOM, Features
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.execution.weights import empty_weights
@@ -148,10 +148,12 @@ def _made(launch: Launch, grid: tuple[int, ...], arguments: dict[str, Any]) -> M
     )
 
 
-def step_launches(config: ModelConfig, arch: str, *, batch: int, context: int) -> list[Made]:
+def step_launches(
+    config: ModelConfig, arch: str, *, batch: int, context: int, features: Features = GREEDY
+) -> list[Made]:
     """What a decode step launches, in order: `batch` rows in a cache of `context` tokens.
 
-    Tokens are the greatest logits.
+    Tokens are the greatest logits, or what these features of sampling choose.
     """
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     made: list[Made] = []
@@ -168,7 +170,7 @@ def step_launches(config: ModelConfig, arch: str, *, batch: int, context: int) -
         slots = torch.empty(batch, dtype=torch.int64, device=device)
         steps = Steps(model, cache, SlotState(batch, config.vocab_size, device))
         made.clear()  # what filled the cache
-        steps.decode(slots, GREEDY)
+        steps.decode(slots, features)
     return made
 
 

@@ -1,6 +1,5 @@
 """The cases of a decode step, op by op."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +57,32 @@ def _small_cases(s: Shapes, B: int) -> Iterator[Case]:
             "inv_freq": 1e4 ** -torch.arange(0, 1, 2 / s.K, device=s.device),
             "attention_scaling": 1.0,
             "dtype": s.dtype,
+        },
+    )
+    ropes = [s.config.rope, s.config.rope_local]
+    bases = [rope.rope_theta for rope in ropes[: 1 if ropes[0] == ropes[1] else 2]]
+    tables = len(bases) * B * s.K
+    yield Case(
+        "begin_step",
+        s.model,
+        "decode",
+        {"batch": B},
+        # what embed, rmsnorm and rope_tables compute
+        Cost(
+            row + s.D * s.itemsize + 16 * B,
+            2 * row + 2 * tables * s.itemsize,
+            6 * B * s.D + 3 * tables,
+        ),
+        lambda: {
+            "token_ids": torch.randint(s.V, (B,), device=s.device),
+            "positions": torch.randint(s.config.context_length, (B,), device=s.device),
+            "rows": None,
+            "table": s.values(s.V, s.D),
+            "scale": s.config.embedding_scale,
+            "norm_weight": s.norm(s.D),
+            "eps": s.config.rms_norm_eps,
+            "inv_freqs": [base ** -torch.arange(0, 1, 2 / s.K, device=s.device) for base in bases],
+            "attention_scalings": [1.0] * len(bases),
         },
     )
     yield add_norm_case(s, B, "decode")
@@ -136,7 +161,7 @@ def _choice_cases(s: Shapes, B: int) -> Iterator[Case]:
         "decode",
         facts,
         Cost(head, 12 * B, flops, True),
-        lambda: {**make_head(), "counters": s.counters(2 * B + math.ceil(B / 16))},
+        make_head,
     )
 
     def logits() -> Tensor:

@@ -53,8 +53,9 @@ PEERS: dict[str, str] = dict.fromkeys(
 PEERS |= {"liger": "liger-kernel", "flashinfer": "flashinfer-python"}
 PEERS |= dict.fromkeys(("torchao-int8", "torchao-int4"), "torchao")
 PEERS |= dict.fromkeys(("gemlite-int8", "gemlite-int4"), "gemlite")
-# not the parts of sample's oracle, nor advance_, which moves some bytes a row
-OPS = [op for op in reference.__all__ if op not in ("advance_", "filter_logits", "gumbel_noise")]
+# not the parts of oracles, nor advance_, which moves some bytes a row
+NOT_TIMED = ("advance_", "best_of_parts", "filter_logits", "gumbel_noise")
+OPS = [op for op in reference.__all__ if op not in NOT_TIMED]
 GPU_MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
 ROUNDS = 10
 Timer = Callable[[Mapping[str, Runs], int], dict[str, Timing]]

@@ -279,11 +279,9 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
-def lm_head_argmax(
-    x: Tensor, weight: Tensor, softcap: float | None, counters: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def lm_head_argmax(x: Tensor, weight: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     best = lm_head(x, weight, softcap).max(-1)
-    return best.values, best.indices
+    return best.values.unsqueeze(0), best.indices.unsqueeze(0)  # one part
 
 
 def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def counted_bytes(case, arguments):
         written += written_places(case, arguments)
         return sum(v.nbytes for k, v in tensors.items() if "cache" not in k), written
     read = sum(v.nbytes for v in tensors.values())
-    if case.op == "embed":
+    if case.op in ("embed", "begin_step"):
         table = tensors["table"]
         read += len(tensors["token_ids"]) * table[0].nbytes - table.nbytes
     if case.op == "add_rmsnorm_":

@@ -63,7 +63,7 @@ def test_command_finds_every_op_of_a_step(capsys, tmp_path):
     assert launches["attention_decode"] == launches["linear_geglu"] == layers
     assert launches["linear_rope_and_store_"] == layers
     assert launches["skinny_linear"] == 2 * layers
-    assert launches["lm_head_argmax"] == launches["advance_"] == launches["embed"] == 1
+    assert launches["lm_head_argmax"] == launches["advance_"] == launches["begin_step"] == 1
     assert report["step_us"]["low"] > 0
     assert len(report["step_us"]["all"]) == profile_step.ROUNDS
     events = json.loads((folder / "step.json").read_text())["traceEvents"]

@@ -37,6 +37,8 @@ MOST_DRAFTED = 8  # tokens of a row in one step
 BY_ROW = {"token_ids", "positions", "residual", "x", "branch", "q", "slots", "cos", "sin", "logits"}
 BY_ROW |= {"output_counts", "in_prompt", "repetition", "presence", "frequency", "temperature"}
 BY_ROW |= {"top_k", "top_p", "min_p", "seeds", "chosen", "scores"}
+# results with parts, or kinds of layer, on the first axis, and rows on the second
+ROWS_AFTER_PARTS = {"skinny_linear": (0,), "lm_head_argmax": (0, 1), "begin_step": (3, 4)}
 
 
 def run(visit: Visit) -> None:
@@ -222,9 +224,9 @@ def results(case: Case, arguments: Arguments, begin: int, end: int, rows: slice)
     written = WRITTEN.get(case.op, ())
     copies = {name: arguments[name].clone() for name in written}
     returned = call_poisoned(case.op, {**arguments, **copies})
-    if case.op == "skinny_linear":
-        returned = returned.transpose(0, 1)  # [M, S, N]
-    found = [x[rows] for x in (returned if isinstance(returned, tuple) else (returned,))]
+    results = returned if isinstance(returned, tuple) else (returned,)
+    after_parts = ROWS_AFTER_PARTS.get(case.op, ())
+    found = [(x.transpose(0, 1) if i in after_parts else x)[rows] for i, x in enumerate(results)]
     for name, x in copies.items():
         found.append(x[rows] if name in BY_ROW else x[begin:end])
     return found
