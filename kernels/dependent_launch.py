@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a kernel begins while the one before it still runs.
 
-On GPUs that have it, every kernel of a decode step is launched so (launch_pdl=True).  It says
+On GPUs that have it, every kernel of a decode step is launched so (launch_pdl=True), and begins by
 
     gdc_launch_dependents    the next kernel may begin as soon as all programs have said this: its
                              programs take the places that this one leaves free
@@ -12,10 +12,6 @@ the one before that: completion is transitive, each kernel finds the memory that
 would find, and results are the same bits.  Weights alone may be asked for earlier: no kernel of a
 chain writes them.  Without the wait on any path, one program that returned early would let the
 kernel after next overtake the one before.
-
-A product has this order.  All others are short and wait first.  Else two kernels would be on their
-way, and the programs of a product would take places that the product before the last happens to
-leave, many on one processor and none on the next; after its end they spread evenly.
 
 Torch's own launches among them are plain.  A plain kernel begins when everything before it in the
 stream has ended, and never says gdc_launch_dependents: what follows it waits for its end.
@@ -74,10 +70,10 @@ def prefetched_bytes(weight: Tensor, is_even: bool) -> int:
 
 @triton.jit
 def wait_for_predecessor(DEPENDENT: tl.constexpr):
-    """Wait for the kernel before, then let the next one begin: the first statement of a kernel."""
+    """Let the next kernel begin, and wait for the one before: the first statement of a kernel."""
     if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -96,7 +92,7 @@ def prefetch_and_wait(
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """Let the next kernel begin, ask L2 for PREFETCH bytes of some rows of a weight, and wait."""
+    """The same, and ask L2 for PREFETCH bytes of some rows of a weight between the two."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
