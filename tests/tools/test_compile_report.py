@@ -186,7 +186,7 @@ def test_one_compiled_kernel_serves_any_company():
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
 
 
-# Quotients of decode attention and its sum in float32, with a softcap, as the compiled code has them
+# Quotients of decode attention and its sum in float32, as the compiled code has them
 QUOTIENTS = """
 import torch
 from gemcut import kernels
