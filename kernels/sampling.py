@@ -14,11 +14,15 @@ A program takes a chunk of a row's vocabulary, whatever B is: a row's id never d
 Chunks meet in an atomic maximum of (value, lowest id) packed into 63 bits, exact in any order.
 
 Cost: penalize moves 13 bytes for each logit (int32 counts), bound by memory bandwidth.  sample
-reads 4 B V bytes in each launch, from L2, about 10 operations for a logit to find the maximum, 30
-in a pass of top-k or top-p, 60 in the draw; bound by latency up to some 4 rows, then by the integer
-and logarithm units.  Launches, after one fill of the state with zeros:
+reads 4 B V bytes in each launch, from L2: about 10 operations for a logit to find the maximum, 30
+to narrow, 20 in the draw and 60 more where a token may be drawn by its own program.  Bound by
+latency up to some 4 rows, then by the integer and logarithm units.  Launches:
 
-    temperature None: 1      with temperatures: 2      and 3 for top-k, 3 for top-p, 0 for min-p
+    no top-k, top-p, min-p      draw, after a fill of the state with zeros
+    min-p alone                 maxima, draw
+    top-k or top-p or both      maxima, narrow, draw
+
+Scratch: with top-k or top-p 4 B V bytes for lists, and 16 KiB a row for each of the two.
 """
 
 import torch

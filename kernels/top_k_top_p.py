@@ -5,33 +5,35 @@
     top_p     the least with  mass(scaled > threshold) < p * mass(what top_k left)
 
 A token is kept where scaled >= threshold, so ties with the last kept token are kept.  The bits of
--scaled are a 31-bit key that grows as the logit falls: kept is what has a key up to a greatest one.
+-scaled are a 31-bit key that grows as the logit falls: the kept tokens are those with keys up to
+some greatest one.
 
-1. `narrow` counts the keys of a row in 2021 buckets, and adds up their masses exp(scaled).  The
+1. narrow_kernel counts the keys of a row in some 2000 buckets, and adds up masses exp(scaled).  The
    last program of the row finds the bucket in which top-k ends: tokens of lower ones are kept, of
-   higher ones dropped.  What top-k keeps then weighs as much as the lower buckets, and some part of
-   this one.  Top-p ends where p times that is reached, so in a few buckets: mostly one.
-2. The draw takes the greatest noisy logit of what is surely kept, and lists the undecided tokens
-   of those buckets.  Where top-k keeps few, all it may keep is listed: then only the last program
-   needs noise.
-3. The last program finds among the listed the key at which top-k's count is reached, adds up what
+   higher ones dropped.  Top-k then keeps the mass of the lower buckets and some part of this one,
+   so p times its mass is reached in one bucket or in few: there top-p ends.
+2. draw_kernel takes the greatest noisy logit of what is surely kept, and lists the undecided tokens
+   of these buckets.  Where top-k leaves few, it lists them all: then only the last program needs
+   noise.
+3. Its last program finds among the listed the key at which top-k's count is reached, adds up what
    top-k keeps, finds the key at which p times that is reached, and takes the greatest noisy logit
-   up to there.  It halves an interval of keys and shrinks it to keys that exist, in as many steps
-   as bits tell the undecided apart: two or three as a rule, none where all are equal, 22 at most.
+   up to there.  It halves an interval of keys and cuts both halves to keys that exist, so it takes
+   two or three steps as a rule, none where all keys are equal, and 22 for one bucket at most.
 
 Any number of tokens may be undecided, all V of a flat row too: the list has room for them, and the
 last program takes them in tiles.
 
 All sums are integers: masses in units of 2**-42 (256 000 of them err by 6e-8 in all; exp itself by
 about 1e-7).  So the order of the atomic additions, and that of the list, cannot be seen in the
-result, and the sums of a bucket's parts are the bucket's.  Scaled logits are rounded as the
-oracle's: top-k is exact.
+result.  Scaled logits are rounded as the oracle's: top-k is exact.
 
-Cost of narrow: 4 B V bytes, from L2, and about 30 operations for each logit.  An atomic addition
-of a count and one of a mass for a token that may matter; few do.  For top-k that is none below the
-k-th greatest maximum of a chunk (where k is at most the number of chunks); for top-p alone, none so
-low that all V tokens together would weigh under (1 - p) / 2.  Bound by latency: at batch 1 the
-pass moves 1 MB, the time of a launch and of the last program's two scans.
+Cost of narrow_kernel: 4 B V bytes, from L2, and about 30 operations for each logit.  Atomic
+additions of a count and a mass for a token that may matter; few do.  With top-k, those down to a
+key that as many chunks reach with their maximum (where k is at most the number of chunks).  For
+top-p alone, those above what is so low that all V tokens together would weigh under (1 - p) / 2.
+Bound by latency: at batch 1 it moves 1 MB, the time of a launch and of the last program's two
+scans.  The choice among n listed tokens reads them n / 1024 times for each step, the first 1024
+from registers.
 """
 
 import triton

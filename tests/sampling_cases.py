@@ -53,6 +53,51 @@ def batch(V: int, rows_each: int, seed: int = 0) -> Arguments:
     return {name: x.to(DEVICE) for name, x in {"logits": logits, **settings}.items()}
 
 
+# rows in which an easy mistake shows: logits, top_k, top_p
+EDGES = [
+    ("spread", 3, 1.0),
+    ("spread", 40, 1.0),
+    ("spread", 40, 0.9013),
+    ("spread", 0, 0.9013),
+    ("spread", 0, 1.0),
+    ("peaked", 5, 0.9511),
+    ("tied", 3, 1.0),
+    ("tied", 7, 0.6019),
+    ("nearly-flat", 40, 1.0),
+    ("nearly-flat", 40, 0.6019),
+    ("nearly-flat", 0, 0.3171),
+    ("in-two-buckets", 40, 0.9013),
+    ("in-two-buckets", 90, 0.9907),
+    ("with-a-tail", 0, 0.9),
+    ("peak-in-each-third", 3, 1.0),
+    ("flat", 2, 0.5071),
+    ("flat", 0, 1.0),  # greedy
+]
+
+
+def edges(V: int = 192) -> Arguments:
+    """The rows of EDGES, at a temperature of 1, the last at 0."""
+    torch.manual_seed(1)
+    third = V // 3
+    # of the last two thirds no token matters but in the total; 1 and 0.018 and 0.0003
+    parts = torch.zeros(1), -4 - 0.01 * torch.rand(third - 1), torch.full((V - third,), -8.1)
+    peaks = torch.randn(V) - 50
+    peaks[third // 2 :: third] = torch.arange(3.0)
+    drawn = LOGITS | {"with-a-tail": lambda _: torch.cat(parts)}
+    drawn |= {"peak-in-each-third": lambda _: peaks}
+    B = len(EDGES)
+    rows = {
+        "logits": torch.stack([drawn[name](V) for name, _, _ in EDGES]),
+        "temperature": torch.ones(B).index_fill(0, torch.tensor(B - 1), 0.0),
+        "top_k": torch.tensor([k for _, k, _ in EDGES]),
+        "top_p": torch.tensor([p for _, _, p in EDGES]),
+        "min_p": torch.zeros(B),
+        "seeds": torch.arange(B),
+        "positions": 100 + torch.arange(B),
+    }
+    return {name: x.to(DEVICE) for name, x in rows.items()}
+
+
 def scaled(logits: Tensor, temperature: Tensor, **_: Tensor) -> Tensor:
     """Scaled logits with the oracle's roundings: float32 [B, V]."""
     shifted = logits - logits.amax(-1, keepdim=True)

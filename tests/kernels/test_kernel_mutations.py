@@ -13,10 +13,20 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, assert_row_invariant, random
+<<<<<<< HEAD
 from op_cases import index, small_calls
+=======
+from op_cases import small_calls
+from sampling_cases import (
+    assert_draws_are_exact,
+    assert_top_k_is_exact,
+    assert_top_p_is_exact,
+    edges,
+)
+>>>>>>> S
 
 from gemcut import kernels
-from gemcut.kernels import matmul
+from gemcut.kernels import matmul, sampling
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 NORM, HEAD = ("norm", "rmsnorm"), ("head", "lm_head")
@@ -130,6 +140,50 @@ MISTAKES = {
     ),
 }  # fmt: skip
 
+K, P, DRAW = assert_top_k_is_exact, assert_top_p_is_exact, assert_draws_are_exact
+TOP = "top_k_top_p"
+# mistake: what sees it, then (module, right, wrong) of what is changed
+SAMPLING_MISTAKES = {
+    "a bucket too early": (K, (TOP, "so_far < target", "so_far < target - 1")),
+    "one token too few": (K, (TOP, "amount >= target, at, high", "amount > target, at, high"),
+                          (TOP, "amount >= target, low, after", "amount > target, low, after")),
+    "one token too many left": (K, (TOP, "(k - before)", "(k - before - 1)")),
+    "a first threshold of too few chunks": (
+        K, (TOP, "(key <= middle).to(tl.int32), axis=0) >= k",
+            "(key <= middle).to(tl.int32), axis=0) >= k - 1"),
+    ),
+    "the bucket of the end not listed": (K, (TOP, "_first_key(k_bucket + 1)", "k_first")),
+    "a list of one tile alone": (K, (TOP, "tl.range(TILE, row[2], TILE", "tl.range(TILE, 0, TILE")),
+    "the rest of the list never drawn": (
+        DRAW, (TOP, "tl.range(TILE, count, TILE", "tl.range(TILE, 0, TILE"),
+    ),
+    "top-p of all tokens, not of those of top-k": (P, (TOP, "k_mass + mass)", "k_mass)")),
+    "top-p in the least bucket alone": (
+        P, (TOP, "_first_key(last_bucket + 1)", "_first_key(p_bucket + 1)"),
+    ),
+    "the tail left out of the total": (
+        P, (TOP, "k_mass = tl.where(uses_k, k_mass, total)", "k_mass = tl.max(so_far, axis=0)"),
+    ),
+    "ties with the last kept token dropped": (
+        DRAW, (TOP, "tl.where(key <= threshold, packed", "tl.where(key < threshold, packed"),
+    ),
+    "what is decided never drawn": (DRAW, ("sampling", "key < decided)", "key < 0)")),
+    "noise without temperature": (
+        DRAW, ("gumbel", "tl.zeros_like(logits) + temperature", "tl.zeros_like(logits) + 1.0"),
+    ),
+    "the highest id wins a tie": (
+        DRAW, ("gumbel", "(0x7FFFFFFF - token_ids)", "token_ids"),
+        ("gumbel", "return 0x7FFFFFFF - (number & 0x7FFFFFFF)", "return number & 0x7FFFFFFF"),
+    ),
+}  # fmt: skip
+
+
+def small_rows(sampling, monkeypatch):
+    """Rows in which mistakes show, in chunks and tiles of which a row takes several."""
+    monkeypatch.setattr(sampling, "CHUNK", 64)
+    monkeypatch.setattr(sampling, "TILE", 16)
+    return edges()
+
 
 @pytest.fixture
 def mutated(tmp_path):
@@ -176,6 +230,7 @@ def test_a_mistake_breaks_the_rule(mistake, mutated):
         assert_accurate(wrong, **small_calls()[op])
 
 
+<<<<<<< HEAD
 SHORT_SPLITS = (
     ("kv_splits", "return 32 if num_kv_heads <= 4 else 64", "return 16"),
     ("decode_attention", '"BLOCK_S": 64', '"BLOCK_S": 4'),
@@ -223,6 +278,20 @@ def test_splits_added_up_in_the_order_of_the_tile_are_seen(is_mistaken, mutated,
     assert_accurate(op, **draft(8))
     last = op(**draft(8))[:, 7:]
     assert torch.equal(last, op(**draft(1))) != is_mistaken
+=======
+@pytest.mark.parametrize("check", [K, P, DRAW])
+def test_no_mistake_in_sampling_is_no_difference(check, monkeypatch):
+    check(sampling, small_rows(sampling, monkeypatch))
+
+
+@pytest.mark.parametrize("mistake", SAMPLING_MISTAKES)
+def test_a_mistake_in_sampling_is_seen(mistake, mutated, monkeypatch):
+    check, *changes = SAMPLING_MISTAKES[mistake]
+    wrong = mutated("sampling", changes)
+    arguments = small_rows(wrong, monkeypatch)
+    with pytest.raises(AssertionError):
+        check(wrong, arguments)
+>>>>>>> S
 
 
 def test_a_tile_that_follows_the_batch_is_seen(monkeypatch):

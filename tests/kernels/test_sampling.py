@@ -11,6 +11,7 @@ from sampling_cases import (
     assert_top_p_is_exact,
     batch,
     chosen,
+    edges,
     exact_top_p,
     rounding_of_shares,
     scaled,
@@ -63,6 +64,14 @@ def test_top_p_keeps_what_float64_keeps(with_top_k, V, chunk, tile):
 def test_small_rows(seed, chunk, tile):
     """A row's kinds and settings meet otherwise with each seed."""
     arguments = batch(60 + 11 * seed, 1, seed)
+    assert_top_k_is_exact(sampling, arguments)
+    assert_top_p_is_exact(sampling, arguments)
+    assert_draws_are_exact(sampling, arguments)
+
+
+def test_rows_in_which_mistakes_show():
+    """In one chunk and one tile; test_kernel_mutations.py has them in several, with mistakes."""
+    arguments = edges()
     assert_top_k_is_exact(sampling, arguments)
     assert_top_p_is_exact(sampling, arguments)
     assert_draws_are_exact(sampling, arguments)
