@@ -51,6 +51,8 @@ def run(visit: Visit) -> None:
                 check(visit, case, worst)
         with visit.attempt(f"advance_/{model}"):
             check_advance(visit, model)
+        with visit.attempt(f"draws/{model}"):
+            compare_draws(visit, model)
         compare_rows(visit, model)
         with visit.attempt(f"drafts/{model}"):
             compare_drafts(visit, model)
@@ -96,6 +98,7 @@ def record_cases(visit: Visit, arch: str) -> set[Launch]:
             for case in company_cases(visit, s):
                 for rows in companies(most):
                     getattr(kernels, case.op)(**take_rows(case.make(), *rows))
+            draws(s, most)
             for q_len in draft_lengths(s):
                 kernels.attention_decode(**draft_arguments(s, q_len, rows=2, context=256))
         found |= launches
@@ -144,9 +147,10 @@ def check_advance(visit: Visit, model: str) -> None:
     slots = torch.randperm(B, device=device)
     is_end = torch.zeros(B + 1, V, dtype=torch.bool, device=device)
     is_end[:, 7] = True
-    chosen = torch.randint(V, (B,), device=device)
-    scores = torch.randn(B, device=device)
-    chosen[3], scores[5], scores[6] = 7, torch.nan, torch.inf
+    parts = 250
+    chosen = torch.randint(V, (parts, B), device=device)
+    scores = torch.randn(parts, B, device=device)
+    chosen[:, 3], scores[-1, 5], scores[0, 6] = 7, torch.nan, torch.inf
     state = {
         "tokens": torch.randint(V, (B + 1,), device=device),
         "positions": torch.arange(-2, B - 1, device=device),
@@ -159,6 +163,24 @@ def check_advance(visit: Visit, model: str) -> None:
         found.append([ids, *own.values()])
     same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     visit.check(f"advance_/{model}", same, "differs from its oracle")
+
+
+def compare_draws(visit: Visit, model: str) -> None:
+    """Keep a record: whether the head draws the tokens that are drawn from its logits."""
+    drawn, from_logits = draws(shapes_of(model, visit.device), 16 if visit.on_gpu else 3)
+    told = f"{int((drawn != from_logits).sum())} of {drawn.numel()} tokens differ"
+    visit.check(f"draws/{model}", torch.equal(drawn, from_logits), told)
+
+
+def draws(s: Shapes, rows: int) -> tuple[Tensor, Tensor]:
+    """Tokens that the head draws, a third of them greedy, and `sample` from its logits."""
+    x, weight, softcap = s.values(rows, s.D), s.weight(s.V, s.D), s.config.final_softcap
+    seeds = torch.arange(rows, device=s.device)
+    temperature = torch.full((rows,), 0.7, device=s.device).masked_fill(seeds % 3 == 0, 0.0)
+    scores, ids = kernels.lm_head_argmax(x, weight, softcap, temperature, seeds, seeds)
+    drawn, _ = reference.best_of_parts(ids, scores)
+    logits = kernels.lm_head(x, weight, softcap)
+    return drawn, kernels.sample(logits, temperature, seeds=seeds, positions=seeds)
 
 
 # Bits
