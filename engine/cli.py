@@ -270,6 +270,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="launch every kernel of a step by itself on a GPU, as compute-sanitizer needs it",
     )
+    group.add_argument(
+        "--no-dependent-launches",
+        dest="dependent_launches",
+        action="store_false",
+        help="begin each kernel of a step on a GPU only when the one before it has ended",
+    )
 
 
 def _add_length(group: argparse._ArgumentGroup) -> None:

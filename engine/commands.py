@@ -150,6 +150,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             max_seq_len=args.max_seq_len,
             ops=args.ops,
             cuda_graphs=args.cuda_graphs,
+            dependent_launches=args.dependent_launches,
             generation_config=args.generation_config,
             default_params=SamplingParams(**args.unpublished),
             revision=args.revision,

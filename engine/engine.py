@@ -62,6 +62,7 @@ class Engine(Calls):
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
         cuda_graphs: bool = True,
+        dependent_launches: bool = True,
         make_steps: MakeSteps | None = None,
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
@@ -74,9 +75,10 @@ class Engine(Calls):
         chunks are longer while no request decodes (prefill_chunks.py); without, every run computes
         the same products.  max_waiting: completions that may wait beyond the free slots; more are
         refused.  cuda_graphs: a GPU replays captured steps; without, it runs them kernel by kernel,
-        as tools such as compute-sanitizer need it.  make_steps: builds the steps from model, cache
-        and state, in place of those that suit the device.  ValueError names a value out of range,
-        MemoryError what is needed, what is free and what would fit.
+        as tools such as compute-sanitizer need it.  dependent_launches: on GPUs that can, a kernel
+        begins while the one before it still runs; the same bits without.  make_steps: builds the
+        steps from model, cache and state, in place of those that suit the device.  ValueError names
+        a value out of range, MemoryError what is needed, what is free and what would fit.
         """
         super().__init__()
         self._folder: Path | None = None
@@ -86,6 +88,7 @@ class Engine(Calls):
         if max_waiting is not None:
             check_int("max_waiting", max_waiting, 0, INT64_MAX)
         check_bool("cuda_graphs", cuda_graphs)
+        check_bool("dependent_launches", dependent_launches)
         self.model, self.config, self.tokenizer = model, config, tokenizer
         build = Build(
             config, model.device, model.dtype, model.ops, prefill_chunk, reuse_prefixes, cuda_graphs
@@ -116,7 +119,7 @@ class Engine(Calls):
         make = make_steps or partial(choose_steps, cuda_graphs=cuda_graphs)
         runner = Runner(make(model, self.cache, state), tokenizer)
         self._loop = StepLoop(runner, self._scheduler)
-        self._worker = Worker(self._loop, max_waiting)
+        self._worker = Worker(self._loop, max_waiting, dependent_launches=dependent_launches)
         self._stop = weakref.finalize(self, self._worker.stop)
         self._step_interface = output_queues.StepInterface(self._worker)
 
@@ -133,6 +136,7 @@ class Engine(Calls):
         reuse_prefixes: bool = True,
         max_waiting: int | None = None,
         cuda_graphs: bool = True,
+        dependent_launches: bool = True,
         skip_tokenizer_init: bool = False,
         quantization: str | None = None,
         ops: str = "auto",
@@ -187,6 +191,7 @@ class Engine(Calls):
         if generation_config != "none":
             defaults = replace(defaults, **published_settings(published_in))
         check_bool("cuda_graphs", cuda_graphs)
+        check_bool("dependent_launches", dependent_launches)
         build = Build(
             config, target, weights_dtype, op_table, prefill_chunk, reuse_prefixes, cuda_graphs
         )
@@ -208,6 +213,7 @@ class Engine(Calls):
                 reuse_prefixes=reuse_prefixes,
                 max_waiting=max_waiting,
                 cuda_graphs=cuda_graphs,
+                dependent_launches=dependent_launches,
             )
             engine._folder = folder
             return engine

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_index, check_rows, check_shape, check_tensors, require
+from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 
 BLOCK_B = 128  # rows of a program
 
@@ -25,8 +26,10 @@ def advance_kernel(
     tokens_ptr, positions_ptr, limits_ptr, is_end_ptr,  # [num_slots] x 3, [num_slots, V]
     stride_is_end_s,
     B, num_slots, V,
+    DEPENDENT: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask = offs_b < B
     chosen = tl.load(chosen_ptr + offs_b, mask=mask, other=0).to(tl.int64)
@@ -81,5 +84,6 @@ def advance_(
             tokens_ptr=tokens, positions_ptr=positions, limits_ptr=limits, is_end_ptr=is_end,
             stride_is_end_s=is_end.stride(0),
             B=B, num_slots=is_end.shape[0], V=is_end.shape[1], BLOCK_B=BLOCK_B,
+            **dependent_launch(chosen.device),
         )  # fmt: skip
     return ids

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from gemcut.kernels.attention_tiles import NO_MAXIMUM, check_attention, ring_tile, softmax_step
 from gemcut.kernels.checks import check_counters, check_index, check_tensors, require
+from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.kv_combine import (
@@ -115,12 +116,14 @@ def attention_decode_kernel(
     FAST_TANH: tl.constexpr,
     IN_PLACE: tl.constexpr,
     COUNTERS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     pid_s, pid_h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tl.load(slots_ptr + b)
     position = tl.load(positions_ptr + b)
@@ -360,5 +363,6 @@ def attention_decode(
             FAST_TANH=not INTERPRETED and q.dtype != torch.float32,
             IN_PLACE=not INTERPRETED, COUNTERS=COUNTERS_PER_HEAD,
             BLOCK_M=max(MIN_ROWS, block_m), BLOCK_K=block_k, BLOCK_R=COMBINED_ROWS, **tile,
+            **dependent_launch(q.device),
         )  # fmt: skip
     return y

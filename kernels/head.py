@@ -27,6 +27,7 @@ from gemcut.kernels.checks import (
     check_tensors,
     require,
 )
+from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
 from gemcut.kernels.skinny_product import BLOCK_M, check_linear, pipeline, product, rows_of_weight
 from gemcut.kernels.tiles import tuned
@@ -40,8 +41,10 @@ def embed_kernel(
     token_ids_ptr, table_ptr, y_ptr,  # [M], [V, D], [M, D]
     V, D,
     SCALE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -76,10 +79,12 @@ def lm_head_kernel(
     M, V, D,
     SOFTCAP: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     # int64: 8389 rows of 256 000 logits pass 2**31
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -102,10 +107,12 @@ def lm_head_argmax_kernel(
     M, V, D,
     SOFTCAP: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_m, mask_v = offs_m < M, offs_v < V
@@ -153,7 +160,7 @@ def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
         block_d = min(MAX_BLOCK_D, triton.next_power_of_2(D))
         embed_kernel[(M, triton.cdiv(D, block_d))](
             token_ids_ptr=token_ids, table_ptr=table, y_ptr=y, V=V, D=D,
-            SCALE=scale, BLOCK_D=block_d, num_warps=4,
+            SCALE=scale, BLOCK_D=block_d, num_warps=4, **dependent_launch(table.device),
         )  # fmt: skip
     return y
 
@@ -171,7 +178,7 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
         tile = _tile(V, x)
         lm_head_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(V, tile["BLOCK_V"]))](
             x_ptr=x, w_ptr=weight, logits_ptr=logits, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, **tile,
+            M=M, V=V, D=D, SOFTCAP=softcap, **tile, **dependent_launch(x.device),
         )  # fmt: skip
     return logits
 
@@ -202,6 +209,6 @@ def lm_head_argmax(
         lm_head_argmax_kernel[(groups, triton.cdiv(V, tile["BLOCK_V"]))](
             x_ptr=x, w_ptr=weight, state_ptr=state.view(torch.int64), counters_ptr=counters,
             best_ptr=best, ids_ptr=ids, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, SOFTCAP=softcap, **tile,
+            M=M, V=V, D=D, SOFTCAP=softcap, **tile, **dependent_launch(x.device),
         )  # fmt: skip
     return best, ids

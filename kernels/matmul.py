@@ -19,6 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemcut.kernels.dependent_launch import (
+    dependent_launch,
+    prefetch_and_wait,
+    prefetched_bytes,
+)
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
@@ -41,6 +46,8 @@ def skinny_linear_kernel(
     HAS_BIAS: tl.constexpr,
     IS_EVEN: tl.constexpr,
     IN_STEPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -52,6 +59,7 @@ def skinny_linear_kernel(
     mask_m, mask_n = offs_m < M, offs_n < N
 
     begin = (s.to(tl.int64) * split_d).to(tl.int32)  # below D
+    prefetch_and_wait(w_ptr, offs_n, begin, D, DEPENDENT, PREFETCH)
     acc = product(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_n, mask_n,
         D, begin, tl.minimum(begin + split_d, D), IS_EVEN, IN_STEPS, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -108,11 +116,12 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     y = torch.empty((splits, M, N), device=x.device, dtype=torch.float32)
     if M:
         grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(N, tile["BLOCK_N"]), splits)
+        is_even = D % block_d == 0 and N % tile["BLOCK_N"] == 0
         skinny_linear_kernel[grid](
             x_ptr=x, w_ptr=weight, bias_ptr=bias, y_ptr=y, stride_x_m=x.stride(0),
             M=M, N=N, D=D, split_d=triton.cdiv(triton.cdiv(D, block_d), splits) * block_d,
-            HAS_BIAS=bias is not None,
-            IS_EVEN=D % block_d == 0 and N % tile["BLOCK_N"] == 0,
-            IN_STEPS=x.dtype == torch.float32, BLOCK_M=BLOCK_M, **tile,
+            HAS_BIAS=bias is not None, IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
+            PREFETCH=prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
+            **dependent_launch(x.device),
         )  # fmt: skip
     return y

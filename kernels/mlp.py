@@ -18,6 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_rows, check_tensors, require
+from gemcut.kernels.dependent_launch import (
+    dependent_launch,
+    prefetch_and_wait,
+    prefetched_bytes,
+)
 from gemcut.kernels.gelu import gelu
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
@@ -58,6 +63,8 @@ def linear_geglu_kernel(
     M, F, D,
     IS_EVEN: tl.constexpr,
     IN_STEPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -67,6 +74,7 @@ def linear_geglu_kernel(
     offs_2f = tl.arange(0, 2 * BLOCK_F)  # BLOCK_F rows of gate, then the same of up
     rows = start_f + offs_2f % BLOCK_F + (offs_2f // BLOCK_F).to(tl.int64) * F
     mask_m, mask_rows = offs_m < M, start_f + offs_2f % BLOCK_F < F
+    prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH)
 
     acc = product(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows, D, 0, D,
@@ -118,9 +126,11 @@ def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
     y = torch.empty((M, F), device=x.device, dtype=x.dtype)
     if M:
         tile = _tile(F, x)
+        is_even = D % tile["BLOCK_D"] == 0 and F % tile["BLOCK_F"] == 0
         linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(F, tile["BLOCK_F"]))](
             x_ptr=x, w_ptr=gate_up_weight, y_ptr=y, stride_x_m=x.stride(0), M=M, F=F, D=D,
-            IS_EVEN=D % tile["BLOCK_D"] == 0 and F % tile["BLOCK_F"] == 0,
-            IN_STEPS=x.dtype == torch.float32, BLOCK_M=BLOCK_M, **tile,
+            IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
+            PREFETCH=prefetched_bytes(gate_up_weight, is_even), BLOCK_M=BLOCK_M, **tile,
+            **dependent_launch(x.device),
         )  # fmt: skip
     return y

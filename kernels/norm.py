@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_parts, check_rows, check_shape, check_tensors, require
+from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 
 MAX_HIDDEN_SIZE = 16384  # a row lives in registers; wider rows would spill
 
@@ -36,8 +37,10 @@ def rmsnorm_kernel(
     stride_x_m, stride_y_m,
     D,
     EPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 on a long prefill
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -56,8 +59,10 @@ def add_rmsnorm_kernel(
     EPS: tl.constexpr,
     HAS_POST_NORM: tl.constexpr,
     SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -102,7 +107,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rmsnorm_kernel[(rows.shape[0],)](
             x_ptr=rows, w_ptr=weight, y_ptr=y,
             stride_x_m=rows.stride(0), stride_y_m=D,
-            D=D, EPS=eps, **_tile(D),
+            D=D, EPS=eps, **_tile(D), **dependent_launch(x.device),
         )  # fmt: skip
     return y.view(x.shape)
 
@@ -139,6 +144,6 @@ def add_rmsnorm_(
             residual_ptr=residual, x_ptr=x, post_w_ptr=post_weight, next_w_ptr=next_weight, y_ptr=y,
             stride_residual_m=residual.stride(0), stride_x_s=M * D, stride_x_m=x.stride(-2),
             stride_y_m=D, D=D, EPS=eps, HAS_POST_NORM=post_weight is not None, SPLITS=parts,
-            **_tile(D),
+            **_tile(D), **dependent_launch(x.device),
         )  # fmt: skip
     return y

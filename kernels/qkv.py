@@ -18,6 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_cache, check_rotation, check_tensors, count_q_heads
+from gemcut.kernels.dependent_launch import (
+    dependent_launch,
+    prefetch_and_wait,
+    prefetched_bytes,
+)
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
 from gemcut.kernels.rotary import check_head_norms, rope_and_store_
@@ -46,6 +51,8 @@ def linear_rope_and_store_kernel(
     HEAD_DIM: tl.constexpr,
     IS_EVEN: tl.constexpr,
     IN_STEPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -58,6 +65,7 @@ def linear_rope_and_store_kernel(
     dims = tl.program_id(2) * BLOCK_I + offs_2i % BLOCK_I
     rows = head * HEAD_DIM + dims + offs_2i // BLOCK_I * HALF
     mask_m, mask_i, mask_rows = offs_m < M, offs_i < HALF, dims < HALF
+    prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH)
 
     acc = product(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows, D, 0, D,
@@ -153,13 +161,15 @@ def linear_rope_and_store_(
     if M:
         tile = _tile(HQ + 2 * HK, K, x)
         grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, tile["BLOCK_I"]))
+        is_even = D % tile["BLOCK_D"] == 0 and K // 2 % tile["BLOCK_I"] == 0
         linear_rope_and_store_kernel[grid](
             x_ptr=x, w_ptr=weight, bias_ptr=bias, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
             slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
             stride_x_m=x.stride(0), M=M, D=D, C=C, num_slots=num_slots,
             HAS_BIAS=bias is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
-            IS_EVEN=D % tile["BLOCK_D"] == 0 and K // 2 % tile["BLOCK_I"] == 0,
-            IN_STEPS=x.dtype == torch.float32, BLOCK_M=BLOCK_M, **tile,
+            IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
+            PREFETCH=prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
+            **dependent_launch(x.device),
         )  # fmt: skip
     return q

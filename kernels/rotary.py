@@ -37,6 +37,7 @@ from gemcut.kernels.checks import (
     count_q_heads,
     require,
 )
+from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 
 BLOCK_H = 4  # heads of a program
 
@@ -47,8 +48,10 @@ def rope_tables_kernel(
     stride_inv_freq_m,  # 0 where all tokens share the frequencies
     ATTENTION_SCALING: tl.constexpr,
     HALF_DIM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     m = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HALF_DIM
@@ -86,9 +89,11 @@ def rope_and_store_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,  # of half a head
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     m = tl.program_id(0).to(tl.int64)
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
@@ -194,7 +199,7 @@ def rope_tables(
             positions_ptr=positions, inv_freq_ptr=inv_freq, cos_ptr=cos, sin_ptr=sin,
             stride_inv_freq_m=0 if inv_freq.dim() == 1 else half,
             ATTENTION_SCALING=float(attention_scaling), HALF_DIM=half, BLOCK_D=block_d,
-            num_warps=max(1, block_d // 32),
+            num_warps=max(1, block_d // 32), **dependent_launch(positions.device),
         )  # fmt: skip
     return cos, sin
 
@@ -239,7 +244,7 @@ def rope_and_store_(
             stride_qkv_s=M * width, stride_qkv_m=qkv.stride(-2),
             num_slots=num_slots, C=C, EPS=eps, HAS_NORM=q_norm_weight is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, SPLITS=parts,
-            BLOCK_H=BLOCK_H, **_tile(K),
+            BLOCK_H=BLOCK_H, **_tile(K), **dependent_launch(qkv.device),
             maxnreg=128,  # ptxas would rather spill the last addresses than take more than 64
         )  # fmt: skip
     return q

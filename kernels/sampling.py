@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_index, check_rows, check_shape, check_tensors, require
+from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.top_k_top_p import (
     BEST,
     BUCKETS,
@@ -60,8 +61,10 @@ def penalize_kernel(
     repetition_ptr, presence_ptr, frequency_ptr,  # [B] each
     stride_logits_b, stride_counts_b, stride_in_prompt_b, stride_y_b,
     V,
+    DEPENDENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     mask = offs_v < V
@@ -86,9 +89,11 @@ def best_kernel(
     V, num_chunks,
     HAS_TOP_K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # num_chunks or more
+    DEPENDENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The maximum and its id; a first threshold for top-k, below which no chunk need look."""
+    wait_for_predecessor(DEPENDENT)
     row, pid_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offs_v = pid_v * CHUNK + tl.arange(0, CHUNK)
     mask = offs_v < V
@@ -150,8 +155,10 @@ def draw_kernel(
     stride_logits_b, stride_state_b,
     V,
     HAS_MIN_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     if temperature == 0.0:
@@ -227,6 +234,7 @@ def penalize(
             stride_logits_b=logits.stride(0), stride_counts_b=output_counts.stride(0),
             stride_in_prompt_b=in_prompt.stride(0), stride_y_b=V,
             V=V, CHUNK=CHUNK, num_warps=8,
+            **dependent_launch(logits.device),
         )  # fmt: skip
     return y
 
@@ -289,6 +297,7 @@ def _choose_(
         stride_logits_b=logits.stride(0), stride_state_b=width,
         V=V, num_chunks=num_chunks,
         HAS_TOP_K=has_top_k, BLOCK_C=triton.next_power_of_2(num_chunks), CHUNK=CHUNK, num_warps=8,
+        **dependent_launch(logits.device),
     )  # fmt: skip
     if temperature is None:
         return state
@@ -301,5 +310,6 @@ def _choose_(
         seeds_ptr=seeds, positions_ptr=positions, state_ptr=state, ids_ptr=ids,
         stride_logits_b=logits.stride(0), stride_state_b=width,
         V=V, HAS_MIN_P=min_p is not None, CHUNK=CHUNK, num_warps=8,
+        **dependent_launch(logits.device),
     )  # fmt: skip
     return state

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
+
 MAX_VOCAB_SIZE = 2**20  # the masses of a row, 2**42 each at most, add up in 63 bits
 BUCKETS, GROUP = 2048, 64
 
@@ -129,8 +131,10 @@ def narrow_kernel(
     LEVEL: tl.constexpr,
     BUCKETS: tl.constexpr,
     GROUP: tl.constexpr,  # buckets that are scanned together
+    DEPENDENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     state_ptr += row * stride_state_b
     temperature = tl.load(temperature_ptr + row)
@@ -213,4 +217,5 @@ def narrow_(
             stride_logits_b=logits.stride(0), stride_state_b=state.stride(0),
             V=V,
             IS_MASS=is_mass, LEVEL=level, BUCKETS=BUCKETS, GROUP=GROUP, CHUNK=chunk, num_warps=8,
+            **dependent_launch(logits.device),
         )  # fmt: skip

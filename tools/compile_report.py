@@ -15,6 +15,7 @@ Exits with 1 where a rule is broken:
     chain on sm_90      at most 75 KB of shared memory in whatever a decode step launches
     weights             enough of them in flight, asynchronous and 16 bytes wide (weight_stream.py)
     64-bit addresses    no 32-bit product of two values that are not known at compile time
+    dependent launch    every kernel of a decode step, where the arch can (launch_wait.py)
 """
 
 import argparse
@@ -40,8 +41,10 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.kernels.dependent_launch import ARCHS
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.tools.launch_wait import wait_problems
 from gemcut.tools.launches import CAPABILITY, Launch, launches
 from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
 from gemcut.tools.weight_stream import ARCHS as STREAMING
@@ -54,6 +57,7 @@ QUICK = {"models": ["gemma-2-2b"], "archs": ["sm_90"]}
 SMALL = {"rope_tables_kernel", "advance_kernel"}
 PREFILL = {"attention_prefill_kernel", "geglu_kernel"}  # launched in no decode step
 CHAIN = 75 * 1024  # bytes of shared memory in a decode step on sm_90: three programs fit
+PLAIN = "a plain launch, where the arch has dependent ones"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a cached result
 COUNTED = {
@@ -79,6 +83,7 @@ class Cell:
     narrow_products: list[str] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
     stream: list[str] = field(default_factory=list)  # what is wrong with a product's stream
+    waits: list[str] = field(default_factory=list)  # what is wrong with its wait
     tail_cycles: int = 0  # from the loop that multiplies to the end
     seconds: float = 0.0
     error: str | None = None
@@ -104,6 +109,7 @@ class Cell:
             yield "no 16-byte loads"
         for line in self.narrow_products:
             yield f"a 32-bit product: {line}"
+        yield from self.waits
 
 
 def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cell:
@@ -132,7 +138,10 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     if launch.arch in STREAMING and launch.kernel not in PREFILL:
         used = cell.shared_bytes, cell.registers
         cell.stream = stream_problems(cell.tile, *used, instructions)
-    if launch.arch == "sm_90":  # whose encoding machine_code.py reads
+    if launch.arch in ARCHS and launch.kernel not in PREFILL:
+        is_dependent = dict(launch.options).get("launch_pdl", False)
+        cell.waits = wait_problems(instructions) if is_dependent else [PLAIN]
+    if launch.arch == "sm_90":  # whose control bits machine_code.py reads
         cell.loops = find_loops(instructions)
         main = [loop.end for loop in cell.loops if loop.multiplies]
         cell.tail_cycles = tail_cycles(instructions, main[0]) if main else 0

@@ -10,6 +10,10 @@ the host goes on:
     a caller is given   the caller's stream waits for the steps that were started
     the engine closes   the host waits: memory that a step reads must not be given to others
 
+Whether kernels are launched dependently is the engine's choice too, so the thread takes it on with
+the stream: within a stream such a kernel waits for the one before it, and events that other streams
+wait for come after all of it.
+
 On a CPU there is no stream, and these calls do nothing.  After a failure of the device the waits
 are skipped, and the step loop tells every caller why (EngineFault).
 """
@@ -19,12 +23,14 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from gemcut.kernels.launch_switch import dependent_launches
+
 
 class StepStream:
     """The stream of one engine on `device`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, dependent_launches: bool = True) -> None:
+        self._device, self._dependent_launches = device, dependent_launches
         self._stream = new_stream(device)
 
     @contextmanager
@@ -33,7 +39,7 @@ class StepStream:
         if self._stream is None:
             yield
             return
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), dependent_launches(self._dependent_launches):
             yield
 
     def wait_for_caller(self) -> None:

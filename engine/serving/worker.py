@@ -39,10 +39,16 @@ class QueueFullError(RuntimeError):
 class Worker:
     """Owns a step loop.  Its thread begins when it is first needed and ends with `stop`."""
 
-    def __init__(self, step_loop: StepLoop, max_waiting: int | None = None) -> None:
+    def __init__(
+        self,
+        step_loop: StepLoop,
+        max_waiting: int | None = None,
+        *,
+        dependent_launches: bool = True,
+    ) -> None:
         self._loop, self._max_waiting = step_loop, max_waiting
         self.inline = step_loop.runner.device.type == "cpu"  # the main thread may make steps
-        self.stream = StepStream(step_loop.runner.device)
+        self.stream = StepStream(step_loop.runner.device, dependent_launches=dependent_launches)
         self.stream.wait_for_caller()  # weights, cache and state were made in the caller's stream
         self._commands: deque[Callable[[], object]] = deque()
         # Held for moments.  Reentrant: the garbage collector may end an abandoned stream, which

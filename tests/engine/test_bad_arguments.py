@@ -40,6 +40,10 @@ BAD_ARGUMENTS = {
     "tokens in words": ({"max_seq_len": "many"}, "'many' is neither an integer nor 'auto'"),
     "no chunk": ({"prefill_chunk": 0}, "prefill_chunk 0 is outside"),
     "graphs by a number": ({"cuda_graphs": 1}, "cuda_graphs 1 is neither True nor False"),
+    "launches by a number": (
+        {"dependent_launches": 0},
+        "dependent_launches 0 is neither True nor False",
+    ),
     "graphs by a word": ({"cuda_graphs": "no"}, "cuda_graphs 'no' is neither True nor False"),
     "unknown quantization": ({"quantization": "int3"}, "quantization 'int3'"),
 }

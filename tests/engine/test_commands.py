@@ -187,14 +187,15 @@ def test_generate_with_a_slot_of_the_length_that_fits(run):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_graphs_can_be_left_out(run, monkeypatch, command):
+@pytest.mark.parametrize("choice", ["cuda_graphs", "dependent_launches"])
+def test_graphs_and_dependent_launches_can_be_left_out(run, monkeypatch, command, choice):
     asked = []
 
     def refuse(*args, **options):
-        asked.append(options["cuda_graphs"])
+        asked.append(options[choice])
         raise ValueError("enough")
 
     monkeypatch.setattr(Engine, "from_pretrained", refuse)
-    for options in ([], ["--no-cuda-graphs"]):
+    for options in ([], [f"--no-{choice.replace('_', '-')}"]):
         assert run(command, *options)[0] == 1
     assert asked == [True, False]

@@ -76,6 +76,7 @@ def test_a_tile_that_spills_is_reported():
             "76801 bytes of shared memory in a decode step > 76800",
         ),
         ({"stream": ["copies of less than 16 bytes"]}, "copies of less than 16 bytes"),
+        ({"waits": ["2 waits for the kernel before"]}, "2 waits for the kernel before"),
         ({"error": "CompilationError: no"}, "CompilationError: no"),
         (
             {

@@ -16,9 +16,10 @@ from visit_blocks import seconds_of
 from gemcut.bench.measure import report_file
 from gemcut.bench.report.load import CEILINGS
 from gemcut.bench.report.markdown_page import load_reports
+from gemcut.kernels import launch_switch
 from gemcut.tools import gpu_visit
 from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
-from gemcut.tools.visit import bits, ops, report
+from gemcut.tools.visit import bits, ops, report, waits
 
 # where the children find visit_blocks.py, and what this process was given
 SEARCHED = os.pathsep.join(
@@ -332,3 +333,59 @@ def test_a_replay_that_differs_is_seen():
         ("moving", False, "1 of 1 replays differ from the eager call"),
         ("still", True, "0 of 1 replays differ from the eager call"),
     ]
+
+
+class Stale:
+    """Two steps, whose second kernel reads what the first one wrote in the replay before."""
+
+    def __init__(self, late):
+        self.begins = [torch.zeros(2), torch.ones(2)]
+        self.given, self.written, self.late = torch.zeros(2), torch.zeros(2), late
+
+    def run(self, name):
+        if not launch_switch.is_on() or not self.late:
+            self.written.copy_(self.given)
+        read = self.written.clone()
+        self.written.copy_(self.given)
+        return [read]
+
+
+def test_a_kernel_that_does_not_wait_is_seen():
+    found = Found()
+    waits.compare(found, "right", Stale(late=False), "greedy")
+    waits.compare(found, "stale", Stale(late=True), "greedy")
+    assert found == [
+        ("right, dependent", True, "0 of 2 replays differ from plain launches"),
+        ("stale, dependent", False, "2 of 2 replays differ from plain launches"),
+    ]
+
+
+# What is launched among late kernels: name, whether it waits, whether it is launched dependently
+LATE = """
+import torch
+
+from gemcut import kernels
+from gemcut.tools.launches import recorded
+from gemcut.tools.visit.waits import UNWAITING, late_kernels
+
+made = []
+with recorded("sm_90", made):
+    x, y = (torch.empty(1, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    with late_kernels(torch.empty(2, device="cuda", dtype=torch.int32), UNWAITING):
+        kernels.rmsnorm(x, x.select(0, 0), 1e-6)
+        kernels.add_rmsnorm_(x, y, None, x.select(0, 0), 1e-6)
+for one in made:
+    print(one.name, dict(one.numbers)["DEPENDENT"], dict(one.launch.options)["launch_pdl"])
+"""
+
+
+def test_a_late_kernel_stands_before_each():
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", LATE]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [
+        "late_store_kernel 1 True",
+        "rmsnorm_kernel 1 True",
+        "late_store_kernel 1 True",
+        "add_rmsnorm_kernel 0 True",
+    ], run.stderr

@@ -27,7 +27,7 @@ from gemcut.kernels.gpu_arch import arch_of
 from gemcut.tools.compile_report import Cell, compile_launch, compiled_kernel
 from gemcut.tools.launches import BATCHES, MAX_SEQ_LEN, Launch, launches
 from gemcut.tools.profile_step import DecodeStep
-from gemcut.tools.visit import attention, bits, memcheck, ops, pdl, peers, steps
+from gemcut.tools.visit import attention, bits, memcheck, ops, pdl, peers, steps, waits
 from gemcut.tools.visit.block import Visit
 from gemcut.tools.visit.ops import MODELS
 
@@ -62,6 +62,7 @@ def recorders(visit: Visit, name: str) -> dict[str, Callable[[], set[Launch]]]:
     }
     if visit.on_gpu:
         found |= {model: partial(launches, PUBLISHED[model], name) for model in MODELS}
+        found["the waits"] = partial(waits.record, name)
         found["the steps"] = partial(steps.record, name)
         found["dependent launches"] = partial(pdl.record, visit, name)
         found["attention"] = partial(attention.record, visit, name)

@@ -1,25 +1,36 @@
 """The time of a decode step, by events around replays of one graph, and its longest kernels.
 
-The step is the engine's own, with its choice of a token (profile_step.py), over random weights.
+The step is the engine's own, with its choice of a token (profile_step.py), over random weights.  It
+is timed by plain launches too.
 A share is how much of its time moving its bytes would take at the bandwidth of reading that the
 visit measured.
 """
 
 import gc
 import json
+from itertools import product
 
 import torch
 
 from gemcut import kernels
 from gemcut.bench.engines.random_model import published_config
 from gemcut.bench.engines.setup import Setup
-from gemcut.bench.measure.timing import Spread
+from gemcut.bench.measure.timing import Spread, capture, time_replays
 from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import empty_weights
+from gemcut.kernels.launch_switch import dependent_launches
 from gemcut.tools.launches import Launch, recorded
-from gemcut.tools.profile_step import WARM_UP, DecodeStep, Profile, breakdown, measure
+from gemcut.tools.profile_step import (
+    ROUNDS,
+    WARM_UP,
+    DecodeStep,
+    Profile,
+    breakdown,
+    make_step,
+    measure,
+)
 from gemcut.tools.visit import bits
 from gemcut.tools.visit.block import Visit
 
@@ -51,9 +62,9 @@ def record(arch: str) -> set[Launch]:
     found: set[Launch] = set()
     cases = [(model, batch, CONTEXT, STEPS + WARM_UP) for model, each in CASES for batch in each]
     cases.append((bits.MODEL, bits.BATCH, bits.CONTEXT - 1, 1))
-    for model, batch, context, room in cases:
+    for (model, batch, context, room), dependent in product(cases, (True, False)):
         config = published_config(model, RECORDED_LAYERS)
-        with recorded(arch) as launches:
+        with recorded(arch) as launches, dependent_launches(dependent):
             device = torch.device("cuda", 0)
             weights = empty_weights(config, device=device, dtype=torch.bfloat16)
             step = DecodeStep(Gemma(config, weights, kernels), batch, context, room)
@@ -83,6 +94,23 @@ def measure_model(visit: Visit, model: str, batches: tuple[int, ...]) -> None:
             facts |= {"step_us": content["step_us"], "step_bytes": profile.step_bytes}
             visit.add(case, **facts, line=f"{case}: {describe(profile, visit.read_gbps)}")
             visit.add(f"{case}, its kernels", line=f"    {longest(profile)}")
+            if visit.on_gpu:
+                plain, own = plain_us(setup, batch, context, steps), Spread.of(profile.step_us)
+                line = (
+                    f"    {plain.median:.0f} us by plain launches ({own.median / plain.median:.3f})"
+                )
+                visit.add(f"{case}, plain launches", step_us=plain.median, line=line)
+
+
+@torch.inference_mode()
+def plain_us(setup: Setup, batch: int, context: int, steps: int) -> Spread:
+    """Microseconds of the same step on a GPU, none of whose launches is a dependent one."""
+    with dependent_launches(False):
+        step = make_step(setup, batch, context, room=steps + WARM_UP)
+        replay = capture([step.run]).replay
+    step.reset()
+    replay()
+    return Spread.of(time_replays(replay, steps, ROUNDS, setup.device, step.reset))
 
 
 def describe(profile: Profile, read_gbps: float | None) -> str:

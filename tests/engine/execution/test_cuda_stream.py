@@ -19,7 +19,7 @@ from gemcut.engine.execution import cuda_stream
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.slot_state import SlotState
-from gemcut.kernels import reference
+from gemcut.kernels import launch_switch, reference
 
 STEPS = "steps"
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True, seed=1)
@@ -203,6 +203,30 @@ def test_a_stream_is_entered_once_for_many_steps(engine, streams):
     engine.generate("Once", SamplingParams(max_tokens=30, ignore_eos=True))
     assert engine.metrics()["steps"] - before >= 25
     assert streams.log.count(f"enter {STEPS}") <= 5  # the engine's thread looks again when woken
+
+
+@pytest.mark.parametrize("threads", ["callers-drive", "own-thread"])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_every_op_launches_as_the_engine_was_told(folder, streams, threads, chosen):
+    seen = set()
+
+    def noting(op):
+        def noted(*args, **kwargs):
+            seen.add(launch_switch.is_on())
+            return op(*args, **kwargs)
+
+        return noted
+
+    with Engine.from_pretrained(folder, device="cpu", dtype="float32") as plain:
+        ops = {name: noting(getattr(reference, name)) for name in reference.__all__}
+    model = Gemma(plain.config, plain.model.weights, SimpleNamespace(**ops))
+    with Engine(model, plain.tokenizer, dependent_launches=chosen) as engine:
+        if threads == "own-thread":
+            run_as_on_a_gpu(engine)
+        engine.generate("It was", PARAMS)
+        engine.warmup()
+    assert seen == {chosen}
+    assert launch_switch.is_on()  # the caller's own launches are as they were
 
 
 @pytest.mark.parametrize("ending", ["close", "collected"])
