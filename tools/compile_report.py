@@ -57,6 +57,7 @@ QUICK = {"models": ["gemma-2-2b"], "archs": ["sm_90"]}
 SMALL = {"rope_tables_kernel", "advance_kernel"}
 PREFILL = {"attention_prefill_kernel", "geglu_kernel"}  # launched in no decode step
 CHAIN = 75 * 1024  # bytes of shared memory in a decode step on sm_90: three programs fit
+SPREAD = {"linear_geglu_kernel", "linear_rope_and_store_kernel"}  # begin on empty processors
 PLAIN = "a plain launch, where the arch has dependent ones"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a cached result
@@ -140,7 +141,9 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
         cell.stream = stream_problems(cell.tile, *used, instructions)
     if launch.arch in ARCHS and launch.kernel not in PREFILL:
         is_dependent = dict(launch.options).get("launch_pdl", False)
-        cell.waits = wait_problems(instructions) if is_dependent else [PLAIN]
+        cell.waits = wait_problems(instructions)
+        if not is_dependent and launch.kernel not in SPREAD:
+            cell.waits.append(PLAIN)
     if launch.arch == "sm_90":  # whose control bits machine_code.py reads
         cell.loops = find_loops(instructions)
         main = [loop.end for loop in cell.loops if loop.multiplies]
