@@ -116,13 +116,18 @@ def _pipeline(name: str, itemsize: int, blocks: int) -> dict[str, int]:
     return {"BLOCK_D": columns * 2 // itemsize, "num_warps": 4, "num_stages": stages}
 
 
-def leaves_places(x: Tensor, programs: int, rows: int, tile: dict[str, int]) -> bool:
-    """Whether more programs of `rows` rows would fit the GPU, by shared memory, the scarcest."""
+def places(x: Tensor, rows: int, tile: dict[str, int]) -> int:
+    """Programs of `rows` rows that fit the GPU, by shared memory, the scarcest; 0: no GPU."""
     name = arch_of(x.device)
     if name not in SHARED_MEMORY:
-        return False
+        return 0
     each = (rows + BLOCK_M) * tile["BLOCK_D"] * x.itemsize * tile["num_stages"] + RESERVED
-    return int(programs) < (SHARED_MEMORY[name] + RESERVED) // each * PROCESSORS[name]
+    return (SHARED_MEMORY[name] + RESERVED) // each * PROCESSORS[name]
+
+
+def leaves_places(x: Tensor, programs: int, rows: int, tile: dict[str, int]) -> bool:
+    """Whether more than a twentieth of the places is free: see dependent_launch.py."""
+    return 20 * int(programs) < 19 * places(x, rows, tile)
 
 
 def rows_of_weight(x: Tensor, rows: int = BLOCK_N) -> int:

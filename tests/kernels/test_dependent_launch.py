@@ -49,10 +49,10 @@ def test_what_leaves_places_begins_on_empty_processors(monkeypatch):
 @pytest.mark.parametrize(
     ("programs", "rows", "columns", "stages", "leaves"),
     [
-        pytest.param(395, 64, 128, 3, True, id="three to a processor, one short"),
-        pytest.param(396, 64, 128, 3, False, id="three to a processor"),
-        pytest.param(448, 64, 64, 5, True, id="four"),
-        pytest.param(528, 64, 64, 5, False, id="four, all"),
+        pytest.param(376, 64, 128, 3, True, id="three to a processor, a twentieth free"),
+        pytest.param(377, 64, 128, 3, False, id="three to a processor"),
+        pytest.param(448, 64, 64, 5, True, id="four, some free"),
+        pytest.param(512, 64, 64, 5, False, id="four"),
         pytest.param(128, 32, 128, 6, True, id="qkv of gemma-2-2b"),
     ],
 )
