@@ -47,10 +47,14 @@ PREFETCHED_BYTES = 256  # of a row
 MOST_PREFETCHED = 32_000_000  # bytes of a weight whose rows are prefetched, see above
 
 
-def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """The two keywords of a launch whose kernel begins by a wait: DEPENDENT and launch_pdl."""
+def dependent_launch(device: torch.device, leaves_places: bool = False) -> dict[str, bool]:
+    """The two keywords of a launch whose kernel begins by a wait: DEPENDENT and launch_pdl.
+
+    One that leaves places free is launched plainly: it begins on processors that are all empty, so
+    that its programs spread evenly.  It lets the next kernel begin; its own wait is over at once.
+    """
     dependent = is_on() and has_dependent_launches(device)
-    return {"DEPENDENT": dependent, "launch_pdl": dependent}
+    return {"DEPENDENT": dependent, "launch_pdl": dependent and not leaves_places}
 
 
 def has_dependent_launches(device: torch.device) -> bool:

@@ -5,7 +5,8 @@
 
 GELU is its tanh approximation, as every published Gemma was trained with.  Arithmetic is
 float32, rounded once.  In decode a program owns the same BLOCK_F rows of gate and of up, so that
-nothing between the two products leaves its registers.
+nothing between the two products leaves its registers.  It owns fewer of them where all processors
+then get as many: 24 of 32 in gemma-2-2b.
 
 Cost of geglu: 3 M F elements moved, about 15 operations each: bound by memory bandwidth.  Cost of
 linear_geglu: 2 F D weights read once for 16 rows, 2 operations each a row: bound by it too, see
@@ -24,12 +25,15 @@ from gemcut.kernels.dependent_launch import (
     prefetched_bytes,
 )
 from gemcut.kernels.gelu import gelu
+from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     BLOCK_N,
     check_linear,
     halves,
+    leaves_places,
     pipeline,
+    places,
     product,
     rows_of_weight,
 )
@@ -60,7 +64,7 @@ def geglu_kernel(
 def linear_geglu_kernel(
     x_ptr, w_ptr, y_ptr,  # [M, D], [2 F, D], [M, F]
     stride_x_m,
-    M, F, D,
+    M, F, D, share,  # share: rows of gate that a program owns, at most BLOCK_F
     IS_EVEN: tl.constexpr,
     IN_STEPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -70,10 +74,11 @@ def linear_geglu_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    start_f = tl.program_id(1).to(tl.int64) * BLOCK_F
+    start_f = tl.program_id(1).to(tl.int64) * share
+    end_f = tl.minimum(start_f + share, F)
     offs_2f = tl.arange(0, 2 * BLOCK_F)  # BLOCK_F rows of gate, then the same of up
     rows = start_f + offs_2f % BLOCK_F + (offs_2f // BLOCK_F).to(tl.int64) * F
-    mask_m, mask_rows = offs_m < M, start_f + offs_2f % BLOCK_F < F
+    mask_m, mask_rows = offs_m < M, start_f + offs_2f % BLOCK_F < end_f
     prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH)
 
     acc = product(
@@ -84,7 +89,7 @@ def linear_geglu_kernel(
     y = gelu(gate) * up
     offs_f = start_f + tl.arange(0, BLOCK_F)
     y_ptrs = y_ptr + offs_m[None, :] * F + offs_f[:, None]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[None, :] & (offs_f < F)[:, None])
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[None, :] & (offs_f < end_f)[:, None])
 
 
 def _tile(F: int, x: Tensor) -> dict[str, int]:
@@ -92,6 +97,15 @@ def _tile(F: int, x: Tensor) -> dict[str, int]:
     block_f = rows_of_weight(x, BLOCK_N // 2)
     rule = {"BLOCK_F": block_f, **pipeline(x, triton.cdiv(F, block_f))}
     return rule | tuned("linear_geglu", x, F, x.shape[1])
+
+
+def _share(F: int, x: Tensor, tile: dict[str, int]) -> int:
+    """Rows of gate of a program: so few that programs fill their waves, where these are few."""
+    blocks = triton.cdiv(F, tile["BLOCK_F"])
+    slots = places(x, 2 * tile["BLOCK_F"], tile)
+    if blocks <= PROCESSORS.get(arch_of(x.device), 0) or blocks > 4 * slots:
+        return tile["BLOCK_F"]
+    return triton.cdiv(F, triton.cdiv(blocks, slots) * slots)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
@@ -126,11 +140,15 @@ def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
     y = torch.empty((M, F), device=x.device, dtype=x.dtype)
     if M:
         tile = _tile(F, x)
-        is_even = D % tile["BLOCK_D"] == 0 and F % tile["BLOCK_F"] == 0
-        linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(F, tile["BLOCK_F"]))](
-            x_ptr=x, w_ptr=gate_up_weight, y_ptr=y, stride_x_m=x.stride(0), M=M, F=F, D=D,
+        share = _share(F, x, tile)
+        is_even = D % tile["BLOCK_D"] == 0 and share == tile["BLOCK_F"] and F % share == 0
+        programs = triton.cdiv(F, share)
+        prefetched = prefetched_bytes(gate_up_weight, is_even)
+        linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), programs)](
+            x_ptr=x, w_ptr=gate_up_weight, y_ptr=y, stride_x_m=x.stride(0),
+            M=M, F=F, D=D, share=share,
             IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
-            PREFETCH=prefetched_bytes(gate_up_weight, is_even), BLOCK_M=BLOCK_M, **tile,
-            **dependent_launch(x.device),
+            PREFETCH=prefetched, BLOCK_M=BLOCK_M, **tile,
+            **dependent_launch(x.device, leaves_places(x, programs, 2 * tile["BLOCK_F"], tile)),
         )  # fmt: skip
     return y

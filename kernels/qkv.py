@@ -31,6 +31,7 @@ from gemcut.kernels.skinny_product import (
     BLOCK_N,
     check_linear,
     halves,
+    leaves_places,
     pipeline,
     product,
     rows_of_weight,
@@ -162,6 +163,7 @@ def linear_rope_and_store_(
         tile = _tile(HQ + 2 * HK, K, x)
         grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, tile["BLOCK_I"]))
         is_even = D % tile["BLOCK_D"] == 0 and K // 2 % tile["BLOCK_I"] == 0
+        plain = leaves_places(x, grid[1] * grid[2], 2 * tile["BLOCK_I"], tile)
         linear_rope_and_store_kernel[grid](
             x_ptr=x, w_ptr=weight, bias_ptr=bias, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
             slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
@@ -169,7 +171,7 @@ def linear_rope_and_store_(
             HAS_BIAS=bias is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
             IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
-            PREFETCH=prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
-            **dependent_launch(x.device),
+            PREFETCH=0 if plain else prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
+            **dependent_launch(x.device, plain),
         )  # fmt: skip
     return q

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_rows, check_shape, check_tensors, require
-from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
+from gemcut.kernels.gpu_arch import PROCESSORS, SHARED_MEMORY, arch_of
 
 BLOCK_M = 16  # rows of x in a program: the least that tensor cores take
 BLOCK_N = 64  # rows of the weight in a program
@@ -34,6 +34,7 @@ PIPELINES = {3: (128, 3), 4: (64, 5), 1: (64, 7)}
 # half as much shared memory, or less: 30, 40 and 60 KB
 SMALL_PIPELINES = {3: (64, 3), 2: (64, 4), 1: (64, 6)}
 SMALL_ARCHS = ("sm_80", "sm_89", "sm_120")
+RESERVED = 1024  # bytes of shared memory that each program takes beside its own
 
 
 @triton.jit
@@ -113,6 +114,20 @@ def _pipeline(name: str, itemsize: int, blocks: int) -> dict[str, int]:
     together = 1 if alone else min((n for n in pipelines if n > 1), key=idle)
     columns, stages = pipelines[together]
     return {"BLOCK_D": columns * 2 // itemsize, "num_warps": 4, "num_stages": stages}
+
+
+def places(x: Tensor, rows: int, tile: dict[str, int]) -> int:
+    """Programs of `rows` rows that fit the GPU, by shared memory, the scarcest; 0: no GPU."""
+    name = arch_of(x.device)
+    if name not in SHARED_MEMORY:
+        return 0
+    each = (rows + BLOCK_M) * tile["BLOCK_D"] * x.itemsize * tile["num_stages"] + RESERVED
+    return (SHARED_MEMORY[name] + RESERVED) // each * PROCESSORS[name]
+
+
+def leaves_places(x: Tensor, programs: int, rows: int, tile: dict[str, int]) -> bool:
+    """Whether more than a twentieth of the places is free: see dependent_launch.py."""
+    return 20 * int(programs) < 19 * places(x, rows, tile)
 
 
 def rows_of_weight(x: Tensor, rows: int = BLOCK_N) -> int:

@@ -56,8 +56,9 @@ QUICK = {"models": ["gemma-2-2b"], "archs": ["sm_90"]}
 # kernels that move too little for the width of a load to matter
 SMALL = {"rope_tables_kernel", "advance_kernel"}
 PREFILL = {"attention_prefill_kernel", "geglu_kernel"}  # launched in no decode step
-PLAIN = "a plain launch, where the arch has dependent ones"
 CHAIN = 75 * 1024  # bytes of shared memory in a decode step on sm_90: three programs fit
+SPREAD = {"linear_geglu_kernel", "linear_rope_and_store_kernel"}  # begin on empty processors
+PLAIN = "a plain launch, where the arch has dependent ones"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a cached result
 COUNTED = {
@@ -82,8 +83,8 @@ class Cell:
     multiplies: bool = False
     narrow_products: list[str] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
-    waits: list[str] = field(default_factory=list)  # what is wrong with its wait
     stream: list[str] = field(default_factory=list)  # what is wrong with a product's stream
+    waits: list[str] = field(default_factory=list)  # what is wrong with its wait
     tail_cycles: int = 0  # to the end from the loop that multiplies, or else loads
     seconds: float = 0.0
     error: str | None = None
@@ -135,12 +136,14 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     cell.shared_bytes = compiled.metadata.shared
     cell.instructions = {name: len(re.findall(regex, code)) for name, regex in COUNTED.items()}
     instructions = parse(code)
-    if launch.arch in ARCHS and launch.kernel not in PREFILL:
-        is_dependent = dict(launch.options).get("launch_pdl", False)
-        cell.waits = wait_problems(instructions) if is_dependent else [PLAIN]
     if launch.arch in STREAMING and launch.kernel not in PREFILL:
         used = cell.shared_bytes, cell.registers
         cell.stream = stream_problems(cell.tile, *used, instructions)
+    if launch.arch in ARCHS and launch.kernel not in PREFILL:
+        is_dependent = dict(launch.options).get("launch_pdl", False)
+        cell.waits = wait_problems(instructions)
+        if not is_dependent and launch.kernel not in SPREAD:
+            cell.waits.append(PLAIN)
     if launch.arch == "sm_90":  # whose control bits machine_code.py reads
         cell.loops = find_loops(instructions)
         main = [loop.end for loop in cell.loops if loop.multiplies]

@@ -23,7 +23,7 @@ COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 
 def program_bytes(tile: Mapping[str, int], item_bytes: int = 2) -> int | None:
     """Bytes of weight on their way to one program; None for a tile that streams no weight."""
-    rows = [tile[name] * each for name, each in ROWS.items() if name in tile]
+    rows = [tile.get("share", tile[name]) * each for name, each in ROWS.items() if name in tile]
     if not rows or not {"BLOCK_M", "BLOCK_D"} <= tile.keys():
         return None
     return (tile.get("num_stages", 1) - 1) * rows[0] * tile["BLOCK_D"] * item_bytes

@@ -19,6 +19,7 @@ from gemcut.kernels.dependent_launch import (
     prefetched_bytes,
 )
 from gemcut.kernels.launch_switch import dependent_launches, is_on
+from gemcut.kernels.skinny_product import leaves_places
 
 ON, OFF = ({"DEPENDENT": yes, "launch_pdl": yes} for yes in (True, False))
 GPU = torch.device("cuda", 0)
@@ -42,6 +43,33 @@ def test_by_arch(monkeypatch, arch, options):
             assert dependent_launch(GPU) == options
         assert not is_on()
     assert dependent_launch(GPU) == options
+
+
+def test_what_leaves_places_begins_on_empty_processors(monkeypatch):
+    """And lets the next kernel begin: its code is that of a dependent launch."""
+    monkeypatch.setattr(module, "arch_of", lambda device: "sm_90")
+    assert dependent_launch(GPU, leaves_places=True) == {"DEPENDENT": True, "launch_pdl": False}
+    with dependent_launches(False):
+        assert dependent_launch(GPU, leaves_places=True) == OFF
+
+
+@pytest.mark.parametrize(
+    ("programs", "rows", "columns", "stages", "leaves"),
+    [
+        pytest.param(376, 64, 128, 3, True, id="three to a processor, a twentieth free"),
+        pytest.param(377, 64, 128, 3, False, id="three to a processor"),
+        pytest.param(448, 64, 64, 5, True, id="four, some free"),
+        pytest.param(512, 64, 64, 5, False, id="four"),
+        pytest.param(128, 32, 128, 6, True, id="qkv of gemma-2-2b"),
+    ],
+)
+def test_places_on_an_h200(monkeypatch, programs, rows, columns, stages, leaves):
+    monkeypatch.setattr(gpu_arch, "ARCH_OF_A_CPU", "sm_90")
+    x = torch.empty(1, 64, dtype=torch.bfloat16)
+    tile = {"BLOCK_D": columns, "num_stages": stages}
+    assert leaves_places(x, programs, rows, tile) == leaves
+    monkeypatch.setattr(gpu_arch, "ARCH_OF_A_CPU", "interpreter")
+    assert not leaves_places(x, programs, rows, tile)
 
 
 def test_every_arch_is_decided():

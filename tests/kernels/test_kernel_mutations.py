@@ -13,17 +13,13 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, assert_row_invariant, random
-<<<<<<< HEAD
 from op_cases import index, small_calls
-=======
-from op_cases import small_calls
 from sampling_cases import (
     assert_draws_are_exact,
     assert_top_k_is_exact,
     assert_top_p_is_exact,
     edges,
 )
->>>>>>> S
 
 from gemcut import kernels
 from gemcut.kernels import matmul, sampling
@@ -230,7 +226,6 @@ def test_a_mistake_breaks_the_rule(mistake, mutated):
         assert_accurate(wrong, **small_calls()[op])
 
 
-<<<<<<< HEAD
 SHORT_SPLITS = (
     ("kv_splits", "return 32 if num_kv_heads <= 4 else 64", "return 16"),
     ("decode_attention", '"BLOCK_S": 64', '"BLOCK_S": 4'),
@@ -278,7 +273,8 @@ def test_splits_added_up_in_the_order_of_the_tile_are_seen(is_mistaken, mutated,
     assert_accurate(op, **draft(8))
     last = op(**draft(8))[:, 7:]
     assert torch.equal(last, op(**draft(1))) != is_mistaken
-=======
+
+
 @pytest.mark.parametrize("check", [K, P, DRAW])
 def test_no_mistake_in_sampling_is_no_difference(check, monkeypatch):
     check(sampling, small_rows(sampling, monkeypatch))
@@ -291,7 +287,6 @@ def test_a_mistake_in_sampling_is_seen(mistake, mutated, monkeypatch):
     arguments = small_rows(wrong, monkeypatch)
     with pytest.raises(AssertionError):
         check(wrong, arguments)
->>>>>>> S
 
 
 def test_a_tile_that_follows_the_batch_is_seen(monkeypatch):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, assert_row_invariant, by_dtype, random
 
+from gemcut.kernels import gpu_arch, mlp
 from gemcut.kernels.mlp import geglu, linear_geglu
 
 pytestmark = [
@@ -49,6 +50,33 @@ def test_linear_geglu(M, F, D, dtype):
     torch.manual_seed(0)
     weight = random(2 * F, D, dtype=dtype, scale=D**-0.5)
     assert_accurate(linear_geglu, random(M, D, dtype=dtype), weight)
+
+
+@by_dtype
+@pytest.mark.parametrize("share", [1, 7, 20])
+def test_programs_of_fewer_rows_than_their_tile(share, dtype, monkeypatch):
+    """Every row once, the last program's fewer ones too."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(mlp, "_share", lambda *_: share)
+    weight = random(2 * 37, 48, dtype=dtype, scale=48**-0.5)
+    assert_accurate(linear_geglu, random(3, 48, dtype=dtype), weight)
+
+
+@pytest.mark.parametrize(
+    ("F", "share"),
+    [
+        pytest.param(9216, 24, id="gemma-2-2b: 384 of 396 places"),
+        pytest.param(14336, 28, id="gemma-2-9b: 512 of 528"),
+        pytest.param(6912, 18, id="vaultgemma-1b: 384 of 396"),
+        pytest.param(36864, 32, id="gemma-2-27b: three waves but for 36"),
+        pytest.param(2048, 32, id="gemma-3-270m: a program a processor"),
+        pytest.param(10**6, 32, id="many waves"),
+    ],
+)
+def test_rows_of_a_program_on_an_h200(F, share, monkeypatch):
+    monkeypatch.setattr(gpu_arch, "ARCH_OF_A_CPU", "sm_90")
+    x = torch.empty(1, 2304, dtype=torch.bfloat16)
+    assert mlp._share(F, x, mlp._tile(F, x)) == share
 
 
 @by_dtype
