@@ -6,12 +6,15 @@
                       the greatest of logits + temperature * noise, which is a draw (gumbel.py)
 
 Logits are float32 whatever x's dtype: bf16 logits tie, about one row in twenty would have two equal
-maxima.  lm_head has a program for each BLOCK_V tokens and 16 rows.  In lm_head_argmax two programs
-share a processor.  Each walks over a range of the vocabulary, as long as that of every other, in
-one loop over blocks and columns, so that the weights of the next block are on their way while the
-last one's logits are compared.  It keeps its best token in registers and writes it once; advance_
-takes the greatest of all ranges.  Both take the same sums in the same order, so they agree bit for
-bit.
+maxima.  lm_head has a program for each BLOCK_V tokens and 16 rows.  In lm_head_argmax a program
+walks over two such blocks in one loop over blocks and columns: the weights of the second are on
+their way while the logits of the first are compared.  It keeps its best token in registers and
+writes it once; advance_ takes the greatest of all.  Both take the same sums in the same order, so
+they agree bit for bit.
+
+Two blocks are few on purpose: whatever processor is done takes the next program.  On an H200 half
+of the processors draw 15 % more from the memory than the others, which 250 programs of 16 blocks
+would wait for: predicted 333 us for gemma-2-2b, 271 by one block each, 267 by two, 299 by four.
 
 Cost of embed: 2 M D elements moved.  Of the head: V D weights read once for 16 rows (1.2 GB in a
 step of gemma-2-2b, a fifth of all its bytes), 2 operations each a row, some 70 more a logit for the
@@ -23,10 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemcut.kernels.advance import MAX_PARTS
 from gemcut.kernels.checks import check_index, check_shape, check_softcap, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
-from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
+from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
@@ -39,7 +43,7 @@ from gemcut.kernels.skinny_product import (
 from gemcut.kernels.tiles import tuned
 
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
-PROGRAMS_OF_A_PROCESSOR = 2  # in lm_head_argmax: one's best of a block is found beside the other
+BLOCKS_OF_A_PROGRAM = 2  # of lm_head_argmax
 PROGRAMS_INTERPRETED = 3
 
 
@@ -275,15 +279,7 @@ def count_ranges(weight: Tensor, x: Tensor) -> int:
 
 
 def _ranges(blocks: int, name: str) -> tuple[int, int]:
-    """Programs that share these blocks, and how many each has: the same, but for the last's rest.
-
-    All run at once and end together: 250 programs of 16 for 256 000 tokens on sm_90.
-    """
-    each = triton.cdiv(blocks, _most_programs(name))
+    """Programs that share these blocks, and how many blocks each has; the last may have fewer."""
+    most = PROGRAMS_INTERPRETED if name == "interpreter" else MAX_PARTS
+    each = max(BLOCKS_OF_A_PROGRAM, triton.cdiv(blocks, most))
     return triton.cdiv(blocks, each), each
-
-
-def _most_programs(name: str) -> int:
-    if name == "interpreter":
-        return PROGRAMS_INTERPRETED
-    return PROGRAMS_OF_A_PROCESSOR * PROCESSORS[name]

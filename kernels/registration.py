@@ -34,18 +34,18 @@ def _fake_queries(x: Tensor, width: int, k_cache: Tensor) -> Tensor:
     return k_cache.new_empty(x.shape[-2], width // K - 2 * HK, K)
 
 
-def _is_kernel(x: Tensor) -> bool:
+def _runs_kernels(x: Tensor) -> bool:
     return x.device.type != "cpu" or INTERPRETED
 
 
 def _fake_skinny_linear(x: Tensor, weight: Tensor, bias=None) -> Tensor:
-    splits = count_parts(weight, x) if _is_kernel(x) else 1
+    splits = count_parts(weight, x) if _runs_kernels(x) else 1
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((splits, x.shape[0], weight.shape[0]), dtype=dtype)
 
 
 def _fake_lm_head_argmax(x: Tensor, weight: Tensor, *_):
-    parts = count_ranges(weight, x) if _is_kernel(x) else 1
+    parts = count_ranges(weight, x) if _runs_kernels(x) else 1
     shape = (parts, x.shape[0])
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 

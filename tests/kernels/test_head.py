@@ -3,7 +3,8 @@ import torch
 from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, random
 from torch import Tensor
 
-from gemcut.kernels import gpu_arch, head, reference, sample
+from gemcut.kernels import head, reference, sample
+from gemcut.kernels.advance import MAX_PARTS
 from gemcut.kernels.head import embed, lm_head, lm_head_argmax
 from gemcut.kernels.reference import best_of_parts
 
@@ -49,7 +50,7 @@ def test_lm_head(M, V, D, softcap, dtype):
 @pytest.fixture(params=[1, 3, 100], ids="{} programs at most".format)
 def programs(request, monkeypatch):
     """So many ranges of a vocabulary, whose blocks have 16 tokens."""
-    monkeypatch.setattr(head, "_most_programs", lambda name: request.param)
+    monkeypatch.setattr(head, "PROGRAMS_INTERPRETED", request.param)
     monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
     return request.param
 
@@ -75,7 +76,7 @@ def test_argmax_is_that_of_the_logits_bit_for_bit(M, V, D, softcap, dtype, progr
 @pytest.mark.parametrize(("V", "blocks"), [(256, 16), (97, 7), (300, 19)])
 def test_every_range_has_its_own_best(V, blocks, monkeypatch):
     """19 blocks of 16 tokens: 3 programs of 7, 7 and 5."""
-    monkeypatch.setattr(head, "_most_programs", lambda name: 3)
+    monkeypatch.setattr(head, "PROGRAMS_INTERPRETED", 3)
     monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
     x, weight = random(3, 40), random(V, 40)
     scores, ids = lm_head_argmax(x, weight, None)
@@ -88,16 +89,14 @@ def test_every_range_has_its_own_best(V, blocks, monkeypatch):
         assert torch.equal(found, part * size + expected.indices)
 
 
-@pytest.mark.parametrize("name", gpu_arch.PROCESSORS)
-@pytest.mark.parametrize("V", [256_000, 262_144, 65_536, 1000, 64, 5])
-def test_no_wave_of_ranges_has_an_idle_tail(V, name):
-    """They fit a GPU at once, and none has more blocks than another; the last may lack some."""
+@pytest.mark.parametrize("V", [2**20, 256_000, 262_144, 65_536, 1000, 64, 5])
+def test_ranges_are_equal_short_and_no_more_than_can_be_compared(V):
+    """None has more blocks than another; the last may lack some."""
     blocks = -(-V // 64)
-    ranges, each = head._ranges(blocks, name)
+    ranges, each = head._ranges(blocks, "sm_90")
     assert (ranges - 1) * each < blocks <= ranges * each
-    assert ranges <= 2 * gpu_arch.PROCESSORS[name]
-    # no fewer blocks for each would do
-    assert each == 1 or -(-blocks // (each - 1)) > 2 * gpu_arch.PROCESSORS[name]
+    assert ranges <= MAX_PARTS
+    assert each == (4 if V == 2**20 else 2)
 
 
 def settings(M: int, temperature: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ PREFILL = ("prefill_attention", "attention_prefill")
 ARGMAX = ("head", "lm_head_argmax")
 # one program walks over three blocks, each in two steps
 IN_BLOCKS = (
-    ("head", "return PROGRAMS_OF_A_PROCESSOR * PROCESSORS[name]", "return 1"),
+    ("head", "PROGRAMS_INTERPRETED = 3", "PROGRAMS_INTERPRETED = 1"),
     (
         "head",
         'rule = {"BLOCK_V": block_v, **pipeline(x, triton.cdiv(V, block_v))}',
