@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.tools.machine import H200
 
 RECORD = """
 import json
@@ -62,6 +63,16 @@ def test_a_step_has_one_launch_before_its_layers_and_two_after(model, batch, rec
     assert len(layer) == (8 if config.has_qk_norm else 7)
     step = recorded[f"{model} {batch}"]
     assert step == ["begin_step_kernel", *layer * config.num_layers, *ENDS]
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_what_is_neither_layer_nor_head_takes_at_most_15_us(model, recorded):
+    """By prediction, with the gaps before these launches and before the head."""
+    step = recorded[f"{model} 1"]
+    fixed = [name for name in step if name not in OF_A_NORMED_LAYER + OF_A_LAYER + ENDS[:1]]
+    assert fixed == ["begin_step_kernel", "advance_kernel"]
+    us = sum(H200.small_us[name] for name in fixed) + (len(fixed) + 1) * H200.launch_gap_us
+    assert us <= 15
 
 
 def test_a_random_token_is_drawn_by_the_head(recorded):
