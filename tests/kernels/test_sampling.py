@@ -14,7 +14,6 @@ from sampling_cases import (
     edges,
     exact_top_p,
     rounding_of_shares,
-    scaled,
     uniform_numbers,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
