@@ -68,6 +68,15 @@ class KVCache:
             count_counters(config, num_slots), device=device, dtype=torch.int32
         )
 
+    def clear(self, slot: int) -> None:
+        """Zero a slot: a step with drafts looks at values that no token has written yet.
+
+        It multiplies them by 0, which does not hide a NaN.
+        """
+        for layer in self.layers:
+            layer.k[slot].zero_()
+            layer.v[slot].zero_()
+
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another, as far as the source has them.
 

@@ -21,9 +21,7 @@ from gemcut.engine.execution.steps import Steps
 SWITCHES_PER_SECOND, LEAST_SWITCHES = 150, 6
 # Seconds on one thread before the cores are tried again: twice as long after each try that fails.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
-LATE = (
-    1e-3  # seconds: a trivial operation takes 8 us where nothing else runs, 1.9 ms where it waits
-)
+LATE = 1e-3  # seconds: a trivial operation takes 8 us by itself, 1.9 ms where it waits for a core
 TRIED_ELEMENTS = 2**16  # of a tensor: enough for torch to split what it does with them
 
 

@@ -131,3 +131,22 @@ def test_a_real_fault_of_the_device(folder):
         [sys.executable, "-P", "-c", code, str(folder)], capture_output=True, text=True
     )
     assert run.stdout.count("the engine is dead: CUDA error") == 2, run.stderr
+
+
+def test_what_a_failed_request_left_does_not_reach_the_next(engine):
+    """NaN in its slot: a step that pads one row's draft beside another's looks past the newest."""
+    cache = engine._loop.runner.cache
+    prompts = ["It was it was it was it", "Once upon a time there was a fox"]
+    guessing = SamplingParams(temperature=0, max_tokens=12, prompt_lookup_num_tokens=6)
+    alone = [engine.generate(prompt, guessing).token_ids for prompt in prompts]
+
+    def poison(ids, logits):
+        (failing,) = engine._scheduler.running
+        for layer in cache.layers:
+            layer.k[failing.slot] = layer.v[failing.slot] = torch.nan
+        return logits * torch.nan
+
+    for prompt in "xy":
+        with pytest.raises(ValueError, match="logits are NaN"):
+            engine.generate(prompt, SamplingParams(logits_processors=[poison]))
+    assert [output.token_ids for output in engine.generate(prompts, guessing)] == alone
