@@ -6,9 +6,8 @@
 
 logits [B, V] float32, every setting [B].  What is kept depends on scaled = (logits - max logits) /
 temperature.  min_p keeps scaled >= log(min_p), a share of the greatest probability; top-k and top-p
-are thresholds too (top_k_top_p.py), so nothing is sorted and the draw needs no list of what is
-kept.  A row of temperature 0, or one where nothing can be drawn (NaN), takes the maximum; NaN
-counts as the greatest, as in torch.
+are thresholds too (top_k_top_p.py), so nothing is sorted.  A row of temperature 0, or one where
+nothing can be drawn (NaN), takes the maximum; NaN counts as the greatest, as in torch.
 
 A program takes a chunk of a row's vocabulary, whatever B is: a row's id never depends on the batch.
 Chunks meet in an atomic maximum of (value, lowest id) packed into 63 bits, exact in any order.
@@ -284,7 +283,7 @@ def _choose_(
     device, width = logits.device, FIELDS.value + BUCKETS * (has_top_k + has_top_p)
     maxima = listed = None
     shared = {"logits_ptr": logits, "stride_logits_b": logits.stride(0), "stride_state_b": width}
-    shared |= {"V": V, "CHUNK": CHUNK, "num_warps": 8, **dependent_launch(device)}
+    shared |= {"V": V, "CHUNK": CHUNK, "num_warps": 16, **dependent_launch(device)}
     chunks = {"BLOCK_C": triton.next_power_of_2(grid[1])}
 
     if has_top_k or has_top_p or has_min_p:

@@ -17,8 +17,8 @@ some greatest one.
    noise.
 3. Its last program finds among the listed the key at which top-k's count is reached, adds up what
    top-k keeps, finds the key at which p times that is reached, and takes the greatest noisy logit
-   up to there.  It halves an interval of keys and cuts both halves to keys that exist, so it takes
-   two or three steps as a rule, none where all keys are equal, and 22 for one bucket at most.
+   up to there.  It halves an interval of keys and cuts what remains to keys that exist: few tokens
+   take few steps, many no more than a key has bits.
 
 Any number of tokens may be undecided, all V of a flat row too: the list has room for them, and the
 last program takes them in tiles.
