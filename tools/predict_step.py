@@ -32,6 +32,7 @@ from gemcut.tools.prediction.fit_machine import Residual, fit, read_profile
 from gemcut.tools.prediction.predicted_step import PredictedStep, predict_steps
 from gemcut.tools.prediction.product_times import is_list, pair, read_products
 
+GOAL = 4.3e12  # bytes a second, of which a step is to reach a share
 ARCH = "sm_90"  # whose machine code can be read
 
 
@@ -63,13 +64,16 @@ def print_step(step: PredictedStep, machine: Machine) -> None:
 
 def markdown(steps: Sequence[PredictedStep], machine: Machine) -> str:
     """The summary of bench/NOTES.md, whose last column is for a measurement."""
-    lines = ["| model | MB a step | launches | predicted us | predicted share | measured |"]
-    lines.append("|---|---|---|---|---|---|")
+    best, goal = machine.bandwidth / 1e12, GOAL / 1e12
+    lines = ["| model | batch | context | MB a step | launches | us predicted "]
+    lines[0] += f"| share of {best:.2f} TB/s | of {goal:.1f} | us measured |"
+    lines.append("|---" * 9 + "|")
     for step in steps:
-        launches = sum(count for count, _ in step.made())
+        launches, us = sum(step.counts.values()), step.step_us(machine)
         lines.append(
-            f"| {step.model} | {step.step_bytes / 1e6:.0f} | {launches} | "
-            f"{step.step_us(machine):.0f} | {step.share(machine):.2f} | |"
+            f"| {step.model} | {step.batch} | {step.context} | {step.step_bytes / 1e6:.0f} "
+            f"| {launches} | {us:.0f} | {step.share(machine):.2f} "
+            f"| {1e6 * step.step_bytes / GOAL / us:.2f} | |"
         )
     return "\n".join(lines)
 

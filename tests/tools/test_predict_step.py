@@ -120,7 +120,10 @@ def test_a_dependent_launch_hides_its_beginning(step):
 def test_markdown_leaves_room_for_what_is_measured(step, capsys):
     assert predict_step.main(["--markdown"]) == 0
     header, _, *rows = capsys.readouterr().out.splitlines()
-    assert header.endswith("| measured |")
+    assert header.endswith("| us measured |")
+    us = step.step_us(H200)
+    wanted = f"| {us:.0f} | {step.share(H200):.2f} | {step.share(H200) * 4.67 / 4.3:.2f} | |"
+    assert rows[0].endswith(wanted)
     assert len(rows) == len(PUBLISHED)
     assert all(row.endswith("| |") for row in rows)
 
