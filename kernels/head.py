@@ -30,7 +30,6 @@ from gemcut.kernels.advance import MAX_PARTS
 from gemcut.kernels.checks import check_index, check_shape, check_softcap, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
-from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
@@ -44,7 +43,6 @@ from gemcut.kernels.tiles import tuned
 
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 BLOCKS_OF_A_PROGRAM = 2  # of lm_head_argmax
-PROGRAMS_INTERPRETED = 3
 
 
 @triton.jit(do_not_specialize_on_alignment=["token_ids_ptr"])
@@ -240,7 +238,7 @@ def lm_head_argmax(
     _check_draw(x, temperature, seeds, positions)
 
     tile = _tile(V, x)
-    parts, blocks = _ranges(triton.cdiv(V, tile["BLOCK_V"]), arch_of(x.device))
+    parts, blocks = _ranges(triton.cdiv(V, tile["BLOCK_V"]))
     scores = torch.empty((parts, M), dtype=torch.float32, device=x.device)
     ids = torch.empty((parts, M), dtype=torch.int64, device=x.device)
     if M:
@@ -275,11 +273,10 @@ def _check_draw(
 def count_ranges(weight: Tensor, x: Tensor) -> int:
     """S of `lm_head_argmax`: in how many ranges it reads a vocabulary [V, D]."""
     V = weight.shape[0]
-    return _ranges(triton.cdiv(V, _tile(V, x)["BLOCK_V"]), arch_of(x.device))[0]
+    return _ranges(triton.cdiv(V, _tile(V, x)["BLOCK_V"]))[0]
 
 
-def _ranges(blocks: int, name: str) -> tuple[int, int]:
+def _ranges(blocks: int) -> tuple[int, int]:
     """Programs that share these blocks, and how many blocks each has; the last may have fewer."""
-    most = PROGRAMS_INTERPRETED if name == "interpreter" else MAX_PARTS
-    each = max(BLOCKS_OF_A_PROGRAM, triton.cdiv(blocks, most))
+    each = max(BLOCKS_OF_A_PROGRAM, triton.cdiv(blocks, MAX_PARTS))
     return triton.cdiv(blocks, each), each

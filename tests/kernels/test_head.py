@@ -47,10 +47,10 @@ def test_lm_head(M, V, D, softcap, dtype):
     assert_accurate(lm_head, x, weight, softcap)
 
 
-@pytest.fixture(params=[1, 3, 100], ids="{} programs at most".format)
+@pytest.fixture(params=[1, 3, 100], ids="{} blocks".format)
 def programs(request, monkeypatch):
-    """So many ranges of a vocabulary, whose blocks have 16 tokens."""
-    monkeypatch.setattr(head, "PROGRAMS_INTERPRETED", request.param)
+    """So many blocks, of 16 tokens, in each range of a vocabulary."""
+    monkeypatch.setattr(head, "BLOCKS_OF_A_PROGRAM", request.param)
     monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
     return request.param
 
@@ -76,7 +76,7 @@ def test_argmax_is_that_of_the_logits_bit_for_bit(M, V, D, softcap, dtype, progr
 @pytest.mark.parametrize(("V", "blocks"), [(256, 16), (97, 7), (300, 19)])
 def test_every_range_has_its_own_best(V, blocks, monkeypatch):
     """19 blocks of 16 tokens: 3 programs of 7, 7 and 5."""
-    monkeypatch.setattr(head, "PROGRAMS_INTERPRETED", 3)
+    monkeypatch.setattr(head, "BLOCKS_OF_A_PROGRAM", -(-blocks // 3))
     monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
     x, weight = random(3, 40), random(V, 40)
     scores, ids = lm_head_argmax(x, weight, None)
@@ -93,7 +93,7 @@ def test_every_range_has_its_own_best(V, blocks, monkeypatch):
 def test_ranges_are_equal_short_and_no_more_than_can_be_compared(V):
     """None has more blocks than another; the last may lack some."""
     blocks = -(-V // 64)
-    ranges, each = head._ranges(blocks, "sm_90")
+    ranges, each = head._ranges(blocks)
     assert (ranges - 1) * each < blocks <= ranges * each
     assert ranges <= MAX_PARTS
     assert each == (4 if V == 2**20 else 2)

@@ -30,7 +30,7 @@ PREFILL = ("prefill_attention", "attention_prefill")
 ARGMAX = ("head", "lm_head_argmax")
 # one program walks over three blocks, each in two steps
 IN_BLOCKS = (
-    ("head", "most = PROGRAMS_INTERPRETED if", "most = 1 if"),
+    ("head", "BLOCKS_OF_A_PROGRAM = 2", "BLOCKS_OF_A_PROGRAM = 3"),
     (
         "head",
         'rule = {"BLOCK_V": block_v, **pipeline(x, triton.cdiv(V, block_v))}',
