@@ -62,6 +62,23 @@ def softmax_step(
 ):  # fmt: skip
     """One tile of keys more: the new acc, m_i, l_i."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p, alpha, m_i, l_i = softmax_tile(
+        s, m_i, l_i, is_edge, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
+    )
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_i, l_i
+
+
+@triton.jit
+def softmax_tile(
+    s, m_i, l_i,  # [BLOCK_M, BLOCK_N], [BLOCK_M] twice, float32
+    is_edge, offs_q, offs_n, W,  # as above
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    IS_LOCAL: tl.constexpr,
+    FAST_TANH: tl.constexpr,
+):  # fmt: skip
+    """Weights p of a tile's products s, the factor of all that came before, the new m_i, l_i."""
     if SOFTCAP is None:
         factor: tl.constexpr = SCALE * LOG2E
     else:
@@ -76,8 +93,7 @@ def softmax_step(
     p = tl.exp2(s * factor - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return acc, m_new, l_i
+    return p, alpha, m_new, l_i
 
 
 def check_attention(

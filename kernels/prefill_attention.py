@@ -7,7 +7,13 @@ q, y [M, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C. 
 BLOCK_M queries of one head and walks over the keys that any of them sees (flash attention, Dao,
 2023).  Keys that no query sees are never read.  Only the tiles at the diagonal and at the window's
 far edge branch to the mask; the branch is the same for all threads, and one loop with it takes so
-many fewer registers than two loops that a tile of 128 x 64 does not spill at head_dim 256.
+many fewer registers than two loops that a tile of 128 x 32 does not spill at head_dim 256.
+
+A pass of the loop begins with the softmax of a tile whose scores the pass before has left, while
+the tensor cores still multiply that one's weights by its values and copies of keys and values are
+under way; then the next tile's keys meet the queries, and the tile's weights its values.  So there
+is one pass more than there are tiles, the first with scores that no query sees.  Of softcap each
+score takes two instructions, a product and tanh: 31 of 503 in a pass of 16 scores a thread (sm_90).
 
 Scores and softmax are float32; p is rounded to v's dtype for the second product, and y once.
 
@@ -35,12 +41,14 @@ from gemcut.kernels.attention_tiles import (
     NO_MAXIMUM,
     check_attention,
     ring_tile,
-    softmax_step,
+    softmax_tile,
 )
 from gemcut.kernels.checks import check_index, check_tensors, require
 from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import tuned
+
+NEVER = tl.constexpr(2**30)  # a position beyond all of a tile, which fit 32 bits
 
 
 @triton.jit
@@ -117,16 +125,24 @@ def attention_prefill_kernel(
     m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     offs_q = first_query + offs_m
-    for begin in tl.range(0, num_keys, BLOCK_N):
-        offs_n = begin + tl.arange(0, BLOCK_N)
-        k = ring_tile(k_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
-        v = ring_tile(v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
-        is_edge = begin + BLOCK_N - 1 > first_query
+    # tile `begin` has its softmax and meets its values while the next one's scores are computed
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for begin in tl.range(-BLOCK_N, num_keys, BLOCK_N):
+        position_n = tl.where(begin < 0, NEVER, begin)  # before the first tile: what no query sees
+        offs_n = position_n + tl.arange(0, BLOCK_N)
+        is_edge = position_n + BLOCK_N - 1 > first_query
         if IS_LOCAL:
             is_edge |= num_keys - 1 - begin >= W
-        acc, m_i, l_i = softmax_step(
-            q, k, v, acc, m_i, l_i, is_edge, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
+        p, alpha, m_i, l_i = softmax_tile(
+            s, m_i, l_i, is_edge, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
         )
+        p = p.to(q.dtype)
+        k = ring_tile(
+            k_head_ptr, first, begin + BLOCK_N, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
+        )
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = ring_tile(v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
+        acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
     l_i = tl.where(is_unknown, float("nan"), l_i)
@@ -138,17 +154,19 @@ def attention_prefill_kernel(
 # BLOCK_M, BLOCK_N, num_warps, num_stages by padded head_dim, for 16-bit elements.  The largest
 # that neither spill nor exceed the arch's shared memory (compiled, not yet timed): more queries
 # in a tile read the cache less often, and sm_90 and sm_100 multiply 64 and 128 rows at once.
+# Three stages keep copies under way for a whole pass, two only until the next softmax has ended:
+# so 32 keys at head_dim 256 on sm_90, where three stages of 64 would not fit.
 TILES = {
     256: {
-        "sm_80": (128, 64, 8, 2), "sm_89": (64, 32, 8, 2), "sm_90": (128, 64, 8, 2),
+        "sm_80": (64, 64, 8, 2), "sm_89": (64, 32, 8, 2), "sm_90": (128, 32, 8, 3),
         "sm_100": (128, 32, 8, 2), "sm_120": (64, 32, 8, 2),
     },
     128: {
-        "sm_80": (128, 64, 8, 3), "sm_89": (128, 64, 8, 2), "sm_90": (128, 128, 8, 2),
+        "sm_80": (128, 64, 8, 3), "sm_89": (128, 64, 8, 2), "sm_90": (128, 64, 8, 3),
         "sm_100": (128, 64, 8, 3), "sm_120": (128, 64, 8, 2),
     },
     64: {
-        "sm_80": (128, 64, 8, 3), "sm_89": (128, 64, 8, 3), "sm_90": (128, 128, 8, 2),
+        "sm_80": (128, 64, 8, 3), "sm_89": (128, 64, 8, 3), "sm_90": (128, 128, 8, 3),
         "sm_100": (128, 64, 8, 3), "sm_120": (128, 64, 8, 3),
     },
 }  # fmt: skip

@@ -88,6 +88,9 @@ MISTAKES = {
         PREFILL, ("attention_tiles", 'tl.where(visible, s, -float("inf"))',
                   "tl.where(visible, s, -1.0)"),
     ),
+    "scores of the same tile again": (
+        PREFILL, ("prefill_attention", "begin + BLOCK_N, num_keys", "begin, num_keys"),
+    ),
     "no causal mask": (
         PREFILL, ("attention_tiles", "offs_q[:, None] >= offs_n", "offs_q[:, None] + 9 >= offs_n"),
     ),

@@ -203,6 +203,44 @@ print(ptx.count("div.full"), ptx.count("div.rn") > 0, ptx.count("tanh.approx"))
 """
 
 
+# Prefill attention at head_dim 256 with and without softcap: waits for copies, those that stand
+# after the loop's first exp2, and the instructions of a pass
+PREFILL = """
+import re
+import torch
+from gemcut import kernels
+from gemcut.tools.compile_report import compile_launch, compiled_kernel
+from gemcut.tools.launches import recorded
+
+for softcap in (50.0, None):
+    with recorded("sm_90") as found:
+        cache = torch.empty(2, 4, 8192, 256, device="cuda", dtype=torch.bfloat16)
+        index, ends = (torch.empty(n, device="cuda", dtype=torch.int64) for n in (2, 3))
+        q = torch.empty(512, 8, 256, device="cuda", dtype=torch.bfloat16)
+        kernels.attention_prefill(q, cache, cache, index, index, ends, 0.1, softcap, None)
+    (launch,) = found
+    ptx = compiled_kernel(launch).asm["ptx"]
+    waits = re.findall(r"cp.async.wait_group\\s+(\\d+)", ptx)
+    late = re.findall(r"cp.async.wait_group\\s+(\\d+)", ptx[ptx.index("ex2.approx") :])
+    cell = compile_launch(launch, [])
+    (loop,) = [loop for loop in cell.loops if loop.multiplies]
+    print(",".join(waits), ",".join(late), cell.spill_bytes, loop.instructions)
+"""
+
+
+def test_copies_of_prefill_attention_are_under_way_in_its_loop():
+    """Two of a tile to come are pending while the loop waits, and it waits after the softmax.
+
+    The softcap of a score takes two instructions, of which a thread has 128 * 32 / 256 = 16.
+    """
+    command = [sys.executable, "-P", "-c", PREFILL]
+    run = subprocess.run(command, env=COMPILING, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    capped, plain = (line.split() for line in run.stdout.splitlines())
+    assert capped[:3] == plain[:3] == ["2,0", "2,0", "0"]
+    assert 0 < int(capped[3]) - int(plain[3]) <= 2 * 16
+
+
 def test_float32_attention_divides_exactly():
     """The plain quotient errs by two units, tanh.approx by 2**-11: a test's budget is less."""
     command = [sys.executable, "-P", "-c", QUOTIENTS]
