@@ -22,7 +22,7 @@ from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import cpu, reference
 from gemcut.kernels.cpu import JOINT_QUERIES, block_of_queries
 from gemcut.kernels.cpu_products import HEAD_ROWS
-from gemcut.kernels.kv_splits import MAX_GROUPS, MAX_SPLITS, least_split, most_partials
+from gemcut.kernels.kv_splits import MAX_SPLITS, least_split, most_splits
 
 FLOAT = 4  # bytes of a float32
 # Bytes for each row and vocabulary entry, float32 logits and all, where every setting is in use.
@@ -66,9 +66,9 @@ def decode_bytes(
         layer = max(_moment(config, dtype, B, ops), attention)
     else:
         tokens = max(B, min(ROWS, B * (1 + MAX_DRAFT)))
-        # a window's ends may cut off a split and a group more
+        # a window's ends may cut off a split or two more
         split = least_split(config.num_q_heads, config.num_kv_heads, config.head_dim)
-        partials = min(MAX_SPLITS + MAX_GROUPS, 2 + sum(most_partials(max_seq_len, split, False)))
+        partials = min(MAX_SPLITS, 2 + most_splits(max_seq_len, split, False))
         layer = _moment(config, dtype, tokens, ops)
         layer += tokens * config.num_q_heads * partials * (config.head_dim + 2) * FLOAT
     return max(tokens * _held(config, dtype) + layer, _choice_bytes(config, dtype, tokens, ops))

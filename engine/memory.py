@@ -83,7 +83,7 @@ class Build:
         return Estimate(
             weights=config.num_parameters() * dtype.itemsize + self._second_head_bytes(),
             kv_cache=max_batch_size * slot_bytes(config, max_seq_len, chunk, dtype)
-            + counter_bytes(config, max_batch_size),
+            + counter_bytes(max_batch_size),
             state=state_bytes(max_batch_size, config.vocab_size),
             activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
             graphs=self._graph_bytes(decode, max_seq_len),

@@ -177,7 +177,6 @@ def attention_decode(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
-    counters: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape."""
     at, starts = slots.tolist(), positions.tolist()

@@ -1,4 +1,4 @@
-"""Split-KV attention of each row's T newest tokens over its slot, in one launch.
+"""Split-KV attention of each row's T newest tokens over its slot, in two launches.
 
     s[t, j] = softcap(q[t] . k[j] * scale)     token t sees key j iff
     y[t]    = sum_j softmax_j(s[t, j]) * v[j]  position + t - W < j <= position + t
@@ -8,17 +8,13 @@ q, y [B, T, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % 
 The queries that share a KV head are one tile of tl.dot: those of one token, or of several while
 they are at most 16.  The keys are cut into splits at absolute positions (kv_splits.py).  A program
 takes a run of a tile's splits, in one pipelined loop over their keys; at the end of each it leaves
-the split's unnormalised acc, m and l in a workspace.  Then it counts its splits, in each group of
-16.  The one that completes a group adds the group's splits up, and the one that completes the last
-group adds the groups up:
+the split's unnormalised acc, m and l in a workspace.  A second launch adds up, for each query, the
+splits that it sees (kv_combine.py), in an order that its position gives.
 
-    m = max_i m_i    l = sum_i l_i * 2 ** (m_i - m)    acc = sum_i acc_i * 2 ** (m_i - m)
-
-with each i at its own place in the sum, that of its number's last four bits.  What a query does not
-see adds exact zeros: keys masked, splits and groups without a visible key.  So a token's bits are
-the same in any company: whatever the rows beside it, the tokens decoded with it, and the programs
-that share the work.  One compiled kernel serves all of these: constants follow from the model's
-shape and the arch.
+What a query does not see of a split, masked keys, adds exact zeros.  So a token's bits are the same
+in any company: whatever the rows beside it, the tokens decoded with it, and the programs that share
+the work.  Two compiled kernels serve all of these: constants follow from the model's shape and the
+arch, and nothing is counted or waited for within a launch.
 
 Scores, softmax and partial sums are float32; p is rounded to v's dtype for the second product, and
 y once.  A row yields zeros where positions[b] < 0, and NaN where its slot does not exist, where it
@@ -37,73 +33,51 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.attention_tiles import NO_MAXIMUM, check_attention, ring_tile, softmax_step
-from gemcut.kernels.checks import check_counters, check_index, check_tensors, require
+from gemcut.kernels.checks import check_index, check_tensors, require
 from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.kv_combine import (
-    FAN,
-    combine,
+    MAX_POSITION,
+    attention_combine_kernel,
+    find_row,
+    first_key,
     run_begin,
     split_begin,
     split_of,
     store_partial,
 )
 from gemcut.kernels.kv_splits import (
-    COUNTERS_PER_HEAD,
     MAX_SPLITS,
-    RULE_SPLIT,
+    UNIFORM_SPLITS,
     count_splits,
-    most_partials,
+    most_splits,
+    rule_split,
 )
 from gemcut.kernels.tiles import tuned
 
 MAX_Q_LEN = 8  # tokens of a row; more are a prefill
 MAX_GROUP_SIZE = 64  # queries of a token in one tile
 MIN_ROWS = 16  # of a tile of tl.dot
-MAX_POSITION = tl.constexpr(2**30)  # sums with it stay within 32 bits
 # Programs of a launch: one wave of three on each of 132 processors.  The host knows no length, so
 # the grid follows the capacity, and a program without keys still takes its turn.
 MANY_PROGRAMS = 396
-WINDOW_SPLITS = 112  # of a window, at most: with those that it touches, 9 groups
-COMBINED_ROWS = 2  # of queries, added up at once: 64 registers of partial sums at head_dim 256
 
-
-@triton.jit
-def store_y(
-    y_ptr, acc, l_i, b, T, first_token, kv_head, offs_r, mask_r,
-    HEAD_DIM: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Store acc / l as rows offs_r of a tile of queries: y [B, T, HQ, K]."""
-    offs_k = tl.arange(0, BLOCK_K)
-    l_i = tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # 0 in rows that are not stored
-    if y_ptr.dtype.element_ty == tl.float32:
-        y = tl.div_rn(acc, tl.broadcast_to(l_i, acc.shape))
-    else:
-        y = acc / l_i
-    token = b.to(tl.int64) * T + first_token + offs_r // GROUP_SIZE
-    row = (token * NUM_KV_HEADS + kv_head) * GROUP_SIZE + offs_r % GROUP_SIZE
-    y_ptrs = y_ptr + row[:, None] * HEAD_DIM + offs_k[None, :]
-    mask = mask_r[:, None] & (offs_k < HEAD_DIM)[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
-
+# splits and columns that a program of one warp, which has no barriers, loads at once
+COMBINED = {"BLOCK_S": 64, "BLOCK_D": 16, "num_warps": 1}
 
 PLAIN = ["stride_q_b", "stride_q_t", "stride_q_h", "num_slots", "C", "W", "T"]
-PLAIN += ["num_rows", "most_splits", "most_partials"]
+PLAIN += ["num_rows", "most_splits"]
 
 
 @triton.jit(  # one compiled kernel serves every T, B and cache
     do_not_specialize=PLAIN, do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"]
 )
 def attention_decode_kernel(
-    q_ptr, k_ptr, v_ptr, y_ptr,  # [B, T, HQ, K], [slots, HK, C, K] twice, [B, T, HQ, K]
+    q_ptr, k_ptr, v_ptr,  # [B, T, HQ, K], [slots, HK, C, K] twice
     slots_ptr, positions_ptr,  # [B]
-    counters_ptr,  # [B, tiles, HK, COUNTERS] int32, zero before and after
-    acc_ptr, m_ptr, l_ptr,  # [B, tiles, HK, partials, num_rows, K], without K twice
+    acc_ptr, m_ptr, l_ptr,  # [B, tiles, HK, partials, num_rows, K], [.., num_rows, partials] twice
     stride_q_b, stride_q_t, stride_q_h,  # in units of Q_UNIT elements
-    num_slots, C, W, T, num_rows, most_splits, most_partials,
+    num_slots, C, W, T, num_rows, most_splits,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -114,18 +88,12 @@ def attention_decode_kernel(
     IS_LOCAL: tl.constexpr,
     FAST_TANH: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    COUNTERS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_s, pid_h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    slot = tl.load(slots_ptr + b)
-    position = tl.load(positions_ptr + b)
-
-    # q is asked for before slot and position have come
     kv_head, first_token = pid_h % NUM_KV_HEADS, pid_h // NUM_KV_HEADS * TOKENS
     offs_m = tl.arange(0, BLOCK_M)  # token offs_m // GROUP_SIZE, head offs_m % GROUP_SIZE
     offs_k = tl.arange(0, BLOCK_K)
@@ -136,25 +104,12 @@ def attention_decode_kernel(
     q_ptrs = q_ptr + q_row[:, None] * Q_UNIT + offs_k[None, :]
     q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_k < HEAD_DIM)[None, :], other=0.0)
 
-    is_unknown = (slot < 0) | (slot >= num_slots) | (position > MAX_POSITION)
-    position = tl.maximum(tl.minimum(position, MAX_POSITION), -1).to(tl.int32)
-    oldest = tl.zeros((), tl.int32)  # key that the row's first token sees
-    first = oldest  # that the tile's first token sees
-    if IS_LOCAL:
-        oldest = position - W + 1
-        first = tl.maximum(oldest + first_token, 0)
-    is_unknown |= position + T - tl.maximum(oldest, 0) > C
+    slot, position, is_unknown = find_row(slots_ptr, positions_ptr, b, num_slots, C, W, T, IS_LOCAL)
     if (position < 0) | is_unknown:
-        if pid_s == 0:
-            nothing = tl.where(position < 0, 0.0, float("nan")) + tl.zeros_like(q).to(tl.float32)
-            store_y(
-                y_ptr, nothing, tl.full([BLOCK_M], 1.0, tl.float32), b, T, first_token, kv_head,
-                offs_m, mask_m, HEAD_DIM, GROUP_SIZE, NUM_KV_HEADS, BLOCK_K,
-            )  # fmt: skip
         return
-
     first_query = position + first_token
     end = first_query + num_tokens
+    first = first_key(first_query, W, IS_LOCAL)
     first_split = split_of(first, SPLIT, IS_LOCAL)
     end_split = split_of(end - 1, SPLIT, IS_LOCAL) + 1
     split = run_begin(pid_s, first, end, first_split, end_split, SPLIT, IS_LOCAL)
@@ -162,15 +117,13 @@ def attention_decode_kernel(
     if split >= run_end:
         return
 
-    first_group, first_of_run = first_split // FAN, split
     kv_offset = (slot.to(tl.int64) * NUM_KV_HEADS + kv_head) * C * HEAD_DIM
     k_head_ptr, v_head_ptr = k_ptr + kv_offset, v_ptr + kv_offset
     head = b * tl.num_programs(1) + pid_h
-    row = head * most_partials * num_rows  # where this head's workspace begins
+    row = head * most_splits * num_rows  # where this head's workspace begins
     acc_ptr += row * HEAD_DIM
     m_ptr += row
     l_ptr += row
-    counters_ptr += head * COUNTERS
 
     offs_q = first_query + offs_m // GROUP_SIZE
     index = first % C if IS_LOCAL else first  # of the first key in the ring
@@ -185,7 +138,7 @@ def attention_decode_kernel(
         if begin == split_end:
             store_partial(
                 acc_ptr, m_ptr, l_ptr, acc, m_i, l_i, split - first_split,
-                offs_m, mask_m, num_rows, HEAD_DIM, BLOCK_K, IN_PLACE,
+                offs_m, mask_m, num_rows, most_splits, HEAD_DIM, BLOCK_K, IN_PLACE,
             )  # fmt: skip
             acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
             m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
@@ -203,80 +156,24 @@ def attention_decode_kernel(
             q, k, v, acc, m_i, l_i, True, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
         )
 
-    if end_split - first_split == 1:
-        store_y(
-            y_ptr, acc, l_i, b, T, first_token, kv_head,
-            offs_m, mask_m, HEAD_DIM, GROUP_SIZE, NUM_KV_HEADS, BLOCK_K,
-        )  # fmt: skip
-        return
     store_partial(
         acc_ptr, m_ptr, l_ptr, acc, m_i, l_i, split - first_split,
-        offs_m, mask_m, num_rows, HEAD_DIM, BLOCK_K, IN_PLACE,
+        offs_m, mask_m, num_rows, most_splits, HEAD_DIM, BLOCK_K, IN_PLACE,
     )  # fmt: skip
-
-    tl.debug_barrier()  # every thread's stores precede the release
-    num_groups = (end_split - 1) // FAN + 1 - first_group
-    is_last = num_groups < 1
-    for group in tl.range(first_of_run // FAN, (run_end - 1) // FAN + 1, num_stages=1):
-        group_begin = tl.maximum(group * FAN, first_split)
-        group_end = tl.minimum(group * FAN + FAN, end_split)
-        own = tl.minimum(group_end, run_end) - tl.maximum(group_begin, first_of_run)
-        counter_ptr = counters_ptr + 1 + group - first_group
-        num_done = tl.atomic_add(counter_ptr, own, sem="acq_rel", scope="gpu") + own
-        if num_done == group_end - group_begin:
-            tl.store(counter_ptr, 0)  # for the next launch
-            for begin in tl.range(0, num_tokens * GROUP_SIZE, BLOCK_R, num_stages=1):
-                offs_r = begin + tl.arange(0, BLOCK_R)
-                mask_r = offs_r < num_tokens * GROUP_SIZE
-                acc_r, m_r, l_r = combine(
-                    acc_ptr, m_ptr, l_ptr, group_begin, group_end, first_split,
-                    offs_r, mask_r, num_rows, HEAD_DIM, BLOCK_R, BLOCK_K,
-                )  # fmt: skip
-                if num_groups == 1:
-                    store_y(
-                        y_ptr, acc_r, l_r, b, T, first_token, kv_head,
-                        offs_r, mask_r, HEAD_DIM, GROUP_SIZE, NUM_KV_HEADS, BLOCK_K,
-                    )  # fmt: skip
-                else:
-                    store_partial(
-                        acc_ptr, m_ptr, l_ptr, acc_r, m_r, l_r, most_splits + group - first_group,
-                        offs_r, mask_r, num_rows, HEAD_DIM, BLOCK_K, False,
-                    )  # fmt: skip
-            if num_groups > 1:
-                tl.debug_barrier()
-                num_done = tl.atomic_add(counters_ptr, 1, sem="acq_rel", scope="gpu")
-                is_last |= num_done == num_groups - 1
-    if is_last:
-        tl.store(counters_ptr, 0)
-        for begin in tl.range(0, num_tokens * GROUP_SIZE, BLOCK_R, num_stages=1):
-            offs_r = begin + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < num_tokens * GROUP_SIZE
-            acc_r, _, l_r = combine(
-                acc_ptr, m_ptr, l_ptr, first_group, first_group + num_groups,
-                first_group - most_splits, offs_r, mask_r, num_rows, HEAD_DIM, BLOCK_R, BLOCK_K,
-            )  # fmt: skip
-            store_y(
-                y_ptr, acc_r, l_r, b, T, first_token, kv_head,
-                offs_r, mask_r, HEAD_DIM, GROUP_SIZE, NUM_KV_HEADS, BLOCK_K,
-            )  # fmt: skip
 
 
 def _tile(head_dim: int, group_size: int, itemsize: int, arch: str) -> dict[str, int]:
-    """Keys of the shortest split and of a tile, warps and stages; compiled without spills, untimed.
+    """Keys of a tile, warps and stages; compiled without spills, untimed.
 
     A memory of 4.7 TB/s and 0.7 us latency is kept busy by 3.3 MB in flight, 25 KB on each of 132
     multiprocessors: two stages of K and V tiles of 16 KiB are 64 KiB in each of three programs.
     Archs with 100 KB of shared memory have less bandwidth for each multiprocessor, and get half.
-
-    Adding a split up takes as long as it has queries: of 8, splits of 64 keys were slower than of
-    128 at 1024 keys (an earlier kernel on an H200).
     """
     is_small = arch in ("sm_89", "sm_120")
     is_narrow = itemsize == 2 and group_size <= MIN_ROWS
     tile_bytes = 8192 if is_small else 16384
     row_bytes = itemsize * triton.next_power_of_2(head_dim)
     return {
-        "SPLIT": RULE_SPLIT if group_size < 8 else 2 * RULE_SPLIT,
         "BLOCK_N": max(16, min(32, tile_bytes // row_bytes)),
         "num_warps": 4 if is_narrow else 8,
         # three programs of four warps; or two, as shared memory has it, or where 168 would spill
@@ -286,9 +183,9 @@ def _tile(head_dim: int, group_size: int, itemsize: int, arch: str) -> dict[str,
 
 
 def _keys_of_a_split(shortest: int, C: int, sliding_window: int | None) -> int:
-    """So many that a row has at most MAX_SPLITS, or its window WINDOW_SPLITS."""
+    """So many that a row has at most MAX_SPLITS, or its window UNIFORM_SPLITS."""
     if sliding_window is not None:
-        return max(shortest, triton.next_power_of_2(triton.cdiv(sliding_window, WINDOW_SPLITS)))
+        return max(shortest, triton.next_power_of_2(triton.cdiv(sliding_window, UNIFORM_SPLITS)))
     while count_splits(C, shortest) > MAX_SPLITS:
         shortest *= 2
     return shortest
@@ -303,16 +200,12 @@ def attention_decode(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
-    counters: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens: q [B, T, HQ, K] -> new tensor of the same shape.
 
     k_cache, v_cache [slots, HK, C, K]; slots, positions [B]; query t of row b has position
-    positions[b] + t, and its key is in the cache.  T is 1 to 8.
-
-    `counters` is scratch that every call finds and leaves zero, int32 [at least B * T * HK *
-    COUNTERS_PER_HEAD]: an engine passes the same one each time and saves a memset.  Calls that
-    share it must not overlap.  ValueError for shapes and numbers that no kernel takes.
+    positions[b] + t, and its key is in the cache.  T is 1 to 8.  ValueError for shapes and numbers
+    that no kernel takes.
     """
     require(q.dim() == 4, f"q is {list(q.shape)}, must be [B, T, HQ, K]")
     check_attention(q, k_cache, v_cache, scale, softcap, sliding_window)
@@ -326,39 +219,41 @@ def attention_decode(
     require(G <= MAX_GROUP_SIZE, f"{G} query heads on a KV head exceed {MAX_GROUP_SIZE}")
     tokens = max(1, MIN_ROWS // G)  # of a tile of queries
     heads = HK * triton.cdiv(T, tokens)
-    if counters is None:
-        counters = torch.zeros(B * heads * COUNTERS_PER_HEAD, device=q.device, dtype=torch.int32)
-    check_counters(counters, B * heads * COUNTERS_PER_HEAD, q)
 
     y = torch.empty((B, T, HQ, K), device=q.device, dtype=q.dtype)
     if B:
         is_local = sliding_window is not None
-        tile = _tile(K, G, q.itemsize, arch_of(q.device)) | tuned("attention_decode", q, HQ, HK, K)
-        tile["SPLIT"] = _keys_of_a_split(tile["SPLIT"], C, sliding_window)
+        tile = {"SPLIT": rule_split(HK)} | _tile(K, G, q.itemsize, arch_of(q.device))
+        tile |= tuned("attention_decode", q, HQ, HK, K)
+        split = _keys_of_a_split(tile.pop("SPLIT"), C, sliding_window)
         tokens_of_tile = min(T, tokens)
         seen = C if sliding_window is None else min(C, sliding_window + tokens_of_tile - 1)
-        splits, groups = most_partials(seen, tile["SPLIT"], is_local)
+        splits = most_splits(seen, split, is_local)
         num_programs = min(splits, max(1, MANY_PROGRAMS // (B * heads)))
-        workspace = (B, heads, splits + groups, tokens_of_tile * G)
+        workspace = (B, heads, splits, tokens_of_tile * G)
         acc = torch.empty((*workspace, K), device=q.device, dtype=torch.float32)
         m = torch.empty(workspace, device=q.device, dtype=torch.float32)
         l = torch.empty(workspace, device=q.device, dtype=torch.float32)
+        common = {
+            "acc_ptr": acc, "m_ptr": m, "l_ptr": l, "slots_ptr": slots, "positions_ptr": positions,
+            "num_slots": num_slots, "C": C, "W": min(sliding_window or 0, MAX_POSITION.value),
+            "T": T, "num_rows": tokens_of_tile * G, "most_splits": splits,
+            "HEAD_DIM": K, "GROUP_SIZE": G, "NUM_KV_HEADS": HK, "TOKENS": tokens,
+            "IS_LOCAL": is_local, "SPLIT": split,
+        }  # fmt: skip
         # of axes with one element no stride counts, so that it changes no kernel
         strides = [n * (size > 1) for n, size in zip(q.stride()[:3], q.shape[:3], strict=True)]
         unit = 1 if any(n % 8 for n in (K, *strides)) else 8
         block_k, block_m = max(16, triton.next_power_of_2(K)), triton.next_power_of_2(tokens * G)
         attention_decode_kernel[(num_programs, heads, B)](
-            q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,
-            slots_ptr=slots, positions_ptr=positions, counters_ptr=counters,
-            acc_ptr=acc, m_ptr=m, l_ptr=l,
+            q_ptr=q, k_ptr=k_cache, v_ptr=v_cache,
             stride_q_b=strides[0] // unit, stride_q_t=strides[1] // unit,
             stride_q_h=strides[2] // unit,
-            num_slots=num_slots, C=C, W=min(sliding_window or 0, MAX_POSITION.value), T=T,
-            num_rows=tokens_of_tile * G, most_splits=splits, most_partials=splits + groups,
-            SCALE=scale, SOFTCAP=softcap, HEAD_DIM=K, GROUP_SIZE=G, NUM_KV_HEADS=HK,
-            TOKENS=tokens, Q_UNIT=unit, IS_LOCAL=is_local,
-            FAST_TANH=not INTERPRETED and q.dtype != torch.float32,
-            IN_PLACE=not INTERPRETED, COUNTERS=COUNTERS_PER_HEAD,
-            BLOCK_M=max(MIN_ROWS, block_m), BLOCK_K=block_k, BLOCK_R=COMBINED_ROWS, **tile,
+            SCALE=scale, SOFTCAP=softcap, Q_UNIT=unit,
+            FAST_TANH=not INTERPRETED and q.dtype != torch.float32, IN_PLACE=not INTERPRETED,
+            BLOCK_M=max(MIN_ROWS, block_m), BLOCK_K=block_k, **tile, **common,
         )  # fmt: skip
+        attention_combine_kernel[(triton.cdiv(K, COMBINED["BLOCK_D"]), T * HQ, B)](
+            y_ptr=y, **COMBINED, **common
+        )
     return y

@@ -17,8 +17,6 @@ from gemcut.kernels.head import count_ranges
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
 
-# Not the counters of attention_decode: they are zero before and after, so that no caller sees a
-# change, and torch 2.11 fails for a mutated argument that is left to its default.
 MUTATED = {
     "add_rmsnorm_": ("residual",),
     "advance_": ("tokens", "positions"),

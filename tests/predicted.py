@@ -28,10 +28,15 @@ def product(kernel: str, N: int, D: int, block_n: int = 64, splits: int = 1, **f
 
 
 def attention(grid: tuple[int, ...] = (16, 4, 1), **facts) -> Made:
-    sizes = {"SPLIT": 64, "BLOCK_N": 32, "HEAD_DIM": 256, "BLOCK_R": 2, "num_rows": 2}
-    sizes |= {"IS_LOCAL": 0, "W": 0, "num_warps": 4, "num_stages": 3}
+    sizes = {"SPLIT": 64, "BLOCK_N": 32, "HEAD_DIM": 256, "IS_LOCAL": 0, "W": 0}
+    sizes |= {"num_warps": 4, "num_stages": 3}
     shapes = {"q_ptr": (grid[2], 1, 8, 256), "k_ptr": (1, grid[1], 8192, 256)}
     return made("attention_decode_kernel", grid, shapes, **sizes | facts)
+
+
+def combined(grid: tuple[int, ...] = (16, 8, 1), **facts) -> Made:
+    sizes = {"SPLIT": 64, "BLOCK_S": 64, "BLOCK_D": 16, "IS_LOCAL": 0, "W": 0, "num_warps": 1}
+    return made("attention_combine_kernel", grid, {}, **sizes | facts)
 
 
 def cell(one: Made, *loops: Loop) -> Cell:
@@ -51,7 +56,7 @@ def small_step(model: str = "gemma-2-2b") -> PredictedStep:
     codes = [
         cell(qkv, loop(0, 300, multiplies=True)),
         cell(up, loop(0, 310, multiplies=True)),
-        cell(keys, loop(0, 2000, 600, multiplies=True), loop(20_000, 1200)),
+        cell(keys, loop(0, 2000, 600, multiplies=True)),
         cell(down, loop(0, 1500, multiplies=True)),  # so slow that its clock shows
         cell(head, loop(0, 350, multiplies=True)),
         cell(advance, loop(0, 300)),

@@ -72,7 +72,7 @@ class Cell:
     multiplies: bool = False
     narrow_products: list[str] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
-    tail_cycles: int = 0  # from the loop that multiplies to the end
+    tail_cycles: int = 0  # to the end from the loop that multiplies, or else loads
     seconds: float = 0.0
     error: str | None = None
 
@@ -122,6 +122,7 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
         instructions = parse(code)
         cell.loops = find_loops(instructions)
         main = [loop.end for loop in cell.loops if loop.multiplies]
+        main = main or [loop.end for loop in cell.loops if loop.loads]
         cell.tail_cycles = tail_cycles(instructions, main[0]) if main else 0
     cell.multiplies = "tt.dot" in compiled.asm["ttir"]
     cell.narrow_products = narrow_products(compiled.asm["ttir"])

@@ -17,7 +17,6 @@ from gemcut.bench.ops.cases import (
     qk_norms,
     rope_cost,
 )
-from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 
 
 def decode_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:
@@ -228,7 +227,6 @@ def _decode_attention_cases(s: Shapes, B: int, context: int) -> Iterator[Case]:
                     "slots": torch.arange(B, device=s.device),
                     "positions": torch.full((B,), context - 1, device=s.device),
                     **settings,
-                    "counters": s.counters(B * s.HK * COUNTERS_PER_HEAD),
                 }
 
             yield Case(

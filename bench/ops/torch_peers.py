@@ -218,7 +218,6 @@ def attention_decode(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
-    counters: Tensor | None = None,
 ) -> Tensor:
     """Over the whole slot with a mask, as models with a static cache do."""
     B, T, HQ, K = q.shape

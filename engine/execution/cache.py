@@ -17,7 +17,6 @@ from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.requests.prefix_reuse import Ring
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
-from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 
 PREFILL_CHUNK = 512  # tokens; the default
 
@@ -64,9 +63,7 @@ class KVCache:
         self.layers = layers
         self.ring = ring_of(config, max_seq_len, prefill_chunk)
         # scratch in which the programs of one launch count themselves; zero between launches
-        self.counters = torch.zeros(
-            count_counters(config, num_slots), device=device, dtype=torch.int32
-        )
+        self.counters = torch.zeros(count_counters(num_slots), device=device, dtype=torch.int32)
 
     def clear(self, slot: int) -> None:
         """Zero a slot: a step with drafts looks at values that no token has written yet.
@@ -130,11 +127,11 @@ def slot_bytes(
     return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def count_counters(config: ModelConfig, num_slots: int) -> int:
-    """How many counters all layers share: for each token of a step, drafts included."""
-    return max(num_slots, ROWS) * config.num_kv_heads * COUNTERS_PER_HEAD
+def count_counters(num_slots: int) -> int:
+    """How many counters the head takes for the tokens of a step, drafts included."""
+    return 3 * max(num_slots, ROWS)  # two a token, and one or fewer for its block of rows
 
 
-def counter_bytes(config: ModelConfig, num_slots: int) -> int:
+def counter_bytes(num_slots: int) -> int:
     """Bytes of these counters."""
-    return count_counters(config, num_slots) * torch.int32.itemsize
+    return count_counters(num_slots) * torch.int32.itemsize

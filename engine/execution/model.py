@@ -213,7 +213,7 @@ class Gemma:
         may be of any lengths; one with a negative position is inactive, and so is a token of T > 1
         with a negative id.  `tables` replace the rotation by position.  by_slot: token_ids and
         positions [num_slots] are those of all slots, of which each row takes its own.  One kernel,
-        then seven a layer, eight where q and k are normalised.
+        then eight a layer, nine where q and k are normalised.
         """
         check_process()
         ops, config, eps = self.ops, self.config, self.config.rms_norm_eps
@@ -252,7 +252,6 @@ class Gemma:
                 kv.v,
                 slots,
                 positions,
-                counters=cache.counters,
                 **self.attention(i),
             )
             branch = ops.skinny_linear(attended.reshape(q.shape[0], -1), layer.o, layer.o_bias)

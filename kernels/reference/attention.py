@@ -49,12 +49,11 @@ def attention_decode(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
-    counters: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape.
 
     slots, positions [B]; query t of row b has position positions[b] + t, and its key is in the
-    cache.  `counters` is scratch of the kernel.
+    cache.
     """
     y = torch.zeros_like(q)
     for b, (slot, start) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):

@@ -11,7 +11,6 @@ from accuracy import DEVICE, assert_accurate, by_dtype, random
 from gemcut.kernels import decode_attention
 from gemcut.kernels.decode_attention import _tile, attention_decode
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
-from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 by_q_len = pytest.mark.parametrize("T", [1, 3, 8])
@@ -101,11 +100,11 @@ def test_a_split_that_a_token_does_not_see(monkeypatch):
     assert_accurate(attention_decode, **rows([29], T=8, sliding_window=15, C=22))
 
 
-def test_groups_that_are_added_up(monkeypatch):
-    """18 groups of 16 splits, a row of queries at a time, the later the greater the scores."""
+def test_more_splits_than_are_loaded_at_once(monkeypatch):
+    """428 splits, 8 at a time, the later the greater the scores."""
     torch.manual_seed(0)
     use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
-    monkeypatch.setattr(decode_attention, "COMBINED_ROWS", 1)
+    monkeypatch.setitem(decode_attention.COMBINED, "BLOCK_S", 8)
     arguments = rows([11999, 90], C=12000, shape=(2, 1, 16))
     arguments["q"] = arguments["q"].abs()
     arguments["k_cache"] += torch.linspace(0, 1, 12000, device=DEVICE)[:, None]
@@ -115,7 +114,7 @@ def test_groups_that_are_added_up(monkeypatch):
 @by_dtype
 @pytest.mark.parametrize("window", [None, 400], ids=["global", "local"])
 def test_the_number_of_programs_changes_no_bit(window, dtype, monkeypatch):
-    """One program takes all splits of a head, or several share them, group by group or across."""
+    """One program takes all splits of a head, or several share them."""
     torch.manual_seed(0)
     use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
     arguments = rows([600, 3], dtype=dtype, sliding_window=window, C=604)
@@ -131,7 +130,11 @@ BY_ROW = ("q", "slots", "positions")
 
 @pytest.fixture
 def summed_in_order(monkeypatch) -> None:
-    """The interpreter's products: NumPy's library adds up by a row's place in the matrix."""
+    """The interpreter's products: NumPy's library adds up by a row's place in the matrix.
+
+    Splits are added up four at a time, so that the place of each shows in the sum.
+    """
+    monkeypatch.setitem(decode_attention.COMBINED, "BLOCK_S", 4)
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
 
 
@@ -140,10 +143,10 @@ def summed_in_order(monkeypatch) -> None:
 @pytest.mark.parametrize("window", [None, 250], ids=["global", "local"])
 @pytest.mark.usefixtures("summed_in_order")
 def test_a_draft_is_the_same_bits_as_its_tokens_alone(window, heads, dtype, monkeypatch):
-    """Where a split ends and where a group ends; alone, each token has its own window."""
+    """Where a split ends; alone, each token has its own window and its own first split."""
     torch.manual_seed(0)
     use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
-    # of a window of 250 from 501 on, the first key crosses a group's end as well
+    # of a window of 250 from 501 on, the first key crosses a split's end as well
     draft = rows(
         [0, 12, 252, 501], T=8, dtype=dtype, C=512, shape=(*heads, 16), sliding_window=window
     )
@@ -160,10 +163,10 @@ def test_a_draft_is_the_same_bits_as_its_tokens_alone(window, heads, dtype, monk
 
 @pytest.mark.usefixtures("summed_in_order")
 def test_a_draft_where_splits_double(monkeypatch):
-    """Split 128 is the first of 32 keys, and key 2048 its first; the draft is at 2044 to 2051."""
+    """Split 256 is the first of 32 keys, and key 4096 its first; the draft is at 4092 to 4099."""
     torch.manual_seed(0)
     use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
-    draft = rows([2044], T=8, dtype=torch.bfloat16, C=2052, shape=(2, 1, 16))
+    draft = rows([4092], T=8, dtype=torch.bfloat16, C=4100, shape=(2, 1, 16))
     together = attention_decode(**draft)
     assert_accurate(attention_decode, **draft)
     for t in (0, 3, 4, 7):
@@ -185,11 +188,11 @@ for dtype, K, G, window in SETTINGS:
             q = torch.empty_strided((B, T, 2 * G, K), strides, device="cuda", dtype=dtype)
             index = torch.empty(B, device="cuda", dtype=torch.int64)
             attention_decode(q, k, v, index, index, 0.1, None, window)
-    print(len([launch for launch in found if launch.kernel == "attention_decode_kernel"]))
+    print(*sorted(launch.kernel for launch in found), sep=",")
 """
 
 
-def test_one_compiled_kernel_serves_every_call_of_a_model():
+def test_two_compiled_kernels_serve_every_call_of_a_model():
     """T, B, the capacity and the number of slots are neither constants nor known divisors."""
     settings = [(torch.bfloat16, 256, 2, None), (torch.bfloat16, 256, 8, 4096)]
     settings += [(torch.float32, 64, 1, 100)]
@@ -198,7 +201,8 @@ def test_one_compiled_kernel_serves_every_call_of_a_model():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", "-c", code]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.stdout.split() == ["1"] * len(settings), run.stderr
+    both = "attention_combine_kernel,attention_decode_kernel"
+    assert run.stdout.split() == [both] * len(settings), run.stderr
 
 
 def test_a_long_cache_is_cut_into_longer_splits(monkeypatch):
@@ -210,7 +214,7 @@ def test_a_long_cache_is_cut_into_longer_splits(monkeypatch):
 
 def test_a_long_window_is_cut_into_longer_splits(monkeypatch):
     use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
-    monkeypatch.setattr(decode_attention, "WINDOW_SPLITS", 2)
+    monkeypatch.setattr(decode_attention, "UNIFORM_SPLITS", 2)
     torch.manual_seed(0)
     assert_accurate(attention_decode, **rows([299, 150, 3], sliding_window=100))
 
@@ -268,21 +272,6 @@ def test_a_row_is_the_same_bits_in_any_company(window, dtype):
     assert torch.equal(of([0, 5])[0], alone[0])
 
 
-def test_counters_are_left_zero(monkeypatch):
-    """So one buffer serves every step, whatever the lengths, and no memset is launched."""
-    torch.manual_seed(0)
-    use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
-    arguments = rows([300, 31, -1, 64], shape=(4, 2, 32), C=304)  # two groups of splits, and one
-    counters = torch.zeros(8 * COUNTERS_PER_HEAD + 3, device=DEVICE, dtype=torch.int32)
-    expected = attention_decode(**arguments)
-    for _ in range(2):
-        assert torch.equal(attention_decode(**arguments, counters=counters), expected)
-        assert not counters.any()
-    shorter = arguments | {name: arguments[name][:2] for name in BY_ROW}
-    assert torch.equal(attention_decode(**shorter, counters=counters), expected[:2])
-    assert not counters.any()
-
-
 @by_dtype
 @by_q_len
 @pytest.mark.usefixtures("small_tiles")
@@ -298,6 +287,16 @@ def test_an_inactive_row_yields_zeros(T, dtype):
     y = attention_decode(**arguments)
     assert torch.all(y[0] == 0)
     assert not y[1].isnan().any()
+
+
+def test_no_element_is_left_unwritten(monkeypatch):
+    """More columns and splits than one program of the sum takes, inactive rows among them."""
+    monkeypatch.setitem(decode_attention.COMBINED, "BLOCK_S", 2)
+    use_tile(monkeypatch, SPLIT=16, BLOCK_N=16, num_warps=4, num_stages=2)
+    torch.manual_seed(0)
+    arguments = rows([100, 5, 40], T=3, shape=(6, 2, 40))
+    arguments["positions"][1] = -1
+    assert_accurate(attention_decode, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -372,10 +371,6 @@ def test_no_rows():
         ({"softcap": math.inf}, "softcap is inf, must be above 0 and finite"),
         ({"softcap": -1.0}, "softcap is -1.0, must be above 0"),
         ({"sliding_window": 0}, "sliding_window 0 is below 1"),
-        ({"counters": torch.zeros(4, device=DEVICE)}, "counters are torch.float32"),
-        ({"counters": torch.zeros(131, device=DEVICE).int()}, r"is \[131\], .* least \[132\]"),
-        ({"counters": torch.zeros(264, device=DEVICE).int()[::2]}, "must be dense"),
-        ({"counters": torch.zeros(4, device="meta").int()}, "counters are on meta"),
     ],
 )
 def test_bad_input(change, message):

@@ -9,9 +9,11 @@ import inspect
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 from accuracy import assert_accurate, assert_row_invariant, random
-from op_cases import small_calls
+from op_cases import index, small_calls
 
 from gemcut import kernels
 from gemcut.kernels import matmul
@@ -71,10 +73,10 @@ MISTAKES = {
     "window one too long in decode": (
         DECODE,
         (*WINDOW, "offs_n[None, :] <= W"),
-        ("decode_attention", "position - W + 1", "position - W"),
+        ("kv_combine", "position - W + 1", "position - W"),
     ),
     "window one too short in decode": (
-        DECODE, ("decode_attention", "position - W + 1", "position - W + 2"),
+        DECODE, ("kv_combine", "position - W + 1", "position - W + 2"),
     ),
     "cap after the mask": (
         PREFILL, ("attention_tiles", 'tl.where(visible, s, -float("inf"))',
@@ -172,6 +174,55 @@ def test_a_mistake_breaks_the_rule(mistake, mutated):
     wrong = getattr(mutated(module, changes), op)
     with pytest.raises(AssertionError, match=r"exceeds the budget|NaN at"):
         assert_accurate(wrong, **small_calls()[op])
+
+
+SHORT_SPLITS = (
+    ("kv_splits", "return 32 if num_kv_heads <= 4 else 64", "return 16"),
+    ("decode_attention", '"BLOCK_S": 64', '"BLOCK_S": 4'),
+    ("decode_attention", "max(16, min(32,", "max(16, min(16,"),
+)
+IN_SUMS = {
+    "the last split left out": ("offs_s < count", "offs_s < count - 1"),
+    "the first split left out": ("tl.range(0, count, BLOCK_S)", "tl.range(1, count, BLOCK_S)"),
+    "later splits left out": ("tl.range(0, count, BLOCK_S)", "tl.range(0, 4, BLOCK_S)"),
+    "places that do not share a maximum": ("m_i - tl.max(m_i, axis=0)", "m_i - m_i"),
+    "sums that keep their old maximum": ("tl.exp2(m_i - m_new),", "tl.exp2(m_i - m_i),"),
+}
+
+
+def draft(T: int) -> dict:
+    """Tokens whose windows begin in two splits of 16 keys: 8 splits, or 9."""
+    torch.manual_seed(0)
+    cache = {name: random(1, 1, 144, 16) for name in ("k_cache", "v_cache")}
+    first = {"slots": index(0), "positions": index(252 - T + 1)}
+    q = random(1, 8, 2, 16)[:, 8 - T :]
+    return cache | first | {"q": q, "scale": 1.0, "softcap": None, "sliding_window": 120}
+
+
+@pytest.mark.parametrize("mistake", [None, *IN_SUMS])
+def test_a_mistake_in_the_sum_of_splits_is_seen(mistake, mutated):
+    changes = list(SHORT_SPLITS)
+    if mistake is not None:
+        changes.append(("kv_combine", *IN_SUMS[mistake]))
+    op = mutated("decode_attention", changes).attention_decode
+    if mistake is None:
+        assert_accurate(op, **draft(8))
+        return
+    with pytest.raises(AssertionError, match=r"exceeds the budget|NaN at"):
+        assert_accurate(op, **draft(8))
+
+
+@pytest.mark.parametrize("is_mistaken", [False, True], ids=["right", "wrong"])
+def test_splits_added_up_in_the_order_of_the_tile_are_seen(is_mistaken, mutated, monkeypatch):
+    """A token's sum begins at its own first split, not at that of the tokens beside it."""
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
+    right = "split = split_of(first_key(last_key, W, IS_LOCAL), SPLIT, IS_LOCAL)"
+    wrong = right.replace("last_key", "last_key - token_of_tile")
+    changes = [*SHORT_SPLITS, *([("kv_combine", right, wrong)] if is_mistaken else [])]
+    op = mutated("decode_attention", changes).attention_decode
+    assert_accurate(op, **draft(8))
+    last = op(**draft(8))[:, 7:]
+    assert torch.equal(last, op(**draft(1))) != is_mistaken
 
 
 def test_a_tile_that_follows_the_batch_is_seen(monkeypatch):

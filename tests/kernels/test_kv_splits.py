@@ -9,7 +9,7 @@ import triton.language as tl
 from accuracy import DEVICE
 
 from gemcut.kernels.kv_combine import split_begin, split_of
-from gemcut.kernels.kv_splits import count_splits, most_partials
+from gemcut.kernels.kv_splits import count_splits, most_splits
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def test_splits_of_keys(is_local):
     """A plain table of the keys of all splits, up to 2 ** 20."""
     begins, length = [0], 16
     while begins[-1] < 2**20:
-        doubles = not is_local and len(begins) >= 128 and len(begins) % 64 == 0
+        doubles = not is_local and len(begins) >= 256 and len(begins) % 128 == 0
         begins.append(begins[-1] + length)
         length *= 1 + doubles
     lengths = [end - begin for begin, end in pairwise(begins)]
@@ -36,12 +36,12 @@ def test_splits_of_keys(is_local):
         keys_ptr=keys, splits_ptr=splits, begins_ptr=found, N=2**14, IS_LOCAL=is_local
     )
     assert torch.equal(splits.cpu().long(), number)
-    count = min(len(begins), 640)  # below 2 ** 31 keys
+    count = min(len(begins), 1280)  # below 2 ** 31 keys
     assert found[:count].tolist() == begins[:count]
     if not is_local:
-        for length in (1, 16, 17, 2047, 2048, 2049, 2080, 2081, 4096, 99_999, 2**20):
+        for length in (1, 16, 17, 4095, 4096, 4097, 4128, 4129, 8192, 99_999, 2**20):
             assert count_splits(length, 16) == number[length - 1] + 1
-            assert most_partials(length, 16, False)[1] == number[length - 1] // 16 + 1
+            assert most_splits(length, 16, False) == count_splits(length, 16)
 
 
 @pytest.mark.parametrize("split", [16, 64])
@@ -50,5 +50,4 @@ def test_room_for_the_splits_of_a_window(seen, split):
     """Wherever it begins: the most that any place takes, and no more."""
     places = [(first // split, (first + seen - 1) // split) for first in range(32 * split)]
     splits = max(last - first + 1 for first, last in places)
-    groups = max(last // 16 - first // 16 + 1 for first, last in places)
-    assert most_partials(seen, split, True) == (splits, groups)
+    assert most_splits(seen, split, True) == splits

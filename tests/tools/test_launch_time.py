@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from predicted import attention, cell, loop, made, product
+from predicted import attention, cell, combined, loop, made, product
 
 from gemcut.kernels.kv_splits import count_splits
 from gemcut.tools.launches import Made
@@ -12,7 +12,6 @@ from gemcut.tools.machine import H200
 from gemcut.tools.prediction.launch_time import cuts, launch_us, longest_run, memory_bytes, seen
 
 MAIN = loop(2000, 1000, multiplies=True)
-AFTER = loop(20_000, 2000)
 
 
 def us(one: Made, *loops, context: int = 1024, machine=H200) -> float:
@@ -71,19 +70,34 @@ def test_a_cut_along_the_columns_has_shorter_programs():
 
 
 def test_attention_takes_its_tiles_one_after_the_other():
-    """At 1024 keys, 16 splits in as many programs: 2 tiles of 32 in each, then one sum of all."""
+    """At 1024 keys, 16 splits in as many programs: 2 tiles of 32 in each."""
     ends = H200.start_us + H200.lookup_us + H200.fill_us + H200.us(500) + H200.end_us
     tile_us = H200.us(1900)
-    read_us = 1e6 * 16 * 2 * 256 * 4 / H200.partials_bandwidth
     main = loop(2000, 1900, multiplies=True)
-    summed = H200.atomic_us + read_us
-    assert us(attention(), main, AFTER) == pytest.approx(ends + 2 * tile_us + summed)
-    alone = us(attention(), main, AFTER, context=64)  # one split: nothing to add up
-    assert alone == pytest.approx(ends + 2 * tile_us)
-    # 22 splits: the first group's sum, then that of two groups
-    again = H200.atomic_us + max(H200.us(2000), read_us / 8)
-    more = us(attention(grid=(22, 4, 1)), main, AFTER, context=22 * 64)
-    assert more == pytest.approx(ends + 2 * tile_us + summed + again)
+    assert us(attention(), main) == pytest.approx(ends + 2 * tile_us)
+    # of 8 programs some take three splits, as each takes those that begin in 129 keys
+    assert us(attention(grid=(8, 4, 1)), main) == pytest.approx(ends + 6 * tile_us)
+    assert us(attention(), main, context=33) == pytest.approx(ends + 2 * tile_us)
+    assert us(attention(), main, context=32) == pytest.approx(ends + tile_us)
+
+
+def test_splits_are_added_up_in_passes():
+    """64 at a time: one pass up to 64 splits of 64 keys, then two."""
+    ends = H200.start_us + H200.lookup_us + H200.us(500) + H200.end_us
+    load = loop(0, 570)
+    for context, passes in ((1, 1), (1024, 1), (4096, 1), (4097, 2), (16_384, 4), (32_768, 6)):
+        assert us(combined(), load, context=context) == pytest.approx(ends + H200.us(570 * passes))
+    # a processor holds four programs of 50 kB: 640 are two waves
+    waves = us(combined(grid=(16, 8, 5)), load)
+    assert waves == pytest.approx(ends + 2 * H200.us(570) + H200.us(500))
+    local = combined(IS_LOCAL=1, W=4096)
+    assert us(local, load, context=32_768) == us(combined(), load, context=4096)
+
+
+def test_many_splits_are_bound_by_l2():
+    many = combined(grid=(16, 8, 64))
+    ideal = 1e6 * 4 * 384 * 16 * 16 * 8 * 64 / H200.l2_bandwidth
+    assert ideal < us(many, loop(0, 1), context=32_768) < ideal + 3
 
 
 @pytest.mark.parametrize("context", [1, 63, 64, 65, 8192, 8193, 20_000, 100_000])
@@ -107,7 +121,7 @@ def test_splits_of_a_window_begin_at_absolute_places():
 def test_a_window_bounds_what_attention_reads():
     local = attention(IS_LOCAL=1, W=512)
     assert memory_bytes(local, 8192) == memory_bytes(attention(), 512) == 2 * 4 * 512 * 256 * 2
-    assert us(local, MAIN, AFTER, context=8192) == us(attention(), MAIN, AFTER, context=512)
+    assert us(local, MAIN, context=8192) == us(attention(), MAIN, context=512)
     assert seen({"IS_LOCAL": 1, "W": 512}, 100) == 100
 
 

@@ -43,13 +43,14 @@ def step(monkeypatch) -> PredictedStep:
 
 
 def test_a_step_is_all_that_a_model_launches():
-    """Each layer has seven launches, two of them norms; the choice is in the head's."""
+    """Each layer has eight launches, two of them norms; the choice is in the head's."""
     run = uninterpreted("-c", LAUNCHES)
     assert run.returncode == 0, run.stderr
     launches = json.loads(run.stdout)
     names = Counter(name for name, _ in launches)
     layers = PUBLISHED["gemma-2-2b"].num_layers
     assert names["attention_decode_kernel"] == names["linear_rope_and_store_kernel"] == layers
+    assert names["attention_combine_kernel"] == layers
     assert names["skinny_linear_kernel"] == names["add_rmsnorm_kernel"] == 2 * layers
     assert names["begin_step_kernel"] == names["lm_head_argmax_kernel"] == 1
     assert names["advance_kernel"] == 1

@@ -185,16 +185,14 @@ def test_a_wrong_rule_ends_the_run(run, try_tiles, known_speed, monkeypatch, cap
 
 @interpreted
 def test_what_fails_harms_nobody_after_it(run, try_tiles, known_speed, monkeypatch):
-    """It counts itself, as kernels that split do, and leaves its count behind."""
     decode = kernels.attention_decode
 
-    def leaving(counters, **arguments):
+    def failing(**arguments):
         if any(tile["BLOCK_N"] == 16 for tile in tiles.TUNED[HERE].values() if tile):
-            counters += 1
             raise RuntimeError("an illegal tile")
-        return decode(counters=counters, **arguments)
+        return decode(**arguments)
 
-    monkeypatch.setattr(kernels, "attention_decode", leaving)
+    monkeypatch.setattr(kernels, "attention_decode", failing)
     try_tiles("attention_decode", {"SPLIT": 16, "BLOCK_N": 16}, {"SPLIT": 32, "BLOCK_N": 32})
     code, report = run("--kernels", "attention_decode")
     assert code == 0

@@ -4,6 +4,7 @@
                   bandwidth_model.py drains it
     attention     has keys and a step of BLOCK_N: its tiles follow one another, at the pace of the
                   loop or of the memory
+    its sum       has splits and a step of BLOCK_S: passes over them, one after the other
     others        take a constant, and the time of reading their logits or partial sums
 
 The name of a product plays no part, so a new one is predicted as soon as it is launched.
@@ -13,7 +14,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from gemcut.kernels.kv_splits import GROUP, OCTAVE, UNIFORM_SPLITS, count_splits
+from gemcut.kernels.kv_splits import OCTAVE, UNIFORM_SPLITS, count_splits
 from gemcut.tools.compile_report import Cell
 from gemcut.tools.launches import Made
 from gemcut.tools.machine import H200, Machine
@@ -31,6 +32,8 @@ def launch_us(made: Made, cell: Cell | None, context: int, machine: Machine = H2
         return product_us(facts, made.grid, cell, main, machine)
     if cell is not None and main is not None and "BLOCK_N" in facts:
         return attention_us(facts, made.grid, cell, main, context, machine)
+    if cell is not None and cell.loops and "BLOCK_S" in facts:
+        return combine_us(facts, made.grid, cell, context, machine)
     us = machine.small_us.get(made.name, machine.other_us)
     us += 1e6 * memory_bytes(made, context) / machine.bandwidth
     return us + 1e6 * partial_bytes(facts, made.grid) / machine.processor_bandwidth
@@ -146,11 +149,10 @@ def attention_us(
     context: int,
     machine: Machine,
 ) -> float:
-    """Attention of a few rows: tiles of keys one after the other, then splits added up.
+    """Attention of a few rows: tiles of keys one after the other.
 
     What it knows of the kernel: a program takes a run of splits; the first axis of the grid is the
-    programs of a tile of queries; 16 splits are added up at once, BLOCK_R rows of queries at a
-    time, and then the groups of 16.
+    programs of a tile of queries.
     """
     bounds, block_n = cuts(facts, context), facts["BLOCK_N"]
     splits, keys, heads = len(bounds) - 1, bounds[-1] - bounds[0], math.prod(grid[1:])
@@ -168,15 +170,19 @@ def attention_us(
     us += max(
         waves * tiles * tile_us, 1e6 * heads * keys / block_n * tile_bytes / machine.bandwidth
     )
-    after = [loop for loop in cell.loops if loop.begin > main.end and loop.loads]
-    if splits > 1 and after:
-        block_r, groups = facts.get("BLOCK_R", 1), math.ceil(splits / GROUP)
-        passes = math.ceil(facts.get("num_rows", 1) / block_r)
-        sums = [(min(splits, GROUP), after[0].cycles)]
-        if groups > 1:
-            sums.append((groups, after[-1].cycles))
-        for partials, cycles in sums:
-            read = 4 * min(partials, GROUP) * block_r * facts.get("HEAD_DIM", 256)
-            pass_us = max(machine.us(cycles), 1e6 * read / machine.partials_bandwidth)
-            us += machine.atomic_us + passes * math.ceil(partials / GROUP) * pass_us
     return us + machine.us(min(cell.tail_cycles, 1000)) + machine.end_us
+
+
+def combine_us(
+    facts: dict[str, int], grid: Sequence[int], cell: Cell, context: int, machine: Machine
+) -> float:
+    """The sum of splits: each program reads BLOCK_S of them at a time, a few columns of each."""
+    splits = len(cuts(facts, context)) - 1
+    loop = next(loop for loop in cell.loops if loop.loads)
+    passes = math.ceil(splits / facts["BLOCK_S"])
+    at_once = occupancy(facts, cell, machine)
+    waves = math.ceil(math.prod(grid) / (machine.processors * at_once))
+    own_us = machine.us(passes * loop.cycles + cell.tail_cycles)
+    read = 4 * splits * facts["BLOCK_D"] * math.prod(grid)
+    us = max(waves * own_us, 1e6 * read / machine.l2_bandwidth)
+    return machine.start_us + machine.lookup_us + us + machine.end_us

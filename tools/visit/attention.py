@@ -19,7 +19,6 @@ from gemcut.bench.ops.prefill_cases import visible_pairs
 from gemcut.bench.ops.torch_peers import OpPeer, torch_peers
 from gemcut.kernels import decode_attention
 from gemcut.kernels.gpu_arch import arch_of
-from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.kernels.tiles import Tile
 from gemcut.tools.launches import Launch, applied, recorded
 from gemcut.tools.tuning.search_space import looked_up
@@ -85,7 +84,6 @@ def decode_case(visit: Visit, model: str, context: int) -> Case:
             "slots": s.index(0),
             "positions": s.index(context - 1),
             **settings,
-            "counters": s.counters(s.HK * COUNTERS_PER_HEAD),
         }
 
     cost = Cost(rows + keys + 16, rows, 4 * s.HQ * s.K * context, True)

@@ -25,7 +25,6 @@ from gemcut.bench.ops.prefill_cases import prefill_cases
 from gemcut.engine.execution.cache import PREFILL_CHUNK
 from gemcut.engine.info import find_config
 from gemcut.kernels import reference
-from gemcut.kernels.kv_splits import COUNTERS_PER_HEAD
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.visit.block import Visit
 
@@ -283,7 +282,6 @@ def draft_arguments(
         "scale": s.config.scale,
         "softcap": s.config.attn_softcap,
         "sliding_window": window,
-        "counters": s.counters(rows * q_len * s.HK * COUNTERS_PER_HEAD),
     }
 
 
