@@ -18,7 +18,7 @@ import torch
 from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes, states_bytes
 from gemcut.engine.checks import check_int, shorten
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.cache import PREFILL_CHUNK, counter_bytes, ring_of, slot_bytes
+from gemcut.engine.execution.cache import PREFILL_CHUNK, ring_of, slot_bytes
 from gemcut.engine.execution.cuda_graphs import can_be_captured
 from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
 from gemcut.engine.placement import is_plain_torch
@@ -82,8 +82,7 @@ class Build:
         on_gpu = self.device.type == "cuda"
         return Estimate(
             weights=config.num_parameters() * dtype.itemsize + self._second_head_bytes(),
-            kv_cache=max_batch_size * slot_bytes(config, max_seq_len, chunk, dtype)
-            + counter_bytes(max_batch_size),
+            kv_cache=max_batch_size * slot_bytes(config, max_seq_len, chunk, dtype),
             state=state_bytes(max_batch_size, config.vocab_size),
             activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
             graphs=self._graph_bytes(decode, max_seq_len),

@@ -77,16 +77,6 @@ def check_index(name: str, x: Tensor, *shape: int) -> None:
     check_shape(name, x, *shape)
 
 
-def check_counters(counters: Tensor, count: int, x: Tensor) -> None:
-    """Scratch by which the last program to finish knows itself: at least `count` zeros in int32."""
-    require(counters.dtype == torch.int32, f"counters are {counters.dtype}, must be int32")
-    require(counters.device == x.device, f"counters are on {counters.device}, x on {x.device}")
-    require(
-        counters.dim() == 1 and counters.is_contiguous() and counters.numel() >= count,
-        f"counters is {list(counters.shape)}, must be dense and at least [{count}]",
-    )
-
-
 def check_softcap(softcap: float | None) -> None:
     """A cap is positive, or absent."""
     require(

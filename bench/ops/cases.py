@@ -99,9 +99,6 @@ class Shapes:
             "sliding_window": self.config.sliding_window if local else None,
         }
 
-    def counters(self, count: int) -> Tensor:
-        return torch.zeros(count, device=self.device, dtype=torch.int32)
-
     def layers(self) -> dict[str, int]:
         """The index of one layer of each kind that the model has, "local" or "global"."""
         layers = range(self.config.num_layers)

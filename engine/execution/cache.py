@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.requests.prefix_reuse import Ring
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 
@@ -62,8 +61,6 @@ class KVCache:
             ) from error
         self.layers = layers
         self.ring = ring_of(config, max_seq_len, prefill_chunk)
-        # scratch in which the programs of one launch count themselves; zero between launches
-        self.counters = torch.zeros(count_counters(num_slots), device=device, dtype=torch.int32)
 
     def clear(self, slot: int) -> None:
         """Zero a slot: a step with drafts looks at values that no token has written yet.
@@ -125,13 +122,3 @@ def slot_bytes(
         for layer in range(config.num_layers)
     )
     return 2 * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
-
-
-def count_counters(num_slots: int) -> int:
-    """How many counters the head takes for the tokens of a step, drafts included."""
-    return 3 * max(num_slots, ROWS)  # two a token, and one or fewer for its block of rows
-
-
-def counter_bytes(num_slots: int) -> int:
-    """Bytes of these counters."""
-    return count_counters(num_slots) * torch.int32.itemsize

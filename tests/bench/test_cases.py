@@ -117,7 +117,7 @@ def written_places(case, arguments):
 
 
 def counted_bytes(case, arguments):
-    tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor) and k != "counters"}
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
     written = sum(out.nbytes for out in outputs(case, arguments))
     if "attention" in case.op:
         keys = visibility(case, arguments).any(0).sum().item()

@@ -33,6 +33,7 @@ print(json.dumps(found))
 OF_A_LAYER = [
     "linear_rope_and_store_kernel",
     "attention_decode_kernel",
+    "attention_combine_kernel",
     "skinny_linear_kernel",
     "add_rmsnorm_kernel",
     "linear_geglu_kernel",
@@ -60,7 +61,7 @@ def test_a_step_has_one_launch_before_its_layers_and_two_after(model, batch, rec
     """Nothing of torch's own is among them."""
     config = PUBLISHED[model]
     layer = OF_A_NORMED_LAYER if config.has_qk_norm else OF_A_LAYER
-    assert len(layer) == (8 if config.has_qk_norm else 7)
+    assert len(layer) == (9 if config.has_qk_norm else 8)
     step = recorded[f"{model} {batch}"]
     assert step == ["begin_step_kernel", *layer * config.num_layers, *ENDS]
 

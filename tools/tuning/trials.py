@@ -116,7 +116,6 @@ def time_case(
     for candidate in candidates:
         if clock() > ends:
             raise OutOfTimeError
-        reset_counters(inputs)
         build = builder(subject, case, candidate, device)
         try:
             accuracy = check.gemcut(build)
@@ -134,13 +133,6 @@ def time_case(
     return {
         name: [1e6 * round_[name] / run.calls for round_ in measured] for name, run in runs.items()
     }
-
-
-def reset_counters(inputs: Sequence[Arguments]) -> None:
-    """Zeros where every launch must find them: one that failed may have left something else."""
-    for arguments in inputs:
-        if "counters" in arguments:
-            arguments["counters"].zero_()
 
 
 def builder(
