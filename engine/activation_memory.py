@@ -26,9 +26,10 @@ from gemcut.kernels.kv_splits import MAX_SPLITS, least_split, most_splits
 
 FLOAT = 4  # bytes of a float32
 # Bytes for each row and vocabulary entry, float32 logits and all, where every setting is in use.
-# Plain torch: logits, penalised, scaled and filtered ones, and three int64 of the noise's hash.
-# Kernels: logits, biased and penalised ones, gathered counts (4) and marks of the prompt (1).
-TORCH_CHOICE = 4 * FLOAT + 3 * 8
+# Plain torch: logits and penalised ones, and three int64 of the noise's hash.
+# Kernels: logits, biased and penalised ones, gathered counts (4) and marks of the prompt (1); when
+# the counts are gone, the draw's list (4).
+TORCH_CHOICE = 2 * FLOAT + 3 * 8
 KERNELS_CHOICE = 4 * FLOAT + 1
 # cuBLAS's own, from torch's allocator: 32 MiB on Hopper and later, 8 on what is older
 CUBLAS_BYTES = 2**25
