@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a kernel begins while the one before it still runs.
 
-On GPUs that have it, every kernel of a decode step is launched so (launch_pdl=True), and begins by
+On GPUs that have it, kernels of a decode step are launched so (launch_pdl=True), and begin by
 
     gdc_launch_dependents    the next kernel may begin as soon as all programs have said this: its
                              programs take the places that this one leaves free
@@ -14,7 +14,8 @@ chain writes them.  Without the wait on any path, one program that returned earl
 kernel after next overtake the one before.
 
 Torch's own launches among them are plain.  A plain kernel begins when everything before it in the
-stream has ended, and never says gdc_launch_dependents: what follows it waits for its end.
+stream has ended, and never says gdc_launch_dependents: what follows it waits for its end.  A
+product that leaves places free is launched plainly too, with the same code: it lets the next begin.
 
 It saves gaps between launches, and costs the even spread of programs over processors: those of the
 next kernel take what places there are.  Prototypes of norm, geglu and down in a chain, on an H200

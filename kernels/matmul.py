@@ -28,14 +28,15 @@ from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     check_linear,
-    pipeline,
+    pipelines,
+    places,
     product,
     rows_of_weight,
 )
 from gemcut.kernels.tiles import tuned
 
-PROGRAMS = 3  # of a processor: they fill its shared memory, and no processor gets more than others
 LEAST_COLUMNS = 128  # of a part
+ENOUGH = 0.95  # of the places of a GPU
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -72,19 +73,26 @@ def skinny_linear_kernel(
 
 
 def _tile(weight: Tensor, x: Tensor) -> dict[str, int]:
-    """With the most equal parts of whole steps that leave PROGRAMS to each processor."""
+    """With as many parts, of whole steps and as equal as they can be, as fill the GPU once.
+
+    Of the tiles it is the first whose programs take nearly every place, or else the fullest.
+    """
     N, D = weight.shape
     block_n = rows_of_weight(x)
-    blocks = triton.cdiv(N, block_n)
-    processors = PROCESSORS.get(arch_of(x.device), 0)  # 0: the interpreter's programs take turns
-    most = max(1, min(PROGRAMS * processors // blocks, D // LEAST_COLUMNS))
+    blocks = int(triton.cdiv(N, block_n))
 
     def splits(tile: dict[str, int]) -> int:
+        most = max(1, min(places(x, block_n, tile) // blocks, D // LEAST_COLUMNS))
         steps = triton.cdiv(D, tile["BLOCK_D"])
         return triton.cdiv(steps, triton.cdiv(steps, most))
 
-    # a program alone has shorter steps, of which more equal parts can be made
-    tile = max(pipeline(x, blocks * most), pipeline(x, 1), key=splits)
+    def taken(tile: dict[str, int]) -> float:
+        return min(blocks * splits(tile) / max(1, places(x, block_n, tile)), ENOUGH)
+
+    tiles = pipelines(x)
+    tile = max(tiles.values(), key=taken)
+    if blocks * splits(tile) <= PROCESSORS.get(arch_of(x.device), 0):
+        tile = tiles[1]
     rule = {"BLOCK_N": block_n, "SPLITS": splits(tile), **tile}
     return rule | tuned("skinny_linear", x, N, D)
 

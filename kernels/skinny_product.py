@@ -96,24 +96,34 @@ def pipeline(x: Tensor, blocks: int) -> dict[str, int]:
     of many waves the last one counts for little.  A program alone on its processor has more steps.
     """
     # a size may be a SymInt under torch.compile, which no cache can hold
-    return dict(_pipeline(arch_of(x.device), x.itemsize, int(blocks)))
+    blocks, name = int(blocks), arch_of(x.device)
+    return dict(pipelines(x)[_together(name, blocks)])
+
+
+def pipelines(x: Tensor) -> dict[int, dict[str, int]]:
+    """The tiles to choose from, by the programs of a processor that they are for."""
+    name = arch_of(x.device)
+    if name == "interpreter":
+        return {1: {"BLOCK_D": 256, "num_warps": 4, "num_stages": 1}}
+    found = SMALL_PIPELINES if name in SMALL_ARCHS else PIPELINES
+    return {
+        together: {"BLOCK_D": columns * 2 // x.itemsize, "num_warps": 4, "num_stages": stages}
+        for together, (columns, stages) in found.items()
+    }
 
 
 @lru_cache
-def _pipeline(name: str, itemsize: int, blocks: int) -> dict[str, int]:
-    if name == "interpreter":
-        return {"BLOCK_D": 256, "num_warps": 4, "num_stages": 1}
-    pipelines = SMALL_PIPELINES if name in SMALL_ARCHS else PIPELINES
+def _together(name: str, blocks: int) -> int:
+    if name == "interpreter" or blocks <= PROCESSORS[name]:
+        return 1
 
     def idle(programs: int) -> float:
         slots = programs * PROCESSORS[name]
         waves = -(-blocks // slots)
         return 0.0 if waves > 4 else round(1 - blocks / (waves * slots), 3)
 
-    alone = blocks <= PROCESSORS[name]
-    together = 1 if alone else min((n for n in pipelines if n > 1), key=idle)
-    columns, stages = pipelines[together]
-    return {"BLOCK_D": columns * 2 // itemsize, "num_warps": 4, "num_stages": stages}
+    found = SMALL_PIPELINES if name in SMALL_ARCHS else PIPELINES
+    return min((n for n in found if n > 1), key=idle)
 
 
 def places(x: Tensor, rows: int, tile: dict[str, int]) -> int:

@@ -15,7 +15,8 @@ Exits with 1 where a rule is broken:
     chain on sm_90      at most 75 KB of shared memory in whatever a decode step launches
     weights             enough of them in flight, asynchronous and 16 bytes wide (weight_stream.py)
     64-bit addresses    no 32-bit product of two values that are not known at compile time
-    dependent launch    every kernel of a decode step, where the arch can (launch_wait.py)
+    dependent launch    a decode step's kernels wait, where the arch can (launch_wait.py), and are
+                        launched so, except products that leave places free
 """
 
 import argparse
