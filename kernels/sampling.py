@@ -53,6 +53,7 @@ from gemcut.kernels.top_k_top_p import (
 )
 
 CHUNK = 2048  # logits of a program: 8 KiB, and 125 programs for a row of 256 000
+DRAW_REGISTERS = 64  # of a thread: ptxas spills to keep to 40 where top-p is used alone
 
 
 @triton.jit(do_not_specialize_on_alignment=["repetition_ptr", "presence_ptr", "frequency_ptr"])
@@ -305,6 +306,6 @@ def _choose_(
         seeds_ptr=seeds, positions_ptr=positions, ids_ptr=ids,
         maxima_ptr=maxima, state_ptr=state, list_ptr=listed,
         IS_RANDOM=is_random, HAS_TOP_K=has_top_k, HAS_TOP_P=has_top_p, HAS_MIN_P=has_min_p,
-        TILE=TILE, **chunks, **shared,
+        TILE=TILE, maxnreg=DRAW_REGISTERS, **chunks, **shared,
     )  # fmt: skip
     return state

@@ -330,24 +330,27 @@ def greatest_listed(
     Keys beyond last_key are not drawn, but count.  Writes the row's final THRESHOLD.
     """
     count = tl.load(state_ptr + LISTED, cache_modifier=".cg").to(tl.int32)
-    k_first = tl.load(state_ptr + K_FIRST).to(tl.int32)
-    k_end = tl.load(state_ptr + K_END).to(tl.int32)
-    k_left = tl.load(state_ptr + K_LEFT)
-    k_mass = tl.load(state_ptr + K_MASS)
-    p_first = tl.load(state_ptr + P_FIRST).to(tl.int32)
-    p_end = tl.load(state_ptr + P_END).to(tl.int32)
-    p_mass = tl.load(state_ptr + P_MASS)
+    if HAS_TOP_K:
+        k_first = tl.load(state_ptr + K_FIRST).to(tl.int32)
+        k_end = tl.load(state_ptr + K_END).to(tl.int32)
+        k_left = tl.load(state_ptr + K_LEFT).to(tl.int32)
+    if HAS_TOP_P:
+        p_first = tl.load(state_ptr + P_FIRST).to(tl.int32)
+        p_end = tl.load(state_ptr + P_END).to(tl.int32)
+        p_mass = tl.load(state_ptr + P_MASS)
+        mass = tl.load(state_ptr + K_MASS)
     row = (logits_ptr, list_ptr, count, greatest, temperature)
     token_ids, x, key = _tile(row, 0, TILE)
     threshold = tl.full([], LAST_KEY, tl.int32)
     if HAS_TOP_K:
-        kth = _least_key(row, key, k_first, k_end, k_left.to(tl.int32), False, TILE)
+        kth = _least_key(row, key, k_first, k_end, k_left, False, TILE)
         threshold = tl.where(k_end > 0, kth, threshold)
     if HAS_TOP_P:
-        k_last = tl.minimum(threshold, k_end - 1)
-        mass, _, _ = _listed_amount(row, key, k_first, k_last, k_end, True, TILE)
-        target = _share(p, k_mass + mass) - p_mass
-        pth = _least_key(row, key, p_first, p_end, target, True, TILE)
+        if HAS_TOP_K:
+            k_last = tl.minimum(threshold, k_end - 1)
+            more, _, _ = _listed_amount(row, key, k_first, k_last, k_end, True, TILE)
+            mass += more
+        pth = _least_key(row, key, p_first, p_end, _share(p, mass) - p_mass, True, TILE)
         threshold = tl.where(p_end > 0, tl.minimum(threshold, pth), threshold)
     tl.store(state_ptr + THRESHOLD, threshold.to(tl.int64))
 

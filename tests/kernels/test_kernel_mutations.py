@@ -156,7 +156,7 @@ SAMPLING_MISTAKES = {
     "the rest of the list never drawn": (
         DRAW, (TOP, "tl.range(TILE, count, TILE", "tl.range(TILE, 0, TILE"),
     ),
-    "top-p of all tokens, not of those of top-k": (P, (TOP, "k_mass + mass)", "k_mass)")),
+    "top-p of all tokens, not of those of top-k": (P, (TOP, "mass += more", "mass += 0")),
     "top-p in the least bucket alone": (
         P, (TOP, "_first_key(last_bucket + 1)", "_first_key(p_bucket + 1)"),
     ),
