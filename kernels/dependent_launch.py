@@ -2,8 +2,6 @@
 
 On GPUs that have it, kernels of a decode step are launched so (launch_pdl=True), and begin by
 
-    gdc_launch_dependents    the next kernel may begin as soon as all programs have said this: its
-                             programs take the places that this one leaves free
     prefetch                 L2 is asked for the first bytes of the program's own rows of a weight
     gdc_wait                 it waits until the kernel before has ended, with all its writes
 
@@ -13,19 +11,26 @@ would find, and results are the same bits.  Weights alone may be asked for earli
 chain writes them.  Without the wait on any path, one program that returned early would let the
 kernel after next overtake the one before.
 
+    gdc_launch_dependents    the next kernel may begin as soon as all programs have said this: its
+                             programs take the places that this one leaves free
+
+Short kernels say it first of all, products after their loop.
+
 Torch's own launches among them are plain.  A plain kernel begins when everything before it in the
 stream has ended, and never says gdc_launch_dependents: what follows it waits for its end.  A
 product that leaves places free is launched plainly too, with the same code: it lets the next begin.
 
 It saves gaps between launches, and costs the even spread of programs over processors: those of the
 next kernel take what places there are.  Prototypes of norm, geglu and down in a chain, on an H200
-(bench/results/nvidia-h200/visit-prototypes.json), the time by dependent launches to that by plain
-ones at equal tile, and of 256 bytes of each row prefetched to none:
+(bench/results/nvidia-h200/visit-prototypes.json): the time by dependent launches to that by plain
+ones at equal tile, the next kernel let begin at once or after the loop; and the time with 256 bytes
+of each row prefetched to that with none:
 
-    64 rows x           128 columns, 4 stages    128, 3         64, 4     prefetch at 128, 4 and 3
-    vaultgemma-1b        .98                      .94           1.08      1.01   .97
-    gemma-2-2b           .96                     1.08           1.05      1.03  1.01
-    gemma-2-9b           .97                      .98           1.20      1.01  1.01
+    64 rows x           128 columns, 4 stages    128, 3        64, 4         128, 4 and 3
+                        at once, after it                                    prefetched
+    vaultgemma-1b        .98   1.00               .94   .93    1.08   .93    1.01   .97
+    gemma-2-2b           .96    .98              1.08  1.09    1.05  1.00    1.03  1.01
+    gemma-2-9b           .97    .98               .98   .97    1.20  1.19    1.01  1.01
 
 So rows are prefetched where a weight is no larger than the largest that gained, 32 MB.  That holds
 for some weights of larger models too, which no chain had: qkv and o, beside an attention that
@@ -82,6 +87,13 @@ def wait_for_predecessor(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def let_next_begin(DEPENDENT: tl.constexpr):
+    """Let the next kernel begin: a product's last rows are still to be stored."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def prefetched_addresses(w_ptr, rows, column, D, PREFETCH: tl.constexpr):
     """Where PREFETCH bytes of some rows of a weight [N, D] begin, all of them within a row.
 
@@ -97,9 +109,8 @@ def prefetch_and_wait(
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """The same, and ask L2 for PREFETCH bytes of some rows of a weight between the two."""
+    """Ask L2 for PREFETCH bytes of some rows of a weight, and wait for the kernel before."""
     if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
             address = prefetched_addresses(w_ptr, rows, column, D, PREFETCH)
             tl.inline_asm_elementwise(

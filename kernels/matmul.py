@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gemcut.kernels.dependent_launch import (
     dependent_launch,
+    let_next_begin,
     prefetch_and_wait,
     prefetched_bytes,
 )
@@ -65,6 +66,7 @@ def skinny_linear_kernel(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_n, mask_n,
         D, begin, tl.minimum(begin + split_d, D), IS_EVEN, IN_STEPS, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
+    let_next_begin(DEPENDENT)
     if HAS_BIAS:
         mask_bias = offs_n < tl.where(s == 0, N, 0)  # the first part adds it
         acc += tl.load(bias_ptr + offs_n, mask=mask_bias, other=0.0).to(tl.float32)[:, None]

@@ -21,6 +21,7 @@ from torch import Tensor
 from gemcut.kernels.checks import check_rows, check_tensors, require
 from gemcut.kernels.dependent_launch import (
     dependent_launch,
+    let_next_begin,
     prefetch_and_wait,
     prefetched_bytes,
 )
@@ -85,6 +86,7 @@ def linear_geglu_kernel(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows, D, 0, D,
         IS_EVEN, IN_STEPS, BLOCK_M, 2 * BLOCK_F, BLOCK_D,
     )  # fmt: skip
+    let_next_begin(DEPENDENT)
     gate, up = halves(acc, BLOCK_F, BLOCK_M)
     y = gelu(gate) * up
     offs_f = start_f + tl.arange(0, BLOCK_F)

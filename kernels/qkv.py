@@ -20,6 +20,7 @@ from torch import Tensor
 from gemcut.kernels.checks import check_cache, check_rotation, check_tensors, count_q_heads
 from gemcut.kernels.dependent_launch import (
     dependent_launch,
+    let_next_begin,
     prefetch_and_wait,
     prefetched_bytes,
 )
@@ -72,6 +73,7 @@ def linear_rope_and_store_kernel(
         x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows, D, 0, D,
         IS_EVEN, IN_STEPS, BLOCK_M, 2 * BLOCK_I, BLOCK_D,
     )  # fmt: skip
+    let_next_begin(DEPENDENT)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=mask_rows, other=0.0).to(tl.float32)[:, None]
     low, high = halves(acc, BLOCK_I, BLOCK_M)
