@@ -28,8 +28,10 @@ from gemcut.kernels.rotary import check_frequencies, store_tables
 
 @triton.jit(
     do_not_specialize=["N"],
-    do_not_specialize_on_alignment=["token_ids_ptr", "positions_ptr", "rows_ptr"],
-)
+    do_not_specialize_on_alignment=[
+        "token_ids_ptr", "positions_ptr", "rows_ptr", "row_positions_ptr"
+    ],
+)  # fmt: skip
 def begin_step_kernel(
     token_ids_ptr, positions_ptr, rows_ptr,  # [N], [N], [M]
     table_ptr, norm_w_ptr, inv_freq_ptr, local_inv_freq_ptr,  # [V, D], [D], [K/2] or [M, K/2]

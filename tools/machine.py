@@ -70,7 +70,6 @@ class Machine:
     fill_us: float = 1.04  # a latency of memory: until the first load has come
     memory_us: float = 1.04  # the same under load, which the steps in flight must cover
     end_us: float = 0.48  # from a program's last step to its last store
-    atomic_us: float = 2.0  # counting oneself, and seeing what others stored
     lookup_us: float = 0.6  # slot, position and query, before a key can be addressed
     torch_us: float = 1.6  # a launch of torch's own: index_select 2.0, a sum of integers 1.2
     other_us: float = 2.0  # a launch without a product that the next line does not name

@@ -199,7 +199,7 @@ def _choice_cases(s: Shapes, B: int) -> Iterator[Case]:
         s.model,
         "decode",
         {**facts, "variant": "top-k top-p"},
-        Cost(4 * B * s.V + 32 * B, 8 * B, (35 * B + 1) * s.V),
+        Cost(4 * B * s.V + 32 * B, 8 * B, (37 * B + 1) * s.V),
         lambda: {
             "logits": logits(),
             "temperature": setting(0.8),

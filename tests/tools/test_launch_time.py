@@ -86,16 +86,6 @@ def test_sixteen_rows_read_the_weight_once_and_more_again_from_l2():
     assert of_rows(1) <= of_rows(16) <= of_rows(32) < 3 * of_rows(16)
 
 
-def test_programs_that_count_themselves_end_later():
-    head = product("lm_head_argmax_kernel", 256_000, 1152)
-    counting = replace(head, shapes=(*head.shapes, ("counters_ptr", (1,))))
-    assert us(head, MAIN) < us(counting, MAIN)
-    few = replace(counting, grid=(1, 132, 1))
-    assert us(few, MAIN) == pytest.approx(
-        us(replace(few, shapes=head.shapes), MAIN) + H200.atomic_us
-    )
-
-
 def test_a_cut_along_the_columns_has_shorter_programs():
     whole = product("skinny_linear_kernel", 1152, 6912)
     cut = product("skinny_linear_kernel", 1152, 6912, splits=3)

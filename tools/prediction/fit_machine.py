@@ -29,7 +29,7 @@ FACTORS = {
     "bandwidth": ("bandwidth",),
     "processor": ("processor_bandwidth",),
     "clock": ("ghz",),
-    "latency": ("fill_us", "memory_us", "lookup_us", "atomic_us"),
+    "latency": ("fill_us", "memory_us", "lookup_us"),
     "ends": ("start_us", "end_us"),
 }
 RANGES = {

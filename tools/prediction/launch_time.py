@@ -100,8 +100,6 @@ def product_us(
     steps = columns * facts.get("blocks", 1)
     weight_bytes = N * D * size * groups / programs / steps  # of a step
     end_us = machine.us(cell.tail_cycles)
-    if "counters_ptr.0" in facts:  # by which each program counts itself
-        end_us += machine.atomic_us
     stream = Stream(
         programs=programs,
         steps=steps,

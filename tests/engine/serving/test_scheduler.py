@@ -19,6 +19,7 @@ class Stub:
     reused: int = 0
     written: int = 0
     is_prefilled: bool = True
+    error: Exception | None = None
 
     @property
     def length(self) -> int:
@@ -110,6 +111,17 @@ def test_what_was_written_behind_a_prefix_is_not_forgotten():
     sequence = Stub([*range(6), 99])
     scheduler.add(sequence)
     assert (scheduler.admit().reused, sequence.written) == (6, 13)
+
+
+def test_nothing_of_a_failed_sequence_is_reused():
+    scheduler = Scheduler(2, 8)
+    failed = Stub(LONG)
+    scheduler.add(failed)
+    scheduler.admit()
+    failed.error = ValueError("no token is left")
+    scheduler.remove(failed)
+    assert run(scheduler, [*LONG, 7]) == [(1, 0, None)]
+    assert run(scheduler, OTHER) == [(0, 0, None)]
 
 
 def test_a_cancelled_sequence_leaves_the_queue_and_its_slot():
