@@ -11,7 +11,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gemcut.kernels.dependent_launch import prefetch_and_wait, wait_for_predecessor
+from gemcut.kernels.dependent_launch import (
+    let_next_begin,
+    prefetch_and_wait,
+    wait_for_predecessor,
+)
 from gemcut.tools.compile_report import _disassembled
 from gemcut.tools.launch_wait import wait_problems
 from gemcut.tools.machine_code import parse
@@ -35,6 +39,7 @@ def planted_kernel(
         wait_for_predecessor(True)
     elif FORM == "prefetch":
         prefetch_and_wait(w_ptr, tl.arange(0, 64), 0, D, True, 256)
+        let_next_begin(True)
     elif FORM == "missing":
         tl.extra.cuda.gdc_launch_dependents()
     elif FORM == "after a store":

@@ -8,8 +8,9 @@ The rules of kernels/dependent_launch.py, as instructions of sm_90 and later:
     after it    no branch that leads back to it: it stands in no loop
     PREEXIT     allows the next kernel to begin; without it the launch gains nothing
 
-A branch is judged by its target, so loops before the wait are seen to stay there.  Compilers move
-code: a load that stood after the wait may stand before it in what they made.
+A branch is judged by its target, so loops before the wait are seen to stay there; a call of what
+traps (Triton 3.6 guards tensor memory so, on sm_100) leads nowhere.  Compilers move code: a load
+that stood after the wait may stand before it in what they made.
 """
 
 import re
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from gemcut.tools.machine_code import PREDICATE, Instruction
 
-WAIT, ALLOWS = "ACQBULK", "PREEXIT"
+WAIT, ALLOWS, TRAP = "ACQBULK", "PREEXIT", "BPT"
 ACCESS = re.compile(r"(LD|ST|LDG\w*|STG|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLKCP|UBLKRED|CCTL|SU\w+)$")
 PREFETCH = re.compile(r"CCTL(\.\w+)*\.PF2\b")
 LEAVES = ("EXIT", "RET", "BRX", "BRXU", "JMX", "JMXU", "KILL")  # or leads nobody knows where
@@ -39,6 +40,7 @@ def _problems(code: Sequence[Instruction]) -> Iterator[str]:
         yield f"a wait with a condition: {wait.text}"
     if all(instruction.name != ALLOWS for instruction in code):
         yield "the next kernel is never allowed to begin"
+    traps = {instruction.address for instruction in code if instruction.name == TRAP}
     for instruction in code:
         is_before = instruction.address < wait.address
         target = _target(instruction)
@@ -47,7 +49,7 @@ def _problems(code: Sequence[Instruction]) -> Iterator[str]:
                 yield f"an exit before the wait: {instruction.text}"
             elif ACCESS.match(instruction.name) and not PREFETCH.search(instruction.text):
                 yield f"memory before the wait: {instruction.text}"
-            elif target is not None and target > wait.address:
+            elif target is not None and target > wait.address and target not in traps:
                 yield f"a branch past the wait: {instruction.text}"
         elif target is not None and target <= wait.address:
             yield f"a wait in a loop: {instruction.text}"

@@ -96,6 +96,7 @@ def test_branches_are_judged_by_their_targets():
     assert planted((2, loop)) == []
     assert planted((2, "@!P0 BRA 0x40")) == ["a branch past the wait: @!P0 BRA 0x40"]
     assert planted((2, "CALL.REL.NOINC 0x50")) == ["a branch past the wait: CALL.REL.NOINC 0x50"]
+    assert planted((2, "CALL.REL.NOINC 0x70"), (7, "BPT.TRAP 0x1")) == []
     assert planted((5, "@P0 BRA 0x30")) == []
     for target in ("0x20", "0x0"):  # the wait itself, and what stands before it
         back = f"@P0 BRA P1, {target}"
