@@ -53,6 +53,7 @@ class TokenSequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
+    is_spoiled: bool = False  # its keys and values may be NaN: nobody else must see them
     lookup: Lookup | None = None  # of its text so far, once drafts were asked for
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -143,6 +144,7 @@ class TokenSequence:
             if self.finished:
                 break
             if token_id < 0:
+                self.is_spoiled = True
                 self.fail(ValueError("no token is left: logits are NaN, or all are banned"))
                 break
             self.append(token_id, logprobs)

@@ -129,7 +129,7 @@ class Scheduler:
             self.admitted += 1
         if sequence.slot is not None and self._running.get(sequence.slot) is sequence:
             del self._running[sequence.slot]
-            self._free[sequence.slot] = Held() if sequence.error else sequence.held()
+            self._free[sequence.slot] = Held() if sequence.is_spoiled else sequence.held()
 
     def recover(self) -> None:
         """Repair what an interrupted call left half done: no slot and no sequence is lost."""

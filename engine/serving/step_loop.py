@@ -198,8 +198,8 @@ class StepLoop:
         """Free the slot of a sequence that has ended, and end its request if that was the last."""
         if not sequence.finished or (request := self._owners.get(sequence)) is None:
             return
-        if sequence.error is not None and sequence.slot is not None and self.fault is None:
-            self.runner.cache.clear(sequence.slot)  # it may hold NaN
+        if sequence.is_spoiled and sequence.slot is not None and self.fault is None:
+            self.runner.cache.clear(sequence.slot)
         self.scheduler.remove(sequence)
         self.metrics.count_end(sequence)
         # several may have finished in this step: the one that is settled last ends the request

@@ -19,7 +19,7 @@ class Stub:
     reused: int = 0
     written: int = 0
     is_prefilled: bool = True
-    error: Exception | None = None
+    is_spoiled: bool = False
 
     @property
     def length(self) -> int:
@@ -113,13 +113,13 @@ def test_what_was_written_behind_a_prefix_is_not_forgotten():
     assert (scheduler.admit().reused, sequence.written) == (6, 13)
 
 
-def test_nothing_of_a_failed_sequence_is_reused():
+def test_nothing_of_a_spoiled_sequence_is_reused():
     scheduler = Scheduler(2, 8)
-    failed = Stub(LONG)
-    scheduler.add(failed)
+    spoiled = Stub(LONG)
+    scheduler.add(spoiled)
     scheduler.admit()
-    failed.error = ValueError("no token is left")
-    scheduler.remove(failed)
+    spoiled.is_spoiled = True
+    scheduler.remove(spoiled)
     assert run(scheduler, [*LONG, 7]) == [(1, 0, None)]
     assert run(scheduler, OTHER) == [(0, 0, None)]
 
