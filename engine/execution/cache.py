@@ -62,6 +62,13 @@ class KVCache:
         self.layers = layers
         self.ring = ring_of(config, max_seq_len, prefill_chunk)
 
+    def holds_nan(self, slot: int, written: int) -> bool:
+        """Whether a value at the first `written` positions of a slot is NaN; waits for the device.
+
+        The positions of a ring that has turned are all of it.
+        """
+        return any(bool(layer.v[slot, :, :written].isnan().any()) for layer in self.layers)
+
     def clear(self, slot: int) -> None:
         """Zero a slot: a step with drafts looks at values that no token has written yet.
 

@@ -80,6 +80,8 @@ class Runner:
     ) -> PendingTokens:
         """Decode one step of all these sequences, with a draft, perhaps empty, for each or none."""
         slots, features = self._slots(sequences), _features(sequences)
+        if drafts is not None and not self._fits_drafts(sequences):
+            drafts = None
         width = 1 if drafts is None else 1 + max(map(len, drafts))
         for sequence in sequences:
             newest = sequence.length + sequence.in_flight - 1  # its position
@@ -91,6 +93,15 @@ class Runner:
         padded = [draft + [NO_DRAFT] * (width - 1 - len(draft)) for draft in drafts]
         ids = self.steps.verify(slots, upload(padded, self.device), features)
         return self._pending(sequences, ids, drafts=drafts)
+
+    def _fits_drafts(self, sequences: list[TokenSequence]) -> bool:
+        """Whether every row has room for the longest draft, to which a graph pads all of them.
+
+        A row that would see more keys than its slot holds is NaN, padding or not.
+        """
+        width = self.steps.draft_width(len(sequences))
+        newest = max(s.length + s.in_flight - 1 for s in sequences)
+        return newest + width <= self.cache.max_seq_len
 
     def rewind(self, sequence: TokenSequence) -> None:
         """Let the next step of a sequence go on from the tokens that the host has read."""

@@ -53,7 +53,7 @@ class TokenSequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
-    is_spoiled: bool = False  # its keys and values may be NaN: nobody else must see them
+    is_spoiled: bool = False  # its slot holds NaN: nobody else must see that
     lookup: Lookup | None = None  # of its text so far, once drafts were asked for
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -130,6 +130,12 @@ class TokenSequence:
         return "".join(self._text)
 
     @property
+    def is_proven(self) -> bool:
+        """Whether its last token was sampled from finite logits: then all that it saw is finite."""
+        is_sampled = self.finish_reason in ("stop", "length") and not self.score_only
+        return self.error is None and is_sampled and not self.processors
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
@@ -144,7 +150,6 @@ class TokenSequence:
             if self.finished:
                 break
             if token_id < 0:
-                self.is_spoiled = True
                 self.fail(ValueError("no token is left: logits are NaN, or all are banned"))
                 break
             self.append(token_id, logprobs)

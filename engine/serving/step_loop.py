@@ -198,8 +198,7 @@ class StepLoop:
         """Free the slot of a sequence that has ended, and end its request if that was the last."""
         if not sequence.finished or (request := self._owners.get(sequence)) is None:
             return
-        if sequence.is_spoiled and sequence.slot is not None and self.fault is None:
-            self.runner.cache.clear(sequence.slot)
+        self._clean(sequence)
         self.scheduler.remove(sequence)
         self.metrics.count_end(sequence)
         # several may have finished in this step: the one that is settled last ends the request
@@ -208,6 +207,14 @@ class StepLoop:
             self.background.discard(request)
             request.ended(request)
         del self._owners[sequence]  # last of all: if interrupted before, all this is done again
+
+    def _clean(self, sequence: TokenSequence) -> None:
+        """Clear the slot of a sequence that leaves NaN in it."""
+        if sequence.slot is None or sequence.is_proven or self.fault is not None:
+            return
+        if self.runner.cache.holds_nan(sequence.slot, sequence.written):
+            sequence.is_spoiled = True
+            self.runner.cache.clear(sequence.slot)
 
     def _is_fatal(self, error: Exception) -> bool:
         """Whether the device itself has failed, so that nothing runs on it any more."""

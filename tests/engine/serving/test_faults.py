@@ -1,6 +1,7 @@
 """Faults of a step: the requests concerned get one clear error, and the others go on."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,20 +134,55 @@ def test_a_real_fault_of_the_device(folder):
     assert run.stdout.count("the engine is dead: CUDA error") == 2, run.stderr
 
 
-def test_what_a_failed_request_left_does_not_reach_the_next(engine):
-    """NaN in its slot: a step that pads one row's draft beside another's looks past the newest."""
-    cache = engine._loop.runner.cache
-    prompts = ["It was it was it was it", "Once upon a time there was a fox"]
+BAD = 100  # a token that no prompt below has
+
+
+def fails(engine, ids):
+    with pytest.raises(ValueError, match="logits are NaN"):
+        engine.generate(ids, PARAMS)
+
+
+def is_scored(engine, ids):
+    engine.score(ids)
+
+
+def hides_it(engine, ids):
+    hides = SamplingParams(max_tokens=3, logits_processors=[lambda ids, x: torch.nan_to_num(x)])
+    engine.generate(ids, hides)
+
+
+def is_cancelled(engine, ids):
+    request = engine.add([*ids, *ids], SamplingParams())
+    engine.step()
+    engine.cancel(request)
+    engine.step()
+
+
+@pytest.mark.parametrize("ends", [fails, is_scored, hides_it, is_cancelled])
+def test_nan_that_a_request_left_does_not_reach_the_next(engine, ends):
+    """A step that pads one row's draft beside another's looks at what was there before."""
     guessing = SamplingParams(temperature=0, max_tokens=12, prompt_lookup_num_tokens=6)
+    prompts = ["It was it was it was it", "Once upon a time there was a fox"]
     alone = [engine.generate(prompt, guessing).token_ids for prompt in prompts]
-
-    def poison(ids, logits):
-        (failing,) = engine._scheduler.running
-        for layer in cache.layers:
-            layer.k[failing.slot] = layer.v[failing.slot] = torch.nan
-        return logits * torch.nan
-
-    for prompt in "xy":
-        with pytest.raises(ValueError, match="logits are NaN"):
-            engine.generate(prompt, SamplingParams(logits_processors=[poison]))
+    embedding = engine.model.weights.embedding
+    row = embedding[BAD].clone()
+    embedding[BAD] = torch.nan
+    for length in (15, 13):  # in one slot, and in the other
+        ends(engine, [2, *[BAD] * length])
+    embedding[BAD] = row
+    assert not any(layer.v.isnan().any() for layer in engine._loop.runner.cache.layers)
     assert [output.token_ids for output in engine.generate(prompts, guessing)] == alone
+
+
+def test_drafts_end_before_the_slot_does(folder):
+    """A graph pads every draft to the longest: with no room for that, a step has none."""
+    prompt, length = [2, *[7, 8, 9, 10] * 3], 24
+    lookup = SamplingParams(temperature=0, ignore_eos=True, prompt_lookup_num_tokens=7)
+    with Engine.from_pretrained(
+        folder, max_batch_size=2, max_seq_len=length, ops="triton", dtype="float32"
+    ) as engine:
+        plain = engine.generate(prompt, replace(lookup, prompt_lookup_num_tokens=0))
+        run_as_on_a_gpu(engine)
+        drafted = engine.generate(prompt, lookup)
+    assert len(plain.token_ids) == length - len(prompt)
+    assert drafted.token_ids == plain.token_ids
