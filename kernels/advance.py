@@ -20,7 +20,7 @@ from gemcut.kernels.checks import check_index, check_rows, check_shape, check_te
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gumbel import packed, packed_id, packed_value
 
-MAX_PARTS = 4096  # they are in registers
+MAX_RANGES = 4096  # they are in registers
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -72,7 +72,7 @@ def advance_(
     """
     require(chosen.dim() in (1, 2), f"chosen is {list(chosen.shape)}, must be [B] or [S, B]")
     S, B = (1, *chosen.shape)[-2:]
-    require(0 < S <= MAX_PARTS, f"chosen has {S} parts, must be in 1 to {MAX_PARTS}")
+    require(0 < S <= MAX_RANGES, f"chosen has {S} ranges, must be in 1 to {MAX_RANGES}")
     check_tensors(
         scores, chosen=chosen, slots=slots, tokens=tokens, positions=positions, limits=limits,
         is_end=is_end,

@@ -29,7 +29,7 @@ from gemcut.kernels.cpu_rows import (
 )
 from gemcut.kernels.reference import (
     advance_,
-    best_of_parts,
+    best_of_ranges,
     embed,
     filter_logits,
     gumbel_noise,
@@ -43,7 +43,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "begin_step",
-    "best_of_parts",
+    "best_of_ranges",
     "embed",
     "filter_logits",
     "geglu",

@@ -26,18 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.advance import MAX_PARTS
+from gemcut.kernels.advance import MAX_RANGES
 from gemcut.kernels.checks import check_index, check_shape, check_softcap, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
+    add_step,
     check_linear,
     pipeline,
     product,
     rows_of_weight,
-    weight_tile,
 )
 from gemcut.kernels.tiles import tuned
 
@@ -139,15 +139,10 @@ def lm_head_argmax_kernel(
     for _ in range(steps.to(tl.int32)):
         offs_v = block.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        mask_x = mask_m[:, None]
-        if not IS_EVEN:
-            mask_x = mask_x & (offs_d < D)[None, :]
-        x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :]
-        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        w = weight_tile(w_ptr, offs_v, mask_v, offs_d, D, IS_EVEN)
-        # as `product` adds up
-        acc += tl.dot(w, x.T, input_precision="ieee", max_num_imprecise_acc=1)
+        acc = add_step(
+            acc, x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v,
+            D, start_d, IS_EVEN, True, BLOCK_D,
+        )  # fmt: skip
 
         is_last = start_d + BLOCK_D >= D
         if is_last:
@@ -238,11 +233,11 @@ def lm_head_argmax(
     _check_draw(x, temperature, seeds, positions)
 
     tile = _tile(V, x)
-    parts, blocks = _ranges(triton.cdiv(V, tile["BLOCK_V"]))
-    scores = torch.empty((parts, M), dtype=torch.float32, device=x.device)
-    ids = torch.empty((parts, M), dtype=torch.int64, device=x.device)
+    ranges, blocks = _ranges(triton.cdiv(V, tile["BLOCK_V"]))
+    scores = torch.empty((ranges, M), dtype=torch.float32, device=x.device)
+    ids = torch.empty((ranges, M), dtype=torch.int64, device=x.device)
     if M:
-        lm_head_argmax_kernel[(triton.cdiv(M, BLOCK_M), parts)](
+        lm_head_argmax_kernel[(triton.cdiv(M, BLOCK_M), ranges)](
             x_ptr=x, w_ptr=weight,
             temperature_ptr=temperature, seeds_ptr=seeds, positions_ptr=positions,
             scores_ptr=scores, ids_ptr=ids, stride_x_m=x.stride(0),
@@ -278,5 +273,5 @@ def count_ranges(weight: Tensor, x: Tensor) -> int:
 
 def _ranges(blocks: int) -> tuple[int, int]:
     """Programs that share these blocks, and how many blocks each has; the last may have fewer."""
-    each = max(BLOCKS_OF_A_PROGRAM, triton.cdiv(blocks, MAX_PARTS))
+    each = max(BLOCKS_OF_A_PROGRAM, triton.cdiv(blocks, MAX_RANGES))
     return triton.cdiv(blocks, each), each

@@ -145,12 +145,12 @@ def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
         share = _share(F, x, tile)
         is_even = D % tile["BLOCK_D"] == 0 and share == tile["BLOCK_F"] and F % share == 0
         programs = triton.cdiv(F, share)
-        prefetched = prefetched_bytes(gate_up_weight, is_even)
+        plain = leaves_places(x, programs, 2 * tile["BLOCK_F"], tile)
         linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), programs)](
             x_ptr=x, w_ptr=gate_up_weight, y_ptr=y, stride_x_m=x.stride(0),
             M=M, F=F, D=D, share=share,
             IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
-            PREFETCH=prefetched, BLOCK_M=BLOCK_M, **tile,
-            **dependent_launch(x.device, leaves_places(x, programs, 2 * tile["BLOCK_F"], tile)),
+            PREFETCH=0 if plain else prefetched_bytes(gate_up_weight, is_even), BLOCK_M=BLOCK_M,
+            **tile, **dependent_launch(x.device, plain),
         )  # fmt: skip
     return y

@@ -45,8 +45,8 @@ def _fake_skinny_linear(x: Tensor, weight: Tensor, bias=None) -> Tensor:
 
 
 def _fake_lm_head_argmax(x: Tensor, weight: Tensor, *_):
-    parts = count_ranges(weight, x) if _runs_kernels(x) else 1
-    shape = (parts, x.shape[0])
+    ranges = count_ranges(weight, x) if _runs_kernels(x) else 1
+    shape = (ranges, x.shape[0])
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 
 

@@ -65,18 +65,33 @@ def product(
     """
     acc = tl.zeros([BLOCK_ROWS, BLOCK_M], dtype=tl.float32)
     for start_d in range(begin, end, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        mask_x = mask_m[:, None]
-        if not IS_EVEN:
-            mask_x = mask_x & (offs_d < D)[None, :]
-        x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :]
-        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
-        w = weight_tile(w_ptr, rows, mask_rows, offs_d, D, IS_EVEN)
-        if IN_STEPS:
-            # with 0 for max_num_imprecise_acc the compiler makes one chain of it again
-            acc += tl.dot(w, x.T, input_precision="ieee", max_num_imprecise_acc=1)
-        else:
-            acc = tl.dot(w, x.T, acc, input_precision="ieee")
+        acc = add_step(
+            acc, x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows,
+            D, start_d, IS_EVEN, IN_STEPS, BLOCK_D,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def add_step(
+    acc, x_ptr, w_ptr, stride_x_m,  # [BLOCK_ROWS, BLOCK_M], [M, D], [N, D]
+    offs_m, mask_m, rows, mask_rows,  # as in product
+    D, start_d,
+    IS_EVEN: tl.constexpr, IN_STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One step of a product: acc and the sum over columns start_d to start_d + BLOCK_D - 1."""
+    offs_d = start_d + tl.arange(0, BLOCK_D)
+    mask_x = mask_m[:, None]
+    if not IS_EVEN:
+        mask_x = mask_x & (offs_d < D)[None, :]
+    x_ptrs = x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :]
+    x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+    w = weight_tile(w_ptr, rows, mask_rows, offs_d, D, IS_EVEN)
+    if IN_STEPS:
+        # with 0 for max_num_imprecise_acc the compiler makes one chain of it again
+        acc += tl.dot(w, x.T, input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        acc = tl.dot(w, x.T, acc, input_precision="ieee")
     return acc
 
 

@@ -41,12 +41,12 @@ PUBLIC = {
         rope_and_store_ rope_tables sample skinny_linear
     """,
     "gemcut.kernels.reference": """
-        add_rmsnorm_ advance_ attention_decode attention_prefill begin_step best_of_parts
+        add_rmsnorm_ advance_ attention_decode attention_prefill begin_step best_of_ranges
         embed filter_logits geglu gumbel_noise linear linear_geglu linear_rope_and_store_ lm_head
         lm_head_argmax penalize rmsnorm rope_and_store_ rope_tables sample skinny_linear
     """,
     "gemcut.kernels.cpu": """
-        add_rmsnorm_ advance_ attention_decode attention_prefill begin_step best_of_parts
+        add_rmsnorm_ advance_ attention_decode attention_prefill begin_step best_of_ranges
         embed filter_logits geglu gumbel_noise linear linear_geglu linear_rope_and_store_ lm_head
         lm_head_argmax penalize rmsnorm rope_and_store_ rope_tables sample skinny_linear
     """,

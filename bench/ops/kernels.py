@@ -54,7 +54,7 @@ PEERS |= {"liger": "liger-kernel", "flashinfer": "flashinfer-python"}
 PEERS |= dict.fromkeys(("torchao-int8", "torchao-int4"), "torchao")
 PEERS |= dict.fromkeys(("gemlite-int8", "gemlite-int4"), "gemlite")
 # not the parts of oracles, nor advance_, which moves some bytes a row
-NOT_TIMED = ("advance_", "best_of_parts", "filter_logits", "gumbel_noise")
+NOT_TIMED = ("advance_", "best_of_ranges", "filter_logits", "gumbel_noise")
 OPS = [op for op in reference.__all__ if op not in NOT_TIMED]
 GPU_MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
 ROUNDS = 10

@@ -97,7 +97,7 @@ class Check:
             results = results[1:]  # the first are positions
         if self.case.op == "lm_head_argmax":
             scores, ids = results
-            ids, scores = reference.best_of_parts(ids.long(), scores)
+            ids, scores = reference.best_of_ranges(ids.long(), scores)
             logits = reference.lm_head(*(_double(self.arguments)[k] for k in LM_HEAD))
             results = [scores, logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)]
         if self.case.op == "sample":

@@ -30,7 +30,7 @@ from gemcut.engine.execution.sampler import (
 )
 from gemcut.engine.execution.slot_state import INACTIVE, SlotState, upload
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
-from gemcut.kernels.reference import best_of_parts
+from gemcut.kernels.reference import best_of_ranges
 
 PLACE = 4  # numbers that say where a chunk is: slot, first position, tokens, length of the prompt
 NO_DRAFT = -1  # pads a draft
@@ -113,7 +113,7 @@ class Steps:
             hidden, token_slots, following.flatten(), self.model, state, features
         )
         if sampled.dim() == 2:
-            sampled, scores = best_of_parts(sampled, scores)
+            sampled, scores = best_of_ranges(sampled, scores)
         sampled, scores = sampled.view(B, T), scores.view(B, T)
         accepted = (sampled.narrow(1, 0, T - 1) == drafts).cumprod(1).sum(1, keepdim=True)  # [B, 1]
         state.positions.index_copy_(

@@ -22,7 +22,7 @@ from gemcut.kernels.reference.ops import (
 )
 from gemcut.kernels.reference.sampling import (
     advance_,
-    best_of_parts,
+    best_of_ranges,
     filter_logits,
     gumbel_noise,
     penalize,
@@ -35,7 +35,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "begin_step",
-    "best_of_parts",
+    "best_of_ranges",
     "embed",
     "filter_logits",
     "geglu",

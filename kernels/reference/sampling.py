@@ -79,7 +79,7 @@ def advance_(
     and after the one at its limit.
     """
     if chosen.dim() == 2:
-        chosen, scores = best_of_parts(chosen, scores)
+        chosen, scores = best_of_ranges(chosen, scores)
     before = positions.index_select(0, slots)
     after = before + 1
     is_valid = (before >= 0) & (scores.abs() < torch.inf)
@@ -89,7 +89,7 @@ def advance_(
     return torch.where(is_valid, chosen, -1)
 
 
-def best_of_parts(chosen: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+def best_of_ranges(chosen: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The choice of the greatest score, the first of equal ones: [S, B] each -> [B] each."""
     if chosen.shape[0] == 1:
         return chosen.squeeze(0), scores.squeeze(0)

@@ -120,7 +120,7 @@ def test_no_rows():
         ("scores", torch.ones(1, 3), r"scores is \[1, 3\], must be \[3\]"),
         ("chosen", torch.ones(3), "chosen is torch.float32"),
         ("chosen", torch.ones(1, 1, 3).long(), r"chosen is \[1, 1, 3\], must be \[B\] or \[S, B\]"),
-        ("chosen", torch.ones(0, 3).long(), "chosen has 0 parts, must be in 1 to 4096"),
+        ("chosen", torch.ones(0, 3).long(), "chosen has 0 ranges, must be in 1 to 4096"),
         ("slots", torch.ones(4).long(), r"slots is \[4\], must be \[3\]"),
         ("tokens", torch.ones(6).int(), "tokens is torch.int32"),
         ("positions", torch.ones(5).long(), r"positions is \[5\], must be \[6\]"),

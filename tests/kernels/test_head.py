@@ -4,9 +4,9 @@ from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, ra
 from torch import Tensor
 
 from gemcut.kernels import head, reference, sample
-from gemcut.kernels.advance import MAX_PARTS
+from gemcut.kernels.advance import MAX_RANGES
 from gemcut.kernels.head import embed, lm_head, lm_head_argmax
-from gemcut.kernels.reference import best_of_parts
+from gemcut.kernels.reference import best_of_ranges
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 by_softcap = pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "capped"])
@@ -58,7 +58,7 @@ def programs(request, monkeypatch):
 def best(x: Tensor, weight: Tensor, softcap: float | None, *draw: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and scores of the whole vocabulary: [M] each."""
     scores, ids = lm_head_argmax(x, weight, softcap, *draw)
-    return best_of_parts(ids, scores)
+    return best_of_ranges(ids, scores)
 
 
 @by_dtype
@@ -95,7 +95,7 @@ def test_ranges_are_equal_short_and_no_more_than_can_be_compared(V):
     blocks = -(-V // 64)
     ranges, each = head._ranges(blocks)
     assert (ranges - 1) * each < blocks <= ranges * each
-    assert ranges <= MAX_PARTS
+    assert ranges <= MAX_RANGES
     assert each == (4 if V == 2**20 else 2)
 
 

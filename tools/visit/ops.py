@@ -178,7 +178,7 @@ def draws(s: Shapes, rows: int) -> tuple[Tensor, Tensor]:
     seeds = torch.arange(rows, device=s.device)
     temperature = torch.full((rows,), 0.7, device=s.device).masked_fill(seeds % 3 == 0, 0.0)
     scores, ids = kernels.lm_head_argmax(x, weight, softcap, temperature, seeds, seeds)
-    drawn, _ = reference.best_of_parts(ids, scores)
+    drawn, _ = reference.best_of_ranges(ids, scores)
     logits = kernels.lm_head(x, weight, softcap)
     return drawn, kernels.sample(logits, temperature, seeds=seeds, positions=seeds)
 
