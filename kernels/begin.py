@@ -23,6 +23,7 @@ from gemcut.kernels.checks import check_index, check_shape, check_tensors, requi
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.head import embedding
 from gemcut.kernels.norm import MAX_HIDDEN_SIZE, normalised
+from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.rotary import check_frequencies, store_tables
 
 
@@ -83,7 +84,7 @@ def begin_step(
     token_ids: Tensor,
     positions: Tensor,
     rows: Tensor | None,
-    table: Tensor,
+    table: Weight,
     scale: float,
     norm_weight: Tensor,
     eps: float,

@@ -31,6 +31,7 @@ from gemcut.kernels.checks import check_index, check_shape, check_softcap, check
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
+from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     add_step,
@@ -170,7 +171,7 @@ def _tile(V: int, x: Tensor) -> dict[str, int]:
     return {"BLOCK_M": BLOCK_M, "IS_EVEN": is_even, **tile}
 
 
-def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
+def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
     """Scaled rows of the table: token_ids [M], table [V, D] -> [M, D].
 
     An id outside the table yields a row of NaN: the device cannot raise.
@@ -192,7 +193,7 @@ def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
     return y
 
 
-def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+def lm_head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
     A row's bits do not depend on the others.
@@ -212,7 +213,7 @@ def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
 def lm_head_argmax(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     softcap: float | None,
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,

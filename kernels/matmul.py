@@ -26,6 +26,7 @@ from gemcut.kernels.dependent_launch import (
     prefetched_bytes,
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
+from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     check_linear,
@@ -104,7 +105,7 @@ def count_parts(weight: Tensor, x: Tensor) -> int:
     return _tile(weight, x)["SPLITS"]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """Project many rows: x [M, D], weight [N, D], bias [N] -> [M, N], by cuBLAS.
 
     It adds nothing that a kernel here could fuse better; a row's bits may depend on M.
@@ -113,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """Project few rows: x [M, D], weight [N, D], bias [N] -> partial sums [S, M, N] in float32.
 
     Their sum over S is the product.  S follows from the weight's shape and the GPU alone, and a

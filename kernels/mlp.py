@@ -27,6 +27,7 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gelu import gelu
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
+from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     BLOCK_N,
@@ -129,7 +130,7 @@ def geglu(gate_up: Tensor) -> Tensor:
     return y
 
 
-def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+def linear_geglu(x: Tensor, gate_up_weight: Weight) -> Tensor:
     """Project few rows to gate and up, and combine: x [M, D], gate_up_weight [2 F, D] -> [M, F].
 
     Gate comes first.  A row's bits do not depend on the others.

@@ -26,6 +26,7 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
+from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.rotary import check_head_norms, rope_and_store_
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
@@ -128,7 +129,7 @@ def _tile(num_heads: int, K: int, x: Tensor) -> dict[str, int]:
 
 def linear_rope_and_store_(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,

@@ -3,9 +3,11 @@
 Tensors on cuda go to the kernel; tensors on a CPU to cpu.py, or to the kernel where Triton's
 interpreter is on.  Each op has a fake implementation (shapes and dtypes without data), so a module
 that uses them is traced whole.  Dispatch costs microseconds: the engine calls the launchers.
-The oracle's signature is the op's schema.
+The oracle's signature is the op's schema.  Where the weight is quantised, it is given as values,
+and the rest of it in four more arguments.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from gemcut.kernels import cpu, reference
 from gemcut.kernels.head import count_ranges
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
+from gemcut.kernels.quantized_weight import QuantizedWeight, Weight
 
 MUTATED = {
     "add_rmsnorm_": ("residual",),
@@ -106,16 +109,50 @@ def _owning(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _of_quantized(
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    columns: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """What an op takes after its own arguments where its weight is a QuantizedWeight's values."""
+
+
+def _flat(function: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors and numbers alone, in place of one that may take a QuantizedWeight."""
+    signature = inspect.signature(oracle)
+    own = list(signature.parameters.values())
+    at = next((i for i, p in enumerate(own) if p.annotation == Weight), None)
+    if at is None:
+        return function
+    more = inspect.signature(_of_quantized).parameters.values()
+    flat = [*own[:at], own[at].replace(annotation=Tensor), *own[at + 1 :], *more]
+
+    def call(*arguments: Any) -> Any:
+        given = list(arguments[: len(own)])
+        scales, zero_points, columns, dtype = (*arguments[len(own) :], *[None] * 4)[:4]
+        if scales is not None:
+            values = given[at]
+            columns = columns or values.shape[1] * (2 if values.dtype == torch.uint8 else 1)
+            dtype = dtype or torch.bfloat16
+            given[at] = QuantizedWeight(values, scales, zero_points, columns, dtype)
+        return function(*given)
+
+    call.__signature__ = signature.replace(parameters=flat)  # pyright: ignore[reportFunctionMemberAccess]
+    return call
+
+
 def register(kernels: Mapping[str, Callable[..., Any]]) -> None:
     """Make `torch.ops.gemcut.<name>` of each kernel's launcher, by name."""
     for name, kernel in kernels.items():
         oracle, mutated = getattr(reference, name), MUTATED.get(name, ())
         op = torch.library.custom_op(
             f"gemcut::{name}",
-            _owning(kernel),
+            _owning(_flat(kernel, oracle)),
             mutates_args=mutated,
             device_types="cuda",
-            schema=torch.library.infer_schema(oracle, mutates_args=mutated),
+            schema=torch.library.infer_schema(_flat(oracle, oracle), mutates_args=mutated),
         )
-        op.register_kernel("cpu", _owning(kernel if INTERPRETED else getattr(cpu, name)))
-        op.register_fake(FAKES[name])
+        on_cpu = kernel if INTERPRETED else getattr(cpu, name)
+        op.register_kernel("cpu", _owning(_flat(on_cpu, oracle)))
+        op.register_fake(_flat(FAKES[name], oracle))

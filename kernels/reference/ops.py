@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
 from gemcut.kernels.reference.sampling import gumbel_noise
 
 # Embedding and norms
 
 
-def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
+def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
     """Scaled rows of the table: token_ids [M], table [V, D] -> [M, D]."""
+    if isinstance(table, QuantizedWeight):
+        rows = dequantized(table[token_ids], torch.promote_types(table.dtype, torch.float32))
+        return (rows * scale).to(table.dtype)
     return table.index_select(0, token_ids) * scale
 
 
@@ -123,20 +127,30 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Products
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """Project rows: x [M, D], weight [N, D], bias [N] -> [M, N].
 
     torch itself sums in float32 and rounds once.
     """
+    if isinstance(weight, QuantizedWeight):
+        return _by_quantized(x, weight, bias).to(x.dtype)
     return F.linear(x, weight, bias)
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _by_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """The same with what a quantised weight stands for, and not rounded."""
+    x = widened(x)
+    return F.linear(x, dequantized(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """A product of few rows, as partial sums: x [M, D], weight [N, D], bias [N] -> [S, M, N].
 
     Their sum over S is x @ weight.T + bias, in float32 at least.  S is 1 here; a kernel cuts the
     sum over D where that keeps more of a GPU busy.
     """
+    if isinstance(weight, QuantizedWeight):
+        return _by_quantized(x, weight, bias).unsqueeze(0)
     return widened(F.linear(x, weight, bias)).unsqueeze(0)
 
 
@@ -146,18 +160,21 @@ def geglu(gate_up: Tensor) -> Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
-def lm_head(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+def lm_head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
     bf16 logits tie: about one row in twenty would have two equal maxima.
     """
-    logits = F.linear(widened(x), widened(weight))
+    if isinstance(weight, QuantizedWeight):
+        logits = _by_quantized(x, weight)
+    else:
+        logits = F.linear(widened(x), widened(weight))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def lm_head_argmax(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     softcap: float | None,
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
@@ -182,14 +199,14 @@ def lm_head_argmax(
 # What a decode step does in one kernel
 
 
-def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+def linear_geglu(x: Tensor, gate_up_weight: Weight) -> Tensor:
     """The first half of the MLP: x [M, D], gate_up_weight [2 F, D], gate first -> [M, F]."""
-    return geglu(F.linear(x, gate_up_weight))
+    return geglu(linear(x, gate_up_weight))
 
 
 def linear_rope_and_store_(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -203,7 +220,7 @@ def linear_rope_and_store_(
 ) -> Tensor:
     """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
     rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps)
-    return rope_and_store_(F.linear(x, weight, bias), k_cache, v_cache, *rotation)
+    return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation)
 
 
 # The beginning of a decode step
@@ -213,7 +230,7 @@ def begin_step(
     token_ids: Tensor,
     positions: Tensor,
     rows: Tensor | None,
-    table: Tensor,
+    table: Weight,
     scale: float,
     norm_weight: Tensor,
     eps: float,

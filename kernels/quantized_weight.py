@@ -1,0 +1,175 @@
+"""A matrix as small numbers with scales: what it is, how one is made, and what it stands for.
+
+    weight[n, d] = (values[n, d] - zero_points[n, g]) * scales[n, g]        g = d // group_size
+
+    format    values                                        group_size
+    int8      int8 [N, D]                                   D (one scale a row), or a multiple of 32
+    fp8       float8_e4m3fn [N, D]                          the same; 128 where a format has blocks
+    int4      uint8 [N, ceil(D / 64) * 32], two a byte      a multiple of 32
+
+int4 values are -8 to 7 and are stored as value + 8.  Of each 64 columns, byte j holds column j in
+its low half and column j + 32 in its high half: so both halves of 16 bytes are runs of columns, and
+no group of 32 is divided.  Columns past D hold value 0.  Zero points, where there are any, count in
+units of values.
+
+Every op that takes a weight takes one of these in its place.  Products multiply in x's dtype, which
+holds every value exactly, add up in float32 and scale the sum of each group: so nothing is rounded
+that a plain weight would not round.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
+FEWEST = 32  # columns of a group
+PAIR = 64  # columns that share 32 bytes in int4
+GREATEST = {"int8": 127, "fp8": 448, "int4": 7}  # values that `quantize` makes
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A matrix [N, D]; see the module.  `dtype` is that of its rows where they are read as rows."""
+
+    values: Tensor
+    scales: Tensor  # [N, D / group_size], a float dtype
+    zero_points: Tensor | None  # as scales
+    columns: int  # D
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_quantized(self)
+
+    @property
+    def format(self) -> str:
+        """int8, fp8 or int4."""
+        return next(name for name, dtype in FORMATS.items() if dtype == self.values.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, D]."""
+        return torch.Size((self.values.shape[0], self.columns))
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.columns // self.scales.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is in memory."""
+        every = (self.values, self.scales, self.zero_points)
+        return tuple(x for x in every if x is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(x.nbytes for x in self.tensors)
+
+    def __getitem__(self, rows: slice | Tensor) -> "QuantizedWeight":
+        """Some rows: a view by a slice, a copy by a tensor of indices [M]."""
+        return self._with(lambda x: x[rows])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "QuantizedWeight":
+        """The same weight on a device, standing for rows of a dtype."""
+        return replace(self._with(lambda x: x.to(device)), dtype=dtype or self.dtype)
+
+    def _with(self, change: Any) -> "QuantizedWeight":
+        zero_points = None if self.zero_points is None else change(self.zero_points)
+        return replace(
+            self, values=change(self.values), scales=change(self.scales), zero_points=zero_points
+        )
+
+
+Weight = Tensor | QuantizedWeight  # [N, D]
+
+
+def check_quantized(weight: QuantizedWeight) -> None:
+    """ValueError unless its tensors make a matrix."""
+    values, scales, D = weight.values, weight.scales, weight.columns
+    if values.dtype not in FORMATS.values():
+        raise ValueError(f"values are {values.dtype}, must be int8, float8_e4m3fn or uint8 (int4)")
+    width = packed_width(D) if values.dtype == torch.uint8 else D
+    if values.dim() != 2 or values.shape[1] != width:
+        raise ValueError(f"values are {list(values.shape)}, must be [N, {width}] for {D} columns")
+    if scales.dim() != 2 or len(scales) != len(values) or not scales.is_floating_point():
+        raise ValueError(f"scales are {list(scales.shape)} {scales.dtype}, must be floats [N, G]")
+    groups = scales.shape[1]
+    if not groups or D % groups or (groups > 1 and D // groups % FEWEST):
+        raise ValueError(
+            f"{D} columns do not make {groups} groups of a multiple of {FEWEST} columns"
+        )
+    zeros = weight.zero_points
+    if zeros is not None and (zeros.shape, zeros.dtype) != (scales.shape, scales.dtype):
+        raise ValueError(
+            f"zero points are {list(zeros.shape)} {zeros.dtype}, scales {list(scales.shape)} "
+            f"{scales.dtype}"
+        )
+    if any(x.device != values.device for x in weight.tensors):
+        raise ValueError("values, scales and zero points are on several devices")
+
+
+def packed_width(columns: int) -> int:
+    """Bytes of a row of int4."""
+    return -(-columns // PAIR) * PAIR // 2
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Whole numbers -8 to 7 [N, D], two to a byte [N, packed_width(D)]; see the module."""
+    padding = 2 * packed_width(values.shape[1]) - values.shape[1]
+    padded = torch.nn.functional.pad((values + 8).to(torch.uint8), (0, padding), value=8)
+    low, high = padded.unflatten(1, (-1, 2, PAIR // 2)).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """The values of `pack_int4`: [N, packed_width(D)] -> int8 [N, D]."""
+    halves = packed.unflatten(1, (-1, PAIR // 2))
+    both = torch.stack([halves & 15, halves >> 4], dim=2).flatten(1)
+    return both[:, :columns].to(torch.int8) - 8
+
+
+def dequantized(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The matrix [N, D] that a weight stands for, rounded once to a dtype, its own by default."""
+    dtype = dtype or weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    values = weight.values
+    if weight.format == "int4":
+        values = unpack_int4(values, weight.columns)
+    groups = values.to(wide).unflatten(1, (weight.scales.shape[1], -1))  # [N, G, group_size]
+    if weight.zero_points is not None:
+        groups = groups - weight.zero_points.to(wide).unsqueeze(-1)
+    return (groups * weight.scales.to(wide).unsqueeze(-1)).flatten(1).to(dtype)
+
+
+def quantize(weight: Tensor, format: str, group_size: int | None = None) -> QuantizedWeight:
+    """The nearest weight of a format, without zero points: [N, D] in any float dtype.
+
+    A group's greatest number becomes the greatest of the format.  group_size: None for a scale a
+    row.  Scales are float32 by row, and in weight's dtype by group.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is not known; there are {', '.join(FORMATS)}")
+    D = weight.shape[1]
+    group_size = group_size or D
+    if D % group_size:
+        raise ValueError(f"{D} columns are no multiple of the group size {group_size}")
+    by_row = group_size == D
+    groups = weight.float().unflatten(1, (-1, group_size))
+    greatest = groups.abs().amax(-1) / GREATEST[format]
+    scales = greatest if by_row else greatest.to(weight.dtype)
+    divisor = scales.float().masked_fill(scales == 0, 1).unsqueeze(-1)
+    values = (groups / divisor).flatten(1).clamp(-GREATEST[format], GREATEST[format])
+    if format == "fp8":
+        stored = values.to(torch.float8_e4m3fn)
+    else:
+        stored = values.round().to(torch.int8)
+        stored = pack_int4(stored) if format == "int4" else stored
+    return QuantizedWeight(stored, scales, None, D, weight.dtype)

@@ -1,0 +1,100 @@
+"""The layout of quantised weights, and that one stands for the nearest numbers of its format."""
+
+import pytest
+import torch
+
+from gemcut.kernels.quantized_weight import (
+    GREATEST,
+    QuantizedWeight,
+    dequantized,
+    pack_int4,
+    quantize,
+    unpack_int4,
+)
+
+FORMATS = pytest.mark.parametrize("format", GREATEST)
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 100, 640])
+def test_int4_comes_back(columns):
+    values = torch.arange(3 * columns).view(3, columns) % 16 - 8
+    packed = pack_int4(values)
+    assert packed.shape == (3, -(-columns // 64) * 32)
+    assert torch.equal(unpack_int4(packed, columns), values.to(torch.int8))
+
+
+def test_a_byte_holds_columns_32_apart():
+    values = torch.zeros(1, 128, dtype=torch.int8)
+    values[0, 64 + 5], values[0, 64 + 5 + 32] = 3, -8
+    packed = pack_int4(values)
+    assert packed[0, 32 + 5] == (-8 + 8) << 4 | 3 + 8
+    assert (packed == 0x88).sum() == 63  # all others are 0
+
+
+@FORMATS
+@pytest.mark.parametrize("group_size", [None, 32, 96])
+def test_values_err_by_half_a_step(format, group_size):
+    torch.manual_seed(0)
+    weight = torch.randn(7, 288)
+    quantized = quantize(weight, format, group_size)
+    assert quantized.format == format
+    assert quantized.group_size == (group_size or 288)
+    groups = weight.unflatten(1, (-1, group_size or 288))
+    step = groups.abs().amax(-1, keepdim=True) / GREATEST[format]
+    if format == "fp8":  # three bits after the first: 2^-4 of a number, or of the least normal one
+        step = 2 * groups.abs().clamp(min=step * 2**-6) * 2**-4
+    error = (dequantized(quantized) - weight).unflatten(1, (-1, group_size or 288)).abs()
+    assert (error <= step / 2 * (1 + 2**-20)).all()
+
+
+def test_zero_points_count_in_values():
+    values = torch.tensor([[5, -3]], dtype=torch.int8)
+    scales, zeros = torch.tensor([[0.5]]), torch.tensor([[2.0]])
+    weight = QuantizedWeight(values, scales, zeros, 2, torch.float32)
+    assert dequantized(weight).tolist() == [[1.5, -2.5]]
+
+
+@FORMATS
+def test_rows_are_views(format):
+    quantized = quantize(torch.randn(6, 64), format, 32)
+    rows = quantized[2:4]
+    assert rows.values.data_ptr() == quantized.values[2:].data_ptr()
+    assert torch.equal(dequantized(rows), dequantized(quantized)[2:4])
+    assert rows.nbytes == quantized.nbytes // 3
+
+
+@FORMATS
+def test_a_group_of_zeros_stays_zero(format):
+    quantized = quantize(torch.zeros(2, 64), format, 32)
+    assert torch.equal(dequantized(quantized), torch.zeros(2, 64))
+
+
+BAD = {
+    "values are torch.int32": {"values": torch.zeros(2, 64, dtype=torch.int32)},
+    r"values are \[2, 64\], must be \[N, 65\]": {"columns": 65},
+    r"scales are \[3, 2\]": {"scales": torch.ones(3, 2)},
+    "64 columns do not make 3 groups": {"scales": torch.ones(2, 3)},
+    "64 columns do not make 4 groups of a multiple of 32": {"scales": torch.ones(2, 4)},
+    "zero points are": {"zero_points": torch.zeros(2, 1)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_tensors_that_make_no_matrix_are_refused(message):
+    good = {
+        "values": torch.zeros(2, 64, dtype=torch.int8),
+        "scales": torch.ones(2, 2),
+        "zero_points": None,
+        "columns": 64,
+        "dtype": torch.bfloat16,
+    }
+    QuantizedWeight(**good)
+    with pytest.raises(ValueError, match=message):
+        QuantizedWeight(**(good | BAD[message]))
+
+
+def test_bad_calls_of_quantize():
+    with pytest.raises(ValueError, match="format 'int3' is not known; there are int8, fp8, int4"):
+        quantize(torch.zeros(2, 64), "int3")
+    with pytest.raises(ValueError, match="64 columns are no multiple of the group size 48"):
+        quantize(torch.zeros(2, 64), "int8", 48)
