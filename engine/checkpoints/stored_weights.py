@@ -25,7 +25,7 @@ from gemcut.engine.execution.weights import (
     fused_shapes,
     made_layouts,
 )
-from gemcut.kernels.quantized_weight import Weight, dequantized
+from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
 
 __all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights"]
 
@@ -104,6 +104,8 @@ def fill_weights(
             source, target = stored[tensor.name].load(), tensor.of(weights)
             for rows in _pieces(tensor.shape):
                 bar.update(_fill(target[rows], source[rows]))
+            if isinstance(source, Tensor) and not isinstance(target, Tensor):
+                check_finite(stored[tensor.name].place, target)
     return weights
 
 
@@ -120,6 +122,12 @@ def _stored_layouts(
             f"than what is fused with them"
         )
     return layouts
+
+
+def check_finite(place: str, made: QuantizedWeight) -> None:
+    """Nothing, or ValueError where what was quantised held a NaN or an infinity."""
+    if made.device.type != "meta" and not made.scales.isfinite().all():
+        raise ValueError(f"{place} holds a NaN or an infinity, which cannot be quantised")
 
 
 def _refuse_quantized(stored: Mapping[str, StoredWeight], quantization: str) -> None:

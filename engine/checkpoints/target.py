@@ -24,7 +24,7 @@ from gemcut.engine.checkpoints.compressed_target import (
 from gemcut.engine.checkpoints.formats import FORMATS, Format
 from gemcut.engine.checkpoints.source import CONFIG, Source
 from gemcut.engine.checkpoints.stored_tensors import TensorSpec, name_of, pieces
-from gemcut.engine.checkpoints.stored_weights import Layout, check_quantization
+from gemcut.engine.checkpoints.stored_weights import Layout, check_finite, check_quantization
 from gemcut.engine.checkpoints.weight_files import (
     byte_bar,
     divide_into_shards,
@@ -164,7 +164,9 @@ def _write_weights(stage: Path, target: Target, source: Source) -> set[str]:
                 tensors.append(tensor)
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             if (layout := target.layouts.get(spec.name)) is not None:
-                return parts_of(spec.name, layout.quantize(whole))
+                made = layout.quantize(whole)
+                check_finite(spec.name, made)
+                return parts_of(spec.name, made)
             return {spec.name: whole.T.contiguous() if spec.transposed else whole}
 
         def make(name: str) -> Tensor:
