@@ -86,7 +86,7 @@ def test_what_shares_a_scale(weights, block):
         ("modelopt", "NVFP4"),
         ("mxfp4", "MXFP4"),
         ("something-new", "something-new"),
-        (None, "None"),
+        (None, "of no method"),
     ],
 )
 def test_other_methods_are_refused_by_name_with_what_to_do(method, name):
