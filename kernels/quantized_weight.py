@@ -143,6 +143,11 @@ def dequantized(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Te
     values = weight.values
     if weight.format == "int4":
         values = unpack_int4(values, weight.columns)
+    elif weight.format == "fp8" and values.is_cpu:
+        # torch converts one in 8 to 15 ns there, and finds it in a table in half a nanosecond
+        every = torch.arange(256, dtype=torch.uint8, device="cpu").view(values.dtype).float()
+        codes = values.view(torch.uint8).flatten().to(torch.int32)
+        values = every.index_select(0, codes).view(values.shape)
     groups = values.to(wide).unflatten(1, (weight.scales.shape[1], -1))  # [N, G, group_size]
     if weight.zero_points is not None:
         groups = groups - weight.zero_points.to(wide).unsqueeze(-1)
