@@ -159,13 +159,18 @@ def dequantized(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Te
     return (groups * weight.scales.to(wide).unsqueeze(-1)).flatten(1).to(dtype)
 
 
-def quantize(weight: Tensor, format: str, group_size: int | None = None) -> QuantizedWeight:
+def quantize(
+    weight: Tensor,
+    format: str,
+    group_size: int | None = None,
+    scales_dtype: torch.dtype | None = None,
+) -> QuantizedWeight:
     """A weight of a format near [N, D] in any float dtype, without zero points.
 
     group_size: None for a scale a row.  Scales are above 0; float32 by row, and in weight's dtype
-    by group.  int8 and fp8 give a group's greatest number the greatest of the format.  int4, whose
-    steps are coarse, takes of the scales of `RANGES`, each then fitted to the values that it gives,
-    the one with the least squared error.
+    by group, unless `scales_dtype` is given.  int8 and fp8 give a group's greatest number the
+    greatest of the format.  int4, whose steps are coarse, takes of the scales of `RANGES`, each
+    then fitted to the values that it gives, the one with the least squared error.
 
     Some rows at a time, so that it needs little memory beside the result.
     """
@@ -175,18 +180,21 @@ def quantize(weight: Tensor, format: str, group_size: int | None = None) -> Quan
     group_size = group_size or D
     if D % group_size:
         raise ValueError(f"{D} columns are no multiple of the group size {group_size}")
-    some = [_quantized(x, format, group_size) for x in weight.split(max(1, AT_ONCE // D))]
+    scales_dtype = scales_dtype or (torch.float32 if group_size == D else weight.dtype)
+    blocks = weight.split(max(1, AT_ONCE // D))
+    some = [_quantized(x, format, group_size, scales_dtype) for x in blocks]
     values, scales = (torch.cat(parts) for parts in zip(*some, strict=True))
     return QuantizedWeight(values, scales, None, D, weight.dtype)
 
 
-def _quantized(weight: Tensor, format: str, group_size: int) -> tuple[Tensor, Tensor]:
+def _quantized(
+    weight: Tensor, format: str, group_size: int, scales_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Values and scales of some rows."""
     groups = weight.float().unflatten(1, (-1, group_size))
     greatest = groups.abs().amax(-1, keepdim=True)
     scales = _fitted_scales(groups, greatest) if format == "int4" else greatest / GREATEST[format]
-    if group_size != weight.shape[1]:
-        scales = scales.to(weight.dtype)
+    scales = scales.to(scales_dtype)
     scales = scales.masked_fill(scales == 0, 1)
     values = groups / scales.float()
     if format == "fp8":
