@@ -56,7 +56,6 @@ class GgufVocabulary:
     types: list[int]
     ids: dict[str, int]  # of "bos_token" and the like
     special: frozenset[int]
-    end_ids: tuple[int, ...]  # tokens that end a text
     settings: Mapping[str, Any]  # of tokenizer_config.json, names apart
     add_dummy_prefix: bool
 
@@ -112,6 +111,28 @@ def read_vocabulary(header: GgufHeader) -> GgufVocabulary:
         raise ValueError(f"{header.path}: {error}") from None
 
 
+def token_keys(header: GgufHeader) -> dict[str, Any]:
+    """The ids that config.json holds; none where the file has no vocabulary.
+
+    The ends of a text are its own and, as in llama.cpp, that of a turn.
+    """
+    pieces = header.get(f"{KEY}tokens", list)
+    if not pieces:
+        return {}
+    try:
+        ids = _ids(header, pieces)
+        of_turn = _id(header, "eot_token_id", pieces)
+    except _DamagedError as error:
+        raise ValueError(f"{header.path}: {error}") from None
+    named = [pieces.index(piece) for piece in (NAMED["eos_token"], END_OF_TURN) if piece in pieces]
+    ends = [ids["eos_token"], *([] if of_turn is None else [of_turn]), *named]
+    return {
+        "bos_token_id": ids["bos_token"],
+        "pad_token_id": ids["pad_token"],
+        "eos_token_id": list(dict.fromkeys(ends)),
+    }
+
+
 class _DamagedError(ValueError):
     """What is wrong with a vocabulary, without the file's name."""
 
@@ -131,8 +152,7 @@ def _read(header: GgufHeader) -> GgufVocabulary:
     while types[count - 1] == UNUSED and _FILLER.fullmatch(pieces[count - 1]) and count > 1:
         count -= 1
     pieces, scores, types = pieces[:count], scores[:count], types[:count]
-    ids = {name: _id(header, key, pieces) for name, key in _IDS.items()}
-    ids = {name: _by_text(pieces, name) if i is None else i for name, i in ids.items()}
+    ids = _ids(header, pieces)
     special = {
         i for i, kind in enumerate(types) if kind == CONTROL and pieces[i][:7] != "<unused"
     } | set(ids.values())
@@ -151,7 +171,6 @@ def _read(header: GgufHeader) -> GgufVocabulary:
         types=types,
         ids=ids,
         special=frozenset(special),
-        end_ids=_end_ids(header, pieces, ids),
         settings=_settings(header),
         add_dummy_prefix=header.get(f"{KEY}add_space_prefix", bool, False),
     )
@@ -167,17 +186,20 @@ def _column(header: GgufHeader, name: str, count: int) -> list[Any]:
     return column.tolist()
 
 
+def _ids(header: GgufHeader, pieces: list[str]) -> dict[str, int]:
+    """The ids of "bos_token" and the like: by their keys, or else by Gemma's names of them."""
+    ids = {name: _id(header, key, pieces) for name, key in _IDS.items()}
+    for name, piece in NAMED.items():
+        if ids[name] is None and piece not in pieces:
+            raise _DamagedError(f"{KEY}{_IDS[name]} is missing, and there is no token {piece}")
+    return {name: pieces.index(NAMED[name]) if i is None else i for name, i in ids.items()}
+
+
 def _id(header: GgufHeader, key: str, pieces: list[str]) -> int | None:
     token_id = header.get(f"{KEY}{key}", int)
     if token_id is not None and not 0 <= token_id < len(pieces):
         raise _DamagedError(f"{KEY}{key} is {token_id}, but there are {len(pieces)} tokens")
     return token_id
-
-
-def _by_text(pieces: list[str], name: str) -> int:
-    if NAMED[name] not in pieces:
-        raise _DamagedError(f"{KEY}{_IDS[name]} is missing, and there is no token {NAMED[name]}")
-    return pieces.index(NAMED[name])
 
 
 def _check(pieces: list[str], scores: list[float], types: list[int]) -> None:
@@ -198,14 +220,6 @@ def _check(pieces: list[str], scores: list[float], types: list[int]) -> None:
         raise _DamagedError(f"{KEY}token_type has {count} bytes, not 256")
     if types.count(UNKNOWN) > 1:
         raise _DamagedError(f"{KEY}token_type has {types.count(UNKNOWN)} unknown tokens, not one")
-
-
-def _end_ids(header: GgufHeader, pieces: list[str], ids: Mapping[str, int]) -> tuple[int, ...]:
-    """The end of a text, and of a turn by its key or its literal, as in llama.cpp."""
-    named = [i for i, piece in enumerate(pieces) if piece in (NAMED["eos_token"], END_OF_TURN)]
-    of_turn = _id(header, "eot_token_id", pieces)
-    given = [ids["eos_token"], *([] if of_turn is None else [of_turn])]
-    return tuple(dict.fromkeys([*given, *named]))
 
 
 def _settings(header: GgufHeader) -> dict[str, Any]:

@@ -100,10 +100,10 @@ def _stored(header: GgufHeader, tensor: GgufTensor, dtype: torch.dtype) -> Store
     return StoredWeight(f"{header.path.name}: {tensor.name}", tensor.shape, layout, load)
 
 
-def others_of(header: GgufHeader) -> list[str]:
-    """The names of the types that are dequantised."""
-    types = {tensor.type.name for tensor in header.tensors.values() if len(tensor.shape) == 2}
-    return sorted(types - LAYOUTS.keys() - FLOATS.keys())
+def dequantised_types(header: GgufHeader) -> list[str]:
+    """The types of the tensors that have no layout here, and become floats."""
+    kinds = {tensor.type.name for tensor in header.tensors.values()}
+    return sorted(kinds - LAYOUTS.keys() - FLOATS.keys())
 
 
 def gguf_name(name: str, config: ModelConfig) -> str:

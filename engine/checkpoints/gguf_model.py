@@ -1,0 +1,46 @@
+"""A GGUF file in place of a checkpoint's folder: its config, tokenizer and weights."""
+
+from pathlib import Path
+
+import torch
+
+from gemcut.engine.checkpoints.gguf_config import read_config
+from gemcut.engine.checkpoints.gguf_header import read_header
+from gemcut.engine.checkpoints.gguf_vocabulary import read_vocabulary, token_keys
+from gemcut.engine.checkpoints.gguf_weights import dequantised_types, stored_weights
+from gemcut.engine.checkpoints.stored_tensors import name_of
+from gemcut.engine.checkpoints.stored_weights import StoredWeight
+from gemcut.engine.checks import warn_caller
+from gemcut.engine.config.model_config import ModelConfig
+from gemcut.tokenizer import Tokenizer
+
+
+def gguf_config(path: Path) -> ModelConfig:
+    """The config in a file's metadata; ValueError says in one line what is wrong with it."""
+    header = read_header(path)
+    return read_config(header, token_keys(header))
+
+
+def gguf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a file's metadata."""
+    try:
+        return read_vocabulary(read_header(path)).tokenizer()
+    except ValueError as error:
+        hint = "with skip_tokenizer_init=True an engine takes token ids alone"
+        raise ValueError(f"{error}; {hint}") from None
+
+
+def gguf_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, StoredWeight]:
+    """The tensors of a model, known by their headers; what becomes floats is said in one line."""
+    header = read_header(path)
+    stored = stored_weights(header, config, dtype)
+    if kinds := dequantised_types(header):
+        warn_caller(
+            f"{path.name}: {', '.join(kinds)} tensors are read as {name_of(dtype)}; only Q4_0 and "
+            f"Q8_0 stay as small as they are"
+        )
+    return stored
+
+
+def find_nonfinite_in_gguf(path: Path, config: ModelConfig) -> list[str]:
+    """The names of the tensors of a file that hold a NaN or an infinity."""
