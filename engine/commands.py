@@ -86,7 +86,9 @@ def info(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     config = find_config(args.model)
     dtype = choose_dtype(args.dtype, device)
-    facts = describe(config, device, dtype, args.max_batch_size, args.max_seq_len)
+    facts = describe(
+        config, device, dtype, args.max_batch_size, args.max_seq_len, args.quantization
+    )
     problems = find_problems(args.model, config) if args.check else None
     if args.json:
         checked = {} if problems is None else {"problems": problems}
@@ -154,6 +156,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             generation_config=args.generation_config,
             default_params=SamplingParams(**args.unpublished),
             revision=args.revision,
+            quantization=args.quantization,
         )
     for warning in found:
         _note(f"warning: {' '.join(str(warning.message).split())}")

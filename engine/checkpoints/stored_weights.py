@@ -21,6 +21,7 @@ from gemcut.engine.execution.weights import (
     Weights,
     checkpoint_tensors,
     empty_weights,
+    fused_layouts,
     fused_shapes,
     made_layouts,
 )
@@ -50,6 +51,11 @@ def check_quantization(quantization: str | None, config: ModelConfig) -> None:
     if quantization not in QUANTIZATIONS:
         known = ", ".join(QUANTIZATIONS)
         raise ValueError(f"quantization {shorten(quantization)} is unknown; there are {known}")
+    if config.quantization is not None:
+        raise ValueError(
+            f"quantization {quantization!r} is for plain checkpoints, and this one is quantised "
+            f"already; leave it out"
+        )
     shapes = fused_shapes(config)
     for (layer, field), layout in made_layouts(config, quantization).items():
         columns = shapes[layer, field][1]
@@ -67,15 +73,19 @@ def fill_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     quantization: str | None = None,
+    dequantize: bool = False,
 ) -> Weights:
     """Weights on `device` of the tensors `stored` by their names; others stay unfilled.
 
     Plain tensors become `dtype`, and with `quantization` the matrices among them are quantised.
-    Parts of one fused matrix that are quantised differently become `dtype` too, with a warning.
+    Parts of one fused matrix that are quantised differently become `dtype` too, with a warning;
+    with `dequantize` all do.
     Beside the weights a tensor is in memory at a time, of plain ones a piece.  MemoryError says
     what they take.
     """
-    if quantization is None:
+    if dequantize:
+        layouts = {}
+    elif quantization is None:
         layouts = _stored_layouts(config, stored, dtype)
     else:
         _refuse_quantized(stored, quantization)
@@ -101,21 +111,13 @@ def _stored_layouts(
     config: ModelConfig, stored: Mapping[str, StoredWeight], dtype: torch.dtype
 ) -> Layouts:
     """The layouts of the fused matrices: those of their parts, where these agree."""
-    parts: dict[tuple[int | None, str], list[StoredWeight]] = {}
-    for tensor in checkpoint_tensors(config):
-        if tensor.name in stored:
-            parts.setdefault((tensor.layer, tensor.field), []).append(stored[tensor.name])
-    layouts, mixed = {}, []
-    for place, members in parts.items():
-        found = {member.layout for member in members}
-        if len(found) > 1:
-            mixed += members
-        elif (layout := found.pop()) is not None:
-            layouts[place] = layout
-    if mixed:
+    by_name = {name: weight.layout for name, weight in stored.items()}
+    layouts, disagreeing = fused_layouts(config, by_name)
+    if disagreeing:
+        first, more = stored[disagreeing[0]].place, len(disagreeing) - 1
         warn_caller(
-            f"{mixed[0].place} and {len(mixed) - 1} more are read as {name_of(dtype)}: they are "
-            f"quantised otherwise than what is fused with them"
+            f"{first} and {more} more are read as {name_of(dtype)}: they are quantised otherwise "
+            f"than what is fused with them"
         )
     return layouts
 
@@ -124,7 +126,7 @@ def _refuse_quantized(stored: Mapping[str, StoredWeight], quantization: str) -> 
     for weight in stored.values():
         if weight.layout is not None:
             raise ValueError(
-                f"quantization {quantization!r} is for plain checkpoints, but {weight.place} is "
+                f"quantization {quantization!r} is for plain checkpoints, and {weight.place} is "
                 f"{weight.layout.format} already; leave it out"
             )
 

@@ -5,7 +5,7 @@ product.  `checkpoint_tensors` is the only list of names and shapes: loading, ch
 follow it.  A matrix is plain or quantised, each by itself (kernels/quantized_weight.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,6 +94,13 @@ class Weights:
             for name in ("qkv", "o", "gate_up", "down"):
                 setattr(layer, name, packed(getattr(layer, name)))
         self.lm_head = packed_head(self.lm_head)
+
+
+def plain(weight: Weight) -> Tensor:
+    """A weight that is known to be a tensor; ValueError where it is quantised."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"the weight is {weight.format}: only a plain one has elements")
+    return weight
 
 
 @dataclass(frozen=True)
@@ -229,3 +236,24 @@ def made_layouts(config: ModelConfig, quantization: str) -> Layouts:
         if len(tensor.shape) == 2 and tensor.field != "score"
     }
     return made
+
+
+def fused_layouts(
+    config: ModelConfig, layouts: Mapping[str, Layout | None]
+) -> tuple[Layouts, list[str]]:
+    """The layouts of fused matrices, from those of their parts by name; parts that disagree.
+
+    Where parts have several layouts their matrix is plain.
+    """
+    parts: dict[tuple[int | None, str], list[str]] = {}
+    for tensor in checkpoint_tensors(config):
+        if tensor.name in layouts:
+            parts.setdefault((tensor.layer, tensor.field), []).append(tensor.name)
+    fused, disagreeing = {}, []
+    for place, names in parts.items():
+        found = {layouts[name] for name in names}
+        if len(found) > 1:
+            disagreeing += names
+        elif (layout := found.pop()) is not None:
+            fused[place] = layout
+    return fused, disagreeing
