@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gemcut.engine.checkpoints.gguf_config import read_config
 from gemcut.engine.checkpoints.gguf_header import read_header
 from gemcut.engine.checkpoints.gguf_vocabulary import read_vocabulary, token_keys
 from gemcut.engine.checkpoints.gguf_weights import dequantised_types, stored_weights
-from gemcut.engine.checkpoints.stored_tensors import name_of
-from gemcut.engine.checkpoints.stored_weights import StoredWeight
+from gemcut.engine.checkpoints.stored_tensors import name_of, pieces
+from gemcut.engine.checkpoints.stored_weights import StoredWeight, refuse_quantized
 from gemcut.engine.checks import warn_caller
 from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.weight_layouts import Layouts
+from gemcut.engine.execution.weights import fused_layouts, made_layouts
 from gemcut.tokenizer import Tokenizer
 
 
@@ -42,5 +45,21 @@ def gguf_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[st
     return stored
 
 
-def find_nonfinite_in_gguf(path: Path, config: ModelConfig) -> list[str]:
-    """The names of the tensors of a file that hold a NaN or an infinity."""
+def gguf_layouts(path: Path, config: ModelConfig, quantization: str | None) -> Layouts:
+    """The layouts of a model's weights: its own, or those that `quantization` gives floats."""
+    stored = stored_weights(read_header(path), config, torch.bfloat16)
+    if quantization is not None:
+        refuse_quantized(stored, quantization)
+        return made_layouts(config, quantization)
+    return fused_layouts(config, {name: weight.layout for name, weight in stored.items()})[0]
+
+
+def nonfinite_in_gguf(path: Path, config: ModelConfig) -> list[str]:
+    """The names of the tensors that hold a NaN or an infinity, as scales or floats."""
+    found = []
+    for stored in stored_weights(read_header(path), config, torch.float32).values():
+        weight = stored.load()
+        floats = weight if isinstance(weight, Tensor) else weight.scales
+        if not all(piece.isfinite().all() for piece in pieces(floats)):
+            found.append(stored.place.partition(": ")[2])
+    return found

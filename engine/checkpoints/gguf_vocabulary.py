@@ -141,8 +141,7 @@ def _read(header: GgufHeader) -> GgufVocabulary:
     kind = header.get(f"{KEY}model", str)
     if kind != "llama":
         raise _DamagedError(
-            f"{KEY}model is {shorten(kind)}, but Gemma's is 'llama', SentencePiece's; with "
-            f"skip_tokenizer_init=True an engine takes token ids alone"
+            f"{KEY}model is {shorten(kind)}, but Gemma's is 'llama', which is SentencePiece"
         )
     pieces = header.get(f"{KEY}tokens", list)
     if not pieces:

@@ -27,7 +27,7 @@ from gemcut.engine.execution.weights import (
 )
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized, quantize
 
-__all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights"]
+__all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights", "refuse_quantized"]
 
 PIECE = (
     2**20
@@ -88,7 +88,7 @@ def fill_weights(
     elif quantization is None:
         layouts = _stored_layouts(config, stored, dtype)
     else:
-        _refuse_quantized(stored, quantization)
+        refuse_quantized(stored, quantization)
         layouts = made_layouts(config, quantization)
     try:
         weights = empty_weights(config, device=device, dtype=dtype, layouts=layouts)
@@ -122,7 +122,8 @@ def _stored_layouts(
     return layouts
 
 
-def _refuse_quantized(stored: Mapping[str, StoredWeight], quantization: str) -> None:
+def refuse_quantized(stored: Mapping[str, StoredWeight], quantization: str) -> None:
+    """Nothing, or ValueError where a tensor is quantised already."""
     for weight in stored.values():
         if weight.layout is not None:
             raise ValueError(
