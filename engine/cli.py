@@ -322,6 +322,12 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         help="of the written weights; int8 is kept as bfloat16 (default: %(default)s)",
     )
     parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="write the matrices of layers as compressed-tensors has them, embedding and head "
+        "plain, for transformers and vLLM too (default: as they are)",
+    )
+    parser.add_argument(
         "--tokenizer",
         metavar="FILE",
         help="goes beside the weights as tokenizer.model (default: the source folder's)",

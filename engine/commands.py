@@ -112,6 +112,7 @@ def convert(args: argparse.Namespace) -> int:
         source_format=args.source_format,
         config=args.config,
         dtype=None if args.dtype == "keep" else getattr(torch, args.dtype),
+        quantization=args.quantization,
         tokenizer=args.tokenizer,
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,
@@ -122,9 +123,11 @@ def convert(args: argparse.Namespace) -> int:
         _note(f"{done.left_aside} tensors left aside, which the language model does not need")
     for name in done.nonfinite:
         _note(f"{name} holds a NaN or an infinity")
+    kind = f"{done.config.dtype}, matrices in {args.quantization}"
+    kind = kind if args.quantization is not None else done.config.dtype
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(
-        f"{done.target}: {done.source_format} to {done.target_format}, {done.config.dtype}, "
+        f"{done.target}: {done.source_format} to {done.target_format}, {kind}, "
         f"{files}; verified: {done.tensors} tensors, {done.nbytes} bytes, read back and equal"
     )
     return 0

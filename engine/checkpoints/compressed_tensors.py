@@ -44,6 +44,7 @@ class QuantizedHeader:
     values: TensorHeader
     scales: TensorHeader
     zero_points: TensorHeader | None
+    count: int  # of the parts
 
     def __str__(self) -> str:
         return str(self.values)
@@ -94,7 +95,7 @@ class QuantizedHeader:
             _check_header(header, "I32", (math.ceil(self.shape[0] * bits / 32), G))
         else:
             _check_count(header, self.scheme, self.shape, "I8")
-        zero_points, limit = self._stored_zero_points(), 2 ** (bits - 1)
+        zero_points, limit = self._stored_zero_points().int(), 2 ** (bits - 1)
         if zero_points.min() < -limit or zero_points.max() >= limit:
             raise ValueError(f"{header} is outside {-limit}..{limit - 1}")
         if self.scheme.symmetric and zero_points.any():
@@ -154,7 +155,8 @@ def _joined(
     if "_shape" in parts and (shape := parts["_shape"].load().flatten().tolist()) != [N, D]:
         raise ValueError(f"{parts['_shape']} is {shape}, the config says {[N, D]}")
     values = parts["_packed" if scheme.is_packed else ""]
-    joined = QuantizedHeader((N, D), scheme, values, parts["_scale"], parts.get("_zero_point"))
+    scales, zero_points = parts["_scale"], parts.get("_zero_point")
+    joined = QuantizedHeader((N, D), scheme, values, scales, zero_points, len(parts))
     joined.check()
     return joined
 

@@ -93,7 +93,8 @@ def _as_floats(header: TensorHeader | QuantizedHeader) -> StoredTensor:
     def load() -> Tensor:
         return dequantized(header.load(), torch.float32)
 
-    return StoredTensor(str(header), header.shape, torch.bfloat16, load)
+    dtype = FLOATS[header.scales.dtype]
+    return StoredTensor(str(header), header.shape, dtype, load, count=header.count)
 
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:

@@ -25,7 +25,7 @@ from gemcut.engine.execution.weights import (
     fused_shapes,
     made_layouts,
 )
-from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized, quantize
+from gemcut.kernels.quantized_weight import Weight, dequantized
 
 __all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights", "refuse_quantized"]
 
@@ -145,15 +145,9 @@ def _fill(target: Weight, source: Weight) -> int:
         target.copy_(source if plain else dequantized(source, target.dtype))
         return target.nbytes
     if isinstance(source, Tensor):
-        source = _quantized(source.to(target.device), target)
+        layout = layout_of(target)
+        assert layout is not None
+        source = layout.quantize(source.to(target.device))
     for place, made in zip(target.tensors, source.tensors, strict=True):
         place.copy_(made)
     return target.nbytes
-
-
-def _quantized(source: Tensor, like: QuantizedWeight) -> QuantizedWeight:
-    layout = layout_of(like)
-    assert layout is not None
-    if layout.group_size:  # scales of groups are in the dtype of what is quantised
-        source = source.to(layout.scales_dtype)
-    return quantize(source, layout.format, layout.group_size or None)

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemcut.kernels.quantized_weight import FEWEST, FORMATS, QuantizedWeight, Weight, packed_width
+from gemcut.kernels.quantized_weight import (
+    FEWEST,
+    FORMATS,
+    QuantizedWeight,
+    Weight,
+    packed_width,
+    quantize,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,10 @@ class Layout:
         scales = torch.empty(rows, groups, dtype=scales_dtype, device=device)
         zero_points = torch.empty_like(scales) if self.has_zero_points else None
         return QuantizedWeight(values, scales, zero_points, columns, dtype)
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """The nearest weight of this layout, which has no zero points: [N, D]."""
+        return quantize(weight, self.format, self.group_size or None, self.scales_dtype)
 
     def _width(self, columns: int) -> int:
         return packed_width(columns) if self.format == "int4" else columns
