@@ -58,6 +58,10 @@ class GgufHeader:
     values: Mapping[str, Any]  # metadata; arrays of numbers are numpy's, of strings lists
     tensors: Mapping[str, GgufTensor]
 
+    def __len__(self) -> int:
+        """The number of tensors."""
+        return len(self.tensors)
+
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """A value of the metadata, or `default`; ValueError where it is of another kind."""
         value = self.values.get(key, default)

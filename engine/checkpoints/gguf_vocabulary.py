@@ -10,6 +10,7 @@ each.  llama.cpp's converter alters three things of a tokenizer.model, which are
     Rows of the embedding that have no piece are named [PAD...].
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ import numpy as np
 from gemcut.engine.checkpoints.gguf_header import GgufHeader
 from gemcut.engine.checks import shorten
 from gemcut.tokenizer import AddedToken, Tokenizer
+from gemcut.tokenizer.added_tokens import OPTIONS
 from gemcut.tokenizer.sentencepiece_model import (
     BYTE_PIECE,
     CONTROL,
@@ -33,7 +35,7 @@ from gemcut.tokenizer.sentencepiece_model import (
     sentencepiece_model,
 )
 from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
-from gemcut.tokenizer.tokenizer_files import CONFIG_FILE, MODEL_FILE, TokenizerFiles, write_json
+from gemcut.tokenizer.tokenizer_files import CONFIG_FILE, MODEL_FILE, TokenizerFiles
 from gemcut.tokenizer.vocabularies import BYTE, END_OF_TURN, NAMED
 
 KEY = "tokenizer.ggml."
@@ -79,16 +81,15 @@ class GgufVocabulary:
         vocabulary = SentencePieceVocabulary(self.model(), f"vocabulary {self.path}")
         return Tokenizer.of_vocabulary(vocabulary, self._files())
 
-    def write(self, folder: Path) -> None:
-        """Write tokenizer.model and tokenizer_config.json, as published checkpoints have them."""
-        (folder / MODEL_FILE).write_bytes(self.model())
-        options = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.model and tokenizer_config.json, as published checkpoints have them."""
         added = {
-            str(i): {"content": token.content} | {name: getattr(token, name) for name in options}
+            str(i): {"content": token.content} | {name: getattr(token, name) for name in OPTIONS}
             for i, token in self._added().items()
         }
         values = {"tokenizer_class": "GemmaTokenizer", "added_tokens_decoder": added}
-        write_json(folder / CONFIG_FILE, {**self.settings, **self.named, **values})
+        config = json.dumps({**self.settings, **self.named, **values}, indent=2, sort_keys=True)
+        return {MODEL_FILE: self.model(), CONFIG_FILE: f"{config}\n".encode()}
 
     def _files(self) -> TokenizerFiles:
         settings = {**self.settings, **self.named}

@@ -135,7 +135,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 def write_files(
-    stage: Path, target: Target, source: Source, companions: Mapping[str, Path]
+    stage: Path, target: Target, source: Source, companions: Mapping[str, Path | bytes]
 ) -> list[str]:
     """Write all files to folder `stage`; the names of tensors that hold a NaN or an infinity."""
     if target.nbytes > (free := shutil.disk_usage(stage).free):
@@ -145,7 +145,10 @@ def write_files(
         )
     nonfinite = _write_weights(stage, target, source)
     for name, file in companions.items():
-        shutil.copyfile(file, stage / name)
+        if isinstance(file, bytes):
+            (stage / name).write_bytes(file)
+        else:
+            shutil.copyfile(file, stage / name)
     write_json(stage / CONFIG, target.config.to_dict())
     return [name for name in target.dtypes if name in nonfinite]
 
