@@ -184,8 +184,8 @@ def _read(path: Path, cursor: _Cursor, package: ModuleType) -> GgufHeader:
     values: dict[str, Any] = {}
     for i in range(num_keys):
         key = cursor.string(f"key {i}")
-        if key in values:
-            raise _DamagedError(f"{shorten(key)} is there twice")
+        if key in values or not key:
+            raise _DamagedError(f"key {i} {shorten(key)} is empty, or there twice")
         values[key] = _read_value(cursor, key)
     alignment = values.get("general.alignment", ALIGNMENT)
     if alignment not in (2**i for i in range(3, 21)):
@@ -194,8 +194,8 @@ def _read(path: Path, cursor: _Cursor, package: ModuleType) -> GgufHeader:
     first = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     for tensor in found:
-        if tensor.name in tensors:
-            raise _DamagedError(f"tensor {shorten(tensor.name)} is there twice")
+        if tensor.name in tensors or not tensor.name:
+            raise _DamagedError(f"the name {shorten(tensor.name)} is empty, or there twice")
         if tensor.start % alignment:
             raise _DamagedError(
                 f"{tensor.name} begins at {tensor.start}, no multiple of {alignment}"
