@@ -101,7 +101,8 @@ BAD = {
     "2**60 items": (of_keys(key("a", ARRAY, array(0, HUGE))), f"items of 'a' is {HUGE}"),
     "2**60 strings": (of_keys(key("a", ARRAY, array(STRING, HUGE))), f"items of 'a' is {HUGE}"),
     "a string too long": (
-        of_keys(key("a", ARRAY, array(STRING, 2, string("b") + struct.pack("<Q", 99)))), "a goes past its end"
+        of_keys(key("a", ARRAY, array(STRING, 2, string("b") + struct.pack("<Q", 99)))),
+        "a goes past its end",
     ),
     "2**63 letters of a string": (
         of_keys(key("a", ARRAY, array(STRING, 1, struct.pack("<Q", 2**63)))), "a goes past its end"
