@@ -45,11 +45,15 @@ def choose_file(model: str, names: Iterable[str], tag: str | None) -> str | None
     base, listed = model.removesuffix(f":{tag}"), ", ".join(found) or "none"
     if not meant:
         raise ValueError(f"{base} holds no GGUF file {tag!r}; it holds {listed}")
-    ask = f"{base}:{Path(meant[0]).stem}"
-    raise ValueError(f"{base} holds the GGUF files {', '.join(meant)}; say which, as in {ask}")
+    stem = PurePosixPath(meant[0]).stem
+    short = stem.rpartition("-")[2]
+    ask = short if [_is_meant(name, short) for name in found].count(True) == 1 else stem
+    raise ValueError(
+        f"{base} holds the GGUF files {', '.join(meant)}; say which, as in {base}:{ask}"
+    )
 
 
 def _is_meant(name: str, tag: str) -> bool:
     """Whether a tag is a file's name or its quantisation."""
     stem, tag = name.lower().removesuffix(SUFFIX), tag.lower().removesuffix(SUFFIX)
-    return stem == tag or stem.endswith(tuple(f"{mark}{tag}" for mark in "-._/"))
+    return stem == tag or stem.endswith(tuple(f"{mark}{tag}" for mark in "-./"))
