@@ -9,21 +9,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from gemcut.engine.calls import Calls, shows
+from gemcut.engine.checkpoints.gguf_choice import is_gguf
+from gemcut.engine.checkpoints.gguf_model import write_tokenizer
 from gemcut.engine.checkpoints.hub import SMALL_FILES, check_holds_model, resolve_checkpoint
 from gemcut.engine.checkpoints.load import (
     expected_layouts,
     load_checkpoint,
     load_config,
+    load_settings,
     load_tokenizer,
 )
 from gemcut.engine.checks import check_bool, check_int
-from gemcut.engine.config.generation_file import published_settings, settings_folder, stop_token_ids
+from gemcut.engine.config.generation_file import settings_folder, stop_token_ids
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.graphed_steps import choose_steps
 from gemcut.engine.execution.model import Gemma
@@ -196,7 +200,7 @@ class Engine(Calls):
         eos_ids = stop_token_ids(published_in, config)
         defaults = SamplingParams() if default_params is None else default_params
         if generation_config != "none":
-            defaults = replace(defaults, **published_settings(published_in))
+            defaults = replace(defaults, **load_settings(published_in))
         check_bool("cuda_graphs", cuda_graphs)
         check_bool("dependent_launches", dependent_launches)
         build = Build(
@@ -284,7 +288,11 @@ class Engine(Calls):
         # not at the top: most engines are never asked for one
         from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
-        return GemmaTokenizer.from_pretrained(self._folder)
+        if not is_gguf(self._folder):
+            return GemmaTokenizer.from_pretrained(self._folder)
+        with TemporaryDirectory() as folder:
+            write_tokenizer(self._folder, Path(folder))
+            return GemmaTokenizer.from_pretrained(folder)
 
     def warmup(self, *, use_tqdm: bool | None = None) -> None:
         """Compile every kernel and, on a GPU, capture every graph, with a progress bar.

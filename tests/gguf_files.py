@@ -4,6 +4,7 @@ The package's own table names the tensors, so gemcut's is held against it.
 """
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 from random_models import random_model
+from torch import Tensor
 from transformers import PreTrainedModel
 from vocabulary import CONTROL, MARKERS, USER_DEFINED
 
@@ -36,11 +38,17 @@ def model_for_gguf(model_type: str, **overrides: Any) -> PreTrainedModel:
 
 
 def write_gguf(
-    path: Path, model: PreTrainedModel, kind: str, vocabulary: Path | None = None, **values: Any
+    path: Path,
+    model: PreTrainedModel,
+    kind: str,
+    vocabulary: Path | None = None,
+    tensors: Mapping[str, Tensor | None] | None = None,
+    **values: Any,
 ) -> Path:
     """Write a model with its matrices in type `kind`, norms in float32, and a vocabulary.
 
-    `values` are keys of the metadata: added, changed, or left out where they are None.
+    `values` are keys of the metadata: added, changed, or left out where they are None; so are
+    `tensors`, by GGUF's names and in float32.
     """
     config: Any = model.config
     arch = gguf.MODEL_ARCH[ARCHS[config.model_type]]
@@ -50,14 +58,19 @@ def write_gguf(
         if value is not None:
             _add(writer, key, value)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    tensors = tensors or {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.numpy() + (1 if name.endswith("norm.weight") else 0)
         stored = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
         quantised = gguf.quants.quantize(array, stored)
-        place = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(place or "output.weight", quantised, raw_dtype=stored)
+        place = names.get_name(name, try_suffixes=(".weight",)) or "output.weight"
+        if place not in tensors:
+            writer.add_tensor(place, quantised, raw_dtype=stored)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            writer.add_tensor(name, tensor.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -154,4 +154,9 @@ def _float(header: GgufHeader, key: str, default: float | None = None) -> float:
     value = header.get(key, float, default)
     if value is None:
         raise ValueError(f"{key} is missing")
+    return as_decimal(value)
+
+
+def as_decimal(value: float) -> float:
+    """The shortest number that is this one in float32: 1e-6, not 9.99999997e-07."""
     return float(str(np.float32(value)))

@@ -1,11 +1,12 @@
 """A GGUF file in place of a checkpoint's folder: its config, tokenizer and weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoints.gguf_config import read_config
+from gemcut.engine.checkpoints.gguf_config import as_decimal, read_config
 from gemcut.engine.checkpoints.gguf_header import read_header
 from gemcut.engine.checkpoints.gguf_vocabulary import read_vocabulary, token_keys
 from gemcut.engine.checkpoints.gguf_weights import dequantised_types, stored_weights
@@ -16,6 +17,15 @@ from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weight_layouts import Layouts
 from gemcut.engine.execution.weights import fused_layouts, made_layouts
 from gemcut.tokenizer import Tokenizer
+
+# Settings in generation_config.json, and their last names in the metadata.
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 
 
 def gguf_config(path: Path) -> ModelConfig:
@@ -31,6 +41,23 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     except ValueError as error:
         hint = "with skip_tokenizer_init=True an engine takes token ids alone"
         raise ValueError(f"{error}; {hint}") from None
+
+
+def gguf_settings(path: Path) -> dict[str, Any]:
+    """What a generation_config.json would say of sampling; empty where the file says nothing."""
+    header, settings = read_header(path), {}
+    for name, key in _SAMPLING.items():
+        kind = int if name == "top_k" else float
+        value = header.get(f"general.sampling.{key}", kind)
+        if value is not None:
+            settings[name] = value if kind is int else as_decimal(value)
+    return {"do_sample": True} | settings if settings else {}
+
+
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """Write the tokenizer's files to a folder, as published checkpoints have them."""
+    for name, content in read_vocabulary(read_header(path)).files().items():
+        (folder / name).write_bytes(content)
 
 
 def gguf_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, StoredWeight]:

@@ -8,6 +8,7 @@ that the model is in memory once; quantised or not (stored_weights.py).
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gemcut.engine.checkpoints.gguf_choice import is_gguf
 from gemcut.engine.checkpoints.gguf_model import (
     gguf_config,
     gguf_layouts,
+    gguf_settings,
     gguf_tokenizer,
     gguf_weights,
     nonfinite_in_gguf,
@@ -26,6 +28,7 @@ from gemcut.engine.checkpoints.safetensor_headers import open_file
 from gemcut.engine.checkpoints.stored_tensors import pieces
 from gemcut.engine.checkpoints.stored_weights import check_quantization, fill_weights
 from gemcut.engine.checks import warn_caller
+from gemcut.engine.config.generation_file import published_settings, settings_of
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weight_layouts import Layouts
 from gemcut.engine.execution.weights import Weights, checkpoint_tensors, made_layouts, plain
@@ -37,6 +40,11 @@ from gemcut.tokenizer.tokenizer_files import JSON_FILE, MODEL_FILE
 def load_config(path: Path) -> ModelConfig:
     """The config of a folder or a GGUF file."""
     return gguf_config(path) if is_gguf(path) else ModelConfig.from_file(path)
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """The settings of sampling that a folder or a GGUF file publishes."""
+    return settings_of(gguf_settings(path)) if is_gguf(path) else published_settings(path)
 
 
 def expected_layouts(

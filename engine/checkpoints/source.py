@@ -4,6 +4,7 @@ The config is a config.json, a published size by name, or the one published size
 these names and shapes.
 """
 
+import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from gemcut.engine.checkpoints.formats import FORMATS, SourceFormat
 from gemcut.engine.checkpoints.gguf_choice import is_gguf
 from gemcut.engine.checkpoints.gguf_header import read_header
-from gemcut.engine.checkpoints.gguf_model import gguf_config
+from gemcut.engine.checkpoints.gguf_model import gguf_config, gguf_settings
 from gemcut.engine.checkpoints.gguf_vocabulary import read_vocabulary
 from gemcut.engine.checkpoints.hub import FILES, resolve_checkpoint
 from gemcut.engine.checkpoints.stored_tensors import StoredTensor, TensorSpec, read_rows
@@ -89,6 +90,8 @@ def find_companions(path: Path, tokenizer: str | Path | None) -> dict[str, Path 
         found |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
     elif tokenizer is None:  # what lies beside a GGUF file may be another model's
         found |= read_vocabulary(read_header(path)).files()
+        if settings := gguf_settings(path):
+            found["generation_config.json"] = f"{json.dumps(settings, indent=2)}\n".encode()
     if tokenizer is not None:
         given = Path(tokenizer).expanduser()
         check_file(given)
