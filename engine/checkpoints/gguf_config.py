@@ -39,7 +39,7 @@ def read_config(header: GgufHeader, tokens: Mapping[str, Any]) -> ModelConfig:
     ValueError names another architecture, and a key that is missing or out of range.
     """
     try:
-        return ModelConfig.from_dict(_values(header) | tokens)
+        return ModelConfig.from_dict({**_values(header), **tokens})
     except ValueError as error:
         at = "" if str(error).startswith(f"{header.path}: ") else f"{header.path}: "
         raise ValueError(f"{at}{error}") from None
