@@ -13,7 +13,7 @@ import torch
 
 from gemcut.engine.checkpoints.convert import convert as convert_checkpoint
 from gemcut.engine.engine import Engine
-from gemcut.engine.info import describe, find_config, find_problems, lines
+from gemcut.engine.info import describe, find_model, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
 from gemcut.tokenizer import encode_chat
@@ -84,10 +84,10 @@ def chat(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """Print the facts of a model; 0, or 1 where --check has found a problem."""
     device = choose_device(args.device)
-    config = find_config(args.model)
+    config, path = find_model(args.model)
     dtype = choose_dtype(args.dtype, device)
     facts = describe(
-        config, device, dtype, args.max_batch_size, args.max_seq_len, args.quantization
+        config, device, dtype, args.max_batch_size, args.max_seq_len, args.quantization, path
     )
     problems = find_problems(args.model, config) if args.check else None
     if args.json:
