@@ -23,10 +23,15 @@ HAS_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
-def in_order(BLOCK: tl.constexpr):
-    """The columns of a tile, as offsets: 4 t to 4 t + 3 of 16 stand at 2 t, 2 t + 1, and 8 after."""
-    c = tl.arange(0, BLOCK)
+def in_order(BYTES: tl.constexpr, FORMAT: tl.constexpr):
+    """The columns of a tile, as offsets: 4 t to 4 t + 3 of 16 stand at 2 t, 2 t + 1, and 8 after.
+
+    Of int4 the columns in the low halves; 32 further are those in the high ones.
+    """
+    c = tl.arange(0, BYTES)
     columns = c // 16 * 16 + c % 8 // 2 * 4 + c % 16 // 8 * 2 + c % 2
+    if FORMAT == "int4":
+        columns = columns // 32 * 64 + columns % 32
     return tl.max_contiguous(tl.multiple_of(columns, 2), 2)
 
 
@@ -46,7 +51,7 @@ def byte_tile(
     """
     width, start = D, start_d
     if FORMAT == "int4":
-        width, start = tl.multiple_of(tl.cdiv(D, 64) * 32, 32), start_d // 2
+        width, start = tl.multiple_of(tl.cdiv(D, 64) * 32, 32), tl.multiple_of(start_d // 2, 32)
     ROWS: tl.constexpr = BLOCK_ROWS // 8
     RUNS: tl.constexpr = BYTES // 16
     run, offs = tl.arange(0, RUNS)[:, None, None], tl.arange(0, 16)[None, None, :]

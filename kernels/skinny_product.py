@@ -101,7 +101,7 @@ def add_step(
             w = tl.load(w_ptrs)
         else:
             w = tl.load(w_ptrs, mask=mask_rows[:, None] & (offs_d < D)[None, :], other=0.0)
-        acc = added(acc, w, x, weight, rows, mask_rows, D, start_d, IN_STEPS, 0)
+        acc = added(acc, w, x, IN_STEPS)
     else:
         BYTES: tl.constexpr = BLOCK_D // 2 if FORMAT == "int4" else BLOCK_D
         BLOCK_ROWS: tl.constexpr = acc.shape[0]
@@ -109,8 +109,8 @@ def add_step(
             weight[0], rows, mask_rows, D, start_d, IS_EVEN, FORMAT, BLOCK_ROWS, BYTES
         )  # fmt: skip
         acc = add_bytes(
-            acc, w, tokens, weight, rows, mask_rows,
-            D, start_d, IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, BYTES,
+            acc, w, tokens, weight, rows, mask_rows, D, start_d, 0,
+            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, BYTES, BLOCK_D,
         )  # fmt: skip
     return acc
 
@@ -130,10 +130,10 @@ def x_tile(tokens, offs_d, D, IS_EVEN: tl.constexpr):
 @triton.jit
 def add_bytes(
     acc,
-    w,  # [BLOCK_ROWS, BYTES]: what a quantised weight holds of columns from start_d on
-    tokens, weight, rows, mask_rows, D, start_d,
+    w,  # [BLOCK_ROWS, BYTES]: what a quantised weight holds of columns from start_d + FIRST on
+    tokens, weight, rows, mask_rows, D, start_d, FIRST: tl.constexpr,
     IS_EVEN: tl.constexpr, IN_STEPS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BYTES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BYTES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """acc and the sum over these columns, cut into units that share a scale."""
     # the greatest power of two that divides GROUP; of a group that is a whole row, all of them
@@ -143,42 +143,46 @@ def add_bytes(
         HALF: tl.constexpr = BYTES // 2
         left, right = left_and_right(w, BLOCK_ROWS, BYTES)
         acc = add_bytes(
-            acc, left, tokens, weight, rows, mask_rows,
-            D, start_d, IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF,
+            acc, left, tokens, weight, rows, mask_rows, D, start_d, FIRST,
+            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF, BLOCK_D,
         )  # fmt: skip
-        start_d += BYTES if FORMAT == "int4" else HALF
+        NEXT: tl.constexpr = FIRST + (BYTES if FORMAT == "int4" else HALF)
         acc = add_bytes(
-            acc, right, tokens, weight, rows, mask_rows,
-            D, start_d, IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF,
+            acc, right, tokens, weight, rows, mask_rows, D, start_d, NEXT,
+            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF, BLOCK_D,
         )  # fmt: skip
-    elif FORMAT == "int4":
-        offs = in_order(BYTES)
-        offs_d = start_d + offs // 32 * 64 + offs % 32
-        low, high = two_numbers(w, tokens[0].dtype.element_ty)
-        x = x_tile(tokens, offs_d, D, IS_EVEN)
-        acc = added(acc, low, x, weight, rows, mask_rows, D, start_d, IN_STEPS, GROUP)
-        x = x_tile(tokens, offs_d + 32, D, IS_EVEN)
-        acc = added(acc, high, x, weight, rows, mask_rows, D, start_d + 32, IN_STEPS, GROUP)
     else:
-        x = x_tile(tokens, start_d + in_order(BYTES), D, IS_EVEN)
-        w = numbers(w, tokens[0].dtype.element_ty, FORMAT)
-        acc = added(acc, w, x, weight, rows, mask_rows, D, start_d, IN_STEPS, GROUP)
+        DTYPE: tl.constexpr = tokens[0].dtype.element_ty
+        offs_d = start_d + FIRST + in_order(BYTES, FORMAT)
+        x = x_tile(tokens, offs_d, D, IS_EVEN)
+        group = group_of(D, start_d, FIRST, IS_EVEN, GROUP, BLOCK_D)
+        if FORMAT == "int4":
+            low, high = two_numbers(w, DTYPE)
+            acc = added(acc, low, x, IN_STEPS, weight, rows, mask_rows, D, group, IS_EVEN, GROUP)
+            x = x_tile(tokens, offs_d + 32, D, IS_EVEN)
+            group = group_of(D, start_d, FIRST + 32, IS_EVEN, GROUP, BLOCK_D)
+            acc = added(acc, high, x, IN_STEPS, weight, rows, mask_rows, D, group, IS_EVEN, GROUP)
+        else:
+            w = numbers(w, DTYPE, FORMAT)
+            acc = added(acc, w, x, IN_STEPS, weight, rows, mask_rows, D, group, IS_EVEN, GROUP)
     return acc
 
 
 @triton.jit
 def added(
-    acc, w, x, weight, rows, mask_rows, D, column,  # w [BLOCK_ROWS, K], x [BLOCK_M, K]
-    IN_STEPS: tl.constexpr, GROUP: tl.constexpr,
+    acc, w, x, IN_STEPS: tl.constexpr,  # w [BLOCK_ROWS, K], x [BLOCK_M, K]
+    weight=None, rows=None, mask_rows=None, D=0, group=0,
+    IS_EVEN: tl.constexpr = True, GROUP: tl.constexpr = 0,
 ):  # fmt: skip
-    """acc + w @ x.T, times the scale of `column`'s group where there are groups."""
+    """acc + w @ x.T, or of a group acc + (w - zero points) @ x.T * scales."""
     if GROUP > 0:
+        offs = rows * (D // GROUP) + group
         unit = tl.dot(w, x.T, input_precision="ieee")
         if weight[2] is not None:
             ones = tl.full(w.shape, 1.0, w.dtype)
-            zeros = of_group(weight[2], rows, mask_rows, D, column, GROUP)
+            zeros = some_of(weight[2], offs, mask_rows, IS_EVEN)
             unit -= zeros[:, None] * tl.dot(ones, x.T, input_precision="ieee")
-        acc += unit * of_group(weight[1], rows, mask_rows, D, column, GROUP)[:, None]
+        acc += unit * some_of(weight[1], offs, mask_rows, IS_EVEN)[:, None]
     elif IN_STEPS:
         # with 0 for max_num_imprecise_acc the compiler makes one chain of it again
         acc += tl.dot(w, x.T, input_precision="ieee", max_num_imprecise_acc=1)
@@ -188,11 +192,30 @@ def added(
 
 
 @triton.jit
-def of_group(ptr, rows, mask_rows, D, column, GROUP: tl.constexpr):
-    """Scales or zero points [N, D / GROUP] of some rows, of a column's group: float32."""
-    groups = D // GROUP
-    group = tl.minimum(column // GROUP, groups - 1)  # columns past D add nothing
-    return tl.load(ptr + rows * groups + group, mask=mask_rows, other=0.0).to(tl.float32)
+def group_of(
+    D, start_d, FIRST: tl.constexpr,
+    IS_EVEN: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The group of column start_d + FIRST; 0 where rows have none."""
+    if GROUP == 0:
+        group = 0
+    elif BLOCK_D % GROUP == 0 or GROUP % BLOCK_D == 0:
+        group = start_d // GROUP + FIRST % BLOCK_D // GROUP
+    else:
+        group = (start_d + FIRST) // GROUP
+    if GROUP > 0 and not IS_EVEN:
+        group = tl.minimum(group, D // GROUP - 1)  # columns past D add nothing
+    return group
+
+
+@triton.jit
+def some_of(ptr, offs, mask, IS_EVEN: tl.constexpr):
+    """Numbers in float32, of which none is missing if IS_EVEN."""
+    if IS_EVEN:
+        x = tl.load(ptr + offs)
+    else:
+        x = tl.load(ptr + offs, mask=mask, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
