@@ -60,6 +60,7 @@ def product(
     tokens, weight, rows, mask_rows,  # see add_step
     D, begin, end,  # columns begin to end - 1; begin is a multiple of BLOCK_D
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     IN_STEPS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -77,7 +78,7 @@ def product(
     for start_d in range(begin, end, BLOCK_D):
         acc = add_step(
             acc, tokens, weight, rows, mask_rows,
-            D, start_d, IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_D,
+            D, start_d, IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_D,
         )  # fmt: skip
     return scaled_by_row(acc, weight, rows, mask_rows, FORMAT, GROUP)
 
@@ -89,38 +90,42 @@ def add_step(
     weight,  # w_ptr [N, D], scales_ptr [N, G], zeros_ptr [N, G], as `operands` gives them
     rows, mask_rows,  # [BLOCK_ROWS] x 2: rows of the weight
     D, start_d,
-    IS_EVEN: tl.constexpr,  # D is a multiple of BLOCK_D, and every row exists
+    IS_EVEN: tl.constexpr,  # every row exists, and D is a multiple of BLOCK_D
+    HAS_TAIL: tl.constexpr,  # D is none
     IN_STEPS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One step of a product: acc and the sum over columns start_d to start_d + BLOCK_D - 1."""
     if FORMAT is None:
         offs_d = start_d + tl.arange(0, BLOCK_D)
-        x = x_tile(tokens, offs_d, D, IS_EVEN)
+        x = x_tile(tokens, offs_d, D, HAS_TAIL)
         w_ptrs = weight[0] + rows[:, None] * D + offs_d[None, :]
         if IS_EVEN:
             w = tl.load(w_ptrs)
         else:
-            w = tl.load(w_ptrs, mask=mask_rows[:, None] & (offs_d < D)[None, :], other=0.0)
+            mask_w = mask_rows[:, None]
+            if HAS_TAIL:
+                mask_w = mask_w & (offs_d < D)[None, :]
+            w = tl.load(w_ptrs, mask=mask_w, other=0.0)
         acc = added(acc, w, x, IN_STEPS)
     else:
         BYTES: tl.constexpr = BLOCK_D // 2 if FORMAT == "int4" else BLOCK_D
         BLOCK_ROWS: tl.constexpr = acc.shape[0]
         w = byte_tile(
-            weight[0], rows, mask_rows, D, start_d, IS_EVEN, FORMAT, BLOCK_ROWS, BYTES
+            weight[0], rows, mask_rows, D, start_d, IS_EVEN, HAS_TAIL, FORMAT, BLOCK_ROWS, BYTES
         )  # fmt: skip
         acc = add_bytes(
             acc, w, tokens, weight, rows, mask_rows, D, start_d, 0,
-            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, BYTES, BLOCK_D,
+            IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, BYTES, BLOCK_D,
         )  # fmt: skip
     return acc
 
 
 @triton.jit
-def x_tile(tokens, offs_d, D, IS_EVEN: tl.constexpr):
+def x_tile(tokens, offs_d, D, HAS_TAIL: tl.constexpr):
     """Columns offs_d of rows of x: [BLOCK_M, BLOCK_D]."""
     x_ptr, stride_x_m, offs_m, mask_m = tokens
     mask_x = mask_m[:, None]
-    if not IS_EVEN:
+    if HAS_TAIL:
         mask_x = mask_x & (offs_d < D)[None, :]
     return tl.load(
         x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :], mask=mask_x, other=0.0
@@ -132,7 +137,8 @@ def add_bytes(
     acc,
     w,  # [BLOCK_ROWS, BYTES]: what a quantised weight holds of columns from start_d + FIRST on
     tokens, weight, rows, mask_rows, D, start_d, FIRST: tl.constexpr,
-    IS_EVEN: tl.constexpr, IN_STEPS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    IS_EVEN: tl.constexpr, HAS_TAIL: tl.constexpr, IN_STEPS: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BYTES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """acc and the sum over these columns, cut into units that share a scale."""
@@ -144,23 +150,23 @@ def add_bytes(
         left, right = left_and_right(w, BLOCK_ROWS, BYTES)
         acc = add_bytes(
             acc, left, tokens, weight, rows, mask_rows, D, start_d, FIRST,
-            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF, BLOCK_D,
+            IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF, BLOCK_D,
         )  # fmt: skip
         NEXT: tl.constexpr = FIRST + (BYTES if FORMAT == "int4" else HALF)
         acc = add_bytes(
             acc, right, tokens, weight, rows, mask_rows, D, start_d, NEXT,
-            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF, BLOCK_D,
+            IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF, BLOCK_D,
         )  # fmt: skip
     else:
         DTYPE: tl.constexpr = tokens[0].dtype.element_ty
         offs_d = start_d + FIRST + in_order(BYTES, FORMAT)
-        x = x_tile(tokens, offs_d, D, IS_EVEN)
-        group = group_of(D, start_d, FIRST, IS_EVEN, GROUP, BLOCK_D)
+        x = x_tile(tokens, offs_d, D, HAS_TAIL)
+        group = group_of(D, start_d, FIRST, HAS_TAIL, GROUP, BLOCK_D)
         if FORMAT == "int4":
             low, high = two_numbers(w, DTYPE)
             acc = added(acc, low, x, IN_STEPS, weight, rows, mask_rows, D, group, IS_EVEN, GROUP)
-            x = x_tile(tokens, offs_d + 32, D, IS_EVEN)
-            group = group_of(D, start_d, FIRST + 32, IS_EVEN, GROUP, BLOCK_D)
+            x = x_tile(tokens, offs_d + 32, D, HAS_TAIL)
+            group = group_of(D, start_d, FIRST + 32, HAS_TAIL, GROUP, BLOCK_D)
             acc = added(acc, high, x, IN_STEPS, weight, rows, mask_rows, D, group, IS_EVEN, GROUP)
         else:
             w = numbers(w, DTYPE, FORMAT)
@@ -194,7 +200,7 @@ def added(
 @triton.jit
 def group_of(
     D, start_d, FIRST: tl.constexpr,
-    IS_EVEN: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_TAIL: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The group of column start_d + FIRST; 0 where rows have none."""
     if GROUP == 0:
@@ -203,7 +209,7 @@ def group_of(
         group = start_d // GROUP + FIRST % BLOCK_D // GROUP
     else:
         group = (start_d + FIRST) // GROUP
-    if GROUP > 0 and not IS_EVEN:
+    if GROUP > 0 and HAS_TAIL:
         group = tl.minimum(group, D // GROUP - 1)  # columns past D add nothing
     return group
 
