@@ -103,7 +103,7 @@ def find_loops(code: Sequence[Instruction], latencies: Mapping[str, int] = LATEN
 def _usual(body: Sequence[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
     """What every pass of a loop does, and what a branch skips on most of them.
 
-    That is code without a product that stores, or is long and loads nothing.
+    That is code without a product that stores, or is long and loads nothing, or next to nothing.
     """
     usual, rare, resumes = [], [], 0
     for instruction in body:
@@ -113,7 +113,8 @@ def _usual(body: Sequence[Instruction]) -> tuple[list[Instruction], list[Instruc
         usual.append(instruction)
         target = branch_target(instruction)
         skipped = [i.name for i in body if instruction.address < i.address < target]
-        is_long = len(skipped) >= LONG and LOADS.isdisjoint(skipped)
+        loads = sum(name in LOADS for name in skipped)
+        is_long = len(skipped) >= LONG and 100 * loads <= len(skipped)
         if ("STG" in skipped or is_long) and not set(MULTIPLIES) & set(skipped):
             resumes = target
     return usual, rare
