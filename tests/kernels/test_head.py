@@ -77,7 +77,7 @@ def test_lm_head(M, V, D, softcap, dtype):
 def test_a_quantised_head(M, V, D, kind, dtype, monkeypatch):
     """Logits by the rule, and their argmax bit for bit: a program walks over several blocks."""
     torch.manual_seed(0)
-    monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
+    monkeypatch.setattr(head, "rows_of_weight", lambda *_: 16)
     x, weight = random(M, D, dtype=dtype), quantized(V, D, kind, dtype)
     assert_accurate(lm_head, x, weight, 3.0)
     ids, scores = best(x, weight, 3.0)
@@ -96,7 +96,7 @@ def test_a_row_by_a_quantised_head_does_not_depend_on_its_company(kind):
 def programs(request, monkeypatch):
     """So many blocks, of 16 tokens, in each range of a vocabulary."""
     monkeypatch.setattr(head, "BLOCKS_OF_A_PROGRAM", request.param)
-    monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
+    monkeypatch.setattr(head, "rows_of_weight", lambda *_: 16)
     return request.param
 
 
@@ -122,7 +122,7 @@ def test_argmax_is_that_of_the_logits_bit_for_bit(M, V, D, softcap, dtype, progr
 def test_every_range_has_its_own_best(V, blocks, monkeypatch):
     """19 blocks of 16 tokens: 3 programs of 7, 7 and 5."""
     monkeypatch.setattr(head, "BLOCKS_OF_A_PROGRAM", -(-blocks // 3))
-    monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
+    monkeypatch.setattr(head, "rows_of_weight", lambda *_: 16)
     x, weight = random(3, 40), random(V, 40)
     scores, ids = lm_head_argmax(x, weight, None)
     size = 16 * -(-blocks // 3)

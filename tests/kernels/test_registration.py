@@ -67,7 +67,10 @@ def test_a_registered_op_takes_a_quantised_weight_in_its_parts(case):
     expected = getattr(kernels, name)(**clones)
     op, flat = getattr(torch.ops.gemcut, name), positional(name, arguments)
     torch.testing.assert_close(op(*cloned(flat)), expected, rtol=0, atol=0)
-    results = torch.library.opcheck(op.default, cloned(flat))
+    of_torch = ("test_faketensor", "test_aot_dispatch_dynamic")
+    if "fp8" not in case:  # of which opcheck itself takes the norm, which torch has not
+        of_torch += ("test_schema", "test_autograd_registration")
+    results = torch.library.opcheck(op.default, cloned(flat), test_utils=of_torch)
     assert set(results.values()) == {"SUCCESS"}
 
 
