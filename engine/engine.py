@@ -159,12 +159,12 @@ class Engine(Calls):
 
         Where a folder or repository holds several GGUF files, "owner/name:Q4_0" is one of them.
 
-        device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and float32 on a
-        CPU; max_batch_size "auto" is the most of 16, 8, 4, 2, 1 slots that free memory holds;
-        max_seq_len None or "auto" is the model's own limit, or less if free memory holds less; with
-        skip_tokenizer_init the engine takes ids alone.  quantization: "int8", "int4" or "fp8"
-        quantises the matrices of a plain checkpoint while they are read; one that is quantised
-        needs nothing.
+        device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and, with
+        quantised weights, on a CPU that multiplies it, else float32; max_batch_size "auto" is the
+        most of 16, 8, 4, 2, 1 slots that free memory holds; max_seq_len None or "auto" is the
+        model's own limit, or less if free memory holds less; with skip_tokenizer_init the engine
+        takes ids alone.  quantization: "int8", "int4" or "fp8" quantises the matrices of a plain
+        checkpoint while they are read; one that is quantised needs nothing.
 
         generation_config: the file that publishes the settings of a call that gives none: "auto" is
         the model's generation_config.json, a folder has one of its own, and with "none" only the
@@ -174,7 +174,7 @@ class Engine(Calls):
         """
         target = choose_device(device)
         op_table = choose_ops(ops, target)
-        weights_dtype = choose_dtype(dtype, target)
+        choose_dtype(dtype, target)  # a bad one is refused before anything is fetched
         check_bool("skip_tokenizer_init", skip_tokenizer_init)
         fetch = partial(
             resolve_checkpoint,
@@ -195,6 +195,7 @@ class Engine(Calls):
                 f"gemcut.engine has a class of that name"
             )
         layouts = expected_layouts(config, quantization, folder)
+        weights_dtype = choose_dtype(dtype, target, is_quantized=bool(layouts))
         tokenizer = None if skip_tokenizer_init else load_tokenizer(folder, config)
         published_in = settings_folder(generation_config, folder)
         eos_ids = stop_token_ids(published_in, config)

@@ -132,7 +132,7 @@ def packed(weight: PackedWeight) -> PackedWeight:
     if isinstance(weight, PackedInt4):
         return weight
     if isinstance(weight, QuantizedWeight):
-        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not has_bfloat16():
             return weight
         if is_by_row(weight):
             return replace(weight, scales=weight.scales.to(weight.dtype))
@@ -171,6 +171,11 @@ def _by_onednn() -> frozenset[torch.dtype]:
         return frozenset()
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return frozenset({torch.float32, torch.bfloat16} if has_bf16 else {torch.float32})
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this machine."""
+    return torch.bfloat16 in _by_onednn()
 
 
 def lm_head(x: Tensor, weight: Weight | PackedHead, softcap: float | None) -> Tensor:

@@ -221,4 +221,4 @@ def _fitted_scales(groups: Tensor, greatest: Tensor) -> Tensor:
         taken = products * products / squares
         best = torch.where(taken > most, products / squares, best)
         most = torch.maximum(taken, most)
-    return best
+    return best.where(greatest.isfinite(), greatest)  # nothing hides a NaN or an infinity
