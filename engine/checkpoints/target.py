@@ -24,7 +24,7 @@ from gemcut.engine.checkpoints.compressed_target import (
 from gemcut.engine.checkpoints.formats import FORMATS, Format
 from gemcut.engine.checkpoints.source import CONFIG, Source
 from gemcut.engine.checkpoints.stored_tensors import TensorSpec, name_of, pieces
-from gemcut.engine.checkpoints.stored_weights import Layout, check_quantization
+from gemcut.engine.checkpoints.stored_weights import Layout, check_finite, check_quantization
 from gemcut.engine.checkpoints.weight_files import (
     byte_bar,
     divide_into_shards,
@@ -167,6 +167,7 @@ def _write_weights(stage: Path, target: Target, source: Source) -> set[str]:
                 tensors.append(tensor)
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             if (layout := target.layouts.get(spec.name)) is not None:
+                check_finite(spec.name, whole)
                 return parts_of(spec.name, layout.quantize(whole))
             return {spec.name: whole.T.contiguous() if spec.transposed else whole}
 
