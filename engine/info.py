@@ -289,7 +289,7 @@ def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     try:
-        for name in find_nonfinite(folder, config):
+        for name in find_nonfinite(folder):
             yield f"{folder}: {name} holds a NaN or an infinity"
     except ValueError as error:
         yield str(error)
