@@ -42,11 +42,11 @@ def choose_tokens(
         logits = model.logits(hidden)
         return sample_tokens(logits, slots, positions, state, features, model.ops)
     draw: tuple[Tensor, ...] = ()
-    if features == RANDOM and positions is None:
+    if features == RANDOM:
         draw = state.temperature, state.seeds, state.positions, slots
-    elif features == RANDOM:
-        of_slots = (setting.index_select(0, slots) for setting in (state.temperature, state.seeds))
-        draw = *of_slots, positions
+        if positions is not None:
+            of_slots = (setting.index_select(0, slots) for setting in draw[:2])
+            draw = *of_slots, positions
     scores, ids = model.ops.lm_head_argmax(
         hidden, model.weights.lm_head, model.config.final_softcap, *draw
     )
