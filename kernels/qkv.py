@@ -34,20 +34,25 @@ from gemcut.kernels.skinny_product import (
     check_linear,
     halves,
     leaves_places,
+    operands,
     pipeline,
+    prefetch_scales,
     product,
     rows_of_weight,
+    tuned_tile,
 )
-from gemcut.kernels.tiles import tuned
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def linear_rope_and_store_kernel(
-    x_ptr, w_ptr, bias_ptr,  # [M, D], [(HQ + 2 HK) K, D], [(HQ + 2 HK) K]
+    x_ptr, w_ptr, scales_ptr, zeros_ptr,  # [M, D], [N, D], [N, G] x 2; N = (HQ + 2 HK) K
+    bias_ptr,  # [N]
     q_ptr, k_cache_ptr, v_cache_ptr,  # [M, HQ, K], [num_slots, HK, C, K] x 2
     slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, 1, K] x 2
     stride_x_m,
     M, D, C, num_slots,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -68,11 +73,13 @@ def linear_rope_and_store_kernel(
     dims = tl.program_id(2) * BLOCK_I + offs_2i % BLOCK_I
     rows = head * HEAD_DIM + dims + offs_2i // BLOCK_I * HALF
     mask_m, mask_i, mask_rows = offs_m < M, offs_i < HALF, dims < HALF
-    prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH)
+    tokens, weight = (x_ptr, stride_x_m, offs_m, mask_m), (w_ptr, scales_ptr, zeros_ptr)
+    prefetch_scales(weight, rows, mask_rows, 0, D, FORMAT, GROUP)
+    prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH, FORMAT)
 
     acc = product(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows, D, 0, D,
-        IS_EVEN, IN_STEPS, BLOCK_M, 2 * BLOCK_I, BLOCK_D,
+        tokens, weight, rows, mask_rows, D, 0, D,
+        IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_I, BLOCK_D,
     )  # fmt: skip
     let_next_begin(DEPENDENT)
     if HAS_BIAS:
@@ -111,7 +118,7 @@ def linear_rope_and_store_kernel(
             tl.store(v_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
 
 
-def _tile(num_heads: int, K: int, x: Tensor) -> dict[str, int]:
+def _tile(num_heads: int, K: int, x: Tensor, weight: Weight) -> dict[str, int]:
     """BLOCK_I pairs: 64 rows of the weight, or 32 where those are too few for all processors.
 
     Half as many rows of twice as many columns are as many bytes on their way, to twice as many
@@ -121,10 +128,10 @@ def _tile(num_heads: int, K: int, x: Tensor) -> dict[str, int]:
     half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
     block_i = min(rows_of_weight(x, BLOCK_N // 2), half)
     blocks = num_heads * triton.cdiv(K // 2, block_i)
-    rule = {"BLOCK_I": block_i, **pipeline(x, blocks)}
-    if block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0):
+    rule = {"BLOCK_I": block_i, **pipeline(x, weight, blocks)}
+    if isinstance(weight, Tensor) and block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0):
         rule |= {"BLOCK_I": block_i // 2, "BLOCK_D": 2 * rule["BLOCK_D"], "num_stages": 6}
-    return rule | tuned("linear_rope_and_store", x, num_heads * K, x.shape[1], K)
+    return rule | tuned_tile("linear_rope_and_store", x, weight, num_heads * K, x.shape[1], K)
 
 
 def linear_rope_and_store_(
@@ -163,13 +170,13 @@ def linear_rope_and_store_(
 
     q = torch.empty((M, HQ, K), device=x.device, dtype=x.dtype)
     if M:
-        tile = _tile(HQ + 2 * HK, K, x)
+        tile = _tile(HQ + 2 * HK, K, x, weight)
         grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, tile["BLOCK_I"]))
         is_even = D % tile["BLOCK_D"] == 0 and K // 2 % tile["BLOCK_I"] == 0
-        plain = leaves_places(x, grid[1] * grid[2], 2 * tile["BLOCK_I"], tile)
+        plain = leaves_places(x, weight, grid[1] * grid[2], 2 * tile["BLOCK_I"], tile)
         linear_rope_and_store_kernel[grid](
-            x_ptr=x, w_ptr=weight, bias_ptr=bias, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
-            slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
+            x_ptr=x, **operands(weight), bias_ptr=bias,
+            q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache, slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
             stride_x_m=x.stride(0), M=M, D=D, C=C, num_slots=num_slots,
             HAS_BIAS=bias is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,

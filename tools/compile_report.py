@@ -218,12 +218,14 @@ def _given(match: re.Match | None) -> re.Match:
     return match
 
 
-def report(models: list[str], archs: list[str], jobs: int) -> list[Cell]:
+def report(
+    models: list[str], archs: list[str], jobs: int, quantization: str | None = None
+) -> list[Cell]:
     """Compile what these models launch on these archs, each distinct kernel once."""
     wanted: dict[Launch, list[str]] = {}
     for model in models:
         for name in archs:
-            for launch in launches(PUBLISHED[model], name):
+            for launch in launches(PUBLISHED[model], name, quantization=quantization):
                 wanted.setdefault(launch, []).append(model)
     order = sorted(wanted, key=lambda launch: (launch.kernel, launch.arch, str(launch)))
     # spawned: a fork would inherit torch's threads
