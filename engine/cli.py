@@ -14,6 +14,7 @@ from gemcut.engine.checks import read_size
 
 INTERRUPTED = 128 + 2  # a shell's exit codes for a program killed by SIGINT or SIGPIPE
 PIPE_CLOSED = 128 + 13
+QUANTIZATIONS = ("int8", "int4", "fp8")
 
 EPILOG = """\
 exit codes: 0 fine, 1 an error (one line on standard error), 2 wrong usage, 130 after Ctrl-C,
@@ -244,6 +245,11 @@ def _add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default="auto",
         help="bfloat16, float32 (default: bfloat16 on cuda, else float32)",
     )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="quantise the matrices of a plain checkpoint while they are read (default: as stored)",
+    )
     return group
 
 
@@ -314,6 +320,12 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         choices=("keep", "bfloat16", "float32"),
         default="keep",
         help="of the written weights; int8 is kept as bfloat16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="write the matrices of layers as compressed-tensors has them, embedding and head "
+        "plain, for transformers and vLLM too (default: as they are)",
     )
     parser.add_argument(
         "--tokenizer",

@@ -86,7 +86,9 @@ def info(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     config = find_config(args.model)
     dtype = choose_dtype(args.dtype, device)
-    facts = describe(config, device, dtype, args.max_batch_size, args.max_seq_len)
+    facts = describe(
+        config, device, dtype, args.max_batch_size, args.max_seq_len, args.quantization
+    )
     problems = find_problems(args.model, config) if args.check else None
     if args.json:
         checked = {} if problems is None else {"problems": problems}
@@ -110,6 +112,7 @@ def convert(args: argparse.Namespace) -> int:
         source_format=args.source_format,
         config=args.config,
         dtype=None if args.dtype == "keep" else getattr(torch, args.dtype),
+        quantization=args.quantization,
         tokenizer=args.tokenizer,
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,
@@ -120,9 +123,11 @@ def convert(args: argparse.Namespace) -> int:
         _note(f"{done.left_aside} tensors left aside, which the language model does not need")
     for name in done.nonfinite:
         _note(f"{name} holds a NaN or an infinity")
+    kind = f"{done.config.dtype}, matrices in {args.quantization}"
+    kind = kind if args.quantization is not None else done.config.dtype
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(
-        f"{done.target}: {done.source_format} to {done.target_format}, {done.config.dtype}, "
+        f"{done.target}: {done.source_format} to {done.target_format}, {kind}, "
         f"{files}; verified: {done.tensors} tensors, {done.nbytes} bytes, read back and equal"
     )
     return 0
@@ -154,6 +159,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             generation_config=args.generation_config,
             default_params=SamplingParams(**args.unpublished),
             revision=args.revision,
+            quantization=args.quantization,
         )
     for warning in found:
         _note(f"warning: {' '.join(str(warning.message).split())}")

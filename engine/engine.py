@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from gemcut.engine.calls import Calls, shows
 from gemcut.engine.checkpoints.hub import SMALL_FILES, check_holds_model, resolve_checkpoint
-from gemcut.engine.checkpoints.load import load_checkpoint, load_tokenizer
+from gemcut.engine.checkpoints.load import expected_layouts, load_checkpoint, load_tokenizer
 from gemcut.engine.checks import check_bool, check_int
 from gemcut.engine.config.generation_file import published_settings, settings_folder, stop_token_ids
 from gemcut.engine.config.model_config import ModelConfig
@@ -138,7 +138,7 @@ class Engine(Calls):
         cuda_graphs: bool = True,
         dependent_launches: bool = True,
         skip_tokenizer_init: bool = False,
-        quantization: str | None = None,
+        quantization: Literal["int8", "int4", "fp8"] | None = None,
         ops: str = "auto",
         generation_config: str | Path = "auto",
         default_params: SamplingParams | None = None,
@@ -152,7 +152,9 @@ class Engine(Calls):
         device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and float32 on a
         CPU; max_batch_size "auto" is the most of 16, 8, 4, 2, 1 slots that free memory holds;
         max_seq_len None or "auto" is the model's own limit, or less if free memory holds less; with
-        skip_tokenizer_init the engine takes ids alone.
+        skip_tokenizer_init the engine takes ids alone.  quantization: "int8", "int4" or "fp8"
+        quantises the matrices of a plain checkpoint while they are read; one that is quantised
+        needs nothing.
 
         generation_config: the file that publishes the settings of a call that gives none: "auto" is
         the model's generation_config.json, a folder has one of its own, and with "none" only the
@@ -160,8 +162,6 @@ class Engine(Calls):
         revision, cache_dir, local_files_only: for the Hub, as huggingface_hub has them.
         ValueError says in one line what is wrong with an argument or the checkpoint.
         """
-        if quantization is not None:
-            raise NotImplementedError(f"quantization {quantization!r} is not there yet; None is")
         target = choose_device(device)
         op_table = choose_ops(ops, target)
         weights_dtype = choose_dtype(dtype, target)
@@ -184,6 +184,7 @@ class Engine(Calls):
                 f"{folder} holds a {config.architectures[0]}, which generates no text; "
                 f"gemcut.engine has a class of that name"
             )
+        layouts = expected_layouts(config, quantization)
         tokenizer = None if skip_tokenizer_init else load_tokenizer(folder, config)
         published_in = settings_folder(generation_config, folder)
         eos_ids = stop_token_ids(published_in, config)
@@ -193,13 +194,22 @@ class Engine(Calls):
         check_bool("cuda_graphs", cuda_graphs)
         check_bool("dependent_launches", dependent_launches)
         build = Build(
-            config, target, weights_dtype, op_table, prefill_chunk, reuse_prefixes, cuda_graphs
+            config,
+            target,
+            weights_dtype,
+            op_table,
+            prefill_chunk,
+            reuse_prefixes,
+            cuda_graphs,
+            layouts,
         )
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
         folder = fetch()  # with the weights
 
         def load() -> Engine:
-            weights = load_checkpoint(folder, config, device=target, dtype=weights_dtype)
+            weights = load_checkpoint(
+                folder, config, device=target, dtype=weights_dtype, quantization=quantization
+            )
             if op_table is cpu:
                 weights.pack_()
             engine = cls(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import torch
 
 from gemcut import kernels
 from gemcut.engine.checkpoints.hub import CONFIG_FILES, check_holds_model, resolve_checkpoint
-from gemcut.engine.checkpoints.load import find_nonfinite, load_checkpoint
+from gemcut.engine.checkpoints.load import expected_layouts, find_nonfinite, load_checkpoint
+from gemcut.engine.checkpoints.stored_weights import check_quantization
 from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.config.rope_parameters import RopeParameters
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
+from gemcut.engine.execution.weights import QUANTIZATIONS
 from gemcut.engine.memory import (
     DEFAULT_BATCH_SIZE,
     MEMORY_SHARE,
@@ -45,10 +48,11 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Room:
-    """What fits on one device, now, in one dtype."""
+    """What fits on one device, now, in one dtype or format of the weights."""
 
     device: str
     dtype: str
+    quantization: str | None  # what a plain checkpoint would be quantised to
     free_bytes: int
     weight_bytes: int
     slots: int  # that fit beside weights and activations, each of the model's own limit
@@ -71,11 +75,12 @@ class ModelInfo:
     """Sizes that follow from a config; the cache's are in bfloat16."""
 
     parameters: int
-    weight_bytes: dict[str, int]  # by dtype
+    weight_bytes: dict[str, int]  # by dtype and format; "stored" where files are quantised
     kv_bytes_per_token: int  # while the token is within every window
     slot_bytes: int  # of the model's own limit
     full_slot_bytes: int  # the same if local layers kept all tokens
     room: Room
+    quantized_rooms: list[Room]  # where a plain checkpoint is quantised on load
     engine: EngineSize
 
 
@@ -101,34 +106,56 @@ def describe(
     dtype: torch.dtype,
     max_batch_size: int | str = DEFAULT_BATCH_SIZE,
     max_seq_len: int | str | None = None,
+    quantization: str | None = None,
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
     ValueError names a size out of range; one that does not fit is reported in `engine.problem`.
     """
     ops = cpu if device.type == "cpu" else kernels
-    build = Build(config, device, dtype, ops)
+
+    def build_of(quantization: str | None, dtype: torch.dtype = dtype) -> Build:
+        return Build(config, device, dtype, ops, layouts=expected_layouts(config, quantization))
+
+    build, formats = build_of(quantization), _formats(config)
     parameters = config.num_parameters()
     limit = config.context_length
     return ModelInfo(
         parameters=parameters,
-        weight_bytes={"bfloat16": 2 * parameters, "float32": 4 * parameters},
+        weight_bytes={
+            "bfloat16": 2 * parameters,
+            "float32": 4 * parameters,
+            **{name: build_of(name, torch.bfloat16).weight_bytes() for name in formats},
+            **({"stored": build.weight_bytes()} if config.quantization is not None else {}),
+        },
         kv_bytes_per_token=config.kv_bytes_per_token(),
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
-        room=_room(build),
+        room=_room(build, quantization),
+        quantized_rooms=[_room(build_of(name), name) for name in formats],
         engine=_engine_size(build, max_batch_size, max_seq_len),
     )
 
 
-def _room(build: Build) -> Room:
+def _formats(config: ModelConfig) -> list[str]:
+    """What the model's matrices can be quantised to on load."""
+    found = []
+    for name in QUANTIZATIONS:
+        with suppress(ValueError):
+            check_quantization(name, config)
+            found.append(name)
+    return found
+
+
+def _room(build: Build, quantization: str | None) -> Room:
     free = free_bytes(build.device)
     budget = MEMORY_SHARE[build.device.type] * free  # as where the engine chooses
     return Room(
         device=str(build.device),
         dtype=str(build.dtype).removeprefix("torch."),
+        quantization=quantization,
         free_bytes=free,
-        weight_bytes=build.config.num_parameters() * build.dtype.itemsize,
+        weight_bytes=build.weight_bytes(),
         slots=build.most_slots(build.config.context_length, budget),
         longest_slot={slots: build.longest_slot(slots, budget) for slots in BATCH_SIZES},
     )
@@ -155,8 +182,13 @@ def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[st
     yield "model", model
     yield "family", f"{FAMILIES[config.model_type]} ({config.model_type})"
     yield "parameters", f"{info.parameters:,}"
-    sizes = ", ".join(f"{readable(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
-    yield "weights", sizes
+    sizes = {name: f"{readable(size)} in {name}" for name, size in info.weight_bytes.items()}
+    if (stored := sizes.pop("stored", None)) is not None:
+        yield "weights", f"{stored.split(' in ')[0]} as stored, {_stored_formats(config)}"
+    plain = ", ".join(sizes.pop(dtype) for dtype in ("bfloat16", "float32"))
+    yield "" if stored else "weights", plain
+    if sizes:
+        yield "", ", ".join(sizes.values())
     yield "layers", _layers(config)
     yield "hidden size", f"{config.hidden_size}, MLP {config.intermediate_size}"
     heads = f"{config.num_q_heads} query, {config.num_kv_heads} key and value"
@@ -173,12 +205,17 @@ def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[st
         slot += f"; {readable(info.full_slot_bytes)} if local layers were no rings"
     yield "", slot
     yield from _room_lines(info.room, limit)
+    for room in info.quantized_rooms:
+        slots = f"room for {room.slots} slots of {limit} tokens"
+        fits = slots if room.longest_slot[1] else "does not fit"
+        yield f"in {room.quantization}", f"{readable(room.weight_bytes)} for weights, {fits}"
     yield from _engine_lines(info.engine)
 
 
 def _room_lines(room: Room, limit: int) -> Iterator[tuple[str, str]]:
     free, weights = readable(room.free_bytes), readable(room.weight_bytes)
-    yield f"on {room.device}", f"{free} free, {weights} for weights in {room.dtype}"
+    of = room.quantization or room.dtype
+    yield f"on {room.device}", f"{free} free, {weights} for weights in {of}"
     if room.longest_slot[1] == 0:
         yield "", "does not fit"
         return
@@ -193,6 +230,11 @@ def _engine_lines(size: EngineSize) -> Iterator[tuple[str, str]]:
     kinds = [kind for kind, nbytes in size.bytes.items() if nbytes and kind != "total"]
     shown = (f"{readable(size.bytes[kind])} {KINDS[kind]}" for kind in kinds)
     yield "", ", ".join(shown)
+
+
+def _stored_formats(config: ModelConfig) -> str:
+    assert config.quantization is not None
+    return " and ".join(sorted({scheme.format for scheme in config.quantization.schemes}))
 
 
 def _layers(config: ModelConfig) -> str:

@@ -150,11 +150,16 @@ def dequantized(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Te
     return (groups * weight.scales.to(wide).unsqueeze(-1)).flatten(1).to(dtype)
 
 
-def quantize(weight: Tensor, format: str, group_size: int | None = None) -> QuantizedWeight:
+def quantize(
+    weight: Tensor,
+    format: str,
+    group_size: int | None = None,
+    scales_dtype: torch.dtype | None = None,
+) -> QuantizedWeight:
     """The nearest weight of a format, without zero points: [N, D] in any float dtype.
 
     A group's greatest number becomes the greatest of the format.  group_size: None for a scale a
-    row.  Scales are float32 by row, and in weight's dtype by group.
+    row.  Scales are float32 by row, and in weight's dtype by group, unless `scales_dtype` is given.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is not known; there are {', '.join(FORMATS)}")
@@ -165,7 +170,7 @@ def quantize(weight: Tensor, format: str, group_size: int | None = None) -> Quan
     by_row = group_size == D
     groups = weight.float().unflatten(1, (-1, group_size))
     greatest = groups.abs().amax(-1) / GREATEST[format]
-    scales = greatest if by_row else greatest.to(weight.dtype)
+    scales = greatest.to(scales_dtype or (torch.float32 if by_row else weight.dtype))
     divisor = scales.float().masked_fill(scales == 0, 1).unsqueeze(-1)
     values = (groups / divisor).flatten(1).clamp(-GREATEST[format], GREATEST[format])
     if format == "fp8":

@@ -35,7 +35,7 @@ SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".msgpack", ".safetensors", ".json")
 # Of no influence on what the model computes: a config given and one found may differ in them.
 BOOKKEEPING = {
     "attention_dropout", "initializer_range", "use_cache", "dtype", "architectures", "id2label",
-    "extra",
+    "extra", "quantization",
 }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def open_source(path: Path, form: Format, config: str | Path | None = None) -> S
         for tensor in spec.members:
             places[tensor.name] = (spec, start)
             start += tensor.shape[0]
-    used = sum(1 if tensor.scaler is None else 2 for tensor in stored.values())
+    used = sum(tensor.count + (tensor.scaler is not None) for tensor in stored.values())
     return Source(path, chosen, inferred, stored, places, left_aside=len(opened) - used)
 
 

@@ -161,6 +161,7 @@ class Loading(Parameters):
                 model_config,
                 device=target,
                 dtype=chosen,
+                dequantize=True,
                 any_head=cls.is_bare,
                 new_head=None if model_config.classifier is None else make,
             )
