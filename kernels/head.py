@@ -110,6 +110,7 @@ def lm_head_kernel(
     GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -124,7 +125,7 @@ def lm_head_kernel(
     prefetch_scales(weight, offs_v, mask_v, 0, D, FORMAT, GROUP)
     acc = product(
         tokens, weight, offs_v, mask_v, D, 0, D,
-        IS_EVEN, True, FORMAT, GROUP, BLOCK_M, BLOCK_V, BLOCK_D,
+        IS_EVEN, HAS_TAIL, True, FORMAT, GROUP, BLOCK_M, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     logits = capped(acc, SOFTCAP)
     logits_ptrs = logits_ptr + offs_m[None, :] * V + offs_v[:, None]
@@ -146,6 +147,7 @@ def lm_head_argmax_kernel(
     GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -178,7 +180,7 @@ def lm_head_argmax_kernel(
             prefetch_scales(weight, offs_v, mask_v, 0, D, FORMAT, GROUP)
         acc = add_step(
             acc, tokens, weight, offs_v, mask_v,
-            D, start_d, IS_EVEN, True, FORMAT, GROUP, BLOCK_D,
+            D, start_d, IS_EVEN, HAS_TAIL, True, FORMAT, GROUP, BLOCK_D,
         )  # fmt: skip
 
         is_last = start_d + BLOCK_D >= D
@@ -204,8 +206,9 @@ def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     (V, D), block_v = weight.shape, rows_of_weight(x)
     rule = {"BLOCK_V": block_v, **pipeline(x, weight, triton.cdiv(V, block_v))}
     tile = rule | tuned_tile("lm_head", x, weight, V, D)
-    is_even = D % tile["BLOCK_D"] == 0 and V % tile["BLOCK_V"] == 0
-    return {"BLOCK_M": BLOCK_M, "IS_EVEN": is_even, **tile}
+    has_tail = D % tile["BLOCK_D"] != 0
+    is_even = not has_tail and V % tile["BLOCK_V"] == 0
+    return {"BLOCK_M": BLOCK_M, "IS_EVEN": is_even, "HAS_TAIL": has_tail, **tile}
 
 
 def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:

@@ -73,6 +73,7 @@ def skinny_linear_kernel(
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     IN_STEPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -92,7 +93,7 @@ def skinny_linear_kernel(
     prefetch_and_wait(w_ptr, offs_n, begin, D, DEPENDENT, PREFETCH, FORMAT)
     acc = product(
         tokens, weight, offs_n, mask_n, D, begin, tl.minimum(begin + split_d, D),
-        IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_M, BLOCK_N, BLOCK_D,
+        IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     let_next_begin(DEPENDENT)
     if HAS_BIAS:
@@ -176,7 +177,7 @@ def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
         skinny_linear_kernel[grid](
             x_ptr=x, **operands(weight), bias_ptr=bias, y_ptr=y, stride_x_m=x.stride(0),
             M=M, N=N, D=D, split_d=triton.cdiv(triton.cdiv(D, block_d), splits) * block_d,
-            HAS_BIAS=bias is not None, IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
+            HAS_BIAS=bias is not None, IS_EVEN=is_even, HAS_TAIL=D % block_d != 0, IN_STEPS=x.dtype == torch.float32,
             PREFETCH=prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
             **dependent_launch(x.device),
         )  # fmt: skip

@@ -72,6 +72,7 @@ def linear_geglu_kernel(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     IN_STEPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -91,7 +92,7 @@ def linear_geglu_kernel(
 
     acc = product(
         tokens, weight, rows, mask_rows, D, 0, D,
-        IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_F, BLOCK_D,
+        IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_F, BLOCK_D,
     )  # fmt: skip
     let_next_begin(DEPENDENT)
     gate, up = halves(acc, BLOCK_F, BLOCK_M)
@@ -157,7 +158,7 @@ def linear_geglu(x: Tensor, gate_up_weight: Weight) -> Tensor:
         linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), programs)](
             x_ptr=x, **operands(gate_up_weight), y_ptr=y, stride_x_m=x.stride(0),
             M=M, F=F, D=D, share=share,
-            IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
+            IS_EVEN=is_even, HAS_TAIL=D % tile["BLOCK_D"] != 0, IN_STEPS=x.dtype == torch.float32,
             PREFETCH=0 if plain else prefetched_bytes(gate_up_weight, is_even), BLOCK_M=BLOCK_M,
             **tile, **dependent_launch(x.device, plain),
         )  # fmt: skip

@@ -58,6 +58,7 @@ def linear_rope_and_store_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     IN_STEPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -79,7 +80,7 @@ def linear_rope_and_store_kernel(
 
     acc = product(
         tokens, weight, rows, mask_rows, D, 0, D,
-        IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_I, BLOCK_D,
+        IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_I, BLOCK_D,
     )  # fmt: skip
     let_next_begin(DEPENDENT)
     if HAS_BIAS:
@@ -180,7 +181,7 @@ def linear_rope_and_store_(
             stride_x_m=x.stride(0), M=M, D=D, C=C, num_slots=num_slots,
             HAS_BIAS=bias is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
-            IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
+            IS_EVEN=is_even, HAS_TAIL=D % tile["BLOCK_D"] != 0, IN_STEPS=x.dtype == torch.float32,
             PREFETCH=0 if plain else prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
             **dependent_launch(x.device, plain),
         )  # fmt: skip

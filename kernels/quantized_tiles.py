@@ -40,6 +40,7 @@ def byte_tile(
     w_ptr, rows, mask_rows,  # bytes [N, width], [BLOCK_ROWS] x 2
     D, start_d,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BYTES: tl.constexpr,
@@ -60,7 +61,10 @@ def byte_tile(
     if IS_EVEN:
         w = tl.load(w_ptrs)
     else:
-        w = tl.load(w_ptrs, mask=mask_rows.reshape(ROWS, 1, 8, 1) & (columns < width), other=0)
+        mask_w = mask_rows.reshape(ROWS, 1, 8, 1)
+        if HAS_TAIL:
+            mask_w = mask_w & (columns < width)
+        w = tl.load(w_ptrs, mask=mask_w, other=0)
     w = w.reshape(ROWS, RUNS, 8, 4, 2, 2).permute(0, 2, 1, 4, 3, 5)
     return w.reshape(BLOCK_ROWS, BYTES)
 

@@ -60,6 +60,7 @@ def product(
     tokens, weight, rows, mask_rows,  # see add_step
     D, begin, end,  # columns begin to end - 1; begin is a multiple of BLOCK_D
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     IN_STEPS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -77,7 +78,7 @@ def product(
     for start_d in range(begin, end, BLOCK_D):
         acc = add_step(
             acc, tokens, weight, rows, mask_rows,
-            D, start_d, IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_D,
+            D, start_d, IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_D,
         )  # fmt: skip
     return scaled_by_row(acc, weight, rows, mask_rows, FORMAT, GROUP)
 
@@ -89,38 +90,44 @@ def add_step(
     weight,  # w_ptr [N, D], scales_ptr [N, G], zeros_ptr [N, G], as `operands` gives them
     rows, mask_rows,  # [BLOCK_ROWS] x 2: rows of the weight
     D, start_d,
-    IS_EVEN: tl.constexpr,  # D is a multiple of BLOCK_D, and every row exists
+    IS_EVEN: tl.constexpr,  # every row exists, and D is a multiple of BLOCK_D
+    HAS_TAIL: tl.constexpr,  # D is none
     IN_STEPS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One step of a product: acc and the sum over columns start_d to start_d + BLOCK_D - 1."""
     if FORMAT is None:
         offs_d = start_d + tl.arange(0, BLOCK_D)
-        x = x_tile(tokens, offs_d, D, IS_EVEN)
+        x = x_tile(tokens, offs_d, D, HAS_TAIL)
         w_ptrs = weight[0] + rows[:, None] * D + offs_d[None, :]
         if IS_EVEN:
             w = tl.load(w_ptrs)
         else:
-            w = tl.load(w_ptrs, mask=mask_rows[:, None] & (offs_d < D)[None, :], other=0.0)
+            mask_w = mask_rows[:, None]
+            if HAS_TAIL:
+                mask_w = mask_w & (offs_d < D)[None, :]
+            w = tl.load(w_ptrs, mask=mask_w, other=0.0)
         acc = added(acc, w, x, IN_STEPS)
     else:
         BYTES: tl.constexpr = BLOCK_D // 2 if FORMAT == "int4" else BLOCK_D
         BLOCK_ROWS: tl.constexpr = acc.shape[0]
         w = byte_tile(
-            weight[0], rows, mask_rows, D, start_d, IS_EVEN, FORMAT, BLOCK_ROWS, BYTES
+            weight[0], rows, mask_rows, D, start_d, IS_EVEN, HAS_TAIL, FORMAT, BLOCK_ROWS, BYTES
         )  # fmt: skip
+        groups = scales_of(
+            weight, rows, mask_rows, D, start_d, 0, HAS_TAIL, FORMAT, GROUP, BYTES, BLOCK_D
+        )
         acc = add_bytes(
-            acc, w, tokens, weight, rows, mask_rows, D, start_d, 0,
-            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, BYTES, BLOCK_D,
-        )  # fmt: skip
+            acc, w, groups, tokens, D, start_d, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, BYTES
+        )
     return acc
 
 
 @triton.jit
-def x_tile(tokens, offs_d, D, IS_EVEN: tl.constexpr):
+def x_tile(tokens, offs_d, D, HAS_TAIL: tl.constexpr):
     """Columns offs_d of rows of x: [BLOCK_M, BLOCK_D]."""
     x_ptr, stride_x_m, offs_m, mask_m = tokens
     mask_x = mask_m[:, None]
-    if not IS_EVEN:
+    if HAS_TAIL:
         mask_x = mask_x & (offs_d < D)[None, :]
     return tl.load(
         x_ptr + offs_m[:, None] * stride_x_m + offs_d[None, :], mask=mask_x, other=0.0
@@ -130,92 +137,122 @@ def x_tile(tokens, offs_d, D, IS_EVEN: tl.constexpr):
 @triton.jit
 def add_bytes(
     acc,
-    w,  # [BLOCK_ROWS, BYTES]: what a quantised weight holds of columns from start_d + FIRST on
-    tokens, weight, rows, mask_rows, D, start_d, FIRST: tl.constexpr,
-    IS_EVEN: tl.constexpr, IN_STEPS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BYTES: tl.constexpr, BLOCK_D: tl.constexpr,
+    w,  # [BLOCK_ROWS, BYTES]: what a quantised weight holds of columns from start_d on
+    groups,  # as `scales_of` gives them
+    tokens, D, start_d,
+    HAS_TAIL: tl.constexpr, IN_STEPS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """acc and the sum over these columns, cut into units that share a scale."""
-    # the greatest power of two that divides GROUP; of a group that is a whole row, all of them
-    UNIT: tl.constexpr = GROUP & -GROUP if GROUP % 32 == 0 else 2 * BYTES
-    WHOLE: tl.constexpr = UNIT if FORMAT != "int4" else max(UNIT // 2, 32)  # bytes
-    if GROUP > 0 and BYTES > WHOLE:
+    if is_several_units(FORMAT, GROUP, BYTES):
         HALF: tl.constexpr = BYTES // 2
         left, right = left_and_right(w, BLOCK_ROWS, BYTES)
         acc = add_bytes(
-            acc, left, tokens, weight, rows, mask_rows, D, start_d, FIRST,
-            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF, BLOCK_D,
+            acc, left, groups[0], tokens, D, start_d,
+            HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF,
         )  # fmt: skip
-        NEXT: tl.constexpr = FIRST + (BYTES if FORMAT == "int4" else HALF)
+        start_d += BYTES if FORMAT == "int4" else HALF
         acc = add_bytes(
-            acc, right, tokens, weight, rows, mask_rows, D, start_d, NEXT,
-            IS_EVEN, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF, BLOCK_D,
+            acc, right, groups[1], tokens, D, start_d,
+            HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF,
         )  # fmt: skip
     else:
         DTYPE: tl.constexpr = tokens[0].dtype.element_ty
-        offs_d = start_d + FIRST + in_order(BYTES, FORMAT)
-        x = x_tile(tokens, offs_d, D, IS_EVEN)
-        group = group_of(D, start_d, FIRST, IS_EVEN, GROUP, BLOCK_D)
+        offs_d = start_d + in_order(BYTES, FORMAT)
+        x = x_tile(tokens, offs_d, D, HAS_TAIL)
         if FORMAT == "int4":
             low, high = two_numbers(w, DTYPE)
-            acc = added(acc, low, x, IN_STEPS, weight, rows, mask_rows, D, group, IS_EVEN, GROUP)
-            x = x_tile(tokens, offs_d + 32, D, IS_EVEN)
-            group = group_of(D, start_d, FIRST + 32, IS_EVEN, GROUP, BLOCK_D)
-            acc = added(acc, high, x, IN_STEPS, weight, rows, mask_rows, D, group, IS_EVEN, GROUP)
+            acc = added(acc, low, x, IN_STEPS, groups[0])
+            x = x_tile(tokens, offs_d + 32, D, HAS_TAIL)
+            acc = added(acc, high, x, IN_STEPS, groups[1])
         else:
-            w = numbers(w, DTYPE, FORMAT)
-            acc = added(acc, w, x, IN_STEPS, weight, rows, mask_rows, D, group, IS_EVEN, GROUP)
+            acc = added(acc, numbers(w, DTYPE, FORMAT), x, IN_STEPS, groups)
     return acc
 
 
+@triton.constexpr_function
+def is_several_units(format, group, size):
+    """Whether so many bytes of a row hold more than one unit of columns that share their scale.
+
+    A unit is the greatest power of two that divides a group; of int4, whose bytes hold columns 32
+    apart, at least 32 bytes.  A group that is a whole row has units of any size.
+    """
+    if group % 32 or group == 0:
+        return False
+    unit = group & -group
+    return size > (max(unit // 2, 32) if format == "int4" else unit)
+
+
 @triton.jit
-def added(
-    acc, w, x, IN_STEPS: tl.constexpr,  # w [BLOCK_ROWS, K], x [BLOCK_M, K]
-    weight=None, rows=None, mask_rows=None, D=0, group=0,
-    IS_EVEN: tl.constexpr = True, GROUP: tl.constexpr = 0,
+def scales_of(
+    weight, rows, mask_rows, D, start_d, FIRST: tl.constexpr, HAS_TAIL: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """acc + w @ x.T, or of a group acc + (w - zero points) @ x.T * scales."""
-    if GROUP > 0:
-        offs = rows * (D // GROUP) + group
+    """Scales and zero points of columns from start_d + FIRST on: pairs of pairs, by halves.
+
+    All loads of a step stand before its products, whose barriers none would pass.
+    """
+    if GROUP == 0:
+        found = ((None, None), (None, None)) if FORMAT == "int4" else (None, None)
+    elif is_several_units(FORMAT, GROUP, BYTES):
+        HALF: tl.constexpr = BYTES // 2
+        NEXT: tl.constexpr = FIRST + (BYTES if FORMAT == "int4" else HALF)
+        left = scales_of(
+            weight, rows, mask_rows, D, start_d, FIRST, HAS_TAIL, FORMAT, GROUP, HALF, BLOCK_D
+        )
+        right = scales_of(
+            weight, rows, mask_rows, D, start_d, NEXT, HAS_TAIL, FORMAT, GROUP, HALF, BLOCK_D
+        )
+        found = left, right
+    else:
+        found = of_group(weight, rows, mask_rows, D, start_d, FIRST, HAS_TAIL, GROUP, BLOCK_D)
+        if FORMAT == "int4":
+            of_high = of_group(
+                weight, rows, mask_rows, D, start_d, FIRST + 32, HAS_TAIL, GROUP, BLOCK_D
+            )
+            found = found, of_high
+    return found
+
+
+@triton.jit
+def of_group(
+    weight, rows, mask_rows, D, start_d, FIRST: tl.constexpr,
+    HAS_TAIL: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scales of some rows in the group of column start_d + FIRST, and zero points or None.
+
+    Their loads have a mask in any case: the compiler leaves those in their place.
+    """
+    if BLOCK_D % GROUP == 0 or GROUP % BLOCK_D == 0:
+        group = start_d // GROUP + FIRST % BLOCK_D // GROUP
+    else:
+        group = (start_d + FIRST) // GROUP
+    if HAS_TAIL:
+        group = tl.minimum(group, D // GROUP - 1)  # columns past D add nothing
+    offs = rows * (D // GROUP) + group
+    scales = tl.load(weight[1] + offs, mask=mask_rows, other=0.0).to(tl.float32)
+    if weight[2] is None:
+        found = scales, None
+    else:
+        found = scales, tl.load(weight[2] + offs, mask=mask_rows, other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
+def added(acc, w, x, IN_STEPS: tl.constexpr, group=(None, None)):
+    """acc + w @ x.T, or acc + (w - zero points) @ x.T * scales of a group."""
+    if group[0] is not None:
         unit = tl.dot(w, x.T, input_precision="ieee")
-        if weight[2] is not None:
+        if group[1] is not None:
             ones = tl.full(w.shape, 1.0, w.dtype)
-            zeros = some_of(weight[2], offs, mask_rows, IS_EVEN)
-            unit -= zeros[:, None] * tl.dot(ones, x.T, input_precision="ieee")
-        acc += unit * some_of(weight[1], offs, mask_rows, IS_EVEN)[:, None]
+            unit -= group[1][:, None] * tl.dot(ones, x.T, input_precision="ieee")
+        acc += unit * group[0][:, None]
     elif IN_STEPS:
         # with 0 for max_num_imprecise_acc the compiler makes one chain of it again
         acc += tl.dot(w, x.T, input_precision="ieee", max_num_imprecise_acc=1)
     else:
         acc = tl.dot(w, x.T, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def group_of(
-    D, start_d, FIRST: tl.constexpr,
-    IS_EVEN: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The group of column start_d + FIRST; 0 where rows have none."""
-    if GROUP == 0:
-        group = 0
-    elif BLOCK_D % GROUP == 0 or GROUP % BLOCK_D == 0:
-        group = start_d // GROUP + FIRST % BLOCK_D // GROUP
-    else:
-        group = (start_d + FIRST) // GROUP
-    if GROUP > 0 and not IS_EVEN:
-        group = tl.minimum(group, D // GROUP - 1)  # columns past D add nothing
-    return group
-
-
-@triton.jit
-def some_of(ptr, offs, mask, IS_EVEN: tl.constexpr):
-    """Numbers in float32, of which none is missing if IS_EVEN."""
-    if IS_EVEN:
-        x = tl.load(ptr + offs)
-    else:
-        x = tl.load(ptr + offs, mask=mask, other=0.0)
-    return x.to(tl.float32)
 
 
 @triton.jit
