@@ -109,7 +109,7 @@ def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     Of the tiles it is the first whose programs take nearly every place, or else the fullest.
     """
     N, D = weight.shape
-    block_n = rows_of_weight(x)
+    block_n = rows_of_weight(x, weight)
     blocks = int(triton.cdiv(N, block_n))
 
     def splits(tile: dict[str, int]) -> int:

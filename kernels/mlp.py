@@ -33,6 +33,7 @@ from gemcut.kernels.skinny_product import (
     BLOCK_N,
     check_linear,
     halves,
+    is_int4,
     leaves_places,
     operands,
     pipeline,
@@ -104,7 +105,7 @@ def linear_geglu_kernel(
 
 def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     """BLOCK_F rows of gate and as many of up."""
-    F, block_f = weight.shape[0] // 2, rows_of_weight(x, BLOCK_N // 2)
+    F, block_f = weight.shape[0] // 2, rows_of_weight(x, weight, BLOCK_N // 2)
     rule = {"BLOCK_F": block_f, **pipeline(x, weight, triton.cdiv(F, block_f))}
     return rule | tuned_tile("linear_geglu", x, weight, F, x.shape[1])
 
@@ -114,7 +115,8 @@ def _share(weight: Weight, x: Tensor, tile: dict[str, int]) -> int:
     F = weight.shape[0] // 2
     blocks = triton.cdiv(F, tile["BLOCK_F"])
     slots = places(x, weight, 2 * tile["BLOCK_F"], tile)
-    if blocks <= PROCESSORS.get(arch_of(x.device), 0) or blocks > 4 * slots:
+    # of int4 fewer rows would save no instructions, which bound it
+    if is_int4(weight) or blocks <= PROCESSORS.get(arch_of(x.device), 0) or blocks > 4 * slots:
         return tile["BLOCK_F"]
     return triton.cdiv(F, triton.cdiv(blocks, slots) * slots)
 

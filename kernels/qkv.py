@@ -6,7 +6,8 @@
 
 Rotation pairs dimension i of a head with i + K/2, so a program owns BLOCK_I such pairs of one head:
 rows i and i + K/2 of the weight.  Gemma 3 normalises q and k over the whole head before it rotates
-them, which no program holds: there the product is one launch and rotary.py the second.
+them, which no program holds: there the product is one launch and rotary.py the second.  So it is
+with int4, whose heads make too few programs for its instructions.
 
 Cost: (HQ + 2 HK) K D weights read once for 16 rows, 2 operations each a row: bound by memory
 bandwidth, see skinny_product.py.
@@ -33,6 +34,7 @@ from gemcut.kernels.skinny_product import (
     BLOCK_N,
     check_linear,
     halves,
+    is_int4,
     leaves_places,
     operands,
     pipeline,
@@ -127,7 +129,7 @@ def _tile(num_heads: int, K: int, x: Tensor, weight: Weight) -> dict[str, int]:
     instructions of a warp.
     """
     half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
-    block_i = min(rows_of_weight(x, BLOCK_N // 2), half)
+    block_i = min(rows_of_weight(x, weight, BLOCK_N // 2), half)
     blocks = num_heads * triton.cdiv(K // 2, block_i)
     rule = {"BLOCK_I": block_i, **pipeline(x, weight, blocks)}
     if isinstance(weight, Tensor) and block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0):
@@ -163,7 +165,7 @@ def linear_rope_and_store_(
     HQ = count_q_heads("weight", weight.shape[0], HK, K)
     check_rotation(M, K, slots, positions, cos, sin)
     check_head_norms(x, q_norm_weight, k_norm_weight, K)
-    if q_norm_weight is not None:
+    if q_norm_weight is not None or is_int4(weight):
         return rope_and_store_(
             skinny_linear(x, weight, bias),
             k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps,

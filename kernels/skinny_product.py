@@ -45,12 +45,12 @@ BLOCK_N = 64  # rows of the weight in a program
 PIPELINES = {3: (128, 3), 4: (64, 5), 1: (64, 7)}
 # half as much shared memory, or less: 30, 40 and 60 KB
 SMALL_PIPELINES = {3: (64, 3), 2: (64, 4), 1: (64, 6)}
-# The same of a byte a number, and of half a byte, whose programs registers bound: 40 to 68 KB, of
-# which x takes a third and a half; then 28 to 64.
-BYTE_PIPELINES = {5: (128, 4), 4: (128, 5), 3: (128, 6), 1: (128, 6)}
-INT4_PIPELINES = {4: (128, 7), 3: (128, 9), 1: (128, 9)}
+# The same of a byte a number, and of half a byte with twice as many rows: 40 to 64 KB, of which x
+# takes a third; then 24 to 72.
+BYTE_PIPELINES = {5: (128, 4), 4: (128, 5), 3: (128, 6), 1: (256, 3)}
+INT4_PIPELINES = {3: (128, 5), 2: (128, 6), 1: (128, 6)}
 SMALL_BYTE_PIPELINES = {3: (128, 3), 2: (128, 4), 1: (128, 6)}
-SMALL_INT4_PIPELINES = {3: (128, 4), 2: (128, 6), 1: (128, 8)}
+SMALL_INT4_PIPELINES = {2: (128, 4), 1: (128, 6)}
 SMALL_ARCHS = ("sm_80", "sm_89", "sm_120")
 RESERVED = 1024  # bytes of shared memory that each program takes beside its own
 
@@ -230,12 +230,30 @@ def of_group(
     if HAS_TAIL:
         group = tl.minimum(group, D // GROUP - 1)  # columns past D add nothing
     offs = rows * (D // GROUP) + group
-    scales = tl.load(weight[1] + offs, mask=mask_rows, other=0.0).to(tl.float32)
+    scales = of_rows(weight[1], offs, mask_rows)
     if weight[2] is None:
         found = scales, None
     else:
-        found = scales, tl.load(weight[2] + offs, mask=mask_rows, other=0.0).to(tl.float32)
+        found = scales, of_rows(weight[2], offs, mask_rows)
     return found
+
+
+@triton.jit
+def of_rows(ptr, offs, mask):
+    """A number of each of some rows, in float32: [BLOCK_ROWS].
+
+    By 64 rows: what has fewer elements than there are threads is loaded where it is needed.
+    """
+    ROWS: tl.constexpr = offs.shape[0]
+    if ROWS > 64:
+        HALF: tl.constexpr = ROWS // 2
+        upper, lower = offs.reshape(2, HALF).permute(1, 0).split()
+        mask_upper, mask_lower = mask.reshape(2, HALF).permute(1, 0).split()
+        x = tl.join(of_rows(ptr, upper, mask_upper), of_rows(ptr, lower, mask_lower))
+        x = x.permute(1, 0).reshape(ROWS)
+    else:
+        x = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -317,6 +335,11 @@ def tuned_tile(kernel: str, x: Tensor, weight: Weight, *shape: int) -> dict[str,
     return tuned(kernel, x, *shape) if isinstance(weight, Tensor) else {}
 
 
+def is_int4(weight: Weight) -> bool:
+    """Whether a weight holds two numbers a byte."""
+    return not isinstance(weight, Tensor) and weight.format == "int4"
+
+
 def item_bits(x: Tensor, weight: Weight) -> int:
     """Bits of a weight's number, beside those of x where it is plain."""
     return 8 * x.itemsize if isinstance(weight, Tensor) else BITS[weight.format]
@@ -341,7 +364,7 @@ def pipelines(x: Tensor, weight: Weight) -> dict[int, dict[str, int]]:
     is_small = name in SMALL_ARCHS
     if isinstance(weight, Tensor):
         found = SMALL_PIPELINES if is_small else PIPELINES
-    elif weight.format == "int4":
+    elif is_int4(weight):
         found = SMALL_INT4_PIPELINES if is_small else INT4_PIPELINES
     else:
         found = SMALL_BYTE_PIPELINES if is_small else BYTE_PIPELINES
@@ -384,8 +407,13 @@ def leaves_places(
     return 20 * int(programs) < 19 * places(x, weight, rows, tile)
 
 
-def rows_of_weight(x: Tensor, rows: int = BLOCK_N) -> int:
-    """How many rows of a weight a program streams: `rows` on a GPU."""
+def rows_of_weight(x: Tensor, weight: Weight, rows: int = BLOCK_N) -> int:
+    """How many rows of a weight a program streams: `rows` on a GPU.
+
+    Of int4 twice as many: its programs are bound by their instructions, of which a third is spent
+    on a step whatever its rows.
+    """
+    rows = 2 * rows if is_int4(weight) else rows
     return 512 if arch_of(x.device) == "interpreter" else rows
 
 
