@@ -73,6 +73,7 @@ def small_calls(D: int = 24) -> dict[str, dict[str, Any]]:
             "temperature": 0.5 * per_row,
             "seeds": index(1, 2),
             "positions": positions,
+            "rows": index(1, 0),
         },
         "linear_geglu": {"x": x, "gate_up_weight": random(2 * F, D)},
         "linear_rope_and_store_": store | {"x": x, "weight": random(width, D), "bias": None},

@@ -23,10 +23,9 @@ from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import FULL, GREEDY, RANDOM, Features
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
-from gemcut.engine.execution.weights import Weights, empty_weights
+from gemcut.engine.execution.weights import Weights, empty_weights, made_layouts
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import gpu_arch, tiles
-from gemcut.kernels.quantized_weight import FORMATS, QuantizedWeight, packed_width
 from gemcut.kernels.tiles import Key, Tile
 
 CAPABILITY = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0)}
@@ -93,31 +92,9 @@ def launches(
 def fake_weights(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, quantization: str | None = None
 ) -> Weights:
-    """Weights without data, quantised as the engine does it: int8 and fp8 by row, int4 in 32s.
-
-    Beside int4 the embedding and the head are int8.
-    """
-    weights = empty_weights(config, device=device, dtype=dtype)
-    if quantization is None:
-        return weights
-    for layer in weights.layers:
-        for name in ("qkv", "o", "gate_up", "down"):
-            setattr(layer, name, _fake_quantized(getattr(layer, name), quantization))
-    is_tied = weights.lm_head is weights.embedding
-    of_ends = "int8" if quantization == "int4" else quantization
-    weights.embedding = _fake_quantized(weights.embedding, of_ends)
-    head = weights.embedding if is_tied else _fake_quantized(weights.head_table, of_ends)
-    weights.lm_head = head
-    return weights
-
-
-def _fake_quantized(weight: torch.Tensor, format: str) -> QuantizedWeight:
-    N, D = weight.shape
-    is_int4 = format == "int4"
-    values = weight.new_empty(N, packed_width(D) if is_int4 else D, dtype=FORMATS[format])
-    scales = weight.new_empty(N, D // 32 if is_int4 else 1)
-    scales = scales if is_int4 else scales.float()
-    return QuantizedWeight(values, scales, None, D, weight.dtype)
+    """Weights without data, quantised as the engine does it."""
+    layouts = None if quantization is None else made_layouts(config, quantization)
+    return empty_weights(config, device=device, dtype=dtype, layouts=layouts)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ MISTAKES = {
         *IN_BLOCKS,
     ),
     "noise by the position of another row": (
-        ARGMAX, ("head", "tl.load(positions_ptr + offs_m", "tl.load(positions_ptr + 0 * offs_m"),
+        ARGMAX, ("head", "tl.load(positions_ptr + rows", "tl.load(positions_ptr + 0 * offs_m"),
     ),
     "noise by the place in a block": (
         ARGMAX,
