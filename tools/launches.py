@@ -40,6 +40,7 @@ TYPE_NAMES = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.bool: "*u1",  # as Triton's launcher has it
 }
 
