@@ -244,6 +244,12 @@ def _add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default="auto",
         help="bfloat16, float32 (default: bfloat16 on cuda, else float32)",
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="of keys and values; fp8 takes half the memory of bfloat16 (default: the model's)",
+    )
     return group
 
 

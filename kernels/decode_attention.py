@@ -17,11 +17,13 @@ the work.  Two compiled kernels serve all of these: constants follow from the mo
 arch, and nothing is counted or waited for within a launch.
 
 Scores, softmax and partial sums are float32; p is rounded to v's dtype for the second product, and
-y once.  Of a cache in fp8 the scale of a head's keys is part of that of its scores, and the values'
-scale multiplies the sum of the splits; keys take q's dtype in registers, and values and p float16,
-which holds e4m3 exactly.  A row yields zeros where positions[b] < 0, and NaN where its slot does not exist, where it
+y once.  A row yields zeros where positions[b] < 0, and NaN where its slot does not exist, where it
 sees more than C keys or is at a position beyond 2 ** 30: wrong input shows, and never reads foreign
 memory.
+
+Of a cache in fp8 the keys' scale is a factor of the scores, and the values' scale one of the sum of
+splits.  Keys take q's dtype in registers; values and p float16, which holds e4m3 exactly and takes
+a quarter of the instructions of bfloat16.
 
 Cost: for a row that sees S keys 2 S HK K elements of cache are read, for T tokens T * GROUP_SIZE /
 16 times, mostly from L2.  The workspace adds 8 T HQ K bytes for each split, written and read back

@@ -15,7 +15,9 @@ under way; then the next tile's keys meet the queries, and the tile's weights it
 is one pass more than there are tiles, the first with scores that no query sees.  Of softcap each
 score takes two instructions, a product and tanh: 31 of 503 in a pass of 16 scores a thread (sm_90).
 
-Scores and softmax are float32; p is rounded to v's dtype for the second product, and y once.
+Scores and softmax are float32; p is rounded to v's dtype for the second product, and y once.  Of a
+cache in fp8 the keys' scale is a factor of the scores and the values' scale one of y; keys take q's
+dtype, values and p float16, which holds e4m3 exactly and takes fewer instructions.
 
 A chunk's first row and length are known on the device alone, so the grid is the most tiles that M
 rows in B chunks can need: chunk b owns the tiles from cu_seqlens[b] // BLOCK_M + b on.  The tiles

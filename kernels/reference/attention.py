@@ -111,11 +111,12 @@ def attention_masked(
     """
     (HQ, _), (HK, C, _) = q.shape[1:], k_cache.shape[1:]
     indices = torch.arange(first, first + visible.shape[1], device=q.device) % C
+    wide = widened(q)
     k, v = (
-        loaded(cache[slot][:, indices], stands_for).repeat_interleave(HQ // HK, 0)
+        loaded(cache[slot][:, indices], stands_for).to(wide.dtype).repeat_interleave(HQ // HK, 0)
         for cache, stands_for in ((k_cache, k_scale), (v_cache, v_scale))
     )  # [HQ, S, K]
-    scores = widened(q).transpose(0, 1) @ k.mT * scale  # [HQ, T, S]
+    scores = wide.transpose(0, 1) @ k.mT * scale  # [HQ, T, S]
     if softcap is not None:  # before the mask: a capped -inf would be -softcap
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)

@@ -233,7 +233,8 @@ def test_a_mistake_breaks_the_rule(mistake, mutated):
 STORE, STORE_QKV = ("rotary", "rope_and_store_"), ("qkv", "linear_rope_and_store_")
 FP8_MISTAKES = {
     "keys of another head's scale": (
-        PREFILL, ("prefill_attention", "k_scale_ptr + head // GROUP_SIZE", "k_scale_ptr + head % 2"),
+        PREFILL,
+        ("prefill_attention", "k_scale_ptr + head // GROUP_SIZE", "k_scale_ptr + head % 2"),
     ),
     "values' scale forgotten": (
         PREFILL, ("prefill_attention", "y *= tl.load(v_scale_ptr + head // GROUP_SIZE)", "y *= 1"),
