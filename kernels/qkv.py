@@ -108,13 +108,13 @@ def linear_rope_and_store_kernel(
         scale = 1.0
         if k_scale_ptr is not None:
             scale = tl.load(tl.where(is_key, k_scale_ptr, v_scale_ptr) + kv_head)
-        low, high = stored(low, scale, cached), stored(high, scale, cached)
+        first, second = stored(low, scale, cached), stored(high, scale, cached)
         if is_key:
-            tl.store(k_cache_ptr + offs, low, mask=mask)
-            tl.store(k_cache_ptr + offs + HALF, high, mask=mask)
+            tl.store(k_cache_ptr + offs, first, mask=mask)
+            tl.store(k_cache_ptr + offs + HALF, second, mask=mask)
         else:
-            tl.store(v_cache_ptr + offs, low, mask=mask)
-            tl.store(v_cache_ptr + offs + HALF, high, mask=mask)
+            tl.store(v_cache_ptr + offs, first, mask=mask)
+            tl.store(v_cache_ptr + offs + HALF, second, mask=mask)
 
 
 def _tile(num_heads: int, K: int, x: Tensor) -> dict[str, int]:

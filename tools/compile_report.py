@@ -3,6 +3,7 @@
     python -P -m gemcut.tools.compile_report            gemma-2-2b on sm_90: what CI runs
     python -P -m gemcut.tools.compile_report --all --json FILE      every model and arch
     python -P -m gemcut.tools.compile_report --models gemma-3-1b --archs sm_80 sm_120
+    python -P -m gemcut.tools.compile_report --kv-cache-dtype fp8   what launches otherwise with it
 
 No GPU is needed.  The real model runs, on fake tensors, and each launch is recorded instead of
 made (launches.py); so what is compiled is what the engine launches, tile and argument for argument.
@@ -218,12 +219,20 @@ def _given(match: re.Match | None) -> re.Match:
     return match
 
 
-def report(models: list[str], archs: list[str], jobs: int) -> list[Cell]:
-    """Compile what these models launch on these archs, each distinct kernel once."""
+def report(
+    models: list[str], archs: list[str], jobs: int, kv_cache_dtype: str = "auto"
+) -> list[Cell]:
+    """Compile what these models launch on these archs, each distinct kernel once.
+
+    With a cache in fp8: only what it launches otherwise.
+    """
     wanted: dict[Launch, list[str]] = {}
     for model in models:
         for name in archs:
-            for launch in launches(PUBLISHED[model], name):
+            found = launches(PUBLISHED[model], name, kv_cache_dtype=kv_cache_dtype)
+            if kv_cache_dtype != "auto":
+                found -= launches(PUBLISHED[model], name)
+            for launch in found:
                 wanted.setdefault(launch, []).append(model)
     order = sorted(wanted, key=lambda launch: (launch.kernel, launch.arch, str(launch)))
     # spawned: a fork would inherit torch's threads
@@ -279,6 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--archs", "--parts", nargs="+", choices=list(CAPABILITY), default=QUICK["archs"]
     )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of keys and values"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every cell here")
     arguments = parser.parse_args(argv)
@@ -286,9 +298,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
     models: list[str] = list(MODELS) if arguments.all else arguments.models
     names: list[str] = list(CAPABILITY) if arguments.all else arguments.archs
+    if arguments.kv_cache_dtype == "fp8":
+        names = [name for name in names if CAPABILITY[name] >= (8, 9)]  # sm_80 cannot convert
 
     print(f"triton {triton.__version__}, bf16, {', '.join(models)}\n{HEADER}")
-    cells = report(models, names, arguments.jobs)
+    cells = report(models, names, arguments.jobs, arguments.kv_cache_dtype)
     broken = sum(any(cell.problems()) for cell in cells)
     seconds = sum(cell.seconds for cell in cells)
     print(f"\nregisters / KB of shared memory, the most of each kernel\n\n{summary(cells)}\n")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.execution.model import Gemma
-from gemcut.kernels.quantized_weight import QuantizedWeight, dequantized
+from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
 from gemcut.kernels.reference.ops import GREATEST_FP8
 
 Scales = list[tuple[Tensor, Tensor]]  # of keys and of values, [HK] float32 each, by layer
@@ -37,11 +37,7 @@ def bounds(model: Gemma, layer: int) -> tuple[Tensor, Tensor]:
     config, weights = model.config, model.weights.layers[layer]
     HK, K = config.num_kv_heads, config.head_dim
     rows = slice(config.num_q_heads * K, None)
-    qkv = weights.qkv
-    if isinstance(qkv, QuantizedWeight):
-        kv = dequantized(qkv[rows], torch.float32)
-    else:
-        kv = (qkv.to_dense() if qkv.is_mkldnn else qkv)[rows].float()  # [2 HK K, D]
+    kv = _plain(weights.qkv, rows)  # [2 HK K, D]
     of_rows = torch.linalg.vector_norm(kv * (1 + weights.input_norm.float()), dim=1)
     of_rows = of_rows * math.sqrt(config.hidden_size)
     if weights.qkv_bias is not None:
@@ -53,6 +49,13 @@ def bounds(model: Gemma, layer: int) -> tuple[Tensor, Tensor]:
         keys = torch.linalg.vector_norm(of_keys.view(HK, 2, K // 2), dim=1).amax(1)
     rope = model.rope_local if config.is_local(layer) else model.rope_global
     return keys * abs(rope.attention_scaling), of_values.amax(1)
+
+
+def _plain(weight: Weight, rows: slice) -> Tensor:
+    """Rows of a weight in float32."""
+    if isinstance(weight, QuantizedWeight):
+        return dequantized(weight[rows], torch.float32)
+    return (weight.to_dense() if weight.is_mkldnn else weight)[rows].float()
 
 
 def _scale(bound: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def made(folder, **options) -> Engine:
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
 def test_reused_prefixes_and_drafts_change_no_token(folders, name, late):
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-    prompts = [REPEATED, REPEATED[:30] + [50, 51], REPEATED[:36]]
+    prompts = [REPEATED, [*REPEATED[:30], 50, 51], REPEATED[:36]]
     with made(folders[name], reuse_prefixes=False) as engine:
         alone = [engine.generate(prompt, params).token_ids for prompt in prompts]
     with made(folders[name]) as engine:
