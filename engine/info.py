@@ -120,6 +120,7 @@ def describe(
     max_seq_len: int | str | None = None,
     quantization: str | None = None,
     path: Path | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
@@ -130,7 +131,7 @@ def describe(
 
     def build_of(quantization: str | None, dtype: torch.dtype = dtype) -> Build:
         layouts = expected_layouts(config, quantization, path)
-        return Build(config, device, dtype, ops, layouts=layouts)
+        return Build(config, device, dtype, ops, layouts=layouts, kv_cache_dtype=kv_cache_dtype)
 
     build, stored = build_of(quantization), expected_layouts(config, None, path)
     formats = [] if stored else _formats(config)
