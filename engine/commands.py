@@ -89,7 +89,14 @@ def info(args: argparse.Namespace) -> int:
     is_quantized = bool(expected_layouts(config, args.quantization, path))
     dtype = choose_dtype(args.dtype, device, is_quantized)
     facts = describe(
-        config, device, dtype, args.max_batch_size, args.max_seq_len, args.quantization, path
+        config,
+        device,
+        dtype,
+        args.max_batch_size,
+        args.max_seq_len,
+        args.quantization,
+        path,
+        args.kv_cache_dtype,
     )
     problems = find_problems(args.model, config) if args.check else None
     if args.json:
@@ -153,6 +160,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             args.model,
             device=args.device,
             dtype=args.dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
             max_batch_size=max_batch_size,
             max_seq_len=args.max_seq_len,
             ops=args.ops,

@@ -121,6 +121,7 @@ def describe(
     max_seq_len: int | str | None = None,
     quantization: str | None = None,
     path: Path | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
@@ -131,7 +132,7 @@ def describe(
 
     def build_of(quantization: str | None, ops: ModuleType = table) -> Build:
         layouts = expected_layouts(config, quantization, path)
-        return Build(config, device, dtype, ops, layouts=layouts)
+        return Build(config, device, dtype, ops, layouts=layouts, kv_cache_dtype=kv_cache_dtype)
 
     def size_of(quantization: str | None, dtype: torch.dtype = torch.bfloat16) -> int:
         return replace(build_of(quantization, kernels), dtype=dtype).weight_bytes()
@@ -293,7 +294,7 @@ def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     try:
-        for name in find_nonfinite(folder, config):
+        for name in find_nonfinite(folder):
             yield f"{folder}: {name} holds a NaN or an infinity"
     except ValueError as error:
         yield str(error)

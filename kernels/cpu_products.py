@@ -203,6 +203,7 @@ def lm_head_argmax(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit, or logit with noise, and its token id: x [M, D] -> [1, M] x 2.
 
@@ -216,21 +217,23 @@ def lm_head_argmax(
         is_plain = isinstance(plain, Tensor)
         rounded = linear(x, blocks)
         greatest = rounded.max(-1, keepdim=True).values
-        near = greatest - NEAR * (greatest.abs() if is_plain else rounded.abs().amax(-1, True))
-        rows, ids = (rounded >= near).nonzero().unbind(-1)
+        least = greatest - NEAR * (greatest.abs() if is_plain else rounded.abs().amax(-1, True))
+        near, ids = (rounded >= least).nonzero().unbind(-1)
         if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
             logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
             if isinstance(plain, Tensor):
                 exact = plain[ids].float()
             else:
                 exact = dequantized(plain[ids], logits.dtype)
-            logits[rows, ids] = torch.linalg.vecdot(x[rows].float(), exact)
+            logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
             best = logits.max(-1)
             return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
     logits = lm_head(x, weight, softcap)
     if temperature is not None:
         assert seeds is not None
         assert positions is not None
+        if rows is not None:
+            temperature, seeds, positions = (x[rows] for x in (temperature, seeds, positions))
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         logits = logits + temperature.unsqueeze(-1) * noise  # rounded as in `sample`
     best = logits.max(-1)

@@ -81,10 +81,11 @@ def gguf_layouts(path: Path, config: ModelConfig, quantization: str | None) -> L
     return fused_layouts(config, {name: weight.layout for name, weight in stored.items()})[0]
 
 
-def nonfinite_in_gguf(path: Path, config: ModelConfig) -> list[str]:
+def nonfinite_in_gguf(path: Path) -> list[str]:
     """The names of the tensors that hold a NaN or an infinity, as scales or floats."""
-    found = []
-    for stored in stored_weights(read_header(path), config, torch.float32).values():
+    found, header = [], read_header(path)
+    config = read_config(header, token_keys(header))
+    for stored in stored_weights(header, config, torch.float32).values():
         weight = stored.load()
         floats = weight if isinstance(weight, Tensor) else weight.scales
         if not all(piece.isfinite().all() for piece in pieces(floats)):

@@ -109,11 +109,11 @@ def load_checkpoint(
     return weights
 
 
-def find_nonfinite(path: str | Path, config: ModelConfig) -> list[str]:
+def find_nonfinite(path: str | Path) -> list[str]:
     """The names of the tensors at `path` that hold a NaN or an infinity."""
     found = []
     if is_gguf(Path(path)):
-        return nonfinite_in_gguf(Path(path), config)
+        return nonfinite_in_gguf(Path(path))
     for file in require_files(Path(path)):
         with open_file(file) as shard:
             for key in sorted(shard.keys()):

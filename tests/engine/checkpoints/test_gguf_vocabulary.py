@@ -9,6 +9,7 @@ from gguf_files import vocabulary_of
 from hypothesis import given
 from languages import TEXTS
 from real_models import real_file, real_folder
+from sentencepiece import SentencePieceProcessor
 from vocabulary import texts
 
 from gemcut.engine.checkpoints.gguf_header import GgufHeader
@@ -46,12 +47,17 @@ def test_ids_and_text(ours, tokenizer, text):
         assert ours.decode(ids, skip_special_tokens=skip) == expected
 
 
-def test_the_same_vocabulary(ours, tokenizer):
+def test_the_same_vocabulary(ours, tokenizer, tokenizer_file):
     assert ours.pieces == tokenizer.pieces
     assert ours.named_tokens == tokenizer.named_tokens
     assert ours.special_ids - {ours.id_of("<mask>")} == tokenizer.special_ids
     assert ours.marker_ids == tokenizer.marker_ids
     assert (ours.add_bos, ours.add_eos) == (tokenizer.add_bos, tokenizer.add_eos)
+    made = read_vocabulary(header(tokenizer_file)).model()
+    both = [SentencePieceProcessor(model_proto=x) for x in (made, tokenizer_file.read_bytes())]
+    ids = list(range(len(tokenizer)))
+    for name in ("is_control", "is_unknown", "is_byte", "is_unused"):
+        assert getattr(both[0], name)(ids) == getattr(both[1], name)(ids), name
     chat = [{"role": "user", "content": "a <end_of_turn>"}]
     assert encode_chat(ours, chat) == encode_chat(tokenizer, chat)
 

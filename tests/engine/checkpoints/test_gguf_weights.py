@@ -16,7 +16,7 @@ from gemcut.engine.checkpoints.gguf_weights import stored_weights
 from gemcut.engine.checkpoints.load import load_checkpoint, load_config
 from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference
-from gemcut.kernels.quantized_weight import QuantizedWeight, dequantized
+from gemcut.kernels.quantized_weight import QuantizedWeight, dequantized, unpack_int4
 
 KINDS = ["Q4_0", "Q8_0", "F16", "BF16", "F32", "Q5_1"]  # the last is not among the layouts here
 
@@ -81,6 +81,8 @@ def test_every_bit_of_a_block_arrives(tmp_path, kind, columns):
     weight = stored["model.layers.1.mlp.down_proj.weight"].load()
     assert isinstance(weight, QuantizedWeight)
     assert weight.format == {"Q4_0": "int4", "Q8_0": "int8"}[kind]
+    if kind == "Q4_0":  # columns past the last hold value 0
+        assert not unpack_int4(weight.values, 2 * weight.values.shape[1])[:, columns:].any()
     theirs = {x.name: x for x in gguf.GGUFReader(path).tensors}[tensor.name]
     expected = torch.tensor(gguf.dequantize(theirs.data, theirs.tensor_type))
     assert torch.equal(dequantized(weight), expected)

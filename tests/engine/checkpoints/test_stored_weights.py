@@ -162,8 +162,8 @@ def test_parts_of_one_layout_stay_and_others_become_floats(folder):
         mixed = fill_weights(config, stored(folder, layouts), device="cpu", dtype=torch.float32)
     rows = mixed.layers[0].qkv
     assert isinstance(rows, Tensor)
-    q, k, v = load(folder).layers[0].qkv.split([64, 32, 32])
-    meant = [dequantized(layouts[name].quantize(x)) for name, x in zip(names, (q, k, v), strict=True)]
+    parts = load(folder).layers[0].qkv.split([64, 32, 32])
+    meant = [dequantized(layouts[n].quantize(x)) for n, x in zip(names, parts, strict=True)]
     assert torch.equal(rows, torch.cat(meant))
 
 
