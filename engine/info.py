@@ -122,11 +122,13 @@ def describe(
     quantization: str | None = None,
     path: Path | None = None,
     kv_cache_dtype: str = "auto",
+    quantized_dtype: torch.dtype | None = None,
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
-    `path` is the model's, where a GGUF file says how it is quantised.  ValueError names a size out
-    of range; one that does not fit is reported in `engine.problem`.
+    `path` is the model's, where a GGUF file says how it is quantised.  `quantized_dtype` is that of
+    engines that would quantise it, by default the same.  ValueError names a size out of range; one
+    that does not fit is reported in `engine.problem`.
     """
     table = cpu if device.type == "cpu" else kernels
 
@@ -154,7 +156,9 @@ def describe(
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
         room=_room(build, quantization),
-        quantized_rooms=[_room(build_of(name), name) for name in formats],
+        quantized_rooms=[
+            _room(replace(build_of(name), dtype=quantized_dtype or dtype), name) for name in formats
+        ],
         engine=_engine_size(build, max_batch_size, max_seq_len),
     )
 

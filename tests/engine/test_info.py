@@ -61,7 +61,7 @@ def set_free(monkeypatch):
 
 def test_info_for_people(run, set_free):
     set_free(60e9)
-    code, out, err = run("info", "gemma-2-9b", "--device", "cpu")
+    code, out, err = run("info", "gemma-2-9b", "--device", "cpu", "--dtype", "float32")
     assert (code, err) == (0, "")
     assert out == (
         "model         gemma-2-9b\n"
@@ -123,6 +123,17 @@ def test_each_format_is_counted_as_it_is_made(set_free, quantization):
     plain = info.describe(config, device, torch.float32, 1, 512)
     assert plain.quantized_rooms == facts.quantized_rooms
     assert plain.room.slots < facts.room.slots
+
+
+def test_rooms_are_of_the_dtype_that_each_engine_takes(run, folder):
+    facts = json.loads(run("info", str(folder), "--json", "--device", "cpu")[1])
+    assert facts["room"]["dtype"] == "float32"
+    for room in facts["quantized_rooms"]:
+        with Engine.from_pretrained(
+            folder, quantization=room["quantization"], device="cpu", max_batch_size=1
+        ) as engine:
+            assert room["dtype"] == str(engine.model.dtype).removeprefix("torch.")
+            assert room["weight_bytes"] == pytest.approx(tensor_bytes(engine.model.weights), 0.05)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
