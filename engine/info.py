@@ -4,8 +4,9 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -126,11 +127,14 @@ def describe(
     `path` is the model's, where a GGUF file says how it is quantised.  ValueError names a size out
     of range; one that does not fit is reported in `engine.problem`.
     """
-    ops = cpu if device.type == "cpu" else kernels
+    table = cpu if device.type == "cpu" else kernels
 
-    def build_of(quantization: str | None, dtype: torch.dtype = dtype) -> Build:
+    def build_of(quantization: str | None, ops: ModuleType = table) -> Build:
         layouts = expected_layouts(config, quantization, path)
         return Build(config, device, dtype, ops, layouts=layouts)
+
+    def size_of(quantization: str | None) -> int:  # as kernels read it, beside bfloat16
+        return replace(build_of(quantization, kernels), dtype=torch.bfloat16).weight_bytes()
 
     build, stored = build_of(quantization), expected_layouts(config, None, path)
     formats = [] if stored else _formats(config)
@@ -141,8 +145,8 @@ def describe(
         weight_bytes={
             "bfloat16": 2 * parameters,
             "float32": 4 * parameters,
-            **{name: build_of(name, torch.bfloat16).weight_bytes() for name in formats},
-            **({"stored": build.weight_bytes()} if stored else {}),
+            **{name: size_of(name) for name in formats},
+            **({"stored": size_of(None)} if stored else {}),
         },
         stored_formats=sorted({layout.format for layout in stored.values()}),
         kv_bytes_per_token=config.kv_bytes_per_token(),
@@ -172,7 +176,7 @@ def _room(build: Build, quantization: str | None) -> Room:
         dtype=str(build.dtype).removeprefix("torch."),
         quantization=quantization,
         free_bytes=free,
-        weight_bytes=build.weight_bytes(),
+        weight_bytes=build.estimate(1, SHORTEST).weights,
         slots=build.most_slots(build.config.context_length, budget),
         longest_slot={slots: build.longest_slot(slots, budget) for slots in BATCH_SIZES},
     )

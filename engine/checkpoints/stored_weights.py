@@ -147,14 +147,14 @@ def check_finite(place: str, weight: Tensor) -> None:
 def _fill(target: Weight, source: Weight, place: str) -> int:
     """Write rows into their place, as it holds them; the bytes written."""
     if isinstance(target, Tensor):
-        plain = isinstance(source, Tensor)
-        target.copy_(source if plain else dequantized(source, target.dtype))
+        is_plain = isinstance(source, Tensor)
+        target.copy_(source if is_plain else dequantized(source, target.dtype))
         return target.nbytes
     if isinstance(source, Tensor):
         layout = layout_of(target)
         assert layout is not None
         check_finite(place, source)
         source = layout.quantize(source.to(target.device))
-    for place, made in zip(target.tensors, source.tensors, strict=True):
-        place.copy_(made)
+    for there, made in zip(target.tensors, source.tensors, strict=True):
+        there.copy_(made)
     return target.nbytes
