@@ -255,6 +255,12 @@ def _add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         choices=QUANTIZATIONS,
         help="quantise the matrices of a plain checkpoint while they are read (default: as stored)",
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="of keys and values; fp8 takes half the memory of bfloat16 (default: the model's)",
+    )
     return group
 
 

@@ -122,6 +122,7 @@ def describe(
     max_seq_len: int | str | None = None,
     quantization: str | None = None,
     path: Path | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
@@ -132,7 +133,7 @@ def describe(
 
     def build_of(quantization: str | None, ops: ModuleType = table) -> Build:
         layouts = expected_layouts(config, quantization, path)
-        return Build(config, device, dtype, ops, layouts=layouts)
+        return Build(config, device, dtype, ops, layouts=layouts, kv_cache_dtype=kv_cache_dtype)
 
     def size_of(quantization: str | None) -> int:  # as kernels read it, beside bfloat16
         return replace(build_of(quantization, kernels), dtype=torch.bfloat16).weight_bytes()

@@ -132,7 +132,7 @@ def packed(weight: PackedWeight) -> PackedWeight:
     if isinstance(weight, PackedInt4):
         return weight
     if isinstance(weight, QuantizedWeight):
-        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not has_bfloat16():
             return weight
         if is_by_row(weight):
             return replace(weight, scales=weight.scales.to(weight.dtype))
@@ -173,6 +173,11 @@ def _by_onednn() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16} if has_bf16 else {torch.float32})
 
 
+def has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this machine."""
+    return torch.bfloat16 in _by_onednn()
+
+
 def lm_head(x: Tensor, weight: Weight | PackedHead, softcap: float | None) -> Tensor:
     """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
@@ -198,6 +203,7 @@ def lm_head_argmax(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit, or logit with noise, and its token id: x [M, D] -> [1, M] x 2.
 
@@ -211,18 +217,20 @@ def lm_head_argmax(
         is_plain = isinstance(plain, Tensor)
         rounded = linear(x, blocks)
         greatest = rounded.max(-1, keepdim=True).values
-        near = greatest - NEAR * (greatest.abs() if is_plain else rounded.abs().amax(-1, True))
-        rows, ids = (rounded >= near).nonzero().unbind(-1)
+        least = greatest - NEAR * (greatest.abs() if is_plain else rounded.abs().amax(-1, True))
+        near, ids = (rounded >= least).nonzero().unbind(-1)
         if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
             logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
             exact = plain[ids].float() if is_plain else dequantized(plain[ids], logits.dtype)
-            logits[rows, ids] = torch.linalg.vecdot(x[rows].float(), exact)
+            logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
             best = logits.max(-1)
             return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
     logits = lm_head(x, weight, softcap)
     if temperature is not None:
         assert seeds is not None
         assert positions is not None
+        if rows is not None:
+            temperature, seeds, positions = (x[rows] for x in (temperature, seeds, positions))
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         logits = logits + temperature.unsqueeze(-1) * noise  # rounded as in `sample`
     best = logits.max(-1)

@@ -105,6 +105,15 @@ def test_a_group_of_zeros_stays_zero(format):
     assert (quantized.scales > 0).all()  # as checkpoints must have them
 
 
+@FORMATS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_shows_in_its_scale(format, value):
+    weight = torch.randn(3, 64)
+    weight[1, 40] = value
+    scales = quantize(weight, format, 32).scales
+    assert (~scales.isfinite()).nonzero().tolist() == [[1, 1]]
+
+
 BAD = {
     "values are torch.int32": {"values": torch.zeros(2, 64, dtype=torch.int32)},
     r"values are \[2, 64\], must be \[N, 65\]": {"columns": 65},
