@@ -135,8 +135,8 @@ def describe(
         layouts = expected_layouts(config, quantization, path)
         return Build(config, device, dtype, ops, layouts=layouts, kv_cache_dtype=kv_cache_dtype)
 
-    def size_of(quantization: str | None) -> int:  # as kernels read it, beside bfloat16
-        return replace(build_of(quantization, kernels), dtype=torch.bfloat16).weight_bytes()
+    def size_of(quantization: str | None, dtype: torch.dtype = torch.bfloat16) -> int:
+        return replace(build_of(quantization, kernels), dtype=dtype).weight_bytes()
 
     build, stored = build_of(quantization), expected_layouts(config, None, path)
     formats = [] if stored else _formats(config)
@@ -148,7 +148,7 @@ def describe(
             "bfloat16": 2 * parameters,
             "float32": 4 * parameters,
             **{name: size_of(name) for name in formats},
-            **({"stored": size_of(None)} if stored else {}),
+            **({"stored": size_of(None, dtype)} if stored else {}),
         },
         stored_formats=_stored_formats(config, stored),
         kv_bytes_per_token=config.kv_bytes_per_token(),

@@ -9,7 +9,6 @@ import os
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +21,12 @@ from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, cache_bytes, ring_of
 from gemcut.engine.execution.cuda_graphs import can_be_captured
 from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
-from gemcut.engine.execution.weight_layouts import Layout, Layouts
+from gemcut.engine.execution.weight_layouts import Layouts
 from gemcut.engine.execution.weights import fused_shapes
 from gemcut.engine.placement import choose_cache_dtype, is_plain_torch
 from gemcut.kernels import cpu
-from gemcut.kernels.cpu_products import BLOCK, PackedHead, packed, packed_head, packs
+from gemcut.kernels.cpu_products import packs
+from gemcut.kernels.cpu_quantized import packed_bytes
 
 MEMINFO = Path("/proc/meminfo")
 # Of the free memory, for an engine whose size is chosen here.  A CPU's memory is for all processes;
@@ -93,7 +93,7 @@ class Build:
         )
         on_gpu = self.device.type == "cuda"
         return Estimate(
-            weights=self.weight_bytes() + self._second_head_bytes(),
+            weights=self.weight_bytes() + self._packing_bytes(),
             kv_cache=cache_bytes(config, max_batch_size, max_seq_len, chunk, self.cache_dtype),
             state=state_bytes(max_batch_size, config.vocab_size),
             activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
@@ -101,27 +101,37 @@ class Build:
         )
 
     def weight_bytes(self) -> int:
-        """The bytes of all weights as products read them; a tied head counts once."""
-        return sum(self._bytes_of(*item) for item in fused_shapes(self.config).items())
+        """The bytes of all weights as they are loaded; a tied head counts once."""
+        return sum(
+            layout.nbytes(shape)
+            if (layout := self.layouts.get(place)) is not None
+            else torch.Size(shape).numel() * self.dtype.itemsize
+            for place, shape in fused_shapes(self.config).items()
+        )
 
-    def _bytes_of(self, place: tuple[int | None, str], shape: tuple[int, ...]) -> int:
-        layout, dtype = self.layouts.get(place), self.dtype
-        if layout is None:
-            return torch.Size(shape).numel() * dtype.itemsize
-        if self.ops is cpu and place[0] is not None:
-            return _packed_bytes(layout, shape, dtype)
-        return layout.nbytes(shape)
+    def _packing_bytes(self) -> int:
+        """What the form that a CPU reads takes beside the stored weights (kernels/cpu.py).
 
-    def _second_head_bytes(self) -> int:
-        """What a head takes beside its table, where products read it packed (kernels/cpu.py)."""
+        Matrices of layers are replaced by it, a head keeps both.
+        """
         if self.ops is not cpu:
             return 0
+        head = (None, "embedding" if self.config.tie_word_embeddings else "lm_head")
+        added = 0 if head in self.layouts else self._second_head_bytes()
+        shapes = fused_shapes(self.config)
+        for place, layout in self.layouts.items() if packs((64, 64), self.dtype) else ():
+            N, D = shape = shapes[place]
+            size = D // layout.groups(D)
+            packed = packed_bytes(layout.format, (N, D), size, layout.has_zero_points)
+            if packed and place[0] is not None:
+                packed -= layout.nbytes(shape)
+            added += packed if place[0] is not None or place == head else 0
+        return added
+
+    def _second_head_bytes(self) -> int:
+        """What a plain head takes where products read it packed."""
         shape = self.config.vocab_size, self.config.hidden_size
-        tied = self.config.tie_word_embeddings or self.config.classifier is not None
-        layout = self.layouts.get((None, "embedding" if tied else "lm_head"))
-        if layout is None:
-            return packs(shape, self.dtype) * shape[0] * shape[1] * self.dtype.itemsize
-        return _packed_bytes(layout, shape, self.dtype, is_head=True)
+        return packs(shape, self.dtype) * shape[0] * shape[1] * self.dtype.itemsize
 
     def _graph_bytes(self, decode: int, max_seq_len: int) -> int:
         """What captured steps keep, of which a decode step takes `decode` bytes."""
@@ -207,30 +217,6 @@ class Build:
         if not would and (longest := self.longest_slot(1, budget)) >= SHORTEST:
             would.append(_slots(1, longest))
         return f"{' or '.join(would)} would fit" if would else "no size of this model would fit"
-
-
-def _packed_bytes(
-    layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, is_head: bool = False
-) -> int:
-    """What a CPU makes of a quantised matrix, or keeps beside one that is the head."""
-    rows, columns = shape
-    some = BLOCK if rows % BLOCK == 0 else 1  # of these all rows have the same size
-    return _packed_bytes_of_some(layout, some, columns, dtype, is_head) * (rows // some)
-
-
-@lru_cache
-def _packed_bytes_of_some(
-    layout: Layout, rows: int, columns: int, dtype: torch.dtype, is_head: bool
-) -> int:
-    weight = layout.empty((rows, columns), "cpu", dtype)
-    if not is_head:
-        made = packed(weight)
-    elif isinstance(head := packed_head(weight), PackedHead):
-        made = head.blocks
-    else:
-        return 0
-    is_tensor = isinstance(made, torch.Tensor)  # whose nbytes oneDNN's layout does not tell
-    return made.numel() * made.element_size() if is_tensor else made.nbytes
 
 
 def _slots(count: int, length: int) -> str:

@@ -151,7 +151,7 @@ def test_info_of_what_cannot_be_made_leaves_it_out(run, folder):
 
 def test_info_of_a_quantised_checkpoint(run, folder, tmp_path):
     convert(folder, tmp_path / "int8", quantization="int8")
-    facts = json.loads(run("info", str(tmp_path / "int8"), "--json")[1])
+    facts = json.loads(run("info", str(tmp_path / "int8"), "--json", "--dtype", "bfloat16")[1])
     with Engine.from_pretrained(
         tmp_path / "int8", ops="reference", dtype="bfloat16", device="cpu"
     ) as engine:
