@@ -24,7 +24,8 @@ from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.config.rope_parameters import RopeParameters
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
-from gemcut.engine.execution.weights import QUANTIZATIONS
+from gemcut.engine.execution.weight_layouts import Layouts
+from gemcut.engine.execution.weights import QUANTIZATIONS, fused_shapes
 from gemcut.engine.memory import (
     DEFAULT_BATCH_SIZE,
     MEMORY_SHARE,
@@ -151,7 +152,7 @@ def describe(
             **{name: size_of(name) for name in formats},
             **({"stored": size_of(None, dtype)} if stored else {}),
         },
-        stored_formats=sorted({layout.format for layout in stored.values()}),
+        stored_formats=_stored_formats(config, stored),
         kv_bytes_per_token=config.kv_bytes_per_token(),
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
@@ -161,6 +162,13 @@ def describe(
         ],
         engine=_engine_size(build, max_batch_size, max_seq_len),
     )
+
+
+def _stored_formats(config: ModelConfig, stored: Layouts) -> list[str]:
+    """The formats of the matrices of a quantised checkpoint; some may be plain."""
+    matrices = {place for place, shape in fused_shapes(config).items() if len(shape) == 2}
+    plain = ["bfloat16"] if matrices - stored.keys() else []
+    return sorted({layout.format for layout in stored.values()}) + plain
 
 
 def _formats(config: ModelConfig) -> list[str]:

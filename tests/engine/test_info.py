@@ -170,7 +170,7 @@ def test_info_of_a_quantised_checkpoint(run, folder, tmp_path):
     assert abs(facts["weight_bytes"]["stored"] - taken) <= 0.05 * taken
     assert facts["quantized_rooms"] == []
     out = run("info", str(tmp_path / "int8"), "--check")[1]
-    assert re.search(r"^weights +\S+ MB as stored, int8$", out, re.MULTILINE)
+    assert re.search(r"^weights +\S+ MB as stored, int8 and bfloat16$", out, re.MULTILINE)
     assert "names, shapes and values are right" in out
     code, out, err = run("info", str(tmp_path / "int8"), "--quantization", "fp8")
     assert (code, out) == (1, "")
