@@ -14,6 +14,7 @@ from gemcut import kernels
 from gemcut.engine.checks import shorten
 from gemcut.kernels import cpu, reference
 from gemcut.kernels.checks import FP8, check_converts_fp8
+from gemcut.kernels.cpu_products import has_bfloat16
 from gemcut.kernels.gpu_arch import arch_of
 
 T = TypeVar("T")
@@ -104,10 +105,17 @@ def choose_device_map(device_map: Any) -> torch.device:
     return choose_device(place)
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype asked for; "auto" is bfloat16 on cuda and float32 on a CPU."""
+def choose_dtype(
+    dtype: str | torch.dtype, device: torch.device, is_quantized: bool = False
+) -> torch.dtype:
+    """The dtype asked for; "auto" is bfloat16 on cuda and float32 on a CPU.
+
+    A CPU that multiplies bfloat16 takes it for a model with quantised weights: torch's integer
+    kernels read it, and in float32 rows would be dequantised at each step.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        is_bf16 = device.type == "cuda" or (is_quantized and has_bfloat16())
+        return torch.bfloat16 if is_bf16 else torch.float32
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen == torch.float16:
         raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gemcut.kernels.gpu_arch import converts_fp8
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.quantized_weight import Weight
 
 FP8 = torch.float8_e4m3fn
 MAX_HEAD_DIM = 256
@@ -19,33 +20,47 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_tensors(x: Tensor, /, **others: Tensor | None) -> None:
-    """ValueError unless all are on x's device, where kernels run, and floats have x's dtype."""
+def check_tensors(x: Weight, /, **others: Weight | None) -> None:
+    """ValueError unless all are on x's device, where kernels run, and floats have x's dtype.
+
+    A quantised weight may stand for rows of any dtype, but as x it gives the others theirs.
+    """
+    device, dtype = x.device, x.dtype
     require(
-        x.is_cuda or (INTERPRETED and x.is_cpu),
-        f"a kernel needs tensors on cuda, not {x.device}; a CPU runs gemcut.kernels.reference, "
+        device.type == "cuda" or (INTERPRETED and device.type == "cpu"),
+        f"a kernel needs tensors on cuda, not {device}; a CPU runs gemcut.kernels.reference, "
         f"or the kernels themselves with TRITON_INTERPRET=1 set before the import",
     )
-    if x.is_cuda:
+    if device.type == "cuda":
         current = torch.cuda.current_device()
         require(
-            x.get_device() == current,
-            f"the input is on {x.device}, but Triton launches on the current device, "
-            f"cuda:{current}; call under torch.cuda.device({x.get_device()})",
+            device.index == current,
+            f"the input is on {device}, but Triton launches on the current device, "
+            f"cuda:{current}; call under torch.cuda.device({device.index})",
         )
-    require(x.dtype in DTYPES, f"dtype {x.dtype} is not supported; float32, bfloat16, float16 are")
+    require(dtype in DTYPES, f"dtype {dtype} is not supported; float32, bfloat16, float16 are")
     for name, other in others.items():
         if other is None:
             continue
-        require(other.device == x.device, f"{name} is on {other.device}, the input on {x.device}")
-        if other.is_floating_point():
-            require(other.dtype == x.dtype, f"{name} is {other.dtype}, the input {x.dtype}")
+        require(other.device == device, f"{name} is on {other.device}, the input on {device}")
+        if isinstance(other, Tensor) and other.is_floating_point():
+            require(other.dtype == dtype, f"{name} is {other.dtype}, the input {dtype}")
 
 
 def check_shape(name: str, x: Tensor, *shape: int) -> None:
     """A dense row-major tensor of exactly this shape."""
     require(tuple(x.shape) == shape, f"{name} is {list(x.shape)}, must be {list(shape)}")
     require(x.is_contiguous(), f"{name} has strides {list(x.stride())}, must be contiguous")
+
+
+def check_weight(name: str, weight: Weight, must_be: str = "[N, D]") -> None:
+    """A dense matrix [N, D], plain or quantised."""
+    if isinstance(weight, Tensor):
+        require(weight.dim() == 2, f"{name} is {list(weight.shape)}, must be {must_be}")
+        check_shape(name, weight, *weight.shape)
+        return
+    for part in weight.tensors:
+        check_shape(f"a part of {name}", part, *part.shape)
 
 
 def check_rows(name: str, x: Tensor, width: int) -> None:

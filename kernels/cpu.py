@@ -1,8 +1,8 @@
 """The op table for a CPU: the oracles' names, written for speed where torch has a faster way.
 
 `reference` defines what each op computes; ops that would gain nothing are taken from there.
-Products are in cpu_products.py; norms, tables of rotation and the beginning of a step in
-cpu_rows.py.
+Products are in cpu_products.py, what it needs for quantised weights in cpu_quantized.py; norms,
+tables of rotation and the beginning of a step in cpu_rows.py.
 
 Letters in shape comments: M tokens, D hidden size, F MLP width, V vocabulary, HQ and HK query and
 KV heads, K head_dim, C the capacity of a cache slot, B rows of a batch, T new tokens of a row, S
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcut.kernels.cpu_products import linear, lm_head, lm_head_argmax
+from gemcut.kernels.cpu_products import PackedWeight, linear, lm_head, lm_head_argmax
 from gemcut.kernels.cpu_rows import (
     add_rmsnorm_,
     begin_step,
@@ -110,8 +110,11 @@ def rope_and_store_(
 # Products
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product of few rows as one partial sum: x [M, D], weight [N, D], bias [N] -> [1, M, N]."""
+def skinny_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """A product of few rows as one partial sum: x [M, D], weight [N, D], bias [N] -> [1, M, N].
+
+    It is rounded to x's dtype first: torch's products give no other.
+    """
     return widened(linear(x, weight, bias)).unsqueeze(0)
 
 
@@ -122,14 +125,14 @@ def geglu(gate_up: Tensor) -> Tensor:
     return rounded(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype)
 
 
-def linear_geglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+def linear_geglu(x: Tensor, gate_up_weight: PackedWeight) -> Tensor:
     """The first half of the MLP: x [M, D], gate_up_weight [2 F, D], gate first -> [M, F]."""
     return geglu(linear(x, gate_up_weight))
 
 
 def linear_rope_and_store_(
     x: Tensor,
-    weight: Tensor,
+    weight: PackedWeight,
     bias: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,

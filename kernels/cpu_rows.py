@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcut.kernels.cpu_products import WIDE
+from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.reference import embed
 
 # Numbers
@@ -122,7 +123,7 @@ def begin_step(
     token_ids: Tensor,
     positions: Tensor,
     rows: Tensor | None,
-    table: Tensor,
+    table: Weight,
     scale: float,
     norm_weight: Tensor,
     eps: float,

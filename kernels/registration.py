@@ -28,8 +28,14 @@ MUTATED = {
 }
 
 
-def _matrix(x: Tensor, rows: int, columns: int) -> Tensor:
-    return x.new_empty(rows, columns)
+def _empty(x: Weight, *shape: int) -> Tensor:
+    """On x's device, in the dtype of its rows."""
+    of_device = x if isinstance(x, Tensor) else x.values
+    return of_device.new_empty(shape, dtype=x.dtype)
+
+
+def _matrix(x: Weight, rows: int, columns: int) -> Tensor:
+    return _empty(x, rows, columns)
 
 
 def _fake_queries(x: Tensor, width: int, k_cache: Tensor, cos: Tensor) -> Tensor:
@@ -49,13 +55,13 @@ def _runs_kernels(x: Tensor) -> bool:
     return x.device.type != "cpu" or INTERPRETED
 
 
-def _fake_skinny_linear(x: Tensor, weight: Tensor, bias=None) -> Tensor:
+def _fake_skinny_linear(x: Tensor, weight: Weight, bias=None) -> Tensor:
     splits = count_parts(weight, x) if _runs_kernels(x) else 1
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((splits, x.shape[0], weight.shape[0]), dtype=dtype)
 
 
-def _fake_lm_head_argmax(x: Tensor, weight: Tensor, *_):
+def _fake_lm_head_argmax(x: Tensor, weight: Weight, *_):
     ranges = count_ranges(weight, x) if _runs_kernels(x) else 1
     shape = (ranges, x.shape[0])
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
@@ -64,7 +70,7 @@ def _fake_lm_head_argmax(x: Tensor, weight: Tensor, *_):
 def _fake_begin_step(token_ids, positions, rows, table, scale, norm_weight, eps, inv_freqs, _):
     M = positions.shape[0] if rows is None else rows.shape[0]
     residual, half = _matrix(table, M, table.shape[1]), inv_freqs[0].shape[-1]
-    cos = table.new_empty(len(inv_freqs), M, 1, 2 * half)
+    cos = _empty(table, len(inv_freqs), M, 1, 2 * half)
     return positions.new_empty(M), residual, residual.clone(), cos, cos.clone()
 
 

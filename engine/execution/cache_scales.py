@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.execution.model import Gemma
+from gemcut.kernels.cpu_quantized import PackedInt4
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
 from gemcut.kernels.reference.ops import GREATEST_FP8
 
@@ -52,8 +53,10 @@ def bounds(model: Gemma, layer: int) -> tuple[Tensor, Tensor]:
     return keys * abs(rope.attention_scaling), of_values.amax(1)
 
 
-def _plain(weight: Weight, rows: slice) -> Tensor:
+def _plain(weight: Weight | PackedInt4, rows: slice) -> Tensor:
     """Rows of a weight in float32."""
+    if isinstance(weight, PackedInt4):
+        return weight.rows(0, weight.shape[0], torch.float32)[rows]
     if isinstance(weight, QuantizedWeight):
         return dequantized(weight[rows], torch.float32)
     return (weight.to_dense() if weight.is_mkldnn else weight)[rows].float()

@@ -201,17 +201,21 @@ def lm_head_argmax(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit and its token id, the lowest of equals: x [M, D] -> [1, M] x 2.
 
-    With temperature, seeds and positions [M]: the greatest of logits + temperature * noise, which
-    is the token of `sample`.  A kernel gives the best of each of S ranges of the vocabulary, [S, M]
-    each, of which `advance_` takes the greatest.
+    With temperature, seeds and positions [N], of which row m takes those at rows[m], or its own
+    where rows is None: the greatest of logits + temperature * noise, the token of `sample`.  A
+    kernel gives the best of each of S ranges of the vocabulary, [S, M] each, of which `advance_`
+    takes the greatest.
     """
     logits = lm_head(x, weight, softcap)
     if temperature is not None:
         assert seeds is not None
         assert positions is not None
+        if rows is not None:
+            temperature, seeds, positions = (x[rows] for x in (temperature, seeds, positions))
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         logits = logits + temperature.unsqueeze(-1) * noise
     best = logits.max(-1)
