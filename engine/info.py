@@ -233,7 +233,7 @@ def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[st
     yield "softcaps", ", ".join(f"{name} {cap:g}" for name, cap in caps if cap) or "none"
     yield "rope", _rope(config)
     yield "longest text", f"{limit} tokens"
-    yield "KV cache", f"{info.kv_bytes_per_token / 1024:g} KiB a token in bfloat16"
+    yield "KV cache", f"{info.kv_bytes_per_token / 1024:g} KiB a token in bfloat16, half in fp8"
     slot = f"{readable(info.slot_bytes)} a slot of {limit} tokens"
     if info.slot_bytes < info.full_slot_bytes:
         slot += f"; {readable(info.full_slot_bytes)} if local layers were no rings"

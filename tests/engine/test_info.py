@@ -76,7 +76,7 @@ def test_info_for_people(run, set_free):
         "softcaps      attention 50, logits 30\n"
         "rope          base 10,000\n"
         "longest text  8192 tokens\n"
-        "KV cache      336 KiB a token in bfloat16\n"
+        "KV cache      336 KiB a token in bfloat16, half in fp8\n"
         "              2.20 GB a slot of 8192 tokens; 2.82 GB if local layers were no rings\n"
         "on cpu        60.00 GB free, 36.97 GB for weights in float32\n"
         "              room for 2 slots of 8192 tokens\n"
