@@ -132,7 +132,8 @@ def _tile(num_heads: int, K: int, x: Tensor, weight: Weight) -> dict[str, int]:
     block_i = min(rows_of_weight(x, weight, BLOCK_N // 2), half)
     blocks = num_heads * triton.cdiv(K // 2, block_i)
     rule = {"BLOCK_I": block_i, **pipeline(x, weight, blocks)}
-    if isinstance(weight, Tensor) and block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0):
+    is_few = block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0)
+    if is_few and isinstance(weight, Tensor):  # bytes take steps of more columns instead
         rule |= {"BLOCK_I": block_i // 2, "BLOCK_D": 2 * rule["BLOCK_D"], "num_stages": 6}
     return rule | tuned_tile("linear_rope_and_store", x, weight, num_heads * K, x.shape[1], K)
 
@@ -179,7 +180,8 @@ def linear_rope_and_store_(
         plain = leaves_places(x, weight, grid[1] * grid[2], 2 * tile["BLOCK_I"], tile)
         linear_rope_and_store_kernel[grid](
             x_ptr=x, **operands(weight), bias_ptr=bias,
-            q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache, slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
+            q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
+            slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
             stride_x_m=x.stride(0), M=M, D=D, C=C, num_slots=num_slots,
             HAS_BIAS=bias is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,

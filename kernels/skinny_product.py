@@ -144,7 +144,7 @@ def add_bytes(
     HAS_TAIL: tl.constexpr, IN_STEPS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """acc and the sum over these columns, cut into units that share a scale."""
+    """The sum over these columns, added to acc, cut into units that share a scale."""
     if is_several_units(FORMAT, GROUP, BYTES):
         HALF: tl.constexpr = BYTES // 2
         left, right = left_and_right(w, BLOCK_ROWS, BYTES)
@@ -259,7 +259,7 @@ def of_rows(ptr, offs, mask):
 
 @triton.jit
 def added(acc, w, x, IN_STEPS: tl.constexpr, weight, group, GROUP: tl.constexpr):
-    """acc + w @ x.T, or acc + (w - zero points) @ x.T * scales of a group."""
+    """Acc + w @ x.T, or acc + (w - zero points) @ x.T * scales of a group."""
     if GROUP > 0:
         unit = tl.dot(w, x.T, input_precision="ieee")
         if weight[2] is not None:

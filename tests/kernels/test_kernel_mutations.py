@@ -165,7 +165,9 @@ QUANTIZED_MISTAKES = {
         GEGLU, INT4, (PRODUCT, "start_d, FIRST + 32, HAS_TAIL", "start_d, FIRST, HAS_TAIL"),
     ),
     "scales of a step's first half": (
-        SKINNY, "int8 in 32s", (PRODUCT, "(BYTES if FORMAT == \"int4\" else HALF)\n        left", "0\n        left"),
+        SKINNY, "int8 in 32s",
+        (PRODUCT, 'NEXT: tl.constexpr = FIRST + (BYTES if FORMAT == "int4" else HALF)',
+         "NEXT: tl.constexpr = FIRST"),
     ),
     "zero points dropped": (SKINNY, INT4, (PRODUCT, "unit -= group[1]", "unit -= 0 * group[1]")),
     "zero points not scaled": (
@@ -176,7 +178,7 @@ QUANTIZED_MISTAKES = {
         GEGLU, ROWS, (PRODUCT, "if FORMAT is not None and GROUP == 0:", "if FORMAT == 0:"),
     ),
     "logits not scaled before they are compared": (
-        ARGMAX, ROWS, ("head", "acc = scaled_by_row(acc, weight, offs_v", "scaled_by_row(acc, weight, offs_v"),
+        ARGMAX, ROWS, ("head", "acc = scaled_by_row(acc, weight", "scaled_by_row(acc, weight"),
     ),
     "fp8 without its sign": (
         SKINNY, "fp8 by row", (TILES, "(bits & 0x80) << 24 | ", ""), THROUGH,
