@@ -14,6 +14,7 @@ from gemcut.engine.checks import read_size
 
 INTERRUPTED = 128 + 2  # a shell's exit codes for a program killed by SIGINT or SIGPIPE
 PIPE_CLOSED = 128 + 13
+QUANTIZATIONS = ("int8", "int4", "fp8")
 
 EPILOG = """\
 exit codes: 0 fine, 1 an error (one line on standard error), 2 wrong usage, 130 after Ctrl-C,
@@ -31,14 +32,16 @@ exit code is 1 if a turn was refused.
 """
 INFO = """\
 Print a model's shape, its size in memory, what fits on this machine now, and what an engine of the
-given sizes would take.  The config is enough: no weights are read or fetched.
+given sizes would take.  The config is enough: no weights are read or fetched, except of a GGUF file
+on the Hub, which is fetched whole.
 """
 
 CONVERT = """\
 Convert a model's weights between Hugging Face safetensors, the original checkpoints of
 google/gemma_pytorch (.ckpt pickles, whole or sharded, bfloat16, float32 or int8 with scalers) and
-Flax msgpack.  What was written is read back and compared with the source, bit for bit, before it
-takes its place.  A pickle's code is never run.
+Flax msgpack; and from GGUF, dequantised, with its config and tokenizer.  What was written is read
+back and compared with the source, bit for bit, before it takes its place.  A pickle's code is never
+run.
 """
 
 
@@ -176,7 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_MODEL = "demo (the default), a folder, or a Hugging Face id"
+_MODEL = (
+    "demo (the default), a folder, a GGUF file, or a Hugging Face id; owner/name:Q4_0 is one of "
+    "several GGUF files"
+)
 
 
 def _add_model(parser: argparse.ArgumentParser, text: str) -> None:
@@ -244,6 +250,17 @@ def _add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default="auto",
         help="bfloat16, float32 (default: bfloat16 on cuda, else float32)",
     )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="quantise the matrices of a plain checkpoint while they are read (default: as stored)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="of keys and values; fp8 takes half the memory of bfloat16 (default: the model's)",
+    )
     return group
 
 
@@ -300,7 +317,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source_format",
-        choices=formats,
+        choices=(*formats, "gguf"),
         help="what to read (default: seen from the files)",
     )
     parser.add_argument(
@@ -314,6 +331,12 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         choices=("keep", "bfloat16", "float32"),
         default="keep",
         help="of the written weights; int8 is kept as bfloat16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="write the matrices of layers as compressed-tensors has them, embedding and head "
+        "plain, for transformers and vLLM too (default: as they are)",
     )
     parser.add_argument(
         "--tokenizer",

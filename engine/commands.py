@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from gemcut.engine.checkpoints.convert import convert as convert_checkpoint
+from gemcut.engine.checkpoints.load import expected_layouts
 from gemcut.engine.engine import Engine
-from gemcut.engine.info import describe, find_config, find_problems, lines
+from gemcut.engine.info import describe, find_model, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
 from gemcut.tokenizer import encode_chat
@@ -84,9 +85,19 @@ def chat(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """Print the facts of a model; 0, or 1 where --check has found a problem."""
     device = choose_device(args.device)
-    config = find_config(args.model)
-    dtype = choose_dtype(args.dtype, device)
-    facts = describe(config, device, dtype, args.max_batch_size, args.max_seq_len)
+    config, path = find_model(args.model)
+    is_quantized = bool(expected_layouts(config, args.quantization, path))
+    dtype = choose_dtype(args.dtype, device, is_quantized)
+    facts = describe(
+        config,
+        device,
+        dtype,
+        args.max_batch_size,
+        args.max_seq_len,
+        args.quantization,
+        path,
+        args.kv_cache_dtype,
+    )
     problems = find_problems(args.model, config) if args.check else None
     if args.json:
         checked = {} if problems is None else {"problems": problems}
@@ -110,6 +121,7 @@ def convert(args: argparse.Namespace) -> int:
         source_format=args.source_format,
         config=args.config,
         dtype=None if args.dtype == "keep" else getattr(torch, args.dtype),
+        quantization=args.quantization,
         tokenizer=args.tokenizer,
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,
@@ -120,9 +132,11 @@ def convert(args: argparse.Namespace) -> int:
         _note(f"{done.left_aside} tensors left aside, which the language model does not need")
     for name in done.nonfinite:
         _note(f"{name} holds a NaN or an infinity")
+    kind = f"{done.config.dtype}, matrices in {args.quantization}"
+    kind = kind if args.quantization is not None else done.config.dtype
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
     print(
-        f"{done.target}: {done.source_format} to {done.target_format}, {done.config.dtype}, "
+        f"{done.target}: {done.source_format} to {done.target_format}, {kind}, "
         f"{files}; verified: {done.tensors} tensors, {done.nbytes} bytes, read back and equal"
     )
     return 0
@@ -146,6 +160,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             args.model,
             device=args.device,
             dtype=args.dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
             max_batch_size=max_batch_size,
             max_seq_len=args.max_seq_len,
             ops=args.ops,
@@ -154,6 +169,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             generation_config=args.generation_config,
             default_params=SamplingParams(**args.unpublished),
             revision=args.revision,
+            quantization=args.quantization,
         )
     for warning in found:
         _note(f"warning: {' '.join(str(warning.message).split())}")

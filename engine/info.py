@@ -1,7 +1,9 @@
 """Facts about a model for `gemcut info`: its shape, its bytes, and what fits on a device."""
 
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,11 +11,19 @@ import torch
 
 from gemcut import kernels
 from gemcut.engine.checkpoints.hub import CONFIG_FILES, check_holds_model, resolve_checkpoint
-from gemcut.engine.checkpoints.load import find_nonfinite, load_checkpoint
+from gemcut.engine.checkpoints.load import (
+    expected_layouts,
+    find_nonfinite,
+    load_checkpoint,
+    load_config,
+    open_tokenizer,
+)
+from gemcut.engine.checkpoints.stored_weights import check_quantization
 from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.config.rope_parameters import RopeParameters
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
+from gemcut.engine.execution.weights import QUANTIZATIONS
 from gemcut.engine.memory import (
     DEFAULT_BATCH_SIZE,
     MEMORY_SHARE,
@@ -24,7 +34,6 @@ from gemcut.engine.memory import (
     readable,
 )
 from gemcut.kernels import cpu
-from gemcut.tokenizer import Tokenizer
 from gemcut.tokenizer.chat import check_template
 
 BATCH_SIZES = (1, 8)
@@ -45,10 +54,11 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Room:
-    """What fits on one device, now, in one dtype."""
+    """What fits on one device, now, in one dtype or format of the weights."""
 
     device: str
     dtype: str
+    quantization: str | None  # what a plain checkpoint would be quantised to
     free_bytes: int
     weight_bytes: int
     slots: int  # that fit beside weights and activations, each of the model's own limit
@@ -71,24 +81,31 @@ class ModelInfo:
     """Sizes that follow from a config; the cache's are in bfloat16."""
 
     parameters: int
-    weight_bytes: dict[str, int]  # by dtype
+    weight_bytes: dict[str, int]  # by dtype and format; "stored" where files are quantised
+    stored_formats: list[str]
     kv_bytes_per_token: int  # while the token is within every window
     slot_bytes: int  # of the model's own limit
     full_slot_bytes: int  # the same if local layers kept all tokens
     room: Room
+    quantized_rooms: list[Room]  # where a plain checkpoint is quantised on load
     engine: EngineSize
 
 
 def find_config(model: str) -> ModelConfig:
     """The config of "demo", a folder, a Hugging Face id or a published size; no weights fetched."""
+    return find_model(model)[0]
+
+
+def find_model(model: str) -> tuple[ModelConfig, Path | None]:
+    """The same, and the folder or the GGUF file (which is fetched whole) that holds it."""
     if _is_published(model):
-        return PUBLISHED[model]
+        return PUBLISHED[model], None
     try:
-        folder = resolve_checkpoint(model, files=CONFIG_FILES)
-        check_holds_model(folder)
+        path = resolve_checkpoint(model, files=CONFIG_FILES, gguf=True)
+        check_holds_model(path)
     except ValueError as error:
         raise ValueError(f"{error}; known without files are {', '.join(PUBLISHED)}") from None
-    return ModelConfig.from_file(folder)
+    return load_config(path), path
 
 
 def _is_published(model: str) -> bool:
@@ -101,34 +118,62 @@ def describe(
     dtype: torch.dtype,
     max_batch_size: int | str = DEFAULT_BATCH_SIZE,
     max_seq_len: int | str | None = None,
+    quantization: str | None = None,
+    path: Path | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
-    ValueError names a size out of range; one that does not fit is reported in `engine.problem`.
+    `path` is the model's, where a GGUF file says how it is quantised.  ValueError names a size out
+    of range; one that does not fit is reported in `engine.problem`.
     """
     ops = cpu if device.type == "cpu" else kernels
-    build = Build(config, device, dtype, ops)
+
+    def build_of(quantization: str | None, dtype: torch.dtype = dtype) -> Build:
+        layouts = expected_layouts(config, quantization, path)
+        return Build(config, device, dtype, ops, layouts=layouts, kv_cache_dtype=kv_cache_dtype)
+
+    build, stored = build_of(quantization), expected_layouts(config, None, path)
+    formats = [] if stored else _formats(config)
     parameters = config.num_parameters()
     limit = config.context_length
     return ModelInfo(
         parameters=parameters,
-        weight_bytes={"bfloat16": 2 * parameters, "float32": 4 * parameters},
+        weight_bytes={
+            "bfloat16": 2 * parameters,
+            "float32": 4 * parameters,
+            **{name: build_of(name, torch.bfloat16).weight_bytes() for name in formats},
+            **({"stored": build.weight_bytes()} if stored else {}),
+        },
+        stored_formats=sorted({layout.format for layout in stored.values()}),
         kv_bytes_per_token=config.kv_bytes_per_token(),
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
-        room=_room(build),
+        room=_room(build, quantization),
+        quantized_rooms=[_room(build_of(name), name) for name in formats],
         engine=_engine_size(build, max_batch_size, max_seq_len),
     )
 
 
-def _room(build: Build) -> Room:
+def _formats(config: ModelConfig) -> list[str]:
+    """What the model's matrices can be quantised to on load."""
+    found = []
+    for name in QUANTIZATIONS:
+        with suppress(ValueError):
+            check_quantization(name, config)
+            found.append(name)
+    return found
+
+
+def _room(build: Build, quantization: str | None) -> Room:
     free = free_bytes(build.device)
     budget = MEMORY_SHARE[build.device.type] * free  # as where the engine chooses
     return Room(
         device=str(build.device),
         dtype=str(build.dtype).removeprefix("torch."),
+        quantization=quantization,
         free_bytes=free,
-        weight_bytes=build.config.num_parameters() * build.dtype.itemsize,
+        weight_bytes=build.weight_bytes(),
         slots=build.most_slots(build.config.context_length, budget),
         longest_slot={slots: build.longest_slot(slots, budget) for slots in BATCH_SIZES},
     )
@@ -155,8 +200,13 @@ def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[st
     yield "model", model
     yield "family", f"{FAMILIES[config.model_type]} ({config.model_type})"
     yield "parameters", f"{info.parameters:,}"
-    sizes = ", ".join(f"{readable(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
-    yield "weights", sizes
+    sizes = {name: f"{readable(size)} in {name}" for name, size in info.weight_bytes.items()}
+    if (stored := sizes.pop("stored", None)) is not None:
+        yield "weights", f"{stored.split(' in ')[0]} as stored, {' and '.join(info.stored_formats)}"
+    plain = ", ".join(sizes.pop(dtype) for dtype in ("bfloat16", "float32"))
+    yield "" if stored else "weights", plain
+    if sizes:
+        yield "", ", ".join(sizes.values())
     yield "layers", _layers(config)
     yield "hidden size", f"{config.hidden_size}, MLP {config.intermediate_size}"
     heads = f"{config.num_q_heads} query, {config.num_kv_heads} key and value"
@@ -173,12 +223,17 @@ def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[st
         slot += f"; {readable(info.full_slot_bytes)} if local layers were no rings"
     yield "", slot
     yield from _room_lines(info.room, limit)
+    for room in info.quantized_rooms:
+        slots = f"room for {room.slots} slots of {limit} tokens"
+        fits = slots if room.longest_slot[1] else "does not fit"
+        yield f"in {room.quantization}", f"{readable(room.weight_bytes)} for weights, {fits}"
     yield from _engine_lines(info.engine)
 
 
 def _room_lines(room: Room, limit: int) -> Iterator[tuple[str, str]]:
     free, weights = readable(room.free_bytes), readable(room.weight_bytes)
-    yield f"on {room.device}", f"{free} free, {weights} for weights in {room.dtype}"
+    of = room.quantization or room.dtype
+    yield f"on {room.device}", f"{free} free, {weights} for weights in {of}"
     if room.longest_slot[1] == 0:
         yield "", "does not fit"
         return
@@ -222,14 +277,16 @@ def find_problems(model: str, config: ModelConfig) -> list[str]:
     """The problems in the files of `model`, a line each; reads every weight."""
     if _is_published(model):
         raise ValueError(f"{model} is known by its size alone: --check needs a folder or a Hub id")
-    folder = resolve_checkpoint(model)
+    folder = resolve_checkpoint(model, gguf=True)
     problems = [*_weight_problems(folder, config), *_token_problems(folder, config)]
     return list(dict.fromkeys(problems))  # a damaged file is reported twice
 
 
 def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     try:  # on "meta" all is checked and nothing allocated
-        load_checkpoint(folder, config, device="meta", dtype=torch.bfloat16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load_checkpoint(folder, config, device="meta", dtype=torch.bfloat16)
     except ValueError as error:
         yield str(error)
     try:
@@ -241,7 +298,7 @@ def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
 
 def _token_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     try:
-        tokenizer = Tokenizer.from_file(folder)
+        tokenizer = open_tokenizer(folder)
         check_template(tokenizer)
         try:
             tokenizer.check_embedding(config.vocab_size)

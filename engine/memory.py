@@ -8,7 +8,7 @@ first fewer slots, then shorter ones.
 import os
 import re
 from bisect import bisect_right
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +18,12 @@ import torch
 from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes, states_bytes
 from gemcut.engine.checks import check_int, shorten
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.cache import PREFILL_CHUNK, ring_of, slot_bytes
+from gemcut.engine.execution.cache import PREFILL_CHUNK, cache_bytes, ring_of
 from gemcut.engine.execution.cuda_graphs import can_be_captured
 from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
-from gemcut.engine.placement import is_plain_torch
+from gemcut.engine.execution.weight_layouts import Layouts
+from gemcut.engine.execution.weights import fused_shapes
+from gemcut.engine.placement import choose_cache_dtype, is_plain_torch
 from gemcut.kernels import cpu
 from gemcut.kernels.cpu_products import packs
 
@@ -47,7 +49,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class Build:
     prefill_chunk: int = PREFILL_CHUNK
     reuse_prefixes: bool = True
     cuda_graphs: bool = True
+    layouts: Layouts = field(default_factory=dict)  # of the weights that are quantised
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the KV cache; ValueError where it is unknown, or not of this device."""
+        return choose_cache_dtype(self.kv_cache_dtype, self.dtype, self.device)
 
     @property
     def has_long_chunks(self) -> bool:
@@ -77,19 +86,33 @@ class Build:
         chunk = self.prefill_chunk
         ring = ring_of(config, max_seq_len, chunk)
         longest = next_chunk(chunk, ring, 0, max_seq_len, may_be_long=self.has_long_chunks)
-        prefill = prefill_bytes(config, dtype, longest, max_seq_len, self.ops)
-        decode = decode_bytes(config, dtype, max_batch_size, max_seq_len, self.ops)
+        prefill = prefill_bytes(config, dtype, longest, max_seq_len, self.ops, self.cache_dtype)
+        decode = decode_bytes(
+            config, dtype, max_batch_size, max_seq_len, self.ops, self.cache_dtype
+        )
         on_gpu = self.device.type == "cuda"
         return Estimate(
-            weights=config.num_parameters() * dtype.itemsize + self._second_head_bytes(),
-            kv_cache=max_batch_size * slot_bytes(config, max_seq_len, chunk, dtype),
+            weights=self.weight_bytes() + self._second_head_bytes(),
+            kv_cache=cache_bytes(config, max_batch_size, max_seq_len, chunk, self.cache_dtype),
             state=state_bytes(max_batch_size, config.vocab_size),
             activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
             graphs=self._graph_bytes(decode, max_seq_len),
         )
 
+    def weight_bytes(self) -> int:
+        """The bytes of all weights as they are loaded; a tied head counts once."""
+        return sum(
+            layout.nbytes(shape)
+            if (layout := self.layouts.get(place)) is not None
+            else torch.Size(shape).numel() * self.dtype.itemsize
+            for place, shape in fused_shapes(self.config).items()
+        )
+
     def _second_head_bytes(self) -> int:
         """What a head takes beside its table, where products read it packed (kernels/cpu.py)."""
+        head = "embedding" if self.config.tie_word_embeddings else "lm_head"
+        if (None, head) in self.layouts:
+            return 0
         shape = self.config.vocab_size, self.config.hidden_size
         is_packed = self.ops is cpu and packs(shape, self.dtype)
         return is_packed * shape[0] * shape[1] * self.dtype.itemsize

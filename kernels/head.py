@@ -133,15 +133,15 @@ def lm_head_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["M"],
-    do_not_specialize_on_alignment=["temperature_ptr", "seeds_ptr", "positions_ptr"],
+    do_not_specialize=["M", "N"],
+    do_not_specialize_on_alignment=["temperature_ptr", "seeds_ptr", "positions_ptr", "rows_ptr"],
 )
 def lm_head_argmax_kernel(
     x_ptr, w_ptr, scales_ptr, zeros_ptr,  # [M, D], [V, D], [V, G] x 2
-    temperature_ptr, seeds_ptr, positions_ptr,  # [M] each; None takes the greatest logit
+    temperature_ptr, seeds_ptr, positions_ptr, rows_ptr,  # [N] x 3: None is greedy; [M]
     scores_ptr, ids_ptr,  # [S, M] float32, int64: the best of each range of the vocabulary
     stride_x_m,
-    M, V, D,
+    M, N, V, D,
     blocks,  # of BLOCK_V tokens, in a range
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -158,9 +158,13 @@ def lm_head_argmax_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     if IS_RANDOM:
-        temperature = tl.load(temperature_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
-        seed = tl.load(seeds_ptr + offs_m, mask=mask_m, other=0)[None, :]
-        position = tl.load(positions_ptr + offs_m, mask=mask_m, other=0)[None, :]
+        rows = offs_m
+        if rows_ptr is not None:
+            rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+        exists = mask_m & (rows >= 0) & (rows < N)
+        temperature = tl.load(temperature_ptr + rows, mask=exists, other=0.0)[None, :]
+        seed = tl.load(seeds_ptr + rows, mask=exists, other=0)[None, :]
+        position = tl.load(positions_ptr + rows, mask=exists, other=0)[None, :]
 
     tokens, weight = (x_ptr, stride_x_m, offs_m, mask_m), (w_ptr, scales_ptr, zeros_ptr)
     block = (tl.program_id(1).to(tl.int64) * blocks).to(tl.int32)  # below V
@@ -253,20 +257,22 @@ def lm_head_argmax(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit and its token id in each of S ranges of the vocabulary, the lowest first.
 
     x [M, D], weight [V, D] -> [S, M] float32, [S, M] int64.  The greatest score of a row is that of
-    its token, of the first range among equals; `advance_` takes it.  With temperature [M] float32,
-    seeds and positions [M] int, scores are logits + temperature * noise, and the token is that of
-    `sample`; at temperature 0 they are logits.  The lowest id wins a tie; NaN counts as the
+    its token, of the first range among equals; `advance_` takes it.  With temperature [N] float32,
+    seeds and positions [N] int, of which row m takes those at rows[m], or its own where rows is
+    None, scores are logits + temperature * noise, and the token is that of `sample`; at temperature
+    0, and for a row outside, they are logits.  The lowest id wins a tie; NaN counts as the
     greatest.  S depends on V and the arch alone, and a row's bits not on the others.
     """
     check_linear(x, weight, None)
     check_softcap(softcap)
     M, (V, D) = x.shape[0], weight.shape
     require(V < 2**31, f"vocabulary of {V} is not below 2**31")
-    _check_draw(x, temperature, seeds, positions)
+    _check_draw(x, temperature, seeds, positions, rows)
 
     tile = _tile(weight, x)
     ranges, blocks = _ranges(triton.cdiv(V, tile["BLOCK_V"]))
@@ -275,16 +281,20 @@ def lm_head_argmax(
     if M:
         lm_head_argmax_kernel[(triton.cdiv(M, BLOCK_M), ranges)](
             x_ptr=x, **operands(weight),
-            temperature_ptr=temperature, seeds_ptr=seeds, positions_ptr=positions,
+            temperature_ptr=temperature, seeds_ptr=seeds, positions_ptr=positions, rows_ptr=rows,
             scores_ptr=scores, ids_ptr=ids, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, blocks=blocks, SOFTCAP=softcap, **tile,
-            **dependent_launch(x.device),
+            M=M, N=M if temperature is None else len(temperature), V=V, D=D, blocks=blocks,
+            SOFTCAP=softcap, **tile, **dependent_launch(x.device),
         )  # fmt: skip
     return scores, ids
 
 
 def _check_draw(
-    x: Tensor, temperature: Tensor | None, seeds: Tensor | None, positions: Tensor | None
+    x: Tensor,
+    temperature: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+    rows: Tensor | None,
 ) -> None:
     if temperature is None:
         return
@@ -293,12 +303,15 @@ def _check_draw(
         "temperature needs seeds and positions, of which one is None",
     )
     M, dtype = x.shape[0], temperature.dtype
+    N = M if rows is None else temperature.numel()
     require(dtype == torch.float32, f"temperature is {dtype}, must be torch.float32")
     require(temperature.device == x.device, f"temperature is on {temperature.device}, x elsewhere")
-    check_tensors(temperature, seeds=seeds, positions=positions)
-    check_shape("temperature", temperature, M)
-    check_index("seeds", seeds, M)
-    check_index("positions", positions, M)
+    check_tensors(temperature, seeds=seeds, positions=positions, rows=rows)
+    check_shape("temperature", temperature, N)
+    check_index("seeds", seeds, N)
+    check_index("positions", positions, N)
+    if rows is not None:
+        check_index("rows", rows, M)
 
 
 def count_ranges(weight: Weight, x: Tensor) -> int:

@@ -6,33 +6,28 @@ random numbers and drops one that it does not know; here both are errors.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemcut.engine.checkpoints.compressed_tensors import QuantizedHeader, gather
+from gemcut.engine.checkpoints.safetensor_headers import FLOATS, TensorHeader, open_file
 from gemcut.engine.checkpoints.stored_tensors import (
     StoredTensor,
     TensorSpec,
     first_of,
     pieces,
 )
-from gemcut.engine.checkpoints.weight_files import check_file, check_index, read_weight_map
+from gemcut.engine.checkpoints.stored_weights import StoredWeight
+from gemcut.engine.checkpoints.weight_files import check_index, read_weight_map
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weights import CheckpointTensor, checkpoint_tensors
+from gemcut.kernels.quantized_weight import dequantized
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
-FLOATS = {  # by the names in safetensors' headers
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "F64": torch.float64,
-}
 
 # Multimodal Gemma 3: `language_model.model.layers` on the Hub, `model.language_model.layers` as
 # transformers 5 saves it.
@@ -40,24 +35,6 @@ _TEXT_PREFIX = re.compile(r"^(model\.)?language_model\.(model\.)?")
 _VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 _BARE = re.compile(r"^(?=(embed_tokens|layers|norm)\.)")  # what is saved without a head
 _BUFFER = re.compile(r"rotary_emb\.inv_freq$")  # old files; rope.py computes it
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """A tensor as the header of its safetensors file describes it."""
-
-    file: Path
-    key: str  # its name there
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.file.name}: {self.key}"
-
-    def load(self) -> Tensor:
-        """The tensor itself, from the memory-mapped file."""
-        with open_file(self.file) as shard:
-            return shard.get_tensor(self.key)
 
 
 def find_files(path: Path) -> list[Path]:
@@ -86,11 +63,38 @@ def open_tensors(path: Path) -> list[TensorHeader]:
 def match_tensors(
     path: Path, opened: list[TensorHeader], config: ModelConfig
 ) -> dict[str, StoredTensor]:
-    """The tensors of `config` by name: exactly those, or ValueError."""
+    """The tensors of `config` by name: exactly those, or ValueError; quantised ones as floats."""
+    return {name: _as_floats(header) for name, header in _match(path, opened, config).items()}
+
+
+def match_weights(
+    folder: Path,
+    headers: list[TensorHeader],
+    config: ModelConfig,
+    any_head: bool = False,
+    may_lack_head: bool = False,
+) -> dict[str, StoredWeight]:
+    """The same as they are; see `_match`."""
     return {
-        name: StoredTensor(str(header), header.shape, FLOATS[header.dtype], header.load)
-        for name, header in match_headers(path, opened, config).items()
+        name: StoredWeight(
+            str(header),
+            header.shape,
+            header.layout if isinstance(header, QuantizedHeader) else None,
+            header.load,
+        )
+        for name, header in _match(folder, headers, config, any_head, may_lack_head).items()
     }
+
+
+def _as_floats(header: TensorHeader | QuantizedHeader) -> StoredTensor:
+    if isinstance(header, TensorHeader):
+        return StoredTensor(str(header), header.shape, FLOATS[header.dtype], header.load)
+
+    def load() -> Tensor:
+        return dequantized(header.load(), torch.float32)
+
+    dtype = FLOATS[header.scales.dtype]
+    return StoredTensor(str(header), header.shape, dtype, load, count=header.count)
 
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
@@ -119,29 +123,22 @@ def require_files(folder: Path) -> list[Path]:
     return sorted({folder / name for name in read_weight_map(files[0]).values()})
 
 
-def open_file(file: Path) -> Any:
-    """An open safetensors file, memory-mapped; ValueError where it is damaged."""
-    check_file(file)
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: damaged or cut short ({error})") from None
-
-
-def match_headers(
+def _match(
     folder: Path,
     headers: list[TensorHeader],
     config: ModelConfig,
     any_head: bool = False,
     may_lack_head: bool = False,
-) -> dict[str, TensorHeader]:
+) -> dict[str, TensorHeader | QuantizedHeader]:
     """The headers of the tensors of `config` by name: exactly those, or ValueError.
 
     With `any_head` the files may hold other heads too; with `may_lack_head` the model's own may be
     missing.
     """
-    stored = _by_model_name(headers, config)
     expected = {tensor.name: tensor for tensor in checkpoint_tensors(config)}
+    stored: dict[str, TensorHeader | QuantizedHeader] = dict(_by_model_name(headers, config))
+    if config.quantization is not None:
+        stored = gather(_by_model_name(headers, config), config, expected)
     if any_head:
         stored = {name: x for name, x in stored.items() if name in expected or not is_head(name)}
     elif config.tie_word_embeddings:
@@ -175,10 +172,10 @@ def _by_model_name(headers: list[TensorHeader], config: ModelConfig) -> dict[str
     return stored
 
 
-def _drop_tied_head(stored: dict[str, TensorHeader]) -> None:
+def _drop_tied_head(stored: dict[str, TensorHeader | QuantizedHeader]) -> None:
     """Drop a head that repeats the tied embedding (some trainers write it out)."""
     head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
-    if head is None or embedding is None:
+    if not isinstance(head, TensorHeader) or not isinstance(embedding, TensorHeader):
         return
     if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
         both = zip(pieces(head.load()), pieces(embedding.load()), strict=True)
@@ -189,7 +186,9 @@ def _drop_tied_head(stored: dict[str, TensorHeader]) -> None:
 
 
 def _check(
-    folder: Path, stored: dict[str, TensorHeader], expected: dict[str, CheckpointTensor]
+    folder: Path,
+    stored: Mapping[str, TensorHeader | QuantizedHeader],
+    expected: Mapping[str, CheckpointTensor],
 ) -> None:
     if missing := [name for name in expected if name not in stored]:
         raise ValueError(f"{folder}: {first_of(missing)} missing")
@@ -201,7 +200,7 @@ def _check(
                 f"{folder}: {header} is {list(header.shape)}, "
                 f"the config says {list(expected[name].shape)}"
             )
-        if header.dtype not in FLOATS:
+        if isinstance(header, TensorHeader) and header.dtype not in FLOATS:
             raise ValueError(
                 f"{folder}: {header} is {header.dtype}; supported are {', '.join(FLOATS)}"
             )

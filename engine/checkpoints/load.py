@@ -1,34 +1,64 @@
-"""Loading of a Hugging Face checkpoint: Weights, tokenizer, and a search for non-finite values.
+"""Loading of a checkpoint: config, tokenizer, Weights, and a search for non-finite values.
+
+It is a folder in Hugging Face's format, or a GGUF file.
 
 Tensors are copied one at a time out of the memory-mapped file into their rows of the fused ones, so
-that the model is in memory once.
+that the model is in memory once; quantised or not (stored_weights.py).
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoints.huggingface import (
-    FLOATS,
-    match_headers,
-    open_file,
-    open_tensors,
-    require_files,
+from gemcut.engine.checkpoints.compressed_tensors import config_layouts
+from gemcut.engine.checkpoints.gguf_choice import is_gguf
+from gemcut.engine.checkpoints.gguf_model import (
+    gguf_config,
+    gguf_layouts,
+    gguf_settings,
+    gguf_tokenizer,
+    gguf_weights,
+    nonfinite_in_gguf,
 )
+from gemcut.engine.checkpoints.huggingface import match_weights, open_tensors, require_files
+from gemcut.engine.checkpoints.safetensor_headers import open_file
 from gemcut.engine.checkpoints.stored_tensors import pieces
-from gemcut.engine.checkpoints.weight_files import byte_bar
+from gemcut.engine.checkpoints.stored_weights import check_quantization, fill_weights
+from gemcut.engine.checks import warn_caller
+from gemcut.engine.config.generation_file import published_settings, settings_of
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import (
-    CheckpointTensor,
-    Weights,
-    checkpoint_tensors,
-    empty_weights,
-)
+from gemcut.engine.execution.weight_layouts import Layouts
+from gemcut.engine.execution.weights import Weights, checkpoint_tensors, made_layouts, plain
 from gemcut.tokenizer import Tokenizer
 from gemcut.tokenizer.chat import check_template
 from gemcut.tokenizer.tokenizer_files import JSON_FILE, MODEL_FILE
+
+
+def load_config(path: Path) -> ModelConfig:
+    """The config of a folder or a GGUF file."""
+    return gguf_config(path) if is_gguf(path) else ModelConfig.from_file(path)
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """The settings of sampling that a folder or a GGUF file publishes."""
+    return settings_of(gguf_settings(path)) if is_gguf(path) else published_settings(path)
+
+
+def expected_layouts(
+    config: ModelConfig, quantization: str | None, path: Path | None = None
+) -> Layouts:
+    """The layouts of a model's weights by its config and what is asked for; errors as in loading.
+
+    Those of a quantised checkpoint are what quantization_config says, with bfloat16 scales; those
+    of a GGUF file, `path`, are its tensors'.
+    """
+    check_quantization(quantization, config)
+    if path is not None and is_gguf(path):
+        return gguf_layouts(path, config, quantization)
+    return config_layouts(config) if quantization is None else made_layouts(config, quantization)
 
 
 def load_checkpoint(
@@ -37,10 +67,15 @@ def load_checkpoint(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    quantization: str | None = None,
+    dequantize: bool = False,
     any_head: bool = False,
     new_head: Callable[[str, Tensor], object] | None = None,
 ) -> Weights:
-    """The weights in folder `path`, on `device` in `dtype`; ValueError names what is at fault.
+    """The weights at `path`, on `device` in `dtype`; ValueError names what is at fault.
+
+    Matrices that are quantised in the files stay so, and with `dequantize` become floats.
+    `quantization` quantises those of a plain checkpoint: "int8", "int4" or "fp8".
 
     Expects exactly the tensors of `config`.  Left aside are rotary buffers of old files, and what
     belongs to the vision part of a multimodal Gemma 3; with `any_head`, for models that stop at
@@ -50,40 +85,35 @@ def load_checkpoint(
         raise ValueError("dtype float16 is refused: Gemma's activations overflow it; use bfloat16")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype {dtype} is refused: weights are bfloat16 or float32")
+    check_quantization(quantization, config)
     folder = Path(path)
     may_lack = new_head is not None
-    stored = match_headers(folder, open_tensors(folder), config, any_head or may_lack, may_lack)
-    expected = {tensor.name: tensor for tensor in checkpoint_tensors(config)}
-    new = [tensor for name, tensor in expected.items() if name not in stored]
-
-    try:
-        weights = empty_weights(config, device=device, dtype=dtype)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        size = config.num_parameters() * dtype.itemsize
-        raise MemoryError(
-            f"the weights take {size / 1e9:.2f} GB in {dtype}, which {device} does not have"
-        ) from error
-    by_file: dict[Path, list[tuple[str, CheckpointTensor]]] = {}
-    for name, header in stored.items():
-        by_file.setdefault(header.file, []).append((header.key, expected[name]))
-    size = sum(torch.Size(x.shape).numel() * FLOATS[x.dtype].itemsize for x in stored.values())
-    with byte_bar("loading", size) as bar:
-        for file, tensors in by_file.items():
-            with open_file(file) as shard:
-                for key, tensor in tensors:
-                    source, target = shard.get_tensor(key), tensor.of(weights)
-                    for piece, place in zip(pieces(source), pieces(target), strict=True):
-                        place.copy_(piece)
-                        bar.update(piece.nbytes)
-    for tensor in new:
-        assert new_head is not None
-        new_head(tensor.name, tensor.of(weights))
+    if is_gguf(folder):
+        stored = gguf_weights(folder, config, dtype)
+    else:
+        stored = match_weights(folder, open_tensors(folder), config, any_head or may_lack, may_lack)
+    for note in () if config.quantization is None else config.quantization.notes:
+        warn_caller(f"{folder}: {note}")
+    weights = fill_weights(
+        config,
+        stored,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        dequantize=dequantize,
+    )
+    for tensor in checkpoint_tensors(config):
+        if tensor.name not in stored:
+            assert new_head is not None
+            new_head(tensor.name, plain(tensor.of(weights)))
     return weights
 
 
 def find_nonfinite(path: str | Path) -> list[str]:
-    """The names of the tensors in folder `path` that hold a NaN or an infinity."""
+    """The names of the tensors at `path` that hold a NaN or an infinity."""
     found = []
+    if is_gguf(Path(path)):
+        return nonfinite_in_gguf(Path(path))
     for file in require_files(Path(path)):
         with open_file(file) as shard:
             for key in sorted(shard.keys()):
@@ -97,12 +127,19 @@ def find_nonfinite(path: str | Path) -> list[str]:
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of a checkpoint, checked with its chat template, before weights are read."""
+    tokenizer = open_tokenizer(folder)
+    tokenizer.check_embedding(config.vocab_size)
+    check_template(tokenizer)
+    return tokenizer
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder or a GGUF file."""
+    if is_gguf(folder):
+        return gguf_tokenizer(folder)
     if not any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE)):
         raise ValueError(
             f"{folder} holds neither {MODEL_FILE} nor {JSON_FILE}; with skip_tokenizer_init=True "
             "an engine takes token ids alone"
         )
-    tokenizer = Tokenizer.from_file(folder)
-    tokenizer.check_embedding(config.vocab_size)
-    check_template(tokenizer)
-    return tokenizer
+    return Tokenizer.from_file(folder)

@@ -18,7 +18,7 @@ from gemcut.engine.checkpoints.weight_files import (
     write_json,
 )
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import Weights, checkpoint_tensors
+from gemcut.engine.execution.weights import Weights, checkpoint_tensors, plain
 
 
 def save_checkpoint(
@@ -40,7 +40,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     views: dict[str, Tensor] = {}
     for tensor in checkpoint_tensors(config):
-        view = tensor.of(weights)
+        view = plain(tensor.of(weights))
         if view.shape != tensor.shape:
             raise ValueError(
                 f"{tensor.name} is {tuple(view.shape)}, the config says {tensor.shape}"
@@ -63,5 +63,6 @@ def save_checkpoint(
     if tokenizer_file is not None:
         with renamed(folder / "tokenizer.model") as temporary:
             shutil.copyfile(tokenizer_file, temporary)
-    values = replace(config, dtype=name_of(weights.embedding.dtype)).to_dict()
+    dtype = name_of(weights.embedding.dtype)
+    values = replace(config, dtype=dtype, quantization=None).to_dict()
     write_json(folder / "config.json", {**values, **(more_config or {})})

@@ -37,6 +37,7 @@ class StoredTensor:
     dtype: torch.dtype
     load: Callable[[], Tensor]
     scaler: "StoredTensor | None" = None  # [rows]: the weight is int8 * scaler[:, None]
+    count: int = 1  # tensors of the file that it is, beside the scaler
 
 
 def check_stored(

@@ -8,16 +8,23 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from gemcut.engine.checkpoints.compressed_target import (
+    config_to_write,
+    layout_to_write,
+    part_sizes,
+    parts_of,
+)
 from gemcut.engine.checkpoints.formats import FORMATS, Format
 from gemcut.engine.checkpoints.source import CONFIG, Source
 from gemcut.engine.checkpoints.stored_tensors import TensorSpec, name_of, pieces
+from gemcut.engine.checkpoints.stored_weights import Layout, check_finite, check_quantization
 from gemcut.engine.checkpoints.weight_files import (
     byte_bar,
     divide_into_shards,
@@ -25,6 +32,7 @@ from gemcut.engine.checkpoints.weight_files import (
     write_json,
 )
 from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.config.quantization_config import read_quantization
 from gemcut.engine.execution.weights import checkpoint_tensors
 
 
@@ -36,9 +44,10 @@ class Target:
     form: Format
     config: ModelConfig
     dtypes: dict[str, torch.dtype]  # of each checkpoint tensor, the embedding's first
-    specs: dict[str, TensorSpec]
-    sizes: dict[str, int]  # bytes of each of the format's tensors
-    shards: dict[str, list[str]]  # file -> the format's tensors in it
+    specs: dict[str, TensorSpec]  # of each tensor in the files; several of a quantised one
+    sizes: dict[str, int]  # bytes of each tensor in the files
+    shards: dict[str, list[str]]  # file -> the tensors in it
+    layouts: dict[str, Layout]  # of the checkpoint tensors that are quantised
 
     @property
     def nbytes(self) -> int:
@@ -47,15 +56,34 @@ class Target:
 
 
 def lay_out(
-    source: Source, folder: Path, form: Format, dtype: torch.dtype | None, max_shard_bytes: int
+    source: Source,
+    folder: Path,
+    form: Format,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    quantization: str | None = None,
 ) -> Target:
     """The target for the tensors of `source`, in `folder` and in format `form`."""
+    check_quantization(quantization, source.config)
     dtypes = _choose_dtypes(source, dtype)
-    config = replace(source.config, dtype=name_of(next(iter(dtypes.values()))))
-    specs = {spec.name: spec for spec in form.tensor_specs(source.config)}
-    sizes = _sizes(specs, dtypes)
+    layouts: dict[str, Layout] = {}
+    for tensor in checkpoint_tensors(source.config) if quantization is not None else ():
+        layout = layout_to_write(str(quantization), tensor, dtypes[tensor.name])
+        if layout is not None:
+            layouts[tensor.name] = layout
+    config = replace(
+        source.config,
+        dtype=name_of(next(iter(dtypes.values()))),
+        quantization=read_quantization(quantization and config_to_write(quantization)),
+    )
+    specs: dict[str, TensorSpec] = {}
+    sizes: dict[str, int] = {}
+    for spec in form.tensor_specs(config):
+        found = _sizes(spec, dtypes, layouts)
+        sizes |= found
+        specs |= dict.fromkeys(found, spec)
     shards = divide_into_shards(sizes, max_shard_bytes, form.SINGLE, form.SHARD)
-    return Target(folder, form, config, dtypes, specs, sizes, shards)
+    return Target(folder, form, config, dtypes, specs, sizes, shards, layouts)
 
 
 def _choose_dtypes(source: Source, asked: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -77,16 +105,17 @@ def _choose_dtypes(source: Source, asked: torch.dtype | None) -> dict[str, torch
     return dtypes
 
 
-def _sizes(specs: Mapping[str, TensorSpec], dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:
-    """The bytes of each of the format's tensors."""
-    sizes = {}
-    for spec in specs.values():
-        kinds = {dtypes[tensor.name] for tensor in spec.members}
-        if len(kinds) > 1:
-            names = " and ".join(sorted(map(name_of, kinds)))
-            raise ValueError(f"{spec.name} would join {names}; give --dtype bfloat16 or float32")
-        sizes[spec.name] = torch.Size(spec.shape).numel() * kinds.pop().itemsize
-    return sizes
+def _sizes(
+    spec: TensorSpec, dtypes: Mapping[str, torch.dtype], layouts: Mapping[str, Layout]
+) -> dict[str, int]:
+    """The tensors in the files that hold one of the format's, and the bytes of each."""
+    if spec.name in layouts:
+        return part_sizes(spec.name, spec.shape, layouts[spec.name])
+    kinds = {dtypes[tensor.name] for tensor in spec.members}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(map(name_of, kinds)))
+        raise ValueError(f"{spec.name} would join {names}; give --dtype bfloat16 or float32")
+    return {spec.name: torch.Size(spec.shape).numel() * kinds.pop().itemsize}
 
 
 @contextmanager
@@ -106,7 +135,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 def write_files(
-    stage: Path, target: Target, source: Source, companions: Mapping[str, Path]
+    stage: Path, target: Target, source: Source, companions: Mapping[str, Path | bytes]
 ) -> list[str]:
     """Write all files to folder `stage`; the names of tensors that hold a NaN or an infinity."""
     if target.nbytes > (free := shutil.disk_usage(stage).free):
@@ -116,7 +145,10 @@ def write_files(
         )
     nonfinite = _write_weights(stage, target, source)
     for name, file in companions.items():
-        shutil.copyfile(file, stage / name)
+        if isinstance(file, bytes):
+            (stage / name).write_bytes(file)
+        else:
+            shutil.copyfile(file, stage / name)
     write_json(stage / CONFIG, target.config.to_dict())
     return [name for name in target.dtypes if name in nonfinite]
 
@@ -125,7 +157,8 @@ def _write_weights(stage: Path, target: Target, source: Source) -> set[str]:
     nonfinite: set[str] = set()
     with byte_bar("converting", target.nbytes) as bar:
 
-        def make(spec: TensorSpec) -> Tensor:
+        @lru_cache(maxsize=1)  # the parts of a quantised matrix are written one after another
+        def make_all(spec: TensorSpec) -> dict[str, Tensor]:
             tensors = []
             for member in spec.members:
                 tensor = source.read(member, target.dtypes[member.name])
@@ -133,12 +166,18 @@ def _write_weights(stage: Path, target: Target, source: Source) -> set[str]:
                     nonfinite.add(member.name)
                 tensors.append(tensor)
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            bar.update(whole.nbytes)
-            return whole.T.contiguous() if spec.transposed else whole
+            if (layout := target.layouts.get(spec.name)) is not None:
+                check_finite(spec.name, whole)
+                return parts_of(spec.name, layout.quantize(whole))
+            return {spec.name: whole.T.contiguous() if spec.transposed else whole}
+
+        def make(name: str) -> Tensor:
+            made = make_all(target.specs[name])[name]
+            bar.update(made.nbytes)
+            return made
 
         for name, held in target.shards.items():
-            makers = {key: partial(make, target.specs[key]) for key in held}
-            _write_file(target.form, stage / name, makers)
+            _write_file(target.form, stage / name, {key: partial(make, key) for key in held})
     if len(target.shards) > 1:
         write_json(stage / target.form.INDEX, index_of(target.shards, target.sizes))
     return nonfinite

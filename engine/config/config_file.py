@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemcut.engine.checks import check_int, shorten
+from gemcut.engine.config.quantization_config import read_quantization
 from gemcut.engine.config.rope_parameters import RopeParameters, pop_rope, pop_rope_by_layer_type
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -149,6 +150,7 @@ def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         fields["rope"], fields["rope_local"] = pop_rope_by_layer_type(left, max_length)
     else:
         fields["rope"] = fields["rope_local"] = pop_rope(left, max_length)
+    fields["quantization"] = read_quantization(left.pop("quantization_config", None))
     fields["dtype"] = _pop_dtype(left)
     fields["id2label"] = _pop_labels(left)
     fields["architectures"] = _pop_architectures(left)
@@ -175,6 +177,8 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     )
     if fields["dtype"] is not None:
         values["dtype"] = fields["dtype"]
+    if fields["quantization"] is not None:
+        values["quantization_config"] = dict(fields["quantization"].values)
     if fields["id2label"] is not None:
         values["id2label"] = {str(index): label for index, label in fields["id2label"].items()}
     return values
@@ -189,6 +193,7 @@ def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"text_config {shorten(text)} of a gemma3 config is not an object")
     # These may be beside text_config; text_config's own values win.
     shared = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id")
+    shared += ("quantization_config",)
     outer = {key: values[key] for key in shared if values.get(key) is not None}
     tied = values.get("tie_word_embeddings", True)  # transformers reads this one only
     return {"model_type": "gemma3_text"} | outer | dict(text) | {"tie_word_embeddings": tied}
@@ -200,7 +205,6 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
         ("is_encoder_decoder", "the model is a decoder"),
         ("add_cross_attention", "the model is a decoder"),
         ("per_layer_config", "all layers have one shape"),
-        ("quantization_config", "weights are quantised on load, from a plain checkpoint"),
         ("pruned_heads", "all layers have one shape"),
     ):
         if values.get(key):

@@ -24,6 +24,7 @@ from gemcut.engine.config.config_file import (
     read_json_object,
     write_fields,
 )
+from gemcut.engine.config.quantization_config import QuantizationConfig
 from gemcut.engine.config.rope_parameters import RopeParameters
 
 __all__ = ["PUBLISHED", "ModelConfig", "RopeParameters"]
@@ -69,6 +70,7 @@ class ModelConfig:
     pad_token_id: int | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    quantization: QuantizationConfig | None = None  # of the stored weights
 
     # Without influence on inference; kept for training and for writing the model back.
     attention_dropout: float = 0.0

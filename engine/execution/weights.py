@@ -2,10 +2,10 @@
 
 Checkpoints hold q, k and v, and gate and up, apart; here each group is one matrix, read by one
 product.  `checkpoint_tensors` is the only list of names and shapes: loading, checking and saving
-follow it.
+follow it.  A matrix is plain or quantised, each by itself (kernels/quantized_weight.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.weight_layouts import Layout, Layouts
 from gemcut.kernels.cpu_products import PackedHead, packed, packed_head
+from gemcut.kernels.quantized_weight import FEWEST, QuantizedWeight, Weight
+
+QUANTIZATIONS = ("int8", "int4", "fp8")  # of a plain checkpoint, while it is read
 
 
 @dataclass
@@ -21,14 +25,14 @@ class LayerWeights:
     """The tensors of one layer; one that the family lacks is None."""
 
     input_norm: Tensor  # [D]
-    qkv: Tensor  # [(HQ + 2 HK) * K, D], rows of q, then k, then v
+    qkv: Weight  # [(HQ + 2 HK) * K, D], rows of q, then k, then v
     qkv_bias: Tensor | None  # [(HQ + 2 HK) * K]
-    o: Tensor  # [D, HQ * K]
+    o: Weight  # [D, HQ * K]
     o_bias: Tensor | None  # [D]
     post_attention_norm: Tensor | None  # [D]
     pre_mlp_norm: Tensor  # [D]
-    gate_up: Tensor  # [2 F, D], rows of gate, then up
-    down: Tensor  # [D, F]
+    gate_up: Weight  # [2 F, D], rows of gate, then up
+    down: Weight  # [D, F]
     post_mlp_norm: Tensor | None  # [D]
     q_norm: Tensor | None  # [K]
     k_norm: Tensor | None  # [K]
@@ -38,10 +42,10 @@ class LayerWeights:
 class Weights:
     """One model's tensors; `lm_head` is the `embedding` itself if tied, and in a classifier."""
 
-    embedding: Tensor  # [V, D]
+    embedding: Weight  # [V, D]
     layers: list[LayerWeights]
     norm: Tensor  # [D]
-    lm_head: Tensor | PackedHead  # [V, D]
+    lm_head: Weight | PackedHead  # [V, D]
     score: Tensor | None = None  # [num_labels, D], of a classifier
     score_bias: Tensor | None = None  # [num_labels], where it classifies tokens
 
@@ -49,7 +53,8 @@ class Weights:
         """The same weights on `device` in `dtype`; tied ones stay tied."""
 
         def moved(x: Any) -> Any:
-            return x.to(device=device, dtype=dtype) if isinstance(x, Tensor) else x
+            is_weight = isinstance(x, Tensor | QuantizedWeight)
+            return x.to(device=device, dtype=dtype) if is_weight else x
 
         fields = {name: moved(x) for name, x in vars(self).items() if name != "lm_head"}
         fields["layers"] = [
@@ -60,9 +65,18 @@ class Weights:
         return Weights(**fields, lm_head=fields["embedding"] if is_tied else moved(self.lm_head))
 
     @property
-    def head_table(self) -> Tensor:
-        """The head [V, D] as a plain tensor."""
+    def head_table(self) -> Weight:
+        """The head [V, D] as it was before `pack_`."""
         return self.lm_head.plain if isinstance(self.lm_head, PackedHead) else self.lm_head
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; a tied head counts once."""
+        fields = [x for layer in self.layers for x in vars(layer).values()]
+        fields += [self.embedding, self.norm, self.score, self.score_bias]
+        if self.head_table is not self.embedding:
+            fields.append(self.head_table)
+        return sum(x.nbytes for x in fields if x is not None)
 
     def packed(self) -> "Weights":
         """The same weights beside what `pack_` makes of them."""
@@ -82,6 +96,13 @@ class Weights:
         self.lm_head = packed_head(self.lm_head)
 
 
+def plain(weight: Weight) -> Tensor:
+    """A weight that is known to be a tensor; ValueError where it is quantised."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"the weight is {weight.format}: only a plain one has elements")
+    return weight
+
+
 @dataclass(frozen=True)
 class CheckpointTensor:
     """One tensor of a checkpoint, and the rows that it takes of a tensor in Weights.
@@ -95,7 +116,7 @@ class CheckpointTensor:
     layer: int | None = None  # None: a field of Weights itself
     start: int = 0
 
-    def of(self, weights: Weights) -> Tensor:
+    def of(self, weights: Weights) -> Weight:
         """The view of `weights` that holds this tensor, of `shape`."""
         owner = weights if self.layer is None else weights.layers[self.layer]
         return getattr(owner, self.field)[self.start : self.start + self.shape[0]]
@@ -157,19 +178,34 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[CheckpointTensor
     yield tensor("mlp.down_proj.weight", (D, F), "down")
 
 
-def empty_weights(
-    config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
-) -> Weights:
-    """Uninitialised fused tensors of the model's shapes; `checkpoint_tensors` covers them all."""
+def fused_shapes(config: ModelConfig) -> dict[tuple[int | None, str], tuple[int, ...]]:
+    """The shape of each tensor of Weights, by layer (None: a field of Weights) and field."""
     shapes: dict[tuple[int | None, str], tuple[int, ...]] = {}
     for tensor in checkpoint_tensors(config):
         rows = tensor.start + tensor.shape[0]
         shapes[tensor.layer, tensor.field] = (rows, *tensor.shape[1:])
+    return shapes
+
+
+def empty_weights(
+    config: ModelConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    layouts: Layouts | None = None,
+) -> Weights:
+    """Uninitialised fused tensors of the model's shapes; `checkpoint_tensors` covers them all.
+
+    `layouts` has those that are quantised.
+    """
+    shapes, layouts = fused_shapes(config), layouts or {}
 
     def allocate(layer: int | None, field: str) -> Any:
-        """A tensor, or None for a field that the model lacks."""
+        """A weight, or None for a field that the model lacks."""
         if (layer, field) not in shapes:
             return None
+        if (layout := layouts.get((layer, field))) is not None:
+            return layout.empty(shapes[layer, field], device, dtype)
         return torch.empty(shapes[layer, field], device=device, dtype=dtype)
 
     def allocate_layer(layer: int) -> LayerWeights:
@@ -185,3 +221,39 @@ def empty_weights(
         score=allocate(None, "score"),
         score_bias=allocate(None, "score_bias"),
     )
+
+
+def made_layouts(config: ModelConfig, quantization: str) -> Layouts:
+    """The layouts that `quantization` gives the matrices of a model; norms and scores stay plain.
+
+    Beside int4, embedding and head have 8 bits: they are most of a small model's quality.
+    """
+    by_row = Layout("fp8" if quantization == "fp8" else "int8", 0, torch.float32)
+    in_layers = Layout("int4", FEWEST, torch.bfloat16) if quantization == "int4" else by_row
+    made: Layouts = {
+        (tensor.layer, tensor.field): by_row if tensor.layer is None else in_layers
+        for tensor in checkpoint_tensors(config)
+        if len(tensor.shape) == 2 and tensor.field != "score"
+    }
+    return made
+
+
+def fused_layouts(
+    config: ModelConfig, layouts: Mapping[str, Layout | None]
+) -> tuple[Layouts, list[str]]:
+    """The layouts of fused matrices, from those of their parts by name; parts that disagree.
+
+    Where parts have several layouts their matrix is plain.
+    """
+    parts: dict[tuple[int | None, str], list[str]] = {}
+    for tensor in checkpoint_tensors(config):
+        if tensor.name in layouts:
+            parts.setdefault((tensor.layer, tensor.field), []).append(tensor.name)
+    fused, disagreeing = {}, []
+    for place, names in parts.items():
+        found = {layouts[name] for name in names}
+        if len(found) > 1:
+            disagreeing += names
+        elif (layout := found.pop()) is not None:
+            fused[place] = layout
+    return fused, disagreeing

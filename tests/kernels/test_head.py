@@ -170,6 +170,20 @@ def test_a_draw_is_that_of_sample_bit_for_bit(M, V, D, softcap, dtype, programs)
     assert torch.equal(scores[greedy], logits.max(-1).values[greedy])
 
 
+def test_each_row_draws_by_the_settings_of_its_slot():
+    torch.manual_seed(0)
+    x, weight, of_slots = random(3, 40), random(500, 40), settings(5, temperature=3.0)
+    slots = torch.tensor([4, 0, 3], device=DEVICE)
+    expected = lm_head_argmax(x, weight, None, *(setting[slots] for setting in of_slots))
+    for op in (lm_head_argmax, reference.lm_head_argmax):
+        ids, scores = best_of_ranges(*op(x, weight, None, *of_slots, slots)[::-1])
+        assert torch.equal(ids, best_of_ranges(*expected[::-1])[0])
+        torch.testing.assert_close(scores, best_of_ranges(*expected[::-1])[1])
+    outside = torch.tensor([5, -1, 2**40], device=DEVICE)
+    ids, _ = best(x, weight, None, *of_slots, outside)  # reads no foreign memory
+    assert torch.equal(ids, best(x, weight, None)[0])
+
+
 def test_draws_follow_the_logits():
     """As often as softmax(logits / temperature) says, by a chi-square of 2000 rows."""
     M, V, temperature = 2000, 6, 0.5
@@ -248,3 +262,7 @@ def test_bad_input():
         lm_head_argmax(x, weight, None, temperature, temperature, positions)
     with pytest.raises(ValueError, match=r"positions is \[2\], must be \[3\]"):
         lm_head_argmax(x, weight, None, temperature, seeds, positions[:2])
+    with pytest.raises(ValueError, match=r"rows is \[2\], must be \[3\]"):
+        lm_head_argmax(x, weight, None, *settings(5), seeds[:2])
+    with pytest.raises(ValueError, match=r"seeds is \[3\], must be \[5\]"):
+        lm_head_argmax(x, weight, None, settings(5)[0], seeds, positions, seeds)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, assert_row_invariant, random
-from op_cases import index, quantized_calls, small_calls
+from op_cases import in_fp8, index, quantized_calls, small_calls
 from sampling_cases import (
     assert_draws_are_exact,
     assert_top_k_is_exact,
@@ -95,8 +95,8 @@ MISTAKES = {
         PREFILL, ("attention_tiles", "offs_q[:, None] >= offs_n", "offs_q[:, None] + 9 >= offs_n"),
     ),
     "attention softcap left out": (
-        DECODE, ("attention_tiles", "s = tanh(s * (SCALE / SOFTCAP), FAST_TANH)",
-                 "s = s * (SCALE / SOFTCAP)"),
+        DECODE, ("attention_tiles", "s = tanh(s * (scale / SOFTCAP), FAST_TANH)",
+                 "s = s * (scale / SOFTCAP)"),
     ),
     "scale from head_dim": (
         DECODE, ("decode_attention", "SCALE=scale", "SCALE=K**-0.5"),
@@ -123,7 +123,7 @@ MISTAKES = {
         *IN_BLOCKS,
     ),
     "noise by the position of another row": (
-        ARGMAX, ("head", "tl.load(positions_ptr + offs_m", "tl.load(positions_ptr + 0 * offs_m"),
+        ARGMAX, ("head", "tl.load(positions_ptr + rows", "tl.load(positions_ptr + 0 * offs_m"),
     ),
     "noise by the place in a block": (
         ARGMAX,
@@ -297,6 +297,49 @@ def test_a_mistake_with_a_quantised_weight_breaks_the_rule(mistake, mutated):
     wrong = getattr(mutated(module, changes), op)
     with pytest.raises(AssertionError, match=r"exceeds the budget|NaN at"):
         assert_accurate(wrong, **quantized_calls(kind)[op])
+
+
+# the same of a cache in fp8, whose heads have scales of their own
+STORE, STORE_QKV = ("rotary", "rope_and_store_"), ("qkv", "linear_rope_and_store_")
+FP8_MISTAKES = {
+    "keys of another head's scale": (
+        PREFILL,
+        ("prefill_attention", "k_scale_ptr + head // GROUP_SIZE", "k_scale_ptr + head % 2"),
+    ),
+    "values' scale forgotten": (
+        PREFILL, ("prefill_attention", "y *= tl.load(v_scale_ptr + head // GROUP_SIZE)", "y *= 1"),
+    ),
+    "keys of another head's scale in decode": (
+        DECODE, ("decode_attention", "k_scale_ptr + kv_head", "k_scale_ptr + 1 - kv_head"),
+    ),
+    "values' scale forgotten in decode": (
+        DECODE, ("kv_combine", "acc *= tl.load(v_scale_ptr + head // GROUP_SIZE)", "acc *= 1"),
+    ),
+    "even and odd values exchanged": (
+        DECODE, ("attention_tiles", "return even, odd", "return odd, even"),
+    ),
+    "odd values stored as even ones": (
+        DECODE, ("kv_combine", "_store_in_place(acc_ptr + 1, offs, odd_acc",
+                 "_store_in_place(acc_ptr, offs, odd_acc"),
+    ),
+    "multiplied by the scale where it divides": (
+        STORE, ("rotary", "x *= 1.0 / scale", "x *= scale"),
+    ),
+    "all keys stored by the first head's scale": (
+        STORE, ("rotary", "k_scale_ptr + heads - NUM_Q_HEADS", "k_scale_ptr + 0 * heads"),
+    ),
+    "values stored by the keys' scale": (
+        STORE_QKV, ("qkv", "tl.where(is_key, k_scale_ptr, v_scale_ptr)", "k_scale_ptr"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", FP8_MISTAKES)
+def test_a_mistake_in_fp8_breaks_the_rule(mistake, mutated):
+    (module, op), *changes = FP8_MISTAKES[mistake]
+    wrong = getattr(mutated(module, changes), op)
+    with pytest.raises(AssertionError, match=r"exceeds the budget|NaN at"):
+        assert_accurate(wrong, **in_fp8(small_calls()[op]))
 
 
 SHORT_SPLITS = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemcut.engine.checkpoints.huggingface import is_head
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.weights import checkpoint_tensors
+from gemcut.engine.execution.weights import checkpoint_tensors, plain
 from gemcut.engine.transformers_api.models.arrays import converter_to_kind_of
 from gemcut.engine.transformers_api.models.inputs import read_ids
 
@@ -47,7 +47,7 @@ class Parameters:
         prefix = "model." if self.is_bare else ""
         for tensor in checkpoint_tensors(self._gemma.config):
             if not (self.is_bare and is_head(tensor.name)):
-                yield tensor.name.removeprefix(prefix), tensor.of(self._gemma.weights)
+                yield tensor.name.removeprefix(prefix), plain(tensor.of(self._gemma.weights))
 
     def parameters(self) -> Iterator[Tensor]:
         """The weights."""
@@ -98,7 +98,7 @@ class Parameters:
         """Elements of all weights; tied ones count once, and none can be trained."""
         if only_trainable:
             return 0
-        table = self._gemma.weights.embedding.data_ptr() if exclude_embeddings else None
+        table = plain(self._gemma.weights.embedding).data_ptr() if exclude_embeddings else None
         return sum(tensor.numel() for tensor in self.parameters() if tensor.data_ptr() != table)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
@@ -126,7 +126,7 @@ class Embedding:
     @property
     def weight(self) -> Tensor:
         """The table [V, D], not scaled."""
-        return self._gemma.weights.embedding
+        return plain(self._gemma.weights.embedding)
 
     def __call__(self, input_ids: Any) -> Any:
         ids = read_ids("input_ids", input_ids, self._gemma)
@@ -146,7 +146,7 @@ class Head:
     @property
     def weight(self) -> Tensor:
         """Its matrix [V, D]; the embeddings' own where they are tied."""
-        return self._gemma.weights.head_table
+        return plain(self._gemma.weights.head_table)
 
     def __call__(self, states: Tensor) -> Tensor:
         return F.linear(states, self.weight)

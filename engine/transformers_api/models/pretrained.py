@@ -12,7 +12,7 @@ import torch
 from gemcut.engine.checks import check_int, refuse_unknown, shorten
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma
-from gemcut.engine.execution.weights import Weights, checkpoint_tensors, empty_weights
+from gemcut.engine.execution.weights import Weights, checkpoint_tensors, empty_weights, plain
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, undisturbed
 from gemcut.engine.transformers_api.models.arrays import converter_to_kind_of
 from gemcut.engine.transformers_api.models.base_config import PreTrainedConfig
@@ -80,9 +80,9 @@ class PreTrainedModel(Loading):
         with torch.inference_mode(False):  # weights may change later, outside that mode
             weights = empty_weights(model_config, device=target, dtype=chosen)
         for tensor in checkpoint_tensors(model_config):
-            initialise(tensor.name, tensor.of(weights), config.initializer_range)
+            initialise(tensor.name, plain(tensor.of(weights)), config.initializer_range)
         if config.pad_token_id is not None:
-            weights.embedding[config.pad_token_id] = 0
+            plain(weights.embedding)[config.pad_token_id] = 0
         self._set_up(config, model_config, weights, ops)
 
     def _set_up(
@@ -178,8 +178,9 @@ class PreTrainedModel(Loading):
             check_int("pad_to_multiple_of", pad_to_multiple_of, 1, 2**20)
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         std = None if mean_resizing else self.config.initializer_range
-        table = resized(old.embedding, size, std)
-        head = table if old.lm_head is old.embedding else resized(old.head_table, size, std)
+        table = resized(plain(old.embedding), size, std)
+        tied = old.lm_head is old.embedding
+        head = table if tied else resized(plain(old.head_table), size, std)
         model_config = replace(self._gemma.config, vocab_size=size)
         setattr(self.config, "vocab_size", size)  # noqa: B010
         weights = replace(old, embedding=table, lm_head=head)

@@ -17,7 +17,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from gemcut.engine.checkpoints import load as load_module
+from gemcut.engine.checkpoints import stored_weights
 from gemcut.engine.checkpoints.load import find_nonfinite
 from gemcut.engine.config.model_config import ModelConfig
 
@@ -79,7 +79,7 @@ from gemcut.engine.config.model_config import ModelConfig
 )
 def test_bad_tensor_is_refused_before_allocation(saved, monkeypatch, change, message):
     rewrite(saved, change)
-    monkeypatch.setattr(load_module, "empty_weights", lambda *a, **k: pytest.fail("allocated"))
+    monkeypatch.setattr(stored_weights, "empty_weights", lambda *a, **k: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=message) as error:
         load(saved)
     assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ from random_models import MODEL_TYPES, random_model
 from saved_models import all_weights, assert_equal, load, rewrite
 from transformers import AutoModelForCausalLM
 
-from gemcut.engine.checkpoints import stored_tensors
+from gemcut.engine.checkpoints import stored_weights
 from gemcut.engine.checkpoints.load import find_nonfinite
 from gemcut.engine.checkpoints.save import save_checkpoint
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
@@ -105,7 +105,7 @@ def test_dtype_is_converted_on_the_way(saved):
 
 def test_a_large_tensor_is_copied_in_pieces(saved, monkeypatch):
     whole = load(saved)
-    monkeypatch.setattr(stored_tensors, "PIECE", 7)
+    monkeypatch.setattr(stored_weights, "PIECE", 7)
     config = ModelConfig.from_file(saved)
     assert_equal(
         load(saved), config, all_weights(config, whole) | {"lm_head.weight": whole.lm_head}
