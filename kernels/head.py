@@ -203,7 +203,7 @@ def lm_head_argmax_kernel(
 
 
 def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
-    (V, D), block_v = weight.shape, rows_of_weight(x, weight)
+    (V, D), block_v = weight.shape, rows_of_weight(x)
     rule = {"BLOCK_V": block_v, **pipeline(x, weight, triton.cdiv(V, block_v))}
     tile = rule | tuned_tile("lm_head", x, weight, V, D)
     has_tail = D % tile["BLOCK_D"] != 0

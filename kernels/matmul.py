@@ -32,7 +32,9 @@ from gemcut.kernels.quantized_tiles import row_of_numbers
 from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
+    BLOCK_N,
     check_linear,
+    is_wide,
     operands,
     pipelines,
     places,
@@ -109,7 +111,8 @@ def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     Of the tiles it is the first whose programs take nearly every place, or else the fullest.
     """
     N, D = weight.shape
-    block_n = rows_of_weight(x, weight)
+    wide = is_wide(weight)
+    block_n = rows_of_weight(x, BLOCK_N * (1 + wide))
     blocks = int(triton.cdiv(N, block_n))
 
     def splits(tile: dict[str, int]) -> int:
@@ -120,7 +123,7 @@ def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     def taken(tile: dict[str, int]) -> float:
         return min(blocks * splits(tile) / max(1, places(x, weight, block_n, tile)), ENOUGH)
 
-    tiles = pipelines(x, weight)
+    tiles = pipelines(x, weight, wide)
     tile = max(tiles.values(), key=taken)
     if blocks * splits(tile) <= PROCESSORS.get(arch_of(x.device), 0):
         tile = tiles[1]

@@ -34,6 +34,7 @@ from gemcut.kernels.skinny_product import (
     check_linear,
     halves,
     is_int4,
+    is_wide,
     leaves_places,
     operands,
     pipeline,
@@ -105,8 +106,9 @@ def linear_geglu_kernel(
 
 def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     """BLOCK_F rows of gate and as many of up."""
-    F, block_f = weight.shape[0] // 2, rows_of_weight(x, weight, BLOCK_N // 2)
-    rule = {"BLOCK_F": block_f, **pipeline(x, weight, triton.cdiv(F, block_f))}
+    F, wide = weight.shape[0] // 2, is_wide(weight)
+    block_f = rows_of_weight(x, BLOCK_N * (1 + wide) // 2)
+    rule = {"BLOCK_F": block_f, **pipeline(x, weight, triton.cdiv(F, block_f), wide)}
     return rule | tuned_tile("linear_geglu", x, weight, F, x.shape[1])
 
 

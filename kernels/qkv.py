@@ -135,7 +135,7 @@ def _tile(num_heads: int, K: int, x: Tensor, weight: Weight) -> dict[str, int]:
     instructions of a warp.
     """
     half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
-    block_i = min(rows_of_weight(x, weight, BLOCK_N // 2), half)
+    block_i = min(rows_of_weight(x, BLOCK_N // 2), half)
     blocks = num_heads * triton.cdiv(K // 2, block_i)
     rule = {"BLOCK_I": block_i, **pipeline(x, weight, blocks)}
     is_few = block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0)

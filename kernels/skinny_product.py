@@ -45,13 +45,15 @@ BLOCK_N = 64  # rows of the weight in a program
 PIPELINES = {3: (128, 3), 4: (64, 5), 1: (64, 7)}
 # half as much shared memory, or less: 30, 40 and 60 KB
 SMALL_PIPELINES = {3: (64, 3), 2: (64, 4), 1: (64, 6)}
-# The same of a byte a number, and of half a byte with twice as many rows: 40 to 64 KB, of which x
-# takes a third; then 24 to 72.
+# The same of a byte a number, and of half a byte, with 64 rows and with 128: 40 to 69 KB, of which
+# x takes a third to a half; then 24 to 64.
 BYTE_PIPELINES = {5: (128, 4), 4: (128, 5), 3: (128, 6), 1: (256, 3)}
-INT4_PIPELINES = {3: (128, 5), 2: (128, 6), 1: (128, 6)}
+INT4_PIPELINES = {4: (128, 7), 3: (128, 9), 1: (128, 9)}
+WIDE_INT4_PIPELINES = {3: (128, 5), 2: (128, 6), 1: (128, 6)}
 SMALL_BYTE_PIPELINES = {3: (64, 5), 2: (128, 4), 1: (128, 6)}
 SMALL_INT4_PIPELINES = {2: (128, 4), 1: (128, 6)}
 SMALL_ARCHS = ("sm_80", "sm_89", "sm_120")
+WIDE = 1 << 24  # numbers of an int4 weight from which programs take 128 rows
 RESERVED = 1024  # bytes of shared memory that each program takes beside its own
 
 
@@ -346,18 +348,18 @@ def item_bits(x: Tensor, weight: Weight) -> int:
     return 8 * x.itemsize if isinstance(weight, Tensor) else BITS[weight.format]
 
 
-def pipeline(x: Tensor, weight: Weight, blocks: int) -> dict[str, int]:
+def pipeline(x: Tensor, weight: Weight, blocks: int, is_wide: bool = False) -> dict[str, int]:
     """How `blocks` programs stream a weight: columns of a step, steps on their way, warps.
 
     As many programs share a processor as leave the fewest of them idle while the last ones run, but
     of many waves the last one counts for little.  A program alone on its processor has more steps.
     """
     # a size may be a SymInt under torch.compile, which no cache can hold
-    found = pipelines(x, weight)
+    found = pipelines(x, weight, is_wide)
     return dict(found[_together(arch_of(x.device), tuple(found), int(blocks))])
 
 
-def pipelines(x: Tensor, weight: Weight) -> dict[int, dict[str, int]]:
+def pipelines(x: Tensor, weight: Weight, is_wide: bool = False) -> dict[int, dict[str, int]]:
     """The tiles to choose from, by the programs of a processor that they are for."""
     name = arch_of(x.device)
     if name == "interpreter":
@@ -366,7 +368,8 @@ def pipelines(x: Tensor, weight: Weight) -> dict[int, dict[str, int]]:
     if isinstance(weight, Tensor):
         found = SMALL_PIPELINES if is_small else PIPELINES
     elif is_int4(weight):
-        found = SMALL_INT4_PIPELINES if is_small else INT4_PIPELINES
+        large = WIDE_INT4_PIPELINES if is_wide else INT4_PIPELINES
+        found = SMALL_INT4_PIPELINES if is_small else large
     else:
         found = SMALL_BYTE_PIPELINES if is_small else BYTE_PIPELINES
     return {
@@ -408,13 +411,16 @@ def leaves_places(
     return 20 * int(programs) < 19 * places(x, weight, rows, tile)
 
 
-def rows_of_weight(x: Tensor, weight: Weight, rows: int = BLOCK_N) -> int:
-    """How many rows of a weight a program streams: `rows` on a GPU.
+def is_wide(weight: Weight) -> bool:
+    """Whether a program takes twice as many rows: of int4, but where that leaves few steps.
 
-    Of int4 twice as many: its programs are bound by their instructions, of which a third is spent
-    on a step whatever its rows.
+    Its programs are bound by instructions, of which a third is spent on a step whatever its rows.
     """
-    rows = 2 * rows if is_int4(weight) else rows
+    return is_int4(weight) and weight.shape[0] * weight.shape[1] >= WIDE
+
+
+def rows_of_weight(x: Tensor, rows: int = BLOCK_N) -> int:
+    """How many rows of a weight a program streams: `rows` on a GPU."""
     return 512 if arch_of(x.device) == "interpreter" else rows
 
 
