@@ -28,9 +28,7 @@ from gemcut.kernels.dependent_launch import (
     prefetched_bytes,
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
-from gemcut.kernels.quantized_tiles import row_of_numbers
-from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.skinny_product import (
+from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
     check_linear,
@@ -38,11 +36,12 @@ from gemcut.kernels.skinny_product import (
     operands,
     pipelines,
     places,
-    prefetch_scales,
-    product,
     rows_of_weight,
     tuned_tile,
 )
+from gemcut.kernels.quantized_tiles import row_of_numbers
+from gemcut.kernels.quantized_weight import Weight
+from gemcut.kernels.skinny_product import prefetch_scales, product
 
 SCRATCH = 64_000_000  # bytes of a quantised weight's rows beside a product of many rows
 MAX_BLOCK_D = 4096  # columns of a row that a program turns into numbers

@@ -27,23 +27,21 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gelu import gelu
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
-from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.skinny_product import (
+from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
     check_linear,
-    halves,
     is_int4,
     is_wide,
     leaves_places,
     operands,
     pipeline,
     places,
-    prefetch_scales,
-    product,
     rows_of_weight,
     tuned_tile,
 )
+from gemcut.kernels.quantized_weight import Weight
+from gemcut.kernels.skinny_product import halves, prefetch_scales, product
 
 COLUMNS = 1024  # of a program of geglu
 

@@ -27,22 +27,20 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
-from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.rotary import check_head_norms, rope_and_store_, stored
-from gemcut.kernels.skinny_product import (
+from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
     check_linear,
-    halves,
     is_int4,
     leaves_places,
     operands,
     pipeline,
-    prefetch_scales,
-    product,
     rows_of_weight,
     tuned_tile,
 )
+from gemcut.kernels.quantized_weight import Weight
+from gemcut.kernels.rotary import check_head_norms, rope_and_store_, stored
+from gemcut.kernels.skinny_product import halves, prefetch_scales, product
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])

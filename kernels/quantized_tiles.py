@@ -7,8 +7,8 @@ another order, that of `in_order`, and so have the tiles of x that they are mult
 
     format    instructions a number, sm_90       how
     int8      2.0                                the compiler's own conversion
-    fp8       2.7                                bits moved into bf16's, times 2^120
-    int4      1.7                                bits | 128.0 in bf16, less 136
+    fp8       2.8                                bits moved into bf16's, times 2^120
+    int4      1.6                                bits | 128.0 in bf16, less 136
 
 All are exact in bf16, fp16 and float32.  Where x is no bf16, and in the interpreter, fp8 and int4
 are converted by plain arithmetic, which takes more instructions.

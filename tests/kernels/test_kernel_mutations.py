@@ -33,7 +33,7 @@ IN_BLOCKS = (
     ("head", "BLOCKS_OF_A_PROGRAM = 2", "BLOCKS_OF_A_PROGRAM = 3"),
     (
         "head",
-        'rule = {"BLOCK_V": block_v, **pipeline(x, triton.cdiv(V, block_v))}',
+        'rule = {"BLOCK_V": block_v, **pipeline(x, weight, triton.cdiv(V, block_v))}',
         'rule = {"BLOCK_V": 16, "BLOCK_D": 16, "num_warps": 4}',
     ),
 )
@@ -142,7 +142,7 @@ MISTAKES = {
 SKINNY, GEGLU = ("matmul", "skinny_linear"), ("mlp", "linear_geglu")
 PRODUCT, TILES = "skinny_product", "quantized_tiles"
 # which reads TILES for all of them
-THROUGH = (PRODUCT, "BLOCK_M = 16  # rows", "BLOCK_M = 16  # rows")
+THROUGH = (PRODUCT, "A weight times a decode step", "A weight times a decode step")
 INT4, ROWS = "int4 in 32s with zero points", "int8 by row"
 # mistake: (the op's module, the op), the kind of weight, then what is changed
 QUANTIZED_MISTAKES = {

@@ -16,7 +16,7 @@ from accuracy import (
 )
 from torch import Tensor
 
-from gemcut.kernels import matmul, reference, skinny_product
+from gemcut.kernels import matmul, product_tiles, reference
 from gemcut.kernels.matmul import linear, skinny_linear
 from gemcut.kernels.quantized_weight import dequantized
 
@@ -89,7 +89,7 @@ def test_each_column_has_its_number_and_its_scale(column, kind):
 def test_programs_of_128_rows(M, N, D, kind, dtype, monkeypatch):
     """As large weights of int4 have them."""
     torch.manual_seed(0)
-    monkeypatch.setattr(skinny_product, "WIDE", 1)
+    monkeypatch.setattr(product_tiles, "WIDE", 1)
     weight, x = quantized(N, D, kind, dtype), random(M, D, dtype=dtype)
     assert matmul._tile(weight, x)["BLOCK_N"] == 128
     assert_accurate(added_up, x, weight, None, oracle=reference.skinny_linear)
