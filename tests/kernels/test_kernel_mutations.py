@@ -100,7 +100,7 @@ MISTAKES = {
         HEAD, ("head", "SOFTCAP * tanh(logits / SOFTCAP, APPROXIMATE=False)", "logits"),
     ),
     "embedding not scaled": (
-        ("head", "embed"), ("head", "(x.to(tl.float32) * SCALE).to", "x.to"),
+        ("head", "embed"), ("head", "return x * SCALE", "return x"),
     ),
     "logits of a range's first block alone": (
         ARGMAX,

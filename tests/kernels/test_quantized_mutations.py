@@ -1,13 +1,15 @@
-"""Mistakes that are easy to make with quantised weights: each must break the rule of accuracy."""
+"""Mistakes that are easy to make with quantised weights and caches: each must break the rule of accuracy."""
 
 import pytest
 from accuracy import assert_accurate
-from op_cases import quantized_calls
+from op_cases import in_fp8, quantized_calls, small_calls
 
 from gemcut import kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 ARGMAX = ("head", "lm_head_argmax")
+PREFILL = ("prefill_attention", "attention_prefill")
+DECODE = ("decode_attention", "attention_decode")
 SKINNY, GEGLU = ("matmul", "skinny_linear"), ("mlp", "linear_geglu")
 PRODUCT, TILES = "skinny_product", "quantized_tiles"
 # which reads TILES for all of them
