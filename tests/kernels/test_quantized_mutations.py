@@ -1,4 +1,4 @@
-"""Mistakes that are easy to make with quantised weights and caches: each must break the rule of accuracy."""
+"""Mistakes that are easy to make with quantised weights and caches: each must be seen."""
 
 import pytest
 from accuracy import assert_accurate
