@@ -13,6 +13,8 @@ import torch
 from gemcut import kernels
 from gemcut.engine.checks import shorten
 from gemcut.kernels import cpu, reference
+from gemcut.kernels.checks import FP8, check_converts_fp8
+from gemcut.kernels.cpu_products import has_bfloat16
 from gemcut.kernels.gpu_arch import arch_of
 
 T = TypeVar("T")
@@ -103,10 +105,17 @@ def choose_device_map(device_map: Any) -> torch.device:
     return choose_device(place)
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype asked for; "auto" is bfloat16 on cuda and float32 on a CPU."""
+def choose_dtype(
+    dtype: str | torch.dtype, device: torch.device, is_quantized: bool = False
+) -> torch.dtype:
+    """The dtype asked for; "auto" is bfloat16 on cuda and float32 on a CPU.
+
+    A CPU that multiplies bfloat16 takes it for a model with quantised weights: torch's integer
+    kernels read it, and in float32 rows would be dequantised at each step.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        is_bf16 = device.type == "cuda" or (is_quantized and has_bfloat16())
+        return torch.bfloat16 if is_bf16 else torch.float32
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen == torch.float16:
         raise ValueError(
@@ -115,6 +124,20 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if chosen not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype {dtype!r} is not supported; give 'auto', 'bfloat16' or 'float32'")
     return chosen
+
+
+def choose_cache_dtype(
+    kv_cache_dtype: str, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The dtype of the KV cache: "auto" is the model's, "fp8" float8_e4m3fn."""
+    if kv_cache_dtype not in ("auto", "fp8"):
+        raise ValueError(
+            f"kv_cache_dtype {shorten(kv_cache_dtype)} is not supported; give 'auto' or 'fp8'"
+        )
+    if kv_cache_dtype == "auto":
+        return dtype
+    check_converts_fp8(device)
+    return FP8
 
 
 def choose_ops(ops: str, device: torch.device) -> ModuleType:

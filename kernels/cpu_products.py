@@ -3,13 +3,13 @@
 torch gives float32 products to MKL, which on a processor that is not Intel's has half of oneDNN's
 speed, and computes one row on one thread.  So oneDNN is called here, in both dtypes.  It reads a
 plain matrix, or one that was packed for it once, which in bfloat16 makes few rows faster
-(bench/NOTES.md has the times).
+(bench/NOTES.md has the times).  Quantised weights are multiplied by what cpu_quantized.py has.
 
 Letters in shape comments: M tokens, D columns of a weight, N its rows, V vocabulary.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemcut.kernels.cpu_quantized import (
+    FEW_QUANTIZED_ROWS,
+    PackedInt4,
+    blocks_of_rows,
+    by_integers,
+    dequantized_rows,
+    integers_are_exact,
+    is_by_row,
+    packed_int4,
+)
+from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
 from gemcut.kernels.reference import gumbel_noise
 
 WIDE = (torch.float32, torch.float64)
@@ -24,17 +35,23 @@ FEW_ROWS, SMALL, BLOCKS, SHORT = 8, 2**18, 4, 4096  # see linear
 HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once
 BLOCK = 64  # rows and columns of a packed weight come in multiples of it
 # A logit rounded to bfloat16 errs by 2^-9 of itself: the greatest of all is among those so near to
-# the greatest rounded one.  Where more are than MOST_NEAR, all are computed again.
+# the greatest rounded one.  A quantised weight's scales are rounded too, which in sum errs by less
+# than 2^-9 of the largest logit.  Where more are than MOST_NEAR, all are computed again.
 NEAR, MOST_NEAR = 2**-7, 4096
 
+PackedWeight = Weight | PackedInt4  # [N, D]; a tensor may be oneDNN's
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Project rows: x [M, D], weight [N, D], perhaps packed, bias [N] -> [M, N].
 
     Few rows in float32 have two ways of their own: one row as a batch of products, where this
     machine does that well, and a small weight from its own side, as oneDNN's beginning, some
     microseconds, would not be repaid.
     """
+    if not isinstance(weight, Tensor):
+        y = _by_quantized(x, weight)
+        return y if bias is None else y.add_(bias)
     if x.dtype not in _by_onednn() or not x.is_cpu:
         return F.linear(x, weight, bias)
     M, (N, D) = x.shape[0], weight.shape
@@ -46,6 +63,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y if bias is None else y.add_(bias)
+
+
+def _by_quantized(x: Tensor, weight: QuantizedWeight | PackedInt4) -> Tensor:
+    """The same with a quantised weight, by integer kernels where there is one for it."""
+    if 0 < len(x) <= FEW_QUANTIZED_ROWS and x.is_cpu:
+        if isinstance(weight, PackedInt4):
+            return weight.product(x)
+        if is_by_row(weight) and x.dtype == torch.bfloat16:
+            scales = weight.scales.view(-1).to(x.dtype)
+            return torch._weight_int8pack_mm(x.contiguous(), weight.values, scales)
+        if is_by_row(weight) and x.dtype == torch.float32 and integers_are_exact():
+            return by_integers(x, weight)
+    return _in_blocks(x, weight)
+
+
+def _in_blocks(x: Tensor, weight: QuantizedWeight | PackedInt4) -> Tensor:
+    """The same with some rows of the weight at a time, dequantised to x's dtype."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for start, end in blocks_of_rows(*weight.shape):
+        y[:, start:end] = linear(x, dequantized_rows(weight, start, end, x.dtype))
+    return y
 
 
 @lru_cache
@@ -83,19 +121,29 @@ def _seconds(in_blocks: bool, x: Tensor, weights: Tensor) -> list[float]:
     return np.diff(clock).tolist()
 
 
-def packed(weight: Tensor) -> Tensor:
+def packed(weight: PackedWeight) -> PackedWeight:
     """The same weight [N, D] as `linear` reads it fastest; nothing else can read it.
 
-    In bfloat16 it is reordered into oneDNN's blocks; the results are the same, bit for bit.
-    Otherwise it is the weight itself.
+    In bfloat16 a plain one is reordered into oneDNN's blocks; the results are the same, bit for
+    bit.  A quantised one is made what an integer kernel reads, its scales rounded to bfloat16, or
+    bfloat16 itself where there is none: of fp8 then two bytes a number.  In other dtypes it is the
+    weight itself.
     """
+    if isinstance(weight, PackedInt4):
+        return weight
+    if isinstance(weight, QuantizedWeight):
+        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not has_bfloat16():
+            return weight
+        if is_by_row(weight):
+            return replace(weight, scales=weight.scales.to(weight.dtype))
+        return packed_int4(weight) or packed(dequantized(weight))
     if not (packs(weight.shape, weight.dtype) and weight.is_cpu):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def packs(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether `packed` changes a weight, on this machine: not one that blocks would have to pad."""
+    """Whether `packed` changes a plain weight, on this machine: not one that needs padding."""
     is_bf16 = dtype == torch.bfloat16 and dtype in _by_onednn()
     return is_bf16 and all(size % BLOCK == 0 for size in shape)
 
@@ -104,14 +152,14 @@ def packs(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 class PackedHead:
     """A head [V, D], and a second one in blocks: of a tied head, single rows are read too."""
 
-    plain: Tensor
-    blocks: Tensor
+    plain: Weight
+    blocks: PackedWeight
 
 
-def packed_head(weight: Tensor | PackedHead) -> Tensor | PackedHead:
+def packed_head(weight: Weight | PackedHead) -> Weight | PackedHead:
     """A head [V, D] as `lm_head` and `lm_head_argmax` read it fastest; see `packed`."""
-    if isinstance(weight, PackedHead):
-        return weight
+    if isinstance(weight, PackedHead) or is_by_row(weight):
+        return weight  # of the latter, exact logits take the exact scales
     blocks = packed(weight)
     return weight if blocks is weight else PackedHead(weight, blocks)
 
@@ -125,12 +173,19 @@ def _by_onednn() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16} if has_bf16 else {torch.float32})
 
 
-def lm_head(x: Tensor, weight: Tensor | PackedHead, softcap: float | None) -> Tensor:
+def has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this machine."""
+    return torch.bfloat16 in _by_onednn()
+
+
+def lm_head(x: Tensor, weight: Weight | PackedHead, softcap: float | None) -> Tensor:
     """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
     bfloat16 is widened a block at a time, in one buffer that stays in the processor's cache.
     """
     plain = weight.plain if isinstance(weight, PackedHead) else weight
+    if isinstance(plain, QuantizedWeight):
+        return _capped(_by_quantized(x if x.dtype in WIDE else x.float(), plain), softcap)
     if plain.dtype in WIDE:
         return _capped(linear(x, plain), softcap)
     x, (V, D) = x.float(), plain.shape
@@ -143,7 +198,7 @@ def lm_head(x: Tensor, weight: Tensor | PackedHead, softcap: float | None) -> Te
 
 def lm_head_argmax(
     x: Tensor,
-    weight: Tensor | PackedHead,
+    weight: Weight | PackedHead,
     softcap: float | None,
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
@@ -159,12 +214,15 @@ def lm_head_argmax(
     if by_rounded and x.dtype in _by_onednn() and x.is_cpu:
         is_packed = isinstance(weight, PackedHead)
         blocks, plain = (weight.blocks, weight.plain) if is_packed else (weight, weight)
+        is_plain = isinstance(plain, Tensor)
         rounded = linear(x, blocks)
         greatest = rounded.max(-1, keepdim=True).values
-        near, ids = (rounded >= greatest - greatest.abs() * NEAR).nonzero().unbind(-1)
+        least = greatest - NEAR * (greatest.abs() if is_plain else rounded.abs().amax(-1, True))
+        near, ids = (rounded >= least).nonzero().unbind(-1)
         if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
             logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
-            logits[near, ids] = torch.linalg.vecdot(x[near].float(), plain[ids].float())
+            exact = plain[ids].float() if is_plain else dequantized(plain[ids], logits.dtype)
+            logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
             best = logits.max(-1)
             return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
     logits = lm_head(x, weight, softcap)

@@ -177,7 +177,8 @@ def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
         skinny_linear_kernel[grid](
             x_ptr=x, **operands(weight), bias_ptr=bias, y_ptr=y, stride_x_m=x.stride(0),
             M=M, N=N, D=D, split_d=triton.cdiv(triton.cdiv(D, block_d), splits) * block_d,
-            HAS_BIAS=bias is not None, IS_EVEN=is_even, HAS_TAIL=D % block_d != 0, IN_STEPS=x.dtype == torch.float32,
+            HAS_BIAS=bias is not None, IS_EVEN=is_even, HAS_TAIL=D % block_d != 0,
+            IN_STEPS=x.dtype == torch.float32,
             PREFETCH=prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
             **dependent_launch(x.device),
         )  # fmt: skip

@@ -28,7 +28,7 @@ from gemcut.kernels.dependent_launch import (
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
 from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.rotary import check_head_norms, rope_and_store_
+from gemcut.kernels.rotary import check_head_norms, rope_and_store_, stored
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     BLOCK_N,
@@ -51,6 +51,7 @@ def linear_rope_and_store_kernel(
     bias_ptr,  # [N]
     q_ptr, k_cache_ptr, v_cache_ptr,  # [M, HQ, K], [num_slots, HK, C, K] x 2
     slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, 1, K] x 2
+    k_scale_ptr, v_scale_ptr,  # [HK] x 2 where the cache is fp8
     stride_x_m,
     M, D, C, num_slots,
     FORMAT: tl.constexpr,
@@ -113,12 +114,17 @@ def linear_rope_and_store_kernel(
         place = (slot * NUM_KV_HEADS + kv_head) * C + position % C
         offs = place[None, :] * HEAD_DIM + offs_i[:, None]
         mask = mask & (active & known)[None, :]
+        cached: tl.constexpr = k_cache_ptr.dtype.element_ty
+        scale = 1.0
+        if k_scale_ptr is not None:
+            scale = tl.load(tl.where(is_key, k_scale_ptr, v_scale_ptr) + kv_head)
+        first, second = stored(low, scale, cached), stored(high, scale, cached)
         if is_key:
-            tl.store(k_cache_ptr + offs, low.to(dtype), mask=mask)
-            tl.store(k_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
+            tl.store(k_cache_ptr + offs, first, mask=mask)
+            tl.store(k_cache_ptr + offs + HALF, second, mask=mask)
         else:
-            tl.store(v_cache_ptr + offs, low.to(dtype), mask=mask)
-            tl.store(v_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
+            tl.store(v_cache_ptr + offs, first, mask=mask)
+            tl.store(v_cache_ptr + offs + HALF, second, mask=mask)
 
 
 def _tile(num_heads: int, K: int, x: Tensor, weight: Weight) -> dict[str, int]:
@@ -132,7 +138,8 @@ def _tile(num_heads: int, K: int, x: Tensor, weight: Weight) -> dict[str, int]:
     block_i = min(rows_of_weight(x, weight, BLOCK_N // 2), half)
     blocks = num_heads * triton.cdiv(K // 2, block_i)
     rule = {"BLOCK_I": block_i, **pipeline(x, weight, blocks)}
-    if isinstance(weight, Tensor) and block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0):
+    is_few = block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0)
+    if is_few and isinstance(weight, Tensor):  # bytes take steps of more columns instead
         rule |= {"BLOCK_I": block_i // 2, "BLOCK_D": 2 * rule["BLOCK_D"], "num_stages": 6}
     return rule | tuned_tile("linear_rope_and_store", x, weight, num_heads * K, x.shape[1], K)
 
@@ -150,6 +157,8 @@ def linear_rope_and_store_(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Few rows' queries, rotated, and their keys and values in the cache: x [M, D] -> [M, HQ, K].
 
@@ -157,11 +166,9 @@ def linear_rope_and_store_(
     outside the cache gives NaN and stores nothing.
     """
     check_linear(x, weight, bias)
-    check_tensors(
-        x, k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
-    )  # fmt: skip
+    num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale)
+    check_tensors(x, slots=slots, positions=positions, cos=cos, sin=sin)
     M, D = x.shape
-    num_slots, HK, C, K = check_cache(k_cache, v_cache)
     HQ = count_q_heads("weight", weight.shape[0], HK, K)
     check_rotation(M, K, slots, positions, cos, sin)
     check_head_norms(x, q_norm_weight, k_norm_weight, K)
@@ -169,6 +176,7 @@ def linear_rope_and_store_(
         return rope_and_store_(
             skinny_linear(x, weight, bias),
             k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps,
+            k_scale, v_scale,
         )  # fmt: skip
 
     q = torch.empty((M, HQ, K), device=x.device, dtype=x.dtype)
@@ -179,7 +187,9 @@ def linear_rope_and_store_(
         plain = leaves_places(x, weight, grid[1] * grid[2], 2 * tile["BLOCK_I"], tile)
         linear_rope_and_store_kernel[grid](
             x_ptr=x, **operands(weight), bias_ptr=bias,
-            q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache, slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
+            q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache, slots_ptr=slots,
+            positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
+            k_scale_ptr=k_scale, v_scale_ptr=v_scale,
             stride_x_m=x.stride(0), M=M, D=D, C=C, num_slots=num_slots,
             HAS_BIAS=bias is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,

@@ -80,7 +80,7 @@ def numbers(w, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
     """The values of bytes of int8 or fp8."""
     if FORMAT == "int8":
         return w.to(DTYPE)
-    if DTYPE == tl.bfloat16 and HAS_ASSEMBLY:
+    if HAS_ASSEMBLY and DTYPE.is_bf16():
         return tl.inline_asm_elementwise(
             """
             {
@@ -109,7 +109,7 @@ def numbers(w, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
 @triton.jit
 def two_numbers(w, DTYPE: tl.constexpr):
     """The values of the low and of the high halves of bytes of int4."""
-    if DTYPE == tl.bfloat16 and HAS_ASSEMBLY:
+    if HAS_ASSEMBLY and DTYPE.is_bf16():
         return tl.inline_asm_elementwise(
             """
             {

@@ -38,9 +38,17 @@ def _matrix(x: Weight, rows: int, columns: int) -> Tensor:
     return _empty(x, rows, columns)
 
 
-def _fake_queries(x: Tensor, width: int, k_cache: Tensor) -> Tensor:
+def _fake_queries(x: Tensor, width: int, k_cache: Tensor, cos: Tensor) -> Tensor:
     _, HK, _, K = k_cache.shape
-    return k_cache.new_empty(x.shape[-2], width // K - 2 * HK, K)
+    return cos.new_empty(x.shape[-2], width // K - 2 * HK, K)
+
+
+def _fake_linear_rope_and_store_(x, weight, bias, k_cache, v_cache, slots, positions, cos, *_):
+    return _fake_queries(x, weight.shape[0], k_cache, cos)
+
+
+def _fake_rope_and_store_(qkv, k_cache, v_cache, slots, positions, cos, *_):
+    return _fake_queries(qkv, qkv.shape[-1], k_cache, cos)
 
 
 def _runs_kernels(x: Tensor) -> bool:
@@ -82,14 +90,12 @@ FAKES: dict[str, Callable[..., Any]] = {
     "geglu": lambda gate_up: _matrix(gate_up, gate_up.shape[0], gate_up.shape[1] // 2),
     "linear": lambda x, weight, *_: _matrix(x, x.shape[0], weight.shape[0]),
     "linear_geglu": lambda x, weight: _matrix(x, x.shape[0], weight.shape[0] // 2),
-    "linear_rope_and_store_": lambda x, weight, bias, k_cache, *_: _fake_queries(
-        x, weight.shape[0], k_cache
-    ),
+    "linear_rope_and_store_": _fake_linear_rope_and_store_,
     "lm_head": lambda x, weight, _: _matrix(x, x.shape[0], weight.shape[0]).float(),
     "lm_head_argmax": _fake_lm_head_argmax,
     "penalize": lambda logits, *_: logits.new_empty(logits.shape),
     "rmsnorm": lambda x, *_: x.new_empty(x.shape),
-    "rope_and_store_": lambda qkv, k_cache, *_: _fake_queries(qkv, qkv.shape[-1], k_cache),
+    "rope_and_store_": _fake_rope_and_store_,
     "rope_tables": _fake_rope_tables,
     "sample": lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
     "skinny_linear": _fake_skinny_linear,

@@ -49,7 +49,7 @@ SMALL_PIPELINES = {3: (64, 3), 2: (64, 4), 1: (64, 6)}
 # takes a third; then 24 to 72.
 BYTE_PIPELINES = {5: (128, 4), 4: (128, 5), 3: (128, 6), 1: (256, 3)}
 INT4_PIPELINES = {3: (128, 5), 2: (128, 6), 1: (128, 6)}
-SMALL_BYTE_PIPELINES = {3: (128, 3), 2: (128, 4), 1: (128, 6)}
+SMALL_BYTE_PIPELINES = {3: (64, 5), 2: (128, 4), 1: (128, 6)}
 SMALL_INT4_PIPELINES = {2: (128, 4), 1: (128, 6)}
 SMALL_ARCHS = ("sm_80", "sm_89", "sm_120")
 RESERVED = 1024  # bytes of shared memory that each program takes beside its own
@@ -106,7 +106,7 @@ def add_step(
             if HAS_TAIL:
                 mask_w = mask_w & (offs_d < D)[None, :]
             w = tl.load(w_ptrs, mask=mask_w, other=0.0)
-        acc = added(acc, w, x, IN_STEPS)
+        acc = added(acc, w, x, IN_STEPS, weight, 0, 0)
     else:
         BYTES: tl.constexpr = BLOCK_D // 2 if FORMAT == "int4" else BLOCK_D
         BLOCK_ROWS: tl.constexpr = acc.shape[0]
@@ -117,8 +117,9 @@ def add_step(
             weight, rows, mask_rows, D, start_d, 0, HAS_TAIL, FORMAT, GROUP, BYTES, BLOCK_D
         )
         acc = add_bytes(
-            acc, w, groups, tokens, D, start_d, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, BYTES
-        )
+            acc, w, groups, tokens, weight, D, start_d,
+            HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, BYTES,
+        )  # fmt: skip
     return acc
 
 
@@ -139,21 +140,21 @@ def add_bytes(
     acc,
     w,  # [BLOCK_ROWS, BYTES]: what a quantised weight holds of columns from start_d on
     groups,  # as `scales_of` gives them
-    tokens, D, start_d,
+    tokens, weight, D, start_d,
     HAS_TAIL: tl.constexpr, IN_STEPS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """acc and the sum over these columns, cut into units that share a scale."""
+    """The sum over these columns, added to acc, cut into units that share a scale."""
     if is_several_units(FORMAT, GROUP, BYTES):
         HALF: tl.constexpr = BYTES // 2
         left, right = left_and_right(w, BLOCK_ROWS, BYTES)
         acc = add_bytes(
-            acc, left, groups[0], tokens, D, start_d,
+            acc, left, groups[0], tokens, weight, D, start_d,
             HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF,
         )  # fmt: skip
         start_d += BYTES if FORMAT == "int4" else HALF
         acc = add_bytes(
-            acc, right, groups[1], tokens, D, start_d,
+            acc, right, groups[1], tokens, weight, D, start_d,
             HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_ROWS, HALF,
         )  # fmt: skip
     else:
@@ -162,11 +163,12 @@ def add_bytes(
         x = x_tile(tokens, offs_d, D, HAS_TAIL)
         if FORMAT == "int4":
             low, high = two_numbers(w, DTYPE)
-            acc = added(acc, low, x, IN_STEPS, groups[0])
+            acc = added(acc, low, x, IN_STEPS, weight, groups[0], GROUP)
             x = x_tile(tokens, offs_d + 32, D, HAS_TAIL)
-            acc = added(acc, high, x, IN_STEPS, groups[1])
+            acc = added(acc, high, x, IN_STEPS, weight, groups[1], GROUP)
         else:
-            acc = added(acc, numbers(w, DTYPE, FORMAT), x, IN_STEPS, groups)
+            w = numbers(w, DTYPE, FORMAT)
+            acc = added(acc, w, x, IN_STEPS, weight, groups, GROUP)
     return acc
 
 
@@ -193,7 +195,7 @@ def scales_of(
     All loads of a step stand before its products, whose barriers none would pass.
     """
     if GROUP == 0:
-        found = ((None, None), (None, None)) if FORMAT == "int4" else (None, None)
+        found = (0, 0), (0, 0)  # nobody looks at them
     elif is_several_units(FORMAT, GROUP, BYTES):
         HALF: tl.constexpr = BYTES // 2
         NEXT: tl.constexpr = FIRST + (BYTES if FORMAT == "int4" else HALF)
@@ -219,7 +221,7 @@ def of_group(
     weight, rows, mask_rows, D, start_d, FIRST: tl.constexpr,
     HAS_TAIL: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scales of some rows in the group of column start_d + FIRST, and zero points or None.
+    """Scales of some rows in the group of column start_d + FIRST, and zero points, if there are.
 
     Their loads have a mask in any case: the compiler leaves those in their place.
     """
@@ -231,11 +233,10 @@ def of_group(
         group = tl.minimum(group, D // GROUP - 1)  # columns past D add nothing
     offs = rows * (D // GROUP) + group
     scales = of_rows(weight[1], offs, mask_rows)
-    if weight[2] is None:
-        found = scales, None
-    else:
-        found = scales, of_rows(weight[2], offs, mask_rows)
-    return found
+    zeros = scales
+    if weight[2] is not None:
+        zeros = of_rows(weight[2], offs, mask_rows)
+    return scales, zeros
 
 
 @triton.jit
@@ -257,11 +258,11 @@ def of_rows(ptr, offs, mask):
 
 
 @triton.jit
-def added(acc, w, x, IN_STEPS: tl.constexpr, group=(None, None)):
-    """acc + w @ x.T, or acc + (w - zero points) @ x.T * scales of a group."""
-    if group[0] is not None:
+def added(acc, w, x, IN_STEPS: tl.constexpr, weight, group, GROUP: tl.constexpr):
+    """Acc + w @ x.T, or acc + (w - zero points) @ x.T * scales of a group."""
+    if GROUP > 0:
         unit = tl.dot(w, x.T, input_precision="ieee")
-        if group[1] is not None:
+        if weight[2] is not None:
             ones = tl.full(w.shape, 1.0, w.dtype)
             unit -= group[1][:, None] * tl.dot(ones, x.T, input_precision="ieee")
         acc += unit * group[0][:, None]

@@ -1,13 +1,15 @@
 """Checkpoints that the package compressed-tensors makes, of small random models."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 # what `config_groups` has, by the names of the tests
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,6 +44,40 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 64]},
     ),
 }
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # that groups of 128 divide
+
+
+def compressed_model(
+    folder: Path,
+    schemes: dict[str, tuple[str, ...]],
+    model_type: str = "gemma3_text",
+    ignore: tuple[str, ...] = ("lm_head",),
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> None:
+    """Save a random model in this way."""
+    model = random_model(model_type, **SIZES | overrides)
+    save_compressed(folder, model, schemes, ignore, dtype)
+
+
+def their_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Transformers' logits of a checkpoint, which it dequantises: ids [T] -> [T, V]."""
+    as_floats = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=as_floats, attn_implementation="eager", dtype=dtype
+    )
+    with torch.inference_mode():
+        return model.eval()(input_ids=ids[None]).logits[0].float()
+
+
+def rewrite_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Apply `change` to the quantization_config of a checkpoint."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    change(values["quantization_config"])
+    file.write_text(json.dumps(values))
 
 
 def save_compressed(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gemcut.kernels import reference
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight
+from gemcut.kernels.reference.ops import stored
 
 
 def index(*values: int) -> Tensor:
@@ -104,6 +105,21 @@ def small_calls(D: int = 24) -> dict[str, dict[str, Any]]:
         },
         "skinny_linear": {"x": x, "weight": random(F, D), "bias": random(F)},
     }
+
+
+def in_fp8(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same call of an op with its cache in fp8: of each head k and v at a scale of their own.
+
+    Some of the values that the cache held would be too great for it.
+    """
+    scales = {}
+    for name, factor in (("k", 0.004), ("v", 0.007)):
+        cache = arguments[f"{name}_cache"]
+        scale = factor * (1 + torch.arange(cache.shape[1], device=DEVICE))
+        in_order = stored(cache.transpose(1, 2), torch.float8_e4m3fn, scale)  # [slots, C, HK, K]
+        scales[f"{name}_cache"] = in_order.transpose(1, 2).contiguous()
+        scales[f"{name}_scale"] = scale
+    return arguments | scales
 
 
 def quantized_calls(kind: str) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@
     python -P -m gemcut.tools.compile_report --all --json FILE      every model, format and arch
     python -P -m gemcut.tools.compile_report --quantization int8 int4 fp8       quantised weights
     python -P -m gemcut.tools.compile_report --models gemma-3-1b --archs sm_80 sm_120
+    python -P -m gemcut.tools.compile_report --kv-cache-dtype fp8   what launches otherwise with it
 
 No GPU is needed.  The real model runs, on fake tensors, and each launch is recorded instead of
 made (launches.py); so what is compiled is what the engine launches, tile and argument for argument.
@@ -31,6 +32,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from itertools import product
 from multiprocessing import get_context
@@ -226,16 +228,25 @@ def _given(match: re.Match | None) -> re.Match:
 
 
 def report(
-    models: list[str], archs: list[str], jobs: int, formats: Sequence[str | None] = (None,)
+    models: list[str],
+    archs: list[str],
+    jobs: int,
+    formats: Sequence[str | None] = (None,),
+    kv_cache_dtype: str = "auto",
 ) -> list[Cell]:
     """Compile what these models launch on these archs, each distinct kernel once.
 
-    formats: of their weights, plain or quantised.
+    formats: of their weights, plain or quantised.  With a cache in fp8: only what it launches
+    otherwise.
     """
     wanted: dict[Launch, list[str]] = {}
     for model in models:
         for name, quantization in product(archs, formats):
-            for launch in launches(PUBLISHED[model], name, quantization=quantization):
+            of_model = partial(launches, PUBLISHED[model], name, quantization=quantization)
+            recorded = of_model(kv_cache_dtype=kv_cache_dtype)
+            if kv_cache_dtype != "auto":
+                recorded -= of_model()
+            for launch in recorded:
                 found = wanted.setdefault(launch, [])
                 found += [model] if model not in found else []
     order = sorted(wanted, key=lambda launch: (launch.kernel, launch.arch, str(launch)))
@@ -297,6 +308,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quantization", nargs="+", choices=list(FORMATS), help="instead of plain weights"
     )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of keys and values"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every cell here")
     arguments = parser.parse_args(argv)
@@ -304,12 +318,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
     models: list[str] = list(MODELS) if arguments.all else arguments.models
     names: list[str] = list(CAPABILITY) if arguments.all else arguments.archs
+    if arguments.kv_cache_dtype == "fp8":
+        names = [name for name in names if CAPABILITY[name] >= (8, 9)]  # sm_80 cannot convert
 
     formats = arguments.quantization or ([None, *FORMATS] if arguments.all else [None])
 
     weights = ", ".join(format or "bf16" for format in formats)
     print(f"triton {triton.__version__}, {weights}, {', '.join(models)}\n{HEADER}")
-    cells = report(models, names, arguments.jobs, formats)
+    cells = report(models, names, arguments.jobs, formats, arguments.kv_cache_dtype)
     broken = sum(any(cell.problems()) for cell in cells)
     seconds = sum(cell.seconds for cell in cells)
     print(f"\nregisters / KB of shared memory, the most of each kernel\n\n{summary(cells)}\n")

@@ -76,6 +76,7 @@ class QuantizedHeader:
         width = math.ceil(D * scheme.num_bits / 32) if scheme.is_packed else D
         dtype = "I32" if scheme.is_packed else _DTYPES[scheme.format]
         _check_header(self.values, dtype, (N, width))
+        _check_floats(self.scales)
         try:
             self.layout.groups(D)
         except ValueError as error:
@@ -94,7 +95,9 @@ class QuantizedHeader:
             G = math.prod(_scale_shape(self.scheme, self.shape)[1:])
             _check_header(header, "I32", (math.ceil(self.shape[0] * bits / 32), G))
         else:
-            _check_count(header, self.scheme, self.shape, "I8")
+            _check_count(header, self.scheme, self.shape)
+            if header.dtype != "I8":
+                raise ValueError(f"{header} is {header.dtype}, must be I8")
         zero_points, limit = self._stored_zero_points().int(), 2 ** (bits - 1)
         if zero_points.min() < -limit or zero_points.max() >= limit:
             raise ValueError(f"{header} is outside {-limit}..{limit - 1}")
@@ -196,16 +199,17 @@ def _scale_shape(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
     return math.ceil(shape[0] / rows), math.ceil(shape[1] / columns)
 
 
-def _check_count(
-    header: TensorHeader, scheme: Scheme, shape: tuple[int, int], dtype: str | None = None
-) -> None:
+def _check_floats(header: TensorHeader) -> None:
+    if header.dtype not in FLOATS:
+        raise ValueError(f"{header} is {header.dtype}, must be {', '.join(FLOATS)}")
+
+
+def _check_count(header: TensorHeader, scheme: Scheme, shape: tuple[int, int]) -> None:
     """Nothing, or ValueError unless there is a number for each row, group or block."""
     meant = _scale_shape(scheme, shape)
     axes = [size for size in header.shape if size != 1], [size for size in meant if size != 1]
     if axes[0] != axes[1]:
         raise ValueError(f"{header} is {list(header.shape)}, must be {list(meant)}")
-    if header.dtype not in ([dtype] if dtype else FLOATS):
-        raise ValueError(f"{header} is {header.dtype}, must be {dtype or ', '.join(FLOATS)}")
 
 
 def _expanded(stored: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:

@@ -24,7 +24,7 @@ from gemcut.engine.checkpoints.compressed_target import (
 from gemcut.engine.checkpoints.formats import FORMATS, Format
 from gemcut.engine.checkpoints.source import CONFIG, Source
 from gemcut.engine.checkpoints.stored_tensors import TensorSpec, name_of, pieces
-from gemcut.engine.checkpoints.stored_weights import Layout, check_quantization
+from gemcut.engine.checkpoints.stored_weights import Layout, check_finite, check_quantization
 from gemcut.engine.checkpoints.weight_files import (
     byte_bar,
     divide_into_shards,
@@ -135,7 +135,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 def write_files(
-    stage: Path, target: Target, source: Source, companions: Mapping[str, Path]
+    stage: Path, target: Target, source: Source, companions: Mapping[str, Path | bytes]
 ) -> list[str]:
     """Write all files to folder `stage`; the names of tensors that hold a NaN or an infinity."""
     if target.nbytes > (free := shutil.disk_usage(stage).free):
@@ -145,7 +145,10 @@ def write_files(
         )
     nonfinite = _write_weights(stage, target, source)
     for name, file in companions.items():
-        shutil.copyfile(file, stage / name)
+        if isinstance(file, bytes):
+            (stage / name).write_bytes(file)
+        else:
+            shutil.copyfile(file, stage / name)
     write_json(stage / CONFIG, target.config.to_dict())
     return [name for name in target.dtypes if name in nonfinite]
 
@@ -164,6 +167,7 @@ def _write_weights(stage: Path, target: Target, source: Source) -> set[str]:
                 tensors.append(tensor)
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             if (layout := target.layouts.get(spec.name)) is not None:
+                check_finite(spec.name, whole)
                 return parts_of(spec.name, layout.quantize(whole))
             return {spec.name: whole.T.contiguous() if spec.transposed else whole}
 

@@ -131,7 +131,7 @@ def read_quantization(values: Any) -> QuantizationConfig | None:
 def _check_method(values: Mapping[str, Any]) -> None:
     method = values.get("quant_method")
     if method != METHOD:
-        name = _OTHERS.get(str(method), shorten(method))
+        name = "of no method" if method is None else _OTHERS.get(str(method), shorten(method))
         raise ValueError(
             f"quantization_config is {name}, which is not read; {METHOD} is; {INSTEAD}"
         )

@@ -1,25 +1,14 @@
 """The bundled model: the promises of its card, and the tool that made it."""
 
-import math
 import re
 
 import pytest
 import torch
+from held_out import bits_per_byte
 
 from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.tools import train_demo
-
-# of the held-out text: A. C. Doyle, The Adventure of the Veiled Lodger (1927)
-HELD_OUT = (
-    "It is not reasonable to suppose that every one of these cases gave Holmes the opportunity of "
-    "showing those curious gifts of instinct and observation which I have endeavoured to set forth "
-    "in these memoirs. Sometimes he had with much effort to pick the fruit, sometimes it fell "
-    "easily into his lap. But the most terrible human tragedies were often involved in those cases "
-    "which brought him the fewest personal opportunities, and it is one of these which I now "
-    "desire to record. In telling it, I have made a slight change of name and place, but otherwise "
-    "the facts are as stated."
-)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +38,7 @@ def test_every_trait_of_gemma_2_is_on(demo):
 
 def test_it_predicts_english(demo):
     """Untrained it needs 11.6 bits a token, three a byte; the card's figure is for more text."""
-    scored = demo.score(HELD_OUT)
-    assert -scored.total / math.log(2) / len(HELD_OUT.encode()) <= 2.2
+    assert bits_per_byte(demo) <= 2.2
 
 
 def test_the_card_states_its_bits_per_byte():

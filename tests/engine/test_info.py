@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import tensor_bytes
 from safetensors.torch import load_file, save_file
 
 from gemcut.engine import PUBLISHED, Engine, cli, info, memory
 from gemcut.engine.checkpoints import hub
+from gemcut.engine.checkpoints.convert import convert
+from gemcut.engine.execution.weights import QUANTIZATIONS, empty_weights, made_layouts
 from gemcut.kernels import cpu
 from gemcut.kernels.cpu_products import packs
 
@@ -65,6 +68,7 @@ def test_info_for_people(run, set_free):
         "family        Gemma 2 (gemma2)\n"
         "parameters    9,241,705,984\n"
         "weights       18.48 GB in bfloat16, 36.97 GB in float32\n"
+        "              9.25 GB in int8, 5.60 GB in int4, 9.25 GB in fp8\n"
         "layers        42: 21 local (window 4096), 21 global\n"
         "hidden size   3584, MLP 14336\n"
         "heads         16 query, 8 key and value, head_dim 256, scale 0.0625\n"
@@ -77,6 +81,9 @@ def test_info_for_people(run, set_free):
         "on cpu        60.00 GB free, 36.97 GB for weights in float32\n"
         "              room for 2 slots of 8192 tokens\n"
         "              longest slot, in tokens: 8192 at batch 1, 1976 at batch 8\n"
+        "in int8       9.25 GB for weights, room for 8 slots of 8192 tokens\n"
+        "in int4       5.60 GB for weights, room for 9 slots of 8192 tokens\n"
+        "in fp8        9.25 GB for weights, room for 8 slots of 8192 tokens\n"
         "an engine     8 x 1976 tokens take 48.00 GB\n"
         "              36.97 GB weights, 10.88 GB KV cache, 23.04 MB sampling state, "
         "127.93 MB activations\n"
@@ -99,6 +106,49 @@ def test_the_table_of_the_first_page_says_the_same(model):
     facts = [parameters, 2 * parameters, 4 * parameters, engine]
     units = ["B", "GB", "GB", "GB"]
     assert shown == [f"{x / 1e9:.2f} {unit}" for x, unit in zip(facts, units, strict=True)]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_each_format_is_counted_as_it_is_made(set_free, quantization):
+    """To the byte, from the config alone; and what is asked for is what the engine takes."""
+    set_free(30e9)
+    config, device = PUBLISHED["gemma-2-9b"], torch.device("cpu")
+    layouts = made_layouts(config, quantization)
+    made = empty_weights(config, device="meta", dtype=torch.bfloat16, layouts=layouts)
+    facts = info.describe(config, device, torch.bfloat16, 1, 512, quantization)
+    assert facts.weight_bytes[quantization] == made.nbytes
+    rooms = {room.quantization: room for room in facts.quantized_rooms}
+    assert rooms[quantization] == facts.room
+    assert facts.room.weight_bytes == facts.engine.bytes["weights"] == made.nbytes
+    plain = info.describe(config, device, torch.bfloat16, 1, 512)
+    assert plain.quantized_rooms == facts.quantized_rooms
+    assert plain.room.slots <= facts.room.slots
+
+
+def test_info_of_what_cannot_be_made_leaves_it_out(run, folder):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"intermediate_size": 500}))
+    facts = json.loads(run("info", str(folder), "--json")[1])
+    assert [room["quantization"] for room in facts["quantized_rooms"]] == ["int8", "fp8"]
+    assert "int4" not in facts["weight_bytes"]
+    code, out, err = run("info", str(folder), "--quantization", "int4")
+    assert (code, out) == (1, "")
+    assert "quantization 'int4' has groups of 32 columns, but down has 500" in err
+
+
+def test_info_of_a_quantised_checkpoint(run, folder, tmp_path):
+    convert(folder, tmp_path / "int8", quantization="int8")
+    facts = json.loads(run("info", str(tmp_path / "int8"), "--json")[1])
+    with Engine.from_pretrained(tmp_path / "int8", ops="reference", device="cpu") as engine:
+        taken = tensor_bytes(engine.model.weights)
+    assert abs(facts["weight_bytes"]["stored"] - taken) <= 0.05 * taken
+    assert facts["quantized_rooms"] == []
+    out = run("info", str(tmp_path / "int8"), "--check")[1]
+    assert re.search(r"^weights +\S+ MB as stored, int8$", out, re.MULTILINE)
+    assert "names, shapes and values are right" in out
+    code, out, err = run("info", str(tmp_path / "int8"), "--quantization", "fp8")
+    assert (code, out) == (1, "")
+    assert "is for plain checkpoints, and this one is quantised already" in err
 
 
 def test_info_of_a_model_with_two_rotations(run):

@@ -9,10 +9,10 @@ from engines import save_random_model
 from random_models import MODEL_TYPES
 
 from gemcut import kernels
-from gemcut.engine import PUBLISHED, Engine, memory
+from gemcut.engine import PUBLISHED, Engine, SamplingParams, memory
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.slot_state import SlotState
-from gemcut.engine.execution.weights import empty_weights
+from gemcut.engine.execution.weights import QUANTIZATIONS, empty_weights, made_layouts
 from gemcut.engine.memory import Build
 from gemcut.kernels import cpu, reference
 from gemcut.kernels.cpu_products import packs
@@ -36,6 +36,42 @@ def test_every_tensor_of_an_engine_is_in_the_estimate(folders, name, dtype):
             assert tensor_bytes(engine._loop.runner.state) == estimate.state
             lasting = estimate.weights + estimate.kv_cache + estimate.state
             assert lasting <= tensor_bytes(engine) <= lasting * (1 + SHARE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_quantised_weights_are_estimated_to_the_byte(tmp_path, tokenizer_file, quantization, dtype):
+    save_random_model(tmp_path, tokenizer_file, hidden_size=64, intermediate_size=96)
+    sizes = SIZES["one chunk"]
+    with make_engine(tmp_path, sizes, dtype, quantization=quantization, ops="reference") as engine:
+        layouts = made_layouts(engine.config, quantization)
+        build = Build(engine.config, CPU, engine.model.dtype, reference, 128, layouts=layouts)
+        estimate = build.estimate(*sizes[:2])
+        assert tensor_bytes(engine.model.weights) == estimate.weights
+        assert engine.generate("Once", SamplingParams(max_tokens=4)).token_ids
+
+
+def test_what_fits_quantised_is_made_though_floats_would_not_fit(folders, set_free):
+    arguments = {"ops": "reference", "skip_tokenizer_init": True}
+    with make_engine(folders["demo"], (1, 64, 32), "bfloat16", **arguments) as engine:
+        build = Build(engine.config, CPU, torch.bfloat16, reference, 32)
+        set_free(build.estimate(1, 64).total - 1)
+    with pytest.raises(MemoryError):
+        make_engine(folders["demo"], (1, 64, 32), "bfloat16", **arguments)
+    make_engine(folders["demo"], (1, 64, 32), "bfloat16", quantization="int8", **arguments).close()
+
+
+@pytest.mark.parametrize("name", ["demo", "gemma3_text"])
+def test_a_cache_in_fp8_takes_half_the_bytes(folders, name):
+    with make_engine(folders[name], SIZES["four chunks"], "bfloat16") as engine:
+        plain = tensor_bytes(engine.cache)
+    with make_engine(
+        folders[name], SIZES["four chunks"], "bfloat16", kv_cache_dtype="fp8"
+    ) as engine:
+        config = engine.config
+        scales = 2 * config.num_layers * config.num_kv_heads * 4
+        assert tensor_bytes(engine.cache) == engine.cache.nbytes == plain // 2 + scales
+        assert estimate_of(engine).kv_cache == engine.cache.nbytes
 
 
 @pytest.mark.parametrize(

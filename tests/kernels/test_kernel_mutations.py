@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, assert_row_invariant, random
-from op_cases import index, quantized_calls, small_calls
+from op_cases import in_fp8, index, quantized_calls, small_calls
 from sampling_cases import (
     assert_draws_are_exact,
     assert_top_k_is_exact,
@@ -95,8 +95,8 @@ MISTAKES = {
         PREFILL, ("attention_tiles", "offs_q[:, None] >= offs_n", "offs_q[:, None] + 9 >= offs_n"),
     ),
     "attention softcap left out": (
-        DECODE, ("attention_tiles", "s = tanh(s * (SCALE / SOFTCAP), FAST_TANH)",
-                 "s = s * (SCALE / SOFTCAP)"),
+        DECODE, ("attention_tiles", "s = tanh(s * (scale / SOFTCAP), FAST_TANH)",
+                 "s = s * (scale / SOFTCAP)"),
     ),
     "scale from head_dim": (
         DECODE, ("decode_attention", "SCALE=scale", "SCALE=K**-0.5"),
@@ -165,7 +165,9 @@ QUANTIZED_MISTAKES = {
         GEGLU, INT4, (PRODUCT, "start_d, FIRST + 32, HAS_TAIL", "start_d, FIRST, HAS_TAIL"),
     ),
     "scales of a step's first half": (
-        SKINNY, "int8 in 32s", (PRODUCT, "(BYTES if FORMAT == \"int4\" else HALF)\n        left", "0\n        left"),
+        SKINNY, "int8 in 32s",
+        (PRODUCT, 'NEXT: tl.constexpr = FIRST + (BYTES if FORMAT == "int4" else HALF)',
+         "NEXT: tl.constexpr = FIRST"),
     ),
     "zero points dropped": (SKINNY, INT4, (PRODUCT, "unit -= group[1]", "unit -= 0 * group[1]")),
     "zero points not scaled": (
@@ -176,7 +178,7 @@ QUANTIZED_MISTAKES = {
         GEGLU, ROWS, (PRODUCT, "if FORMAT is not None and GROUP == 0:", "if FORMAT == 0:"),
     ),
     "logits not scaled before they are compared": (
-        ARGMAX, ROWS, ("head", "acc = scaled_by_row(acc, weight, offs_v", "scaled_by_row(acc, weight, offs_v"),
+        ARGMAX, ROWS, ("head", "acc = scaled_by_row(acc, weight", "scaled_by_row(acc, weight"),
     ),
     "fp8 without its sign": (
         SKINNY, "fp8 by row", (TILES, "(bits & 0x80) << 24 | ", ""), THROUGH,
@@ -295,6 +297,49 @@ def test_a_mistake_with_a_quantised_weight_breaks_the_rule(mistake, mutated):
     wrong = getattr(mutated(module, changes), op)
     with pytest.raises(AssertionError, match=r"exceeds the budget|NaN at"):
         assert_accurate(wrong, **quantized_calls(kind)[op])
+
+
+# the same of a cache in fp8, whose heads have scales of their own
+STORE, STORE_QKV = ("rotary", "rope_and_store_"), ("qkv", "linear_rope_and_store_")
+FP8_MISTAKES = {
+    "keys of another head's scale": (
+        PREFILL,
+        ("prefill_attention", "k_scale_ptr + head // GROUP_SIZE", "k_scale_ptr + head % 2"),
+    ),
+    "values' scale forgotten": (
+        PREFILL, ("prefill_attention", "y *= tl.load(v_scale_ptr + head // GROUP_SIZE)", "y *= 1"),
+    ),
+    "keys of another head's scale in decode": (
+        DECODE, ("decode_attention", "k_scale_ptr + kv_head", "k_scale_ptr + 1 - kv_head"),
+    ),
+    "values' scale forgotten in decode": (
+        DECODE, ("kv_combine", "acc *= tl.load(v_scale_ptr + head // GROUP_SIZE)", "acc *= 1"),
+    ),
+    "even and odd values exchanged": (
+        DECODE, ("attention_tiles", "return even, odd", "return odd, even"),
+    ),
+    "odd values stored as even ones": (
+        DECODE, ("kv_combine", "_store_in_place(acc_ptr + 1, offs, odd_acc",
+                 "_store_in_place(acc_ptr, offs, odd_acc"),
+    ),
+    "multiplied by the scale where it divides": (
+        STORE, ("rotary", "x *= 1.0 / scale", "x *= scale"),
+    ),
+    "all keys stored by the first head's scale": (
+        STORE, ("rotary", "k_scale_ptr + heads - NUM_Q_HEADS", "k_scale_ptr + 0 * heads"),
+    ),
+    "values stored by the keys' scale": (
+        STORE_QKV, ("qkv", "tl.where(is_key, k_scale_ptr, v_scale_ptr)", "k_scale_ptr"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", FP8_MISTAKES)
+def test_a_mistake_in_fp8_breaks_the_rule(mistake, mutated):
+    (module, op), *changes = FP8_MISTAKES[mistake]
+    wrong = getattr(mutated(module, changes), op)
+    with pytest.raises(AssertionError, match=r"exceeds the budget|NaN at"):
+        assert_accurate(wrong, **in_fp8(small_calls()[op]))
 
 
 SHORT_SPLITS = (

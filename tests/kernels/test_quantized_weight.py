@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gemcut.kernels import quantized_weight
 from gemcut.kernels.quantized_weight import (
     GREATEST,
     QuantizedWeight,
@@ -31,7 +32,7 @@ def test_a_byte_holds_columns_32_apart():
     assert (packed == 0x88).sum() == 63  # all others are 0
 
 
-@FORMATS
+@pytest.mark.parametrize("format", ["int8", "fp8"])
 @pytest.mark.parametrize("group_size", [None, 32, 96])
 def test_values_err_by_half_a_step(format, group_size):
     torch.manual_seed(0)
@@ -45,6 +46,40 @@ def test_values_err_by_half_a_step(format, group_size):
         step = 2 * groups.abs().clamp(min=step * 2**-6) * 2**-4
     error = (dequantized(quantized) - weight).unflatten(1, (-1, group_size or 288)).abs()
     assert (error <= step / 2 * (1 + 2**-20)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("group_size", [None, 32, 96])
+def test_scales_of_int4_have_little_error(group_size, dtype):
+    """In each group at most what a scale has that gives the greatest number 7, or 8, or cuts it."""
+    torch.manual_seed(0)
+    weight = torch.randn(40, 288).to(dtype)
+    groups = weight.double().unflatten(1, (-1, group_size or 288))
+
+    def squares(scales: torch.Tensor) -> torch.Tensor:
+        values = (groups / scales).round().clamp(-8, 7)
+        return (values * scales - groups).square().sum(-1)
+
+    quantized = quantize(weight, "int4", group_size)
+    assert (quantized.scales > 0).all()
+    greatest = groups.abs().amax(-1, keepdim=True)
+    found = squares(quantized.scales.double().unsqueeze(-1))
+    stored = dequantized(quantized, torch.float64).unflatten(1, (-1, group_size or 288))
+    torch.testing.assert_close(found, (stored - groups).square().sum(-1))
+    rounding = 1 + 4 * torch.finfo(dtype).eps  # of scales: near the best they count little
+    for steps in (7.0, 7.5, 8.0, 8.5):
+        assert (found <= squares(greatest / steps) * rounding).all(), steps
+    assert found.sum() < 0.9 * squares(greatest / 7).sum()
+
+
+@FORMATS
+def test_rows_are_quantised_alike_in_blocks_of_any_size(format, monkeypatch):
+    weight = torch.randn(23, 64)
+    whole = quantize(weight, format, 32)
+    monkeypatch.setattr(quantized_weight, "AT_ONCE", 5 * 64)
+    parts = quantize(weight, format, 32)
+    assert torch.equal(parts.values.view(torch.uint8), whole.values.view(torch.uint8))
+    assert torch.equal(parts.scales, whole.scales)
 
 
 def test_zero_points_count_in_values():
@@ -67,6 +102,16 @@ def test_rows_are_views(format):
 def test_a_group_of_zeros_stays_zero(format):
     quantized = quantize(torch.zeros(2, 64), format, 32)
     assert torch.equal(dequantized(quantized), torch.zeros(2, 64))
+    assert (quantized.scales > 0).all()  # as checkpoints must have them
+
+
+@FORMATS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_shows_in_its_scale(format, value):
+    weight = torch.randn(3, 64)
+    weight[1, 40] = value
+    scales = quantize(weight, format, 32).scales
+    assert (~scales.isfinite()).nonzero().tolist() == [[1, 1]]
 
 
 BAD = {
