@@ -4,8 +4,9 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -23,7 +24,8 @@ from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.config.rope_parameters import RopeParameters
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
-from gemcut.engine.execution.weights import QUANTIZATIONS
+from gemcut.engine.execution.weight_layouts import Layouts
+from gemcut.engine.execution.weights import QUANTIZATIONS, fused_shapes
 from gemcut.engine.memory import (
     DEFAULT_BATCH_SIZE,
     MEMORY_SHARE,
@@ -127,11 +129,14 @@ def describe(
     `path` is the model's, where a GGUF file says how it is quantised.  ValueError names a size out
     of range; one that does not fit is reported in `engine.problem`.
     """
-    ops = cpu if device.type == "cpu" else kernels
+    table = cpu if device.type == "cpu" else kernels
 
-    def build_of(quantization: str | None, dtype: torch.dtype = dtype) -> Build:
+    def build_of(quantization: str | None, ops: ModuleType = table) -> Build:
         layouts = expected_layouts(config, quantization, path)
         return Build(config, device, dtype, ops, layouts=layouts, kv_cache_dtype=kv_cache_dtype)
+
+    def size_of(quantization: str | None, dtype: torch.dtype = torch.bfloat16) -> int:
+        return replace(build_of(quantization, kernels), dtype=dtype).weight_bytes()
 
     build, stored = build_of(quantization), expected_layouts(config, None, path)
     formats = [] if stored else _formats(config)
@@ -142,10 +147,10 @@ def describe(
         weight_bytes={
             "bfloat16": 2 * parameters,
             "float32": 4 * parameters,
-            **{name: build_of(name, torch.bfloat16).weight_bytes() for name in formats},
-            **({"stored": build.weight_bytes()} if stored else {}),
+            **{name: size_of(name) for name in formats},
+            **({"stored": size_of(None, dtype)} if stored else {}),
         },
-        stored_formats=sorted({layout.format for layout in stored.values()}),
+        stored_formats=_stored_formats(config, stored),
         kv_bytes_per_token=config.kv_bytes_per_token(),
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
@@ -153,6 +158,13 @@ def describe(
         quantized_rooms=[_room(build_of(name), name) for name in formats],
         engine=_engine_size(build, max_batch_size, max_seq_len),
     )
+
+
+def _stored_formats(config: ModelConfig, stored: Layouts) -> list[str]:
+    """The formats of the matrices of a quantised checkpoint; some may be plain."""
+    matrices = {place for place, shape in fused_shapes(config).items() if len(shape) == 2}
+    plain = ["bfloat16"] if matrices - stored.keys() else []
+    return sorted({layout.format for layout in stored.values()}) + plain
 
 
 def _formats(config: ModelConfig) -> list[str]:
@@ -173,7 +185,7 @@ def _room(build: Build, quantization: str | None) -> Room:
         dtype=str(build.dtype).removeprefix("torch."),
         quantization=quantization,
         free_bytes=free,
-        weight_bytes=build.weight_bytes(),
+        weight_bytes=build.estimate(1, SHORTEST).weights,
         slots=build.most_slots(build.config.context_length, budget),
         longest_slot={slots: build.longest_slot(slots, budget) for slots in BATCH_SIZES},
     )

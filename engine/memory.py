@@ -26,6 +26,7 @@ from gemcut.engine.execution.weights import fused_shapes
 from gemcut.engine.placement import choose_cache_dtype, is_plain_torch
 from gemcut.kernels import cpu
 from gemcut.kernels.cpu_products import packs
+from gemcut.kernels.cpu_quantized import packed_bytes
 
 MEMINFO = Path("/proc/meminfo")
 # Of the free memory, for an engine whose size is chosen here.  A CPU's memory is for all processes;
@@ -92,7 +93,7 @@ class Build:
         )
         on_gpu = self.device.type == "cuda"
         return Estimate(
-            weights=self.weight_bytes() + self._second_head_bytes(),
+            weights=self.weight_bytes() + self._packing_bytes(),
             kv_cache=cache_bytes(config, max_batch_size, max_seq_len, chunk, self.cache_dtype),
             state=state_bytes(max_batch_size, config.vocab_size),
             activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
@@ -108,14 +109,29 @@ class Build:
             for place, shape in fused_shapes(self.config).items()
         )
 
-    def _second_head_bytes(self) -> int:
-        """What a head takes beside its table, where products read it packed (kernels/cpu.py)."""
-        head = "embedding" if self.config.tie_word_embeddings else "lm_head"
-        if (None, head) in self.layouts:
+    def _packing_bytes(self) -> int:
+        """What the form that a CPU reads takes beside the stored weights (kernels/cpu.py).
+
+        Matrices of layers are replaced by it, a head keeps both.
+        """
+        if self.ops is not cpu:
             return 0
+        head = (None, "embedding" if self.config.tie_word_embeddings else "lm_head")
+        added = 0 if head in self.layouts else self._second_head_bytes()
+        shapes = fused_shapes(self.config)
+        for place, layout in self.layouts.items() if packs((64, 64), self.dtype) else ():
+            N, D = shape = shapes[place]
+            size = D // layout.groups(D)
+            packed = packed_bytes(layout.format, (N, D), size, layout.has_zero_points)
+            if packed and place[0] is not None:
+                packed -= layout.nbytes(shape)
+            added += packed if place[0] is not None or place == head else 0
+        return added
+
+    def _second_head_bytes(self) -> int:
+        """What a plain head takes where products read it packed."""
         shape = self.config.vocab_size, self.config.hidden_size
-        is_packed = self.ops is cpu and packs(shape, self.dtype)
-        return is_packed * shape[0] * shape[1] * self.dtype.itemsize
+        return packs(shape, self.dtype) * shape[0] * shape[1] * self.dtype.itemsize
 
     def _graph_bytes(self, decode: int, max_seq_len: int) -> int:
         """What captured steps keep, of which a decode step takes `decode` bytes."""

@@ -221,7 +221,10 @@ def lm_head_argmax(
         near, ids = (rounded >= least).nonzero().unbind(-1)
         if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
             logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
-            exact = plain[ids].float() if is_plain else dequantized(plain[ids], logits.dtype)
+            if isinstance(plain, Tensor):
+                exact = plain[ids].float()
+            else:
+                exact = dequantized(plain[ids], logits.dtype)
             logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
             best = logits.max(-1)
             return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)

@@ -27,7 +27,7 @@ from gemcut.kernels.quantized_weight import QuantizedWeight, dequantized, unpack
 
 FEW_QUANTIZED_ROWS = 16  # up to here integer kernels: bench/NOTES.md has the times
 BUFFER = 2**19  # numbers that are dequantised at once: they stay in the processor's cache
-WIDTHS = 16, 32  # columns of which int8 and int4 are read a multiple: others crash torch's kernel
+INT8_WIDTH = 16  # columns that torch's int8 reads at once: a part of them crashes it
 GROUP_SIZES = 256, 128, 64, 32  # that torch's int4 knows
 INT4_ROWS = 64  # that it packs together
 DIGITS, MIDDLE = 4, 0x808080  # of base 256, see limbs
@@ -83,11 +83,30 @@ class PackedInt4:
         return groups.to(dtype).view(blocks, D, -1).transpose(0, 1).flatten(1).mT
 
 
+def packed_bytes(format: str, shape: tuple[int, ...], group_size: int, zeros: bool) -> int:
+    """Bytes of what a CPU reads of a weight [N, D] in bfloat16; 0 where it is the weight itself."""
+    N, D = shape
+    if format == "int8" and group_size == D and not zeros and D % INT8_WIDTH == 0:
+        return 0
+    size = _group_size(format, N, group_size)
+    if size is None:
+        return 2 * N * D
+    columns = D if format == "int4" else 2 * D
+    return N * (columns // 2 + columns // size * 4)
+
+
+def _group_size(format: str, N: int, group_size: int) -> int | None:
+    """The groups in which torch's int4 reads a weight of N rows, or None where it cannot."""
+    if format == "fp8" or N % INT4_ROWS or not int4_is_known():
+        return None
+    return next((size for size in GROUP_SIZES if group_size % size == 0), None)
+
+
 def packed_int4(weight: QuantizedWeight) -> PackedInt4 | None:
     """A weight of whole numbers as torch's int4 reads it, or None where it cannot."""
     N, D = weight.shape
-    size = next((size for size in GROUP_SIZES if weight.group_size % size == 0), None)
-    if weight.format == "fp8" or size is None or N % INT4_ROWS or not int4_is_known():
+    size = _group_size(weight.format, N, weight.group_size)
+    if size is None:
         return None
     parts = 1 if weight.format == "int4" else 2
     values = torch.empty(N, parts * D // 2, dtype=torch.uint8, device="cpu")
@@ -128,7 +147,7 @@ def is_by_row(weight: object) -> bool:
         and weight.values.dtype == torch.int8
         and weight.scales.shape[1] == 1
         and weight.zero_points is None
-        and weight.columns % WIDTHS[0] == 0
+        and weight.columns % INT8_WIDTH == 0
     )
 
 

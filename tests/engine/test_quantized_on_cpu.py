@@ -1,10 +1,15 @@
 """Engines with quantised weights on a CPU: against the definitions, in company, in chunks."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from gemcut.engine import Engine, SamplingParams
+from gemcut.engine.checkpoints.load import expected_layouts
 from gemcut.engine.execution.weights import Weights
+from gemcut.engine.memory import Build
+from gemcut.kernels import cpu
 from gemcut.kernels.cpu_products import PackedHead, has_bfloat16
 from gemcut.kernels.cpu_quantized import PackedInt4, int4_is_known, integers_are_exact
 from gemcut.kernels.quantized_weight import QuantizedWeight
@@ -15,7 +20,7 @@ FORMATS = pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
 by_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-def demo(format: str, **settings) -> Engine:
+def demo(format: Any, **settings) -> Engine:
     return Engine.from_pretrained("demo", quantization=format, max_seq_len=128, **settings)
 
 
@@ -91,3 +96,19 @@ def test_an_engine_reads_what_its_kernels_read():
             matrix, head = read(engine.model.weights)
             assert matrix is kind
             assert head is (torch.Tensor if format == "fp8" else QuantizedWeight)
+
+
+@FORMATS
+@by_dtype
+def test_memory_counts_what_is_read(format, dtype):
+    """Matrices of layers as they are packed, and a head beside what it is read by."""
+    with demo(format, dtype=dtype) as engine:
+        weights, config = engine.model.weights, engine.model.config
+        head = weights.lm_head
+        parts = [x for layer in weights.layers for x in vars(layer).values() if x is not None]
+        parts += [weights.norm, weights.embedding]
+        parts += [head.blocks] if isinstance(head, PackedHead) else []
+        held = sum(x.nbytes for x in parts)
+        layouts = expected_layouts(config, format)
+    build = Build(config, torch.device("cpu"), engine.model.dtype, cpu, layouts=layouts)
+    assert build.estimate(1, 128).weights == pytest.approx(held, rel=0.01)

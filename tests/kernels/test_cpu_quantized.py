@@ -14,6 +14,7 @@ from gemcut.kernels.cpu_quantized import (
     by_integers,
     int4_is_known,
     integers_are_exact,
+    packed_bytes,
     packed_int4,
 )
 from gemcut.kernels.quantized_weight import QuantizedWeight, dequantized, quantize
@@ -155,6 +156,7 @@ def test_packed_rows_stand_for_what_the_weight_does(zeros, kind):
     points = None if weight.zero_points is None else weight.zero_points.float()
     weight = QuantizedWeight(weight.values, scales, points, SHAPE[1], torch.bfloat16)
     read = packed_int4(weight)
+    assert read is not None
     assert torch.equal(read.rows(64, 192, torch.float32), dequantized(weight[64:], torch.float32))
 
 
@@ -162,6 +164,7 @@ def test_packed_rows_stand_for_what_the_weight_does(zeros, kind):
 def test_packed_weights_take_the_bytes_of_their_format():
     for kind, most in ((("int4", 32), 0.5 + 4 / 32), (("int8", 32), 1 + 8 / 32)):
         assert packed(some_weight(SHAPE, kind, torch.bfloat16)).nbytes == most * SHAPE[0] * SHAPE[1]
+        assert packed_bytes(kind[0], SHAPE, kind[1], False) == most * SHAPE[0] * SHAPE[1]
 
 
 @by_dtype
