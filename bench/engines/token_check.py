@@ -27,6 +27,7 @@ from gemcut.bench.ops.op_check import rounded_weight
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import LayerWeights
+from gemcut.engine.execution.weights import plain as plain_weight
 from gemcut.kernels import reference
 
 HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -122,7 +123,7 @@ class TokenCheck:
         self, exact: Tensor, plain: Tensor, text: Text, quantized: Gemma | int | None
     ) -> LogitGaps:
         """The gaps of a text, from both models' states before each of its tokens: [T, D]."""
-        config, head = self.model.config, self.model.weights.head_table
+        config, head = self.model.config, plain_weight(self.model.weights.head_table)
         tokens = torch.tensor(text, device=exact.device)
         best = exact.new_full((len(text),), -torch.inf)
         chosen = torch.full_like(best, torch.nan)

@@ -15,6 +15,7 @@ from gemcut.bench.ops.decode_cases import decode_cases
 from gemcut.bench.ops.kernels import model_cases
 from gemcut.bench.ops.prefill_cases import visible_pairs
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
+from gemcut.engine.info import find_config
 from gemcut.kernels import reference
 
 GRID = Grid(batches=(1, 3), contexts=(7, 40), tokens=(23,), large_bytes=4096, chunk=9)
@@ -141,6 +142,27 @@ def test_bytes_of_each_case(cases):
         arguments = case.make()
         counted = counted_bytes(case, arguments)
         assert (case.cost.read_bytes, case.cost.written_bytes) == counted, case.name
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_a_quantised_weight_is_read_with_its_scales(quantization):
+    """Peers are given the plain one; what gemcut's op takes is quantised once."""
+    where = torch.device("cpu"), torch.float32
+    cases = model_cases(Shapes("demo", find_config("demo"), *where, quantization), GRID)
+    assert len(cases) == 5 * len(GRID.batches)
+    for case in cases:
+        assert case.facts["quantization"] == quantization
+        plain = case.make()
+        own = case.own(plain)
+        name = "gate_up_weight" if case.op == "linear_geglu" else "weight"
+        assert case.own(own) is own
+        read, written = counted_bytes(case, own)  # the weight is no tensor
+        assert case.cost.read_bytes == read + own[name].nbytes, case.name
+        assert case.cost.written_bytes == written
+        is_head = case.op == "lm_head_argmax"
+        wanted = "int8" if is_head and quantization == "int4" else quantization
+        assert own[name].format == wanted
+        assert own[name].nbytes < plain[name].nbytes / (3.9 if wanted != "int4" else 6)
 
 
 def counted_operations(case, arguments):

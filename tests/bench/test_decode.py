@@ -10,7 +10,7 @@ from engines import replay
 from planted_engines import CEILINGS, SIZES, TINY, demo_setup, one_token_off, plant, skip_ceilings
 
 from gemcut.bench import cli
-from gemcut.bench.engines.case_runner import Contestant, make_prompts, run_case
+from gemcut.bench.engines.case_runner import Contestant, like, make_prompts, run_case
 from gemcut.bench.engines.decode import make_records, mean_context
 from gemcut.bench.engines.peers import (
     CONTESTANTS,
@@ -25,6 +25,8 @@ from gemcut.bench.engines.token_check import TokenCheck
 from gemcut.engine import Engine
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
+from gemcut.engine.execution.model import Gemma
+from gemcut.kernels import reference
 
 METRICS = ("tokens_per_second", "first_token_ms", "between_tokens_ms")
 
@@ -309,6 +311,37 @@ def test_a_quantised_peer_is_no_fastest_peer(monkeypatch, setup):
     assert quantised["quantization"] == "int8"
     assert quantised["step_bytes"] < own["step_bytes"] / 3
     assert "allowed for 8-bit weights" in quantised["detail"]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_own_quantised_weights_are_a_case_of_their_own(quantization, monkeypatch):
+    """Its tokens are held to the exact logits, within what the oracles on its weights err."""
+    setup = demo_setup()
+    monkeypatch.setattr(setup, "_ops", reference)
+    quantised = replace(TINY, quantization=quantization)
+    peers = [f"gpt-fast-{quantization}"] if quantization != "fp8" else []
+    assert like(quantised, ["transformers", *peers]) == peers
+    result = run_case(setup, quantised, [], 1)
+    (own,) = make_records(result, CEILINGS)
+    assert own["status"] == "ok", own["detail"]
+    assert "allowed for its weights" in own["detail"]
+    assert own["quantization"] == quantization
+    assert own["case"].endswith(f"/{quantization}")
+    plain = make_records(run_case(setup, TINY, [], 1), CEILINGS)[0]
+    assert plain["quantization"] is None
+    assert own["step_bytes"] < plain["step_bytes"] / 3
+    weights = setup.quantized_model(quantization).weights
+    assert weights.layers[0].down.format == quantization
+
+    # tokens of a model whose weights are broken are seen
+    for layer in weights.layers:
+        values = layer.qkv.values.view(torch.uint8)
+        values.copy_(values.flip(0))
+    broken = Gemma(setup.config, weights, reference)
+    monkeypatch.setattr(setup, "packed_model", lambda _: broken)
+    good = Setup.quantized_model(demo_setup(), quantization)
+    monkeypatch.setattr(setup, "quantized_model", lambda _: good)
+    assert run_case(setup, quantised, [], 1).contestants[0].finding.status == "wrong"
 
 
 def test_contestants_are_let_go_after_a_case(setup):

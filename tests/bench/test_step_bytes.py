@@ -8,7 +8,7 @@ import torch
 from gemcut.bench.engines.step_bytes import decode_bytes, prefill_flops, print_step_bytes
 from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.engine.execution.cache import KVCache
-from gemcut.engine.execution.weights import empty_weights
+from gemcut.engine.execution.weights import QUANTIZATIONS, empty_weights, made_layouts
 
 BF16 = torch.bfloat16
 # from notes on the published models: bytes of weights in bf16, and of keys and values a token
@@ -105,6 +105,17 @@ def test_quantised_matrices_are_smaller_and_norms_are_not():
         assert 4 * getattr(int4, kind) == getattr(plain, kind)
     for kind in ("norms", "embedding", "kv_read", "kv_written", "logits"):
         assert getattr(int4, kind) == getattr(plain, kind)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_quantised_model_is_read_with_its_scales(quantization):
+    config = PUBLISHED["gemma-2-9b"]
+    plain = decode_bytes(config, batch=1, context=1, dtype=BF16)
+    counted = decode_bytes(config, batch=1, context=1, dtype=BF16, quantization=quantization)
+    layouts = made_layouts(config, quantization)
+    weights = empty_weights(config, device="meta", dtype=BF16, layouts=layouts)
+    assert counted.weights == weights.nbytes
+    assert counted.total - counted.weights == plain.total - plain.weights
 
 
 @pytest.mark.parametrize("name", ["gemma-2b", "gemma-2-2b", "gemma-3-270m"])

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from gemcut.tools.machine import H200
-from gemcut.tools.prediction.bandwidth_model import Stream, _shared, stream_us
+from gemcut.tools.prediction.bandwidth_model import Stream, _shared, bound_by, stream_us
 
 STREAM = Stream(
     programs=264,
@@ -19,6 +19,21 @@ STREAM = Stream(
     at_once=2,
 )
 ENDS_US = H200.start_us + H200.fill_us + H200.end_us
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({"programs": 1, "cycles": 9000}, "loop"),
+        ({"instructions": 9000}, "issue"),
+        ({"step_bytes": 512, "cycles": 1, "instructions": 1, "at_once": 1}, "latency"),
+        ({"cycles": 1, "instructions": 1, "at_once": 3, "programs": 9999}, "memory"),
+        ({"cycles": 1, "instructions": 1, "l2_bytes": 99999.0}, "L2"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_a_stream_is_bound_by(changes, bound):
+    assert bound_by(replace(STREAM, **changes)) == bound
 
 
 def test_one_program_is_bound_by_its_loop():

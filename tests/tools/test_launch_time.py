@@ -11,6 +11,7 @@ from gemcut.tools.launches import Made
 from gemcut.tools.machine import H200
 from gemcut.tools.prediction.launch_time import (
     MOST_CROWDED,
+    bound,
     cuts,
     launch_us,
     longest_run,
@@ -74,6 +75,27 @@ def test_a_large_product_takes_its_bytes_over_the_bandwidth():
     ideal = 1e6 * memory_bytes(head, 1) / H200.bandwidth
     assert memory_bytes(head, 1) == 256_000 * 2304 * 2
     assert ideal < us(head, loop(0, 300, multiplies=True)) < 1.15 * ideal
+
+
+def test_a_quantised_weight_is_its_values_and_scales():
+    """int4: half as many bytes as columns in a row, and as many steps as its columns take."""
+    plain = product("linear_geglu_kernel", 28672, 3584)
+    shapes = {"w_ptr": (28672, 1792), "scales_ptr": (28672, 112)}
+    sizes = (("w_ptr", 1), ("scales_ptr", 2))
+    numbers = (*plain.numbers, ("D", 3584))
+    int4 = replace(plain, numbers=numbers, shapes=tuple(shapes.items()), item_bytes=sizes)
+    assert memory_bytes(int4, 1) == 28672 * (1792 + 2 * 112)
+    fast, slow = loop(0, 100, 50, multiplies=True), loop(0, 2000, 1500, multiplies=True)
+    assert us(int4, fast) < us(plain, fast) / 2.8
+    assert us(int4, slow) == pytest.approx(us(plain, slow), rel=0.1)  # by its instructions
+    assert bound(int4, cell(int4, slow)) == "issue"
+    assert bound(plain, cell(plain, fast)) == "memory"
+
+
+def test_a_table_whose_rows_are_read_is_no_product():
+    begin = made("begin_step_kernel", (1,), {"w_ptr": (256_000, 2304)}, BLOCK_D=4096)
+    assert us(begin) == H200.small_us["begin_step_kernel"]
+    assert bound(begin, cell(begin)) is None
 
 
 def test_sixteen_rows_read_the_weight_once_and_more_again_from_l2():

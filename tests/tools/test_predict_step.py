@@ -128,6 +128,25 @@ def test_markdown_leaves_room_for_what_is_measured(step, capsys):
     assert all(row.endswith("| |") for row in rows)
 
 
+def test_quantised_steps_stand_beside_plain_ones(step, monkeypatch, capsys):
+    def predicted(wanted, *_):
+        return [replace(step, model=model, quantization=name) for model, _, _, name in wanted]
+
+    monkeypatch.setattr(predict_step, "predict_steps", predicted)
+    assert predict_step.main(["--markdown", "--quantization", "int8", "fp8"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("| model | bfloat16: MB | us | share | int8: MB | us | ratio | share ")
+    assert len(rows) == len(PUBLISHED)
+    assert all(row.count("|") == header.count("|") for row in rows)
+    assert "| 1.00 |" in rows[0]  # the same launches, however their bytes are counted
+    assert predict_step.main(["--models", "gemma-2-2b", "--quantization", "int8", "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert "gemma-2-2b int8, batch 1, context 1024, predicted" in printed
+    found = json.loads(printed.splitlines()[-1])["gemma-2-2b int8"]
+    plain = 1e6 * step.step_bytes / H200.bandwidth / step.step_us(H200)
+    assert found["share"] < 0.6 * plain
+
+
 def test_constants_can_be_set(step, capsys):
     for setting in ([], ["--set", "bandwidth=2e12", "launch_gap_us=3"]):
         assert predict_step.main(["--models", "gemma-2-2b", "--json", *setting]) == 0

@@ -27,7 +27,7 @@ from gemcut.kernels.gpu_arch import arch_of
 from gemcut.tools.compile_report import Cell, compile_launch, compiled_kernel
 from gemcut.tools.launches import BATCHES, MAX_SEQ_LEN, Launch, launches
 from gemcut.tools.profile_step import DecodeStep
-from gemcut.tools.visit import attention, bits, memcheck, ops, pdl, peers, steps, waits
+from gemcut.tools.visit import attention, bits, memcheck, ops, pdl, peers, quantized, steps, waits
 from gemcut.tools.visit.block import Visit
 from gemcut.tools.visit.ops import MODELS
 
@@ -66,6 +66,7 @@ def recorders(visit: Visit, name: str) -> dict[str, Callable[[], set[Launch]]]:
         found["the steps"] = partial(steps.record, name)
         found["dependent launches"] = partial(pdl.record, visit, name)
         found["attention"] = partial(attention.record, visit, name)
+        found["quantised weights"] = partial(quantized.record, visit, name)
         found["memcheck"] = partial(memcheck.record, name)
         beside = PUBLISHED[peers.MODEL]
         found["the peers"] = partial(launches, beside, name, (1,), peers.LENGTH)
