@@ -9,6 +9,7 @@ Letters in shape comments: M tokens, D columns of a weight, N its rows, V vocabu
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -22,9 +23,11 @@ from gemcut.kernels.cpu_quantized import (
     PackedInt4,
     blocks_of_rows,
     by_integers,
+    by_one_digit,
     dequantized_rows,
     integers_are_exact,
     is_by_row,
+    largest_norm,
     packed_int4,
 )
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
@@ -34,10 +37,10 @@ WIDE = (torch.float32, torch.float64)
 FEW_ROWS, SMALL, BLOCKS, SHORT = 8, 2**18, 4, 4096  # see linear
 HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once
 BLOCK = 64  # rows and columns of a packed weight come in multiples of it
-# A logit rounded to bfloat16 errs by 2^-9 of itself: the greatest of all is among those so near to
-# the greatest rounded one.  A quantised weight's scales are rounded too, which in sum errs by less
-# than 2^-9 of the largest logit.  Where more are than MOST_NEAR, all are computed again.
-NEAR, MOST_NEAR = 2**-7, 4096
+# A logit rounded to bfloat16 errs by 2^-9 of itself, and by less than that of the largest where
+# scales of a quantised weight were rounded too.  Where more than MOST_NEAR of them may be the
+# greatest, all are computed again.
+ROUNDING, MOST_NEAR = 2**-8, 4096
 
 PackedWeight = Weight | PackedInt4  # [N, D]; a tensor may be oneDNN's
 
@@ -154,12 +157,17 @@ class PackedHead:
 
     plain: Weight
     blocks: PackedWeight
+    norm: float = 0.0  # the largest of the rows', where `by_one_digit` reads them
 
 
 def packed_head(weight: Weight | PackedHead) -> Weight | PackedHead:
     """A head [V, D] as `lm_head` and `lm_head_argmax` read it fastest; see `packed`."""
-    if isinstance(weight, PackedHead) or is_by_row(weight):
-        return weight  # of the latter, exact logits take the exact scales
+    if isinstance(weight, PackedHead):
+        return weight
+    if isinstance(weight, QuantizedWeight) and is_by_row(weight):  # exact logits need its scales
+        is_bf16 = weight.dtype == torch.bfloat16 and has_bfloat16() and weight.values.is_cpu
+        known = is_bf16 and integers_are_exact()
+        return PackedHead(weight, weight, largest_norm(weight)) if known else weight
     blocks = packed(weight)
     return weight if blocks is weight else PackedHead(weight, blocks)
 
@@ -206,27 +214,21 @@ def lm_head_argmax(
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit, or logit with noise, and its token id: x [M, D] -> [1, M] x 2.
 
-    In bfloat16 without noise only rows whose rounded logit is near the greatest are computed in
+    In bfloat16 without noise only rows whose rounded logit may be the greatest are computed in
     float32.
     """
-    by_rounded = temperature is None and x.dtype == torch.bfloat16
-    if by_rounded and x.dtype in _by_onednn() and x.is_cpu:
-        is_packed = isinstance(weight, PackedHead)
-        blocks, plain = (weight.blocks, weight.plain) if is_packed else (weight, weight)
-        is_plain = isinstance(plain, Tensor)
-        rounded = linear(x, blocks)
-        greatest = rounded.max(-1, keepdim=True).values
-        near = greatest - NEAR * (greatest.abs() if is_plain else rounded.abs().amax(-1, True))
-        rows, ids = (rounded >= near).nonzero().unbind(-1)
-        if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
-            logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
-            if isinstance(plain, Tensor):
-                exact = plain[ids].float()
-            else:
-                exact = dequantized(plain[ids], logits.dtype)
-            logits[rows, ids] = torch.linalg.vecdot(x[rows].float(), exact)
-            best = logits.max(-1)
-            return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
+    if temperature is None and x.dtype == torch.bfloat16 and has_bfloat16() and x.is_cpu:
+        head = weight if isinstance(weight, PackedHead) else PackedHead(weight, weight)
+        for rounded, error in _rounded_logits(x, head):
+            greatest = rounded.max(-1, keepdim=True).values
+            rows, ids = (rounded >= greatest - 2 * error).nonzero().unbind(-1)
+            if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
+                some = head.plain[ids]
+                exact = some.float() if isinstance(some, Tensor) else dequantized(some, WIDE[0])
+                logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
+                logits[rows, ids] = torch.linalg.vecdot(x[rows].float(), exact)
+                best = logits.max(-1)
+                return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
     logits = lm_head(x, weight, softcap)
     if temperature is not None:
         assert seeds is not None
@@ -235,6 +237,15 @@ def lm_head_argmax(
         logits = logits + temperature.unsqueeze(-1) * noise  # rounded as in `sample`
     best = logits.max(-1)
     return best.values.unsqueeze(0), best.indices.unsqueeze(0)
+
+
+def _rounded_logits(x: Tensor, head: PackedHead) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [M, V], rounded in one way or another, and by how much they may err [M, 1]."""
+    if head.norm and len(x) == 1:
+        assert isinstance(head.plain, QuantizedWeight)
+        yield by_one_digit(x, head.plain, head.norm)
+    rounded = linear(x, head.blocks)
+    yield rounded, ROUNDING * rounded.abs().amax(-1, keepdim=True)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

@@ -119,7 +119,9 @@ def test_each_format_is_counted_as_it_is_made(set_free, quantization):
     assert facts.weight_bytes[quantization] == made.nbytes
     rooms = {room.quantization: room for room in facts.quantized_rooms}
     assert rooms[quantization] == facts.room
-    assert facts.room.weight_bytes == facts.engine.bytes["weights"] == made.nbytes
+    assert facts.room.weight_bytes == made.nbytes
+    # here with what a CPU reads in their place, which test_quantized_on_cpu.py counts
+    assert facts.engine.bytes["weights"] >= made.nbytes
     plain = info.describe(config, device, torch.bfloat16, 1, 512)
     assert plain.quantized_rooms == facts.quantized_rooms
     assert plain.room.slots <= facts.room.slots

@@ -12,8 +12,10 @@ from gemcut.kernels.cpu_quantized import (
     INT4_ROWS,
     PackedInt4,
     by_integers,
+    by_one_digit,
     int4_is_known,
     integers_are_exact,
+    largest_norm,
     packed_bytes,
     packed_int4,
 )
@@ -27,6 +29,12 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids
 # few columns: in float32 oneDNN adds them one by one, and comes near the rule's limit with more
 SHAPE, ODD = (3 * INT4_ROWS, 128), (100, 128)  # the rows of ODD are no whole blocks of torch's int4
 by_shape = pytest.mark.parametrize("shape", [SHAPE, ODD], ids=["whole-blocks", "odd"])
+
+
+needs_int4 = pytest.mark.skipif(
+    not (int4_is_known() and packs((64, 64), torch.bfloat16)), reason="no int4 in torch here"
+)
+needs_integers = pytest.mark.skipif(not integers_are_exact(), reason="no exact int8 products here")
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +100,28 @@ def test_the_greatest_logit(spread, kind, dtype):
     """Found where logits differ by less than a rounded product, and scales, say."""
     base = torch.randn(1, 256) + spread * torch.randn(4096, 256)
     weight, x = quantize(base.to(dtype), *kind), torch.randn(3, 256).to(dtype)
+    x[1, 9] = 60  # where a row is rounded to int8, all its other numbers lose
     logits = reference.lm_head(x.double(), weight, None)
     best = logits.max(-1).values.unsqueeze(0)
     eager, _ = reference.lm_head_argmax(x, weight, None)
     scores, ids = cpu.lm_head_argmax(x, packed_head(weight), None)
     assert_within_budget("scores", scores, eager, best)
     assert_within_budget("logits of the ids", logits.gather(-1, ids.mT).mT.float(), eager, best)
+    for m in range(3):  # one row goes by a way of its own
+        score, _ = found = cpu.lm_head_argmax(x[m : m + 1], packed_head(weight), None)
+        assert_within_budget("score", score, eager[:, m : m + 1], best[:, m : m + 1])
+        if dtype == torch.bfloat16 and spread == 1:
+            assert [part.item() for part in found] == [scores[0, m].item(), ids[0, m].item()]
+
+
+@needs_integers
+@pytest.mark.parametrize("outlier", [0.0, 60.0])
+def test_one_digit_errs_no_more_than_it_says(outlier):
+    weight, x = some_weight((4096, 256), ("int8", None), torch.bfloat16), torch.randn(1, 256)
+    x[0, 3] = outlier
+    y, error = by_one_digit(x, weight, largest_norm(weight))
+    worst = (y - reference.linear(x.double(), weight)).abs().max()
+    assert error / 100 < worst <= error
 
 
 def test_scales_that_bfloat16_rounds_do_not_hide_the_greatest_logit():
@@ -117,12 +141,6 @@ def test_embeddings_are_those_of_the_definition(kind, dtype):
     assert torch.equal(cpu.embed(ids, table, 16.0), reference.embed(ids, table, 16.0))
     head = packed_head(table)
     assert (head.plain if isinstance(head, PackedHead) else head) is table
-
-
-needs_int4 = pytest.mark.skipif(
-    not (int4_is_known() and packs((64, 64), torch.bfloat16)), reason="no int4 in torch here"
-)
-needs_integers = pytest.mark.skipif(not integers_are_exact(), reason="no exact int8 products here")
 
 
 @needs_int4
