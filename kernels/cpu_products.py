@@ -75,7 +75,7 @@ def _by_quantized(x: Tensor, weight: QuantizedWeight | PackedInt4) -> Tensor:
             return weight.product(x)
         if is_by_row(weight) and x.dtype == torch.bfloat16:
             scales = weight.scales.view(-1).to(x.dtype)
-            return torch._weight_int8pack_mm(x.contiguous(), weight.values, scales)
+            return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.values, scales)
         if is_by_row(weight) and x.dtype == torch.float32 and integers_are_exact():
             return by_integers(x, weight)
     return _in_blocks(x, weight)

@@ -177,7 +177,7 @@ def by_integers(x: Tensor, weight: QuantizedWeight) -> Tensor:
     The sums of products of digits are exact.
     """
     digits, unit = limbs(x)
-    sums = torch._int_mm(digits.flatten(0, 1), weight.values.mT).view(
+    sums = torch.ops.aten._int_mm(digits.flatten(0, 1), weight.values.mT).view(
         DIGITS, -1, len(weight.values)
     )
     y = sums[-1].float()
@@ -196,7 +196,7 @@ def by_one_digit(x: Tensor, weight: QuantizedWeight, norm: float) -> tuple[Tenso
     unit = torch.linalg.vector_norm(x, torch.inf).clamp_(min=torch.finfo(x.dtype).tiny) / 127
     digits = (x / unit).round_()
     error = torch.linalg.vector_norm(torch.addcmul(x, digits, unit, value=-1)) * norm
-    sums = torch._int_mm(digits.to(torch.int8), weight.values.mT).float()
+    sums = torch.ops.aten._int_mm(digits.to(torch.int8), weight.values.mT).float()
     y = sums.mul_(weight.scales.float().mT).mul_(unit)
     return y, error + y.abs().amax() * 2**-16  # far more than float32 rounds
 
@@ -228,4 +228,4 @@ def integers_are_exact() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False  # torch's own loop is exact, and slow
     x = torch.full((2, 64), 127, dtype=torch.int8, device="cpu")
-    return all(bool((torch._int_mm(x, y.mT) == 64 * 127 * 127).all()) for y in (x, x[:1]))
+    return all(bool((torch.ops.aten._int_mm(x, y.mT) == 64 * 127 * 127).all()) for y in (x, x[:1]))
