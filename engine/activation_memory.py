@@ -20,6 +20,7 @@ from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.placement import is_plain_torch
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import cpu, reference
+from gemcut.kernels.checks import FP8
 from gemcut.kernels.cpu import JOINT_QUERIES, block_of_queries
 from gemcut.kernels.cpu_products import HEAD_ROWS
 from gemcut.kernels.kv_splits import MAX_SPLITS, least_split, most_splits
@@ -36,13 +37,22 @@ CUBLAS_BYTES = 2**25
 
 
 def prefill_bytes(
-    config: ModelConfig, dtype: torch.dtype, T: int, max_seq_len: int, ops: ModuleType
+    config: ModelConfig,
+    dtype: torch.dtype,
+    T: int,
+    max_seq_len: int,
+    ops: ModuleType,
+    cache_dtype: torch.dtype | None = None,
 ) -> int:
-    """The most that a prefill of up to `max_seq_len` tokens holds, in chunks of `T`."""
+    """The most that a prefill of up to `max_seq_len` tokens holds, in chunks of `T`.
+
+    cache_dtype: that of the cache where it is another.
+    """
     T = min(T, max_seq_len)
     held = _held(config, dtype) * T
     layer = held + max(
-        _moment(config, dtype, T, ops), _attention_bytes(config, dtype, T, max_seq_len, ops)
+        _moment(config, dtype, T, ops),
+        _attention_bytes(config, dtype, T, max_seq_len, ops, cache_dtype or dtype),
     )
     return max(layer, states_bytes(config, dtype, T) + _choice_bytes(config, dtype, 1, ops))
 
@@ -53,7 +63,12 @@ def states_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
 
 
 def decode_bytes(
-    config: ModelConfig, dtype: torch.dtype, B: int, max_seq_len: int, ops: ModuleType
+    config: ModelConfig,
+    dtype: torch.dtype,
+    B: int,
+    max_seq_len: int,
+    ops: ModuleType,
+    cache_dtype: torch.dtype | None = None,
 ) -> int:
     """The most that a decode step of `B` rows holds, the choice of their tokens included.
 
@@ -62,7 +77,7 @@ def decode_bytes(
     """
     if is_plain_torch(ops):
         tokens = B
-        attention = _attention_bytes(config, dtype, 1, max_seq_len, ops)
+        attention = _attention_bytes(config, dtype, 1, max_seq_len, ops, cache_dtype or dtype)
         attention *= B if ops is cpu else 1  # which attends to rows of one length at once
         layer = max(_moment(config, dtype, B, ops), attention)
     else:
@@ -126,13 +141,18 @@ def _moment(config: ModelConfig, dtype: torch.dtype, rows: int, ops: ModuleType)
 
 
 def _attention_bytes(
-    config: ModelConfig, dtype: torch.dtype, T: int, max_seq_len: int, ops: ModuleType
+    config: ModelConfig,
+    dtype: torch.dtype,
+    T: int,
+    max_seq_len: int,
+    ops: ModuleType,
+    cache_dtype: torch.dtype,
 ) -> int:
     """The most that attention of T tokens of one sequence holds, in any layer."""
     if not is_plain_torch(ops):
         return 0  # as much as `_moment` counts, or a workspace
     return max(
-        _scores_bytes(config, dtype, T, max_seq_len, config.is_local(layer), ops)
+        _scores_bytes(config, dtype, T, max_seq_len, config.is_local(layer), ops, cache_dtype)
         for layer in range(config.num_layers)
     )
 
@@ -144,23 +164,29 @@ def _scores_bytes(
     max_seq_len: int,
     is_local: bool,
     ops: ModuleType,
+    cache_dtype: torch.dtype,
 ) -> int:
     """What attention in plain torch holds: scores [HQ, T, S], masks [T, S], keys and values."""
     S = max_seq_len
     if is_local and config.sliding_window is not None:
         S = min(S, config.sliding_window + T - 1)
     HQ, HK, K = config.num_q_heads, config.num_kv_heads, config.head_dim
+    is_fp8 = cache_dtype == FP8
     if ops is reference:
-        # scores, masked ones, weights; the mask and its contrary; keys and values of every head
-        return (3 * HQ * FLOAT + 2) * T * S + 2 * S * HQ * K * FLOAT
+        # scores, masked ones, weights; the mask and its contrary; or values on their way from fp8
+        scores = max((3 * HQ * FLOAT + 2) * T * S, is_fp8 * 2 * S * HK * K * FLOAT)
+        return scores + 2 * S * HQ * K * FLOAT  # keys and values of every head
     total = 0
-    if dtype != torch.float32 or max_seq_len > S:  # keys and values, widened or out of a ring
+    if cache_dtype != torch.float32 or max_seq_len > S:  # keys and values, widened or out of a ring
         total += 2 * S * HK * K * FLOAT
+    # of fp8: a ring's keys and values, and values in 16 bits
+    widening = is_fp8 * (2 * (max_seq_len > S) + 2) * S * HK * K
     if T <= JOINT_QUERIES:
         # q by KV head, the sum over keys, and that by token; scores and weights, the mask
-        return total + 3 * T * HQ * K * FLOAT + (2 * HQ * FLOAT + 1) * T * S
+        rest = 3 * T * HQ * K * FLOAT + (2 * HQ * FLOAT + 1) * T * S
+        return total + max(rest, widening)
     # q, outputs in blocks and joined; of a block scores and weights of one KV head, its values
     # in the order of the product, the mask
     queries = block_of_queries(T)
     total += 3 * T * HQ * K * FLOAT + 2 * queries * HQ * K * FLOAT + S * K * FLOAT
-    return total + (2 * HQ // HK * FLOAT + 1) * queries * S
+    return total + max((2 * HQ // HK * FLOAT + 1) * queries * S, widening)

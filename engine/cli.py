@@ -32,14 +32,16 @@ exit code is 1 if a turn was refused.
 """
 INFO = """\
 Print a model's shape, its size in memory, what fits on this machine now, and what an engine of the
-given sizes would take.  The config is enough: no weights are read or fetched.
+given sizes would take.  The config is enough: no weights are read or fetched, except of a GGUF file
+on the Hub, which is fetched whole.
 """
 
 CONVERT = """\
 Convert a model's weights between Hugging Face safetensors, the original checkpoints of
 google/gemma_pytorch (.ckpt pickles, whole or sharded, bfloat16, float32 or int8 with scalers) and
-Flax msgpack.  What was written is read back and compared with the source, bit for bit, before it
-takes its place.  A pickle's code is never run.
+Flax msgpack; and from GGUF, dequantised, with its config and tokenizer.  What was written is read
+back and compared with the source, bit for bit, before it takes its place.  A pickle's code is never
+run.
 """
 
 
@@ -177,7 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_MODEL = "demo (the default), a folder, or a Hugging Face id"
+_MODEL = (
+    "demo (the default), a folder, a GGUF file, or a Hugging Face id; owner/name:Q4_0 is one of "
+    "several GGUF files"
+)
 
 
 def _add_model(parser: argparse.ArgumentParser, text: str) -> None:
@@ -250,6 +255,12 @@ def _add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         choices=QUANTIZATIONS,
         help="quantise the matrices of a plain checkpoint while they are read (default: as stored)",
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="of keys and values; fp8 takes half the memory of bfloat16 (default: the model's)",
+    )
     return group
 
 
@@ -306,7 +317,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source_format",
-        choices=formats,
+        choices=(*formats, "gguf"),
         help="what to read (default: seen from the files)",
     )
     parser.add_argument(

@@ -14,7 +14,7 @@ import torch
 from gemcut.engine.checkpoints.convert import convert as convert_checkpoint
 from gemcut.engine.checkpoints.load import expected_layouts
 from gemcut.engine.engine import Engine
-from gemcut.engine.info import describe, find_config, find_problems, lines
+from gemcut.engine.info import describe, find_model, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
 from gemcut.tokenizer import encode_chat
@@ -85,11 +85,18 @@ def chat(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """Print the facts of a model; 0, or 1 where --check has found a problem."""
     device = choose_device(args.device)
-    config = find_config(args.model)
-    is_quantized = bool(expected_layouts(config, args.quantization))
+    config, path = find_model(args.model)
+    is_quantized = bool(expected_layouts(config, args.quantization, path))
     dtype = choose_dtype(args.dtype, device, is_quantized)
     facts = describe(
-        config, device, dtype, args.max_batch_size, args.max_seq_len, args.quantization
+        config,
+        device,
+        dtype,
+        args.max_batch_size,
+        args.max_seq_len,
+        args.quantization,
+        path,
+        args.kv_cache_dtype,
     )
     problems = find_problems(args.model, config) if args.check else None
     if args.json:
@@ -153,6 +160,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             args.model,
             device=args.device,
             dtype=args.dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
             max_batch_size=max_batch_size,
             max_seq_len=args.max_seq_len,
             ops=args.ops,

@@ -9,18 +9,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from gemcut.engine.calls import Calls, shows
+from gemcut.engine.checkpoints.gguf_choice import is_gguf
+from gemcut.engine.checkpoints.gguf_model import write_tokenizer
 from gemcut.engine.checkpoints.hub import SMALL_FILES, check_holds_model, resolve_checkpoint
-from gemcut.engine.checkpoints.load import expected_layouts, load_checkpoint, load_tokenizer
+from gemcut.engine.checkpoints.load import (
+    expected_layouts,
+    load_checkpoint,
+    load_config,
+    load_settings,
+    load_tokenizer,
+)
 from gemcut.engine.checks import check_bool, check_int
-from gemcut.engine.config.generation_file import published_settings, settings_folder, stop_token_ids
-from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.config.generation_file import settings_folder, stop_token_ids
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.execution.cache_scales import Scales, scales_of
 from gemcut.engine.execution.graphed_steps import choose_steps
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.runner import Runner
@@ -63,6 +72,8 @@ class Engine(Calls):
         max_waiting: int | None = None,
         cuda_graphs: bool = True,
         dependent_launches: bool = True,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+        kv_scales: Scales | None = None,
         make_steps: MakeSteps | None = None,
     ) -> None:
         """Allocate the cache: `max_batch_size` slots of `max_seq_len` tokens.
@@ -76,7 +87,10 @@ class Engine(Calls):
         the same products.  max_waiting: completions that may wait beyond the free slots; more are
         refused.  cuda_graphs: a GPU replays captured steps; without, it runs them kernel by kernel,
         as tools such as compute-sanitizer need it.  dependent_launches: on GPUs that can, a kernel
-        begins while the one before it still runs; the same bits without.  make_steps: builds the
+        begins while the one before it still runs; the same bits without.  kv_cache_dtype: "fp8"
+        halves the cache's bytes, rounding keys and values to e4m3; "auto" keeps the model's dtype.
+        kv_scales: those of a cache in fp8, of keys and values [HK] in each layer; without, they
+        follow from the weights (cache_scales.py).  make_steps: builds the
         steps from model, cache and state, in place of those that suit the device.  ValueError names
         a value out of range, MemoryError what is needed, what is free and what would fit.
         """
@@ -91,8 +105,16 @@ class Engine(Calls):
         check_bool("dependent_launches", dependent_launches)
         self.model, self.config, self.tokenizer = model, config, tokenizer
         build = Build(
-            config, model.device, model.dtype, model.ops, prefill_chunk, reuse_prefixes, cuda_graphs
+            config,
+            model.device,
+            model.dtype,
+            model.ops,
+            prefill_chunk,
+            reuse_prefixes,
+            cuda_graphs,
+            kv_cache_dtype=kv_cache_dtype,
         )
+        is_fp8 = build.cache_dtype != model.dtype
         max_batch_size, self.max_seq_len = build.choose(max_batch_size, max_seq_len, loaded=True)
         self.cache = KVCache(
             config,
@@ -100,7 +122,8 @@ class Engine(Calls):
             max_seq_len=self.max_seq_len,
             prefill_chunk=prefill_chunk,
             device=model.device,
-            dtype=model.dtype,
+            dtype=build.cache_dtype,
+            scales=(kv_scales or scales_of(model)) if is_fp8 else None,
         )
         state = SlotState(max_batch_size, config.vocab_size, model.device)
         eos_ids = config.eos_token_ids if eos_ids is None else eos_ids
@@ -139,6 +162,7 @@ class Engine(Calls):
         dependent_launches: bool = True,
         skip_tokenizer_init: bool = False,
         quantization: Literal["int8", "int4", "fp8"] | None = None,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
         ops: str = "auto",
         generation_config: str | Path = "auto",
         default_params: SamplingParams | None = None,
@@ -147,14 +171,17 @@ class Engine(Calls):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> "Engine":
-        """An engine for "demo", a local folder or a Hugging Face id.
+        """An engine for "demo", a local folder, a GGUF file or a Hugging Face id.
+
+        Where a folder or repository holds several GGUF files, "owner/name:Q4_0" is one of them.
 
         device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and, with
         quantised weights, on a CPU that multiplies it, else float32; max_batch_size "auto" is the
         most of 16, 8, 4, 2, 1 slots that free memory holds; max_seq_len None or "auto" is the
         model's own limit, or less if free memory holds less; with skip_tokenizer_init the engine
         takes ids alone.  quantization: "int8", "int4" or "fp8" quantises the matrices of a plain
-        checkpoint while they are read; one that is quantised needs nothing.
+        checkpoint while they are read; one that is quantised needs nothing.  kv_cache_dtype:
+        "fp8" halves the cache's bytes, see `Engine`.
 
         generation_config: the file that publishes the settings of a call that gives none: "auto" is
         the model's generation_config.json, a folder has one of its own, and with "none" only the
@@ -174,24 +201,24 @@ class Engine(Calls):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        folder = fetch(files=SMALL_FILES)
+        folder = fetch(files=SMALL_FILES, gguf=True)
         if (folder / "adapter_config.json").exists():  # weights tell an adapter from a model
             folder = fetch()
         check_holds_model(folder)
-        config = ModelConfig.from_file(folder)
+        config = load_config(folder)
         if config.classifier is not None:
             raise ValueError(
                 f"{folder} holds a {config.architectures[0]}, which generates no text; "
                 f"gemcut.engine has a class of that name"
             )
-        layouts = expected_layouts(config, quantization)
+        layouts = expected_layouts(config, quantization, folder)
         weights_dtype = choose_dtype(dtype, target, is_quantized=bool(layouts))
         tokenizer = None if skip_tokenizer_init else load_tokenizer(folder, config)
         published_in = settings_folder(generation_config, folder)
         eos_ids = stop_token_ids(published_in, config)
         defaults = SamplingParams() if default_params is None else default_params
         if generation_config != "none":
-            defaults = replace(defaults, **published_settings(published_in))
+            defaults = replace(defaults, **load_settings(published_in))
         check_bool("cuda_graphs", cuda_graphs)
         check_bool("dependent_launches", dependent_launches)
         build = Build(
@@ -203,9 +230,11 @@ class Engine(Calls):
             reuse_prefixes,
             cuda_graphs,
             layouts,
+            kv_cache_dtype=kv_cache_dtype,
         )
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
-        folder = fetch()  # with the weights
+        if folder.is_dir():
+            folder = fetch()  # with the weights
 
         def load() -> Engine:
             weights = load_checkpoint(
@@ -225,6 +254,7 @@ class Engine(Calls):
                 max_waiting=max_waiting,
                 cuda_graphs=cuda_graphs,
                 dependent_launches=dependent_launches,
+                kv_cache_dtype=kv_cache_dtype,
             )
             engine._folder = folder
             return engine
@@ -278,7 +308,11 @@ class Engine(Calls):
         # not at the top: most engines are never asked for one
         from gemcut.engine.transformers_api.tokenizers.tokenizer import GemmaTokenizer
 
-        return GemmaTokenizer.from_pretrained(self._folder)
+        if not is_gguf(self._folder):
+            return GemmaTokenizer.from_pretrained(self._folder)
+        with TemporaryDirectory() as folder:
+            write_tokenizer(self._folder, Path(folder))
+            return GemmaTokenizer.from_pretrained(folder)
 
     def warmup(self, *, use_tqdm: bool | None = None) -> None:
         """Compile every kernel and, on a GPU, capture every graph, with a progress bar.

@@ -1,16 +1,24 @@
 """Facts about a model for `gemcut info`: its shape, its bytes, and what fits on a device."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from gemcut import kernels
 from gemcut.engine.checkpoints.hub import CONFIG_FILES, check_holds_model, resolve_checkpoint
-from gemcut.engine.checkpoints.load import expected_layouts, find_nonfinite, load_checkpoint
+from gemcut.engine.checkpoints.load import (
+    expected_layouts,
+    find_nonfinite,
+    load_checkpoint,
+    load_config,
+    open_tokenizer,
+)
 from gemcut.engine.checkpoints.stored_weights import check_quantization
 from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
@@ -27,7 +35,6 @@ from gemcut.engine.memory import (
     readable,
 )
 from gemcut.kernels import cpu
-from gemcut.tokenizer import Tokenizer
 from gemcut.tokenizer.chat import check_template
 
 BATCH_SIZES = (1, 8)
@@ -76,6 +83,7 @@ class ModelInfo:
 
     parameters: int
     weight_bytes: dict[str, int]  # by dtype and format; "stored" where files are quantised
+    stored_formats: list[str]
     kv_bytes_per_token: int  # while the token is within every window
     slot_bytes: int  # of the model's own limit
     full_slot_bytes: int  # the same if local layers kept all tokens
@@ -86,14 +94,19 @@ class ModelInfo:
 
 def find_config(model: str) -> ModelConfig:
     """The config of "demo", a folder, a Hugging Face id or a published size; no weights fetched."""
+    return find_model(model)[0]
+
+
+def find_model(model: str) -> tuple[ModelConfig, Path | None]:
+    """The same, and the folder or the GGUF file (which is fetched whole) that holds it."""
     if _is_published(model):
-        return PUBLISHED[model]
+        return PUBLISHED[model], None
     try:
-        folder = resolve_checkpoint(model, files=CONFIG_FILES)
-        check_holds_model(folder)
+        path = resolve_checkpoint(model, files=CONFIG_FILES, gguf=True)
+        check_holds_model(path)
     except ValueError as error:
         raise ValueError(f"{error}; known without files are {', '.join(PUBLISHED)}") from None
-    return ModelConfig.from_file(folder)
+    return load_config(path), path
 
 
 def _is_published(model: str) -> bool:
@@ -107,17 +120,25 @@ def describe(
     max_batch_size: int | str = DEFAULT_BATCH_SIZE,
     max_seq_len: int | str | None = None,
     quantization: str | None = None,
+    path: Path | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
-    ValueError names a size out of range; one that does not fit is reported in `engine.problem`.
+    `path` is the model's, where a GGUF file says how it is quantised.  ValueError names a size out
+    of range; one that does not fit is reported in `engine.problem`.
     """
-    ops = cpu if device.type == "cpu" else kernels
+    table = cpu if device.type == "cpu" else kernels
 
-    def build_of(quantization: str | None, dtype: torch.dtype = dtype) -> Build:
-        return Build(config, device, dtype, ops, layouts=expected_layouts(config, quantization))
+    def build_of(quantization: str | None, ops: ModuleType = table) -> Build:
+        layouts = expected_layouts(config, quantization, path)
+        return Build(config, device, dtype, ops, layouts=layouts, kv_cache_dtype=kv_cache_dtype)
 
-    build, formats = build_of(quantization), _formats(config)
+    def size_of(quantization: str | None, dtype: torch.dtype = torch.bfloat16) -> int:
+        return replace(build_of(quantization, kernels), dtype=dtype).weight_bytes()
+
+    build, stored = build_of(quantization), expected_layouts(config, None, path)
+    formats = [] if stored else _formats(config)
     parameters = config.num_parameters()
     limit = config.context_length
     return ModelInfo(
@@ -125,9 +146,10 @@ def describe(
         weight_bytes={
             "bfloat16": 2 * parameters,
             "float32": 4 * parameters,
-            **{name: build_of(name, torch.bfloat16).weight_bytes() for name in formats},
-            **({"stored": build.weight_bytes()} if config.quantization is not None else {}),
+            **{name: size_of(name) for name in formats},
+            **({"stored": size_of(None, dtype)} if stored else {}),
         },
+        stored_formats=sorted({layout.format for layout in stored.values()}),
         kv_bytes_per_token=config.kv_bytes_per_token(),
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
@@ -155,7 +177,7 @@ def _room(build: Build, quantization: str | None) -> Room:
         dtype=str(build.dtype).removeprefix("torch."),
         quantization=quantization,
         free_bytes=free,
-        weight_bytes=build.weight_bytes(),
+        weight_bytes=build.estimate(1, SHORTEST).weights,
         slots=build.most_slots(build.config.context_length, budget),
         longest_slot={slots: build.longest_slot(slots, budget) for slots in BATCH_SIZES},
     )
@@ -184,7 +206,7 @@ def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[st
     yield "parameters", f"{info.parameters:,}"
     sizes = {name: f"{readable(size)} in {name}" for name, size in info.weight_bytes.items()}
     if (stored := sizes.pop("stored", None)) is not None:
-        yield "weights", f"{stored.split(' in ')[0]} as stored, {_stored_formats(config)}"
+        yield "weights", f"{stored.split(' in ')[0]} as stored, {' and '.join(info.stored_formats)}"
     plain = ", ".join(sizes.pop(dtype) for dtype in ("bfloat16", "float32"))
     yield "" if stored else "weights", plain
     if sizes:
@@ -232,11 +254,6 @@ def _engine_lines(size: EngineSize) -> Iterator[tuple[str, str]]:
     yield "", ", ".join(shown)
 
 
-def _stored_formats(config: ModelConfig) -> str:
-    assert config.quantization is not None
-    return " and ".join(sorted({scheme.format for scheme in config.quantization.schemes}))
-
-
 def _layers(config: ModelConfig) -> str:
     num_local = sum(config.is_local(layer) for layer in range(config.num_layers))
     if num_local == 0:
@@ -264,14 +281,16 @@ def find_problems(model: str, config: ModelConfig) -> list[str]:
     """The problems in the files of `model`, a line each; reads every weight."""
     if _is_published(model):
         raise ValueError(f"{model} is known by its size alone: --check needs a folder or a Hub id")
-    folder = resolve_checkpoint(model)
+    folder = resolve_checkpoint(model, gguf=True)
     problems = [*_weight_problems(folder, config), *_token_problems(folder, config)]
     return list(dict.fromkeys(problems))  # a damaged file is reported twice
 
 
 def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     try:  # on "meta" all is checked and nothing allocated
-        load_checkpoint(folder, config, device="meta", dtype=torch.bfloat16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load_checkpoint(folder, config, device="meta", dtype=torch.bfloat16)
     except ValueError as error:
         yield str(error)
     try:
@@ -283,7 +302,7 @@ def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
 
 def _token_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
     try:
-        tokenizer = Tokenizer.from_file(folder)
+        tokenizer = open_tokenizer(folder)
         check_template(tokenizer)
         try:
             tokenizer.check_embedding(config.vocab_size)

@@ -18,12 +18,12 @@ import torch
 from gemcut.engine.activation_memory import CUBLAS_BYTES, decode_bytes, prefill_bytes, states_bytes
 from gemcut.engine.checks import check_int, shorten
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.cache import PREFILL_CHUNK, ring_of, slot_bytes
+from gemcut.engine.execution.cache import PREFILL_CHUNK, cache_bytes, ring_of
 from gemcut.engine.execution.cuda_graphs import can_be_captured
 from gemcut.engine.execution.prefill_chunks import next_chunk, padded_sizes
 from gemcut.engine.execution.weight_layouts import Layouts
 from gemcut.engine.execution.weights import fused_shapes
-from gemcut.engine.placement import is_plain_torch
+from gemcut.engine.placement import choose_cache_dtype, is_plain_torch
 from gemcut.kernels import cpu
 from gemcut.kernels.cpu_products import packs
 from gemcut.kernels.cpu_quantized import packed_bytes
@@ -65,6 +65,12 @@ class Build:
     reuse_prefixes: bool = True
     cuda_graphs: bool = True
     layouts: Layouts = field(default_factory=dict)  # of the weights that are quantised
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the KV cache; ValueError where it is unknown, or not of this device."""
+        return choose_cache_dtype(self.kv_cache_dtype, self.dtype, self.device)
 
     @property
     def has_long_chunks(self) -> bool:
@@ -81,12 +87,14 @@ class Build:
         chunk = self.prefill_chunk
         ring = ring_of(config, max_seq_len, chunk)
         longest = next_chunk(chunk, ring, 0, max_seq_len, may_be_long=self.has_long_chunks)
-        prefill = prefill_bytes(config, dtype, longest, max_seq_len, self.ops)
-        decode = decode_bytes(config, dtype, max_batch_size, max_seq_len, self.ops)
+        prefill = prefill_bytes(config, dtype, longest, max_seq_len, self.ops, self.cache_dtype)
+        decode = decode_bytes(
+            config, dtype, max_batch_size, max_seq_len, self.ops, self.cache_dtype
+        )
         on_gpu = self.device.type == "cuda"
         return Estimate(
             weights=self.weight_bytes() + self._packing_bytes(),
-            kv_cache=max_batch_size * slot_bytes(config, max_seq_len, chunk, dtype),
+            kv_cache=cache_bytes(config, max_batch_size, max_seq_len, chunk, self.cache_dtype),
             state=state_bytes(max_batch_size, config.vocab_size),
             activations=max(prefill, decode) + (CUBLAS_BYTES if on_gpu else 0),
             graphs=self._graph_bytes(decode, max_seq_len),

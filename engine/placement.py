@@ -13,6 +13,7 @@ import torch
 from gemcut import kernels
 from gemcut.engine.checks import shorten
 from gemcut.kernels import cpu, reference
+from gemcut.kernels.checks import FP8, check_converts_fp8
 from gemcut.kernels.cpu_products import has_bfloat16
 from gemcut.kernels.gpu_arch import arch_of
 
@@ -123,6 +124,20 @@ def choose_dtype(
     if chosen not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype {dtype!r} is not supported; give 'auto', 'bfloat16' or 'float32'")
     return chosen
+
+
+def choose_cache_dtype(
+    kv_cache_dtype: str, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The dtype of the KV cache: "auto" is the model's, "fp8" float8_e4m3fn."""
+    if kv_cache_dtype not in ("auto", "fp8"):
+        raise ValueError(
+            f"kv_cache_dtype {shorten(kv_cache_dtype)} is not supported; give 'auto' or 'fp8'"
+        )
+    if kv_cache_dtype == "auto":
+        return dtype
+    check_converts_fp8(device)
+    return FP8
 
 
 def choose_ops(ops: str, device: torch.device) -> ModuleType:

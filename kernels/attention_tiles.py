@@ -50,40 +50,40 @@ def ring_tile(
 
 
 @triton.jit
-def softmax_step(
-    q, k, v,  # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K] twice
-    acc, m_i, l_i,  # [BLOCK_M, BLOCK_K], [BLOCK_M] twice, float32
-    is_edge,  # whether a query does not see all keys of the tile
-    offs_q, offs_n, W,  # positions of queries and keys, from the same origin
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    IS_LOCAL: tl.constexpr,
-    FAST_TANH: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys more: the new acc, m_i, l_i."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    p, alpha, m_i, l_i = softmax_tile(
-        s, m_i, l_i, is_edge, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
-    )
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return acc, m_i, l_i
+def even_and_odd(pairs, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """Two neighbours of e4m3 in each int16, the even and the odd ones in 16 or 32 bits.
+
+    A product reads 16-bit values by columns from shared memory eight rows at once, and bytes one by
+    one: so values are brought to its registers in pairs, and converted there.  PACKED does that in
+    three instructions for four of them, of which the compiler makes ten.
+    """
+    if PACKED and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 r; .reg .b16 even, odd; prmt.b32 r, $2, 0, 0x3120; mov.b32 {even, odd}, r; "
+            "cvt.rn.f16x2.e4m3x2 $0, even; cvt.rn.f16x2.e4m3x2 $1, odd;}",
+            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    even = pairs.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(dtype)
+    odd = (pairs >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(dtype)
+    return even, odd
 
 
 @triton.jit
 def softmax_tile(
     s, m_i, l_i,  # [BLOCK_M, BLOCK_N], [BLOCK_M] twice, float32
-    is_edge, offs_q, offs_n, W,  # as above
-    SCALE: tl.constexpr,
+    is_edge,  # whether a query does not see all keys of the tile
+    offs_q, offs_n, W,  # positions of queries and keys, from the same origin
+    scale,  # of scores
     SOFTCAP: tl.constexpr,
     IS_LOCAL: tl.constexpr,
     FAST_TANH: tl.constexpr,
 ):  # fmt: skip
     """Weights p of a tile's products s, the factor of all that came before, the new m_i, l_i."""
     if SOFTCAP is None:
-        factor: tl.constexpr = SCALE * LOG2E
+        factor = scale * LOG2E
     else:
-        s = tanh(s * (SCALE / SOFTCAP), FAST_TANH)
-        factor: tl.constexpr = SOFTCAP * LOG2E
+        s = tanh(s * (scale / SOFTCAP), FAST_TANH)
+        factor = SOFTCAP * LOG2E
     if is_edge:
         visible = offs_q[:, None] >= offs_n[None, :]
         if IS_LOCAL:
@@ -103,10 +103,12 @@ def check_attention(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     """What holds for every query tensor [..., HQ, K]; ValueError otherwise."""
-    check_tensors(q, k_cache=k_cache, v_cache=v_cache)
-    _, HK, C, K = check_cache(k_cache, v_cache)
+    check_tensors(q)
+    _, HK, C, K = check_cache(q, k_cache, v_cache, k_scale, v_scale)
     HQ = q.shape[-2]
     require(q.shape[-1] == K, f"q has head_dim {q.shape[-1]}, the cache {K}")
     require(HQ > 0 and HQ % HK == 0, f"{HQ} query heads cannot share {HK} KV heads evenly")

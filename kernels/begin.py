@@ -19,12 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.checks import check_index, check_shape, check_tensors, require
+from gemcut.kernels.checks import (
+    check_index,
+    check_shape,
+    check_tensors,
+    check_weight,
+    require,
+)
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.head import embedding
 from gemcut.kernels.norm import MAX_HIDDEN_SIZE, normalised
 from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.rotary import check_frequencies, store_tables
+from gemcut.kernels.skinny_product import operands
 
 
 @triton.jit(
@@ -35,11 +42,14 @@ from gemcut.kernels.rotary import check_frequencies, store_tables
 )  # fmt: skip
 def begin_step_kernel(
     token_ids_ptr, positions_ptr, rows_ptr,  # [N], [N], [M]
-    table_ptr, norm_w_ptr, inv_freq_ptr, local_inv_freq_ptr,  # [V, D], [D], [K/2] or [M, K/2]
+    w_ptr, scales_ptr, zeros_ptr,  # the table: [V, D], [V, G] x 2
+    norm_w_ptr, inv_freq_ptr, local_inv_freq_ptr,  # [D], [K/2] or [M, K/2]
     row_positions_ptr, residual_ptr, y_ptr,  # [M], [M, D], [M, D]
     cos_ptr, sin_ptr,  # [R, M, K] each
     stride_inv_freq_m, stride_local_inv_freq_m,  # 0 where all rows share the frequencies
     N, V, D,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     ATTENTION_SCALING: tl.constexpr,
@@ -62,7 +72,9 @@ def begin_step_kernel(
 
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    residual = embedding(table_ptr, token_id, offs_d, V, D, SCALE)
+    table = w_ptr, scales_ptr, zeros_ptr
+    residual = embedding(table, token_id, offs_d, V, D, FORMAT, GROUP, SCALE)
+    residual = residual.to(residual_ptr.dtype.element_ty)
     w = tl.load(norm_w_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
 
     inv_freq_ptr += m * stride_inv_freq_m
@@ -99,13 +111,12 @@ def begin_step(
     [R, M, 1, K] in the table's dtype.  A row outside yields NaN and the position -1, an id outside
     the table NaN: the device cannot raise.
     """
-    require(table.dim() == 2, f"table is {list(table.shape)}, must be [V, D]")
+    check_weight("table", table, "[V, D]")
     (V, D), N = table.shape, positions.numel()
     M = N if rows is None else rows.numel()
     check_tensors(
         table, token_ids=token_ids, positions=positions, rows=rows, norm_weight=norm_weight
     )
-    check_shape("table", table, V, D)
     check_shape("norm_weight", norm_weight, D)
     require(0 < D <= MAX_HIDDEN_SIZE, f"hidden size {D} is not in 1 to {MAX_HIDDEN_SIZE}")
     check_index("token_ids", token_ids, N)
@@ -131,7 +142,7 @@ def begin_step(
         block_d = triton.next_power_of_2(D)
         begin_step_kernel[(M,)](
             token_ids_ptr=token_ids, positions_ptr=positions, rows_ptr=rows,
-            table_ptr=table, norm_w_ptr=norm_weight,
+            **operands(table), norm_w_ptr=norm_weight,
             inv_freq_ptr=inv_freqs[0], local_inv_freq_ptr=inv_freqs[1] if kinds == 2 else None,
             row_positions_ptr=row_positions, residual_ptr=residual, y_ptr=y,
             cos_ptr=cos, sin_ptr=sin,

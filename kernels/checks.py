@@ -5,8 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from gemcut.kernels.gpu_arch import converts_fp8
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.quantized_weight import Weight
 
+FP8 = torch.float8_e4m3fn
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,33 +20,47 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_tensors(x: Tensor, /, **others: Tensor | None) -> None:
-    """ValueError unless all are on x's device, where kernels run, and floats have x's dtype."""
+def check_tensors(x: Weight, /, **others: Weight | None) -> None:
+    """ValueError unless all are on x's device, where kernels run, and floats have x's dtype.
+
+    A quantised weight may stand for rows of any dtype, but as x it gives the others theirs.
+    """
+    device, dtype = x.device, x.dtype
     require(
-        x.is_cuda or (INTERPRETED and x.is_cpu),
-        f"a kernel needs tensors on cuda, not {x.device}; a CPU runs gemcut.kernels.reference, "
+        device.type == "cuda" or (INTERPRETED and device.type == "cpu"),
+        f"a kernel needs tensors on cuda, not {device}; a CPU runs gemcut.kernels.reference, "
         f"or the kernels themselves with TRITON_INTERPRET=1 set before the import",
     )
-    if x.is_cuda:
+    if device.type == "cuda":
         current = torch.cuda.current_device()
         require(
-            x.get_device() == current,
-            f"the input is on {x.device}, but Triton launches on the current device, "
-            f"cuda:{current}; call under torch.cuda.device({x.get_device()})",
+            device.index == current,
+            f"the input is on {device}, but Triton launches on the current device, "
+            f"cuda:{current}; call under torch.cuda.device({device.index})",
         )
-    require(x.dtype in DTYPES, f"dtype {x.dtype} is not supported; float32, bfloat16, float16 are")
+    require(dtype in DTYPES, f"dtype {dtype} is not supported; float32, bfloat16, float16 are")
     for name, other in others.items():
         if other is None:
             continue
-        require(other.device == x.device, f"{name} is on {other.device}, the input on {x.device}")
-        if other.is_floating_point():
-            require(other.dtype == x.dtype, f"{name} is {other.dtype}, the input {x.dtype}")
+        require(other.device == device, f"{name} is on {other.device}, the input on {device}")
+        if isinstance(other, Tensor) and other.is_floating_point():
+            require(other.dtype == dtype, f"{name} is {other.dtype}, the input {dtype}")
 
 
 def check_shape(name: str, x: Tensor, *shape: int) -> None:
     """A dense row-major tensor of exactly this shape."""
     require(tuple(x.shape) == shape, f"{name} is {list(x.shape)}, must be {list(shape)}")
     require(x.is_contiguous(), f"{name} has strides {list(x.stride())}, must be contiguous")
+
+
+def check_weight(name: str, weight: Weight, must_be: str = "[N, D]") -> None:
+    """A dense matrix [N, D], plain or quantised."""
+    if isinstance(weight, Tensor):
+        require(weight.dim() == 2, f"{name} is {list(weight.shape)}, must be {must_be}")
+        check_shape(name, weight, *weight.shape)
+        return
+    for part in weight.tensors:
+        check_shape(f"a part of {name}", part, *part.shape)
 
 
 def check_rows(name: str, x: Tensor, width: int) -> None:
@@ -85,8 +102,17 @@ def check_softcap(softcap: float | None) -> None:
     )
 
 
-def check_cache(k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int, int]:
-    """Slots, KV heads, capacity and head_dim of a cache [num_slots, HK, C, K]."""
+def check_cache(
+    x: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> tuple[int, int, int, int]:
+    """Slots, KV heads, capacity and head_dim of a cache [num_slots, HK, C, K] of x's dtype.
+
+    Or of float8_e4m3fn, and then with scales [HK] in float32.
+    """
     require(k_cache.dim() == 4, f"k_cache is {list(k_cache.shape)}, must be [slots, HK, C, K]")
     num_slots, HK, C, K = k_cache.shape
     require(HK > 0 and C > 0, f"k_cache is {list(k_cache.shape)}, must hold heads and positions")
@@ -95,7 +121,25 @@ def check_cache(k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int, int]:
     )
     check_shape("k_cache", k_cache, num_slots, HK, C, K)
     check_shape("v_cache", v_cache, num_slots, HK, C, K)
+    if k_cache.dtype != FP8:
+        check_tensors(x, k_cache=k_cache, v_cache=v_cache)
+        require(k_scale is v_scale is None, f"scales are for a cache of fp8, not {k_cache.dtype}")
+        return num_slots, HK, C, K
+    require(v_cache.dtype == FP8, f"v_cache is {v_cache.dtype}, k_cache {k_cache.dtype}")
+    check_converts_fp8(x.device)
+    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
+        require(scale is not None, f"a cache of fp8 needs {name}_scale [{HK}]")
+        assert scale is not None
+        check_shape(f"{name}_scale", scale, HK)
+        require(scale.dtype == torch.float32, f"{name}_scale is {scale.dtype}, must be float32")
+        for other in (cache, scale):
+            require(other.device == x.device, f"{name} is on {other.device}, not on {x.device}")
     return num_slots, HK, C, K
+
+
+def check_converts_fp8(device: torch.device) -> None:
+    """ValueError where a GPU has no instructions that convert to and from e4m3."""
+    require(converts_fp8(device), f"an fp8 cache needs a GPU from sm_89 on, which {device} is not")
 
 
 def count_q_heads(name: str, width: int, num_kv_heads: int, head_dim: int) -> int:

@@ -36,6 +36,7 @@ from gemcut.kernels.reference import (
     penalize,
     sample,
 )
+from gemcut.kernels.reference.ops import stored
 
 __all__ = [
     "add_rmsnorm_",
@@ -80,10 +81,12 @@ def rope_and_store_(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k together, fill the cache: qkv [M, (HQ + 2 HK) K] -> q [M, HQ, K]."""
     _, HK, C, K = k_cache.shape
-    qkv = rounded(summed(qkv), k_cache.dtype)
+    qkv = rounded(summed(qkv), cos.dtype)
     HQ = qkv.shape[1] // K - 2 * HK
     heads = qkv.view(-1, HQ + 2 * HK, K)
     qk, v = heads.split_with_sizes([HQ + HK, HK], dim=1)  # `split` is Python, and costs 2 us more
@@ -99,8 +102,8 @@ def rope_and_store_(
         active = positions >= 0
         slots, positions, k, v = slots[active], positions[active], k[active], v[active]
     places = (slots, positions % C if max(on_host, default=0) >= C else positions)
-    k_cache.transpose(1, 2).index_put_(places, rounded(k, k_cache.dtype))
-    v_cache.transpose(1, 2).index_put_(places, rounded(v, v_cache.dtype))
+    k_cache.transpose(1, 2).index_put_(places, stored(k, k_cache.dtype, k_scale))
+    v_cache.transpose(1, 2).index_put_(places, stored(v, v_cache.dtype, v_scale))
     return rounded(q, qkv.dtype)
 
 
@@ -140,9 +143,11 @@ def linear_rope_and_store_(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
-    rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps)
+    rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps, k_scale, v_scale)
     return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation)
 
 
@@ -159,8 +164,14 @@ def attention_prefill(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks over the cache: q [M, HQ, K] -> [M, HQ, K]."""
+    if k_scale is not None and v_scale is not None:
+        chunks = (slots, starts, cu_seqlens, scale, softcap, sliding_window)
+        y = attention_prefill(_by_head(q, k_scale), k_cache, v_cache, *chunks)
+        return rounded(_by_head(y, v_scale), q.dtype)
     bounds = cu_seqlens.tolist()
     chunks = [
         _attend(q[None, first:end], k_cache, v_cache, slot, start, scale, softcap, sliding_window)
@@ -180,8 +191,14 @@ def attention_decode(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape."""
+    if k_scale is not None and v_scale is not None:
+        rows = (slots, positions, scale, softcap, sliding_window)
+        y = attention_decode(_by_head(q, k_scale), k_cache, v_cache, *rows)
+        return rounded(_by_head(y, v_scale), q.dtype)
     at, starts = slots.tolist(), positions.tolist()
     settings = (scale, softcap, sliding_window)
     runs = [
@@ -189,6 +206,11 @@ def attention_decode(
         for first, end in _runs(at, starts)
     ]
     return torch.cat(runs) if len(runs) > 1 else runs[0] if runs else torch.empty_like(q)
+
+
+def _by_head(x: Tensor, scale: Tensor) -> Tensor:
+    """Queries or outputs [.., HQ, K] times the scale of the KV head that they read, widened."""
+    return widened(x) * scale.repeat_interleave(x.shape[-2] // len(scale)).unsqueeze(-1)
 
 
 def attention_masked(

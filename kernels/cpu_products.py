@@ -211,6 +211,7 @@ def lm_head_argmax(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit, or logit with noise, and its token id: x [M, D] -> [1, M] x 2.
 
@@ -221,18 +222,20 @@ def lm_head_argmax(
         head = weight if isinstance(weight, PackedHead) else PackedHead(weight, weight)
         for rounded, error in _rounded_logits(x, head):
             greatest = rounded.max(-1, keepdim=True).values
-            rows, ids = (rounded >= greatest - 2 * error).nonzero().unbind(-1)
+            near, ids = (rounded >= greatest - 2 * error).nonzero().unbind(-1)
             if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
                 some = head.plain[ids]
                 exact = some.float() if isinstance(some, Tensor) else dequantized(some, WIDE[0])
                 logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
-                logits[rows, ids] = torch.linalg.vecdot(x[rows].float(), exact)
+                logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
                 best = logits.max(-1)
                 return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
     logits = lm_head(x, weight, softcap)
     if temperature is not None:
         assert seeds is not None
         assert positions is not None
+        if rows is not None:
+            temperature, seeds, positions = (x[rows] for x in (temperature, seeds, positions))
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         logits = logits + temperature.unsqueeze(-1) * noise  # rounded as in `sample`
     best = logits.max(-1)

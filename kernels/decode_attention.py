@@ -21,6 +21,10 @@ y once.  A row yields zeros where positions[b] < 0, and NaN where its slot does 
 sees more than C keys or is at a position beyond 2 ** 30: wrong input shows, and never reads foreign
 memory.
 
+Of a cache in fp8 the keys' scale is a factor of the scores, and the values' scale one of the sum of
+splits.  Keys take q's dtype in registers; values and p float16, which holds e4m3 exactly and takes
+a quarter of the instructions of bfloat16.
+
 Cost: for a row that sees S keys 2 S HK K elements of cache are read, for T tokens T * GROUP_SIZE /
 16 times, mostly from L2.  The workspace adds 8 T HQ K bytes for each split, written and read back
 through L2: in bf16 2 T GROUP_SIZE / SPLIT of the cache's bytes, 3 to 25 % for one token up to 8k
@@ -32,7 +36,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.attention_tiles import NO_MAXIMUM, check_attention, ring_tile, softmax_step
+from gemcut.kernels.attention_tiles import (
+    NO_MAXIMUM,
+    check_attention,
+    even_and_odd,
+    ring_tile,
+    softmax_tile,
+)
 from gemcut.kernels.checks import check_index, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gpu_arch import arch_of
@@ -75,7 +85,7 @@ PLAIN += ["num_rows", "most_splits"]
 )
 def attention_decode_kernel(
     q_ptr, k_ptr, v_ptr,  # [B, T, HQ, K], [slots, HK, C, K] twice
-    slots_ptr, positions_ptr,  # [B]
+    slots_ptr, positions_ptr, k_scale_ptr,  # [B] x 2, [HK] where the cache is fp8
     acc_ptr, m_ptr, l_ptr,  # [B, tiles, HK, partials, num_rows, K], [.., num_rows, partials] twice
     stride_q_b, stride_q_t, stride_q_h,  # in units of Q_UNIT elements
     num_slots, C, W, T, num_rows, most_splits,
@@ -88,7 +98,7 @@ def attention_decode_kernel(
     Q_UNIT: tl.constexpr,
     IS_LOCAL: tl.constexpr,
     FAST_TANH: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    COMPILED: tl.constexpr,  # not interpreted
     DEPENDENT: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -122,6 +132,11 @@ def attention_decode_kernel(
 
     kv_offset = (slot.to(tl.int64) * NUM_KV_HEADS + kv_head) * C * HEAD_DIM
     k_head_ptr, v_head_ptr = k_ptr + kv_offset, v_ptr + kv_offset
+    # of fp8 values are taken in pairs: acc holds the even dimensions and odd_acc the others
+    PARTS: tl.constexpr = 1 if k_scale_ptr is None else 2
+    p_dtype: tl.constexpr = q.dtype if PARTS == 1 or q.dtype == tl.float32 else tl.float16
+    if PARTS == 2:
+        v_head_ptr = v_head_ptr.to(tl.pointer_type(tl.int16))
     head = b * tl.num_programs(1) + pid_h
     row = head * most_splits * num_rows  # where this head's workspace begins
     acc_ptr += row * HEAD_DIM
@@ -130,7 +145,12 @@ def attention_decode_kernel(
 
     offs_q = first_query + offs_m // GROUP_SIZE
     index = first % C if IS_LOCAL else first  # of the first key in the ring
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    if k_scale_ptr is None:
+        scale: tl.constexpr = SCALE
+    else:
+        scale = SCALE * tl.load(k_scale_ptr + kv_head)
+    acc = tl.zeros([BLOCK_M, BLOCK_K // PARTS], tl.float32)
+    odd_acc = acc
     m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     split_end = split_begin(split + 1, SPLIT, IS_LOCAL)
@@ -140,10 +160,11 @@ def attention_decode_kernel(
     for begin in tl.range(begin_key, end_key, BLOCK_N, disable_licm=True):
         if begin == split_end:
             store_partial(
-                acc_ptr, m_ptr, l_ptr, acc, m_i, l_i, split - first_split,
-                offs_m, mask_m, num_rows, most_splits, HEAD_DIM, BLOCK_K, IN_PLACE,
+                acc_ptr, m_ptr, l_ptr, acc, odd_acc, m_i, l_i, split - first_split,
+                offs_m, mask_m, num_rows, most_splits, HEAD_DIM, BLOCK_K, PARTS, COMPILED,
             )  # fmt: skip
-            acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_K // PARTS], tl.float32)
+            odd_acc = acc
             m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
             l_i = tl.zeros([BLOCK_M], tl.float32)
             split += 1
@@ -153,15 +174,22 @@ def attention_decode_kernel(
             k_head_ptr, index, begin - first, end - first, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
         )
         v = ring_tile(
-            v_head_ptr, index, begin - first, end - first, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
+            v_head_ptr, index, begin - first, end - first, C, HEAD_DIM // PARTS,
+            IS_LOCAL, BLOCK_N, BLOCK_K // PARTS,
+        )  # fmt: skip
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        p, alpha, m_i, l_i = softmax_tile(
+            s, m_i, l_i, True, offs_q, offs_n, W, scale, SOFTCAP, IS_LOCAL, FAST_TANH
         )
-        acc, m_i, l_i = softmax_step(
-            q, k, v, acc, m_i, l_i, True, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
-        )
+        p = p.to(p_dtype)
+        if PARTS == 2:
+            v, odd_v = even_and_odd(v, p_dtype, COMPILED)
+            odd_acc = tl.dot(p, odd_v, odd_acc * alpha[:, None], input_precision="ieee")
+        acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
 
     store_partial(
-        acc_ptr, m_ptr, l_ptr, acc, m_i, l_i, split - first_split,
-        offs_m, mask_m, num_rows, most_splits, HEAD_DIM, BLOCK_K, IN_PLACE,
+        acc_ptr, m_ptr, l_ptr, acc, odd_acc, m_i, l_i, split - first_split,
+        offs_m, mask_m, num_rows, most_splits, HEAD_DIM, BLOCK_K, PARTS, COMPILED,
     )  # fmt: skip
 
 
@@ -203,6 +231,8 @@ def attention_decode(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens: q [B, T, HQ, K] -> new tensor of the same shape.
 
@@ -211,7 +241,7 @@ def attention_decode(
     that no kernel takes.
     """
     require(q.dim() == 4, f"q is {list(q.shape)}, must be [B, T, HQ, K]")
-    check_attention(q, k_cache, v_cache, scale, softcap, sliding_window)
+    check_attention(q, k_cache, v_cache, scale, softcap, sliding_window, k_scale, v_scale)
     check_tensors(q, slots=slots, positions=positions)
     (B, T, HQ, K), (num_slots, HK, C, _) = q.shape, k_cache.shape
     G = HQ // HK
@@ -249,14 +279,14 @@ def attention_decode(
         unit = 1 if any(n % 8 for n in (K, *strides)) else 8
         block_k, block_m = max(16, triton.next_power_of_2(K)), triton.next_power_of_2(tokens * G)
         attention_decode_kernel[(num_programs, heads, B)](
-            q_ptr=q, k_ptr=k_cache, v_ptr=v_cache,
+            q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, k_scale_ptr=k_scale,
             stride_q_b=strides[0] // unit, stride_q_t=strides[1] // unit,
             stride_q_h=strides[2] // unit,
             SCALE=scale, SOFTCAP=softcap, Q_UNIT=unit,
-            FAST_TANH=not INTERPRETED and q.dtype != torch.float32, IN_PLACE=not INTERPRETED,
+            FAST_TANH=not INTERPRETED and q.dtype != torch.float32, COMPILED=not INTERPRETED,
             BLOCK_M=max(MIN_ROWS, block_m), BLOCK_K=block_k, **tile, **common,
         )  # fmt: skip
         attention_combine_kernel[(triton.cdiv(K, COMBINED["BLOCK_D"]), T * HQ, B)](
-            y_ptr=y, **COMBINED, **common
+            y_ptr=y, v_scale_ptr=v_scale, **COMBINED, **common
         )
     return y

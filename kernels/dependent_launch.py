@@ -47,6 +47,7 @@ from torch import Tensor
 from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.launch_switch import is_on
+from gemcut.kernels.quantized_weight import Weight
 
 ARCHS = ("sm_90", "sm_100", "sm_120")
 PREFETCHED_BYTES = 256  # of a row
@@ -68,11 +69,12 @@ def has_dependent_launches(device: torch.device) -> bool:
     return device.type == "cuda" and not INTERPRETED and arch_of(device) in ARCHS
 
 
-def prefetched_bytes(weight: Tensor, is_even: bool) -> int:
+def prefetched_bytes(weight: Weight, is_even: bool) -> int:
     """How much of each row of a weight [N, D] a program asks for before it waits; 0 for none.
 
     is_even: every step of the weight is whole, so that none reaches beyond it.
     """
+    weight = weight if isinstance(weight, Tensor) else weight.values
     fits = weight.numel() * weight.itemsize <= MOST_PREFETCHED
     is_wide = weight.shape[1] * weight.itemsize >= PREFETCHED_BYTES
     return PREFETCHED_BYTES if is_even and fits and is_wide else 0
@@ -108,10 +110,13 @@ def prefetch_and_wait(
     w_ptr, rows, column, D,  # [N, D], [BLOCK_ROWS]: rows that exist, the first column wanted
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
+    FORMAT: tl.constexpr = None,  # of a quantised weight
 ):  # fmt: skip
     """Ask L2 for PREFETCH bytes of some rows of a weight, and wait for the kernel before."""
     if DEPENDENT:
         if PREFETCH > 0:
+            if FORMAT == "int4":  # two columns a byte
+                column, D = column // 2, tl.cdiv(D, 64) * 32
             address = prefetched_addresses(w_ptr, rows, column, D, PREFETCH)
             tl.inline_asm_elementwise(
                 "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",

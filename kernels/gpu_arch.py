@@ -27,6 +27,12 @@ def arch_of(device: torch.device) -> str:
 
 
 @lru_cache
+def converts_fp8(device: torch.device) -> bool:
+    """Whether a device converts to and from e4m3: a CPU, and GPUs from 8.9 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@lru_cache
 def _generation(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:

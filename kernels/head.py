@@ -27,20 +27,31 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.advance import MAX_RANGES
-from gemcut.kernels.checks import check_index, check_shape, check_softcap, check_tensors, require
+from gemcut.kernels.checks import (
+    check_index,
+    check_shape,
+    check_softcap,
+    check_tensors,
+    check_weight,
+    require,
+)
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
+from gemcut.kernels.quantized_tiles import row_of_numbers
 from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     add_step,
     check_linear,
+    operands,
     pipeline,
+    prefetch_scales,
     product,
     rows_of_weight,
+    scaled_by_row,
+    tuned_tile,
 )
-from gemcut.kernels.tiles import tuned
 
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 BLOCKS_OF_A_PROGRAM = 2  # of lm_head_argmax
@@ -48,8 +59,10 @@ BLOCKS_OF_A_PROGRAM = 2  # of lm_head_argmax
 
 @triton.jit(do_not_specialize_on_alignment=["token_ids_ptr"])
 def embed_kernel(
-    token_ids_ptr, table_ptr, y_ptr,  # [M], [V, D], [M, D]
+    token_ids_ptr, w_ptr, scales_ptr, zeros_ptr, y_ptr,  # [M], [V, D], [V, G] x 2, [M, D]
     V, D,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     SCALE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -57,18 +70,28 @@ def embed_kernel(
     wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    y = embedding(table_ptr, tl.load(token_ids_ptr + row), offs_d, V, D, SCALE)
-    tl.store(y_ptr + row * D + offs_d, y, mask=offs_d < D)
+    token_id, table = tl.load(token_ids_ptr + row), (w_ptr, scales_ptr, zeros_ptr)
+    y = embedding(table, token_id, offs_d, V, D, FORMAT, GROUP, SCALE)
+    tl.store(y_ptr + row * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=offs_d < D)
 
 
 @triton.jit
-def embedding(table_ptr, token_id, offs_d, V, D, SCALE: tl.constexpr):
-    """Columns offs_d of a token's scaled row of the table [V, D], in the table's dtype."""
+def embedding(
+    table, token_id, offs_d, V, D,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Columns offs_d of a token's scaled row of the table [V, D], in float32."""
     token_id = token_id.to(tl.int64)
     # an id outside the table would read foreign memory: it yields NaN, which shows
     width = tl.where((token_id >= 0) & (token_id < V), D, 0)
-    x = tl.load(table_ptr + token_id * D + offs_d, mask=offs_d < width, other=float("nan"))
-    return (x.to(tl.float32) * SCALE).to(table_ptr.dtype.element_ty)
+    mask_d = offs_d < width
+    if FORMAT is None:
+        x = tl.load(table[0] + token_id * D + offs_d, mask=mask_d, other=float("nan"))
+        x = x.to(tl.float32)
+    else:
+        x = row_of_numbers(table, token_id, offs_d, mask_d, D, FORMAT, GROUP)
+        x = tl.where(mask_d, x, float("nan"))
+    return x * SCALE
 
 
 @triton.jit
@@ -80,11 +103,14 @@ def capped(logits, SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def lm_head_kernel(
-    x_ptr, w_ptr, logits_ptr,  # [M, D], [V, D], [M, V] float32
+    x_ptr, w_ptr, scales_ptr, zeros_ptr, logits_ptr,  # [M, D], [V, D], [V, G] x 2, [M, V] float32
     stride_x_m,
     M, V, D,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -95,9 +121,11 @@ def lm_head_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_m, mask_v = offs_m < M, offs_v < V
+    tokens, weight = (x_ptr, stride_x_m, offs_m, mask_m), (w_ptr, scales_ptr, zeros_ptr)
+    prefetch_scales(weight, offs_v, mask_v, 0, D, FORMAT, GROUP)
     acc = product(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v, D, 0, D,
-        IS_EVEN, True, BLOCK_M, BLOCK_V, BLOCK_D,
+        tokens, weight, offs_v, mask_v, D, 0, D,
+        IS_EVEN, HAS_TAIL, True, FORMAT, GROUP, BLOCK_M, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     logits = capped(acc, SOFTCAP)
     logits_ptrs = logits_ptr + offs_m[None, :] * V + offs_v[:, None]
@@ -105,18 +133,21 @@ def lm_head_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["M"],
-    do_not_specialize_on_alignment=["temperature_ptr", "seeds_ptr", "positions_ptr"],
+    do_not_specialize=["M", "N"],
+    do_not_specialize_on_alignment=["temperature_ptr", "seeds_ptr", "positions_ptr", "rows_ptr"],
 )
 def lm_head_argmax_kernel(
-    x_ptr, w_ptr,  # [M, D], [V, D]
-    temperature_ptr, seeds_ptr, positions_ptr,  # [M] each; None takes the greatest logit
+    x_ptr, w_ptr, scales_ptr, zeros_ptr,  # [M, D], [V, D], [V, G] x 2
+    temperature_ptr, seeds_ptr, positions_ptr, rows_ptr,  # [N] x 3: None is greedy; [M]
     scores_ptr, ids_ptr,  # [S, M] float32, int64: the best of each range of the vocabulary
     stride_x_m,
-    M, V, D,
+    M, N, V, D,
     blocks,  # of BLOCK_V tokens, in a range
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -127,10 +158,15 @@ def lm_head_argmax_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     if IS_RANDOM:
-        temperature = tl.load(temperature_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
-        seed = tl.load(seeds_ptr + offs_m, mask=mask_m, other=0)[None, :]
-        position = tl.load(positions_ptr + offs_m, mask=mask_m, other=0)[None, :]
+        rows = offs_m
+        if rows_ptr is not None:
+            rows = tl.load(rows_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+        exists = mask_m & (rows >= 0) & (rows < N)
+        temperature = tl.load(temperature_ptr + rows, mask=exists, other=0.0)[None, :]
+        seed = tl.load(seeds_ptr + rows, mask=exists, other=0)[None, :]
+        position = tl.load(positions_ptr + rows, mask=exists, other=0)[None, :]
 
+    tokens, weight = (x_ptr, stride_x_m, offs_m, mask_m), (w_ptr, scales_ptr, zeros_ptr)
     block = (tl.program_id(1).to(tl.int64) * blocks).to(tl.int32)  # below V
     end = tl.minimum(block + blocks, tl.cdiv(V, BLOCK_V))
     steps = (end - block).to(tl.int64) * tl.cdiv(D, BLOCK_D)
@@ -140,13 +176,16 @@ def lm_head_argmax_kernel(
     for _ in range(steps.to(tl.int32)):
         offs_v = block.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
+        if start_d == 0:
+            prefetch_scales(weight, offs_v, mask_v, 0, D, FORMAT, GROUP)
         acc = add_step(
-            acc, x_ptr, w_ptr, stride_x_m, offs_m, mask_m, offs_v, mask_v,
-            D, start_d, IS_EVEN, True, BLOCK_D,
+            acc, tokens, weight, offs_v, mask_v,
+            D, start_d, IS_EVEN, HAS_TAIL, True, FORMAT, GROUP, BLOCK_D,
         )  # fmt: skip
 
         is_last = start_d + BLOCK_D >= D
         if is_last:
+            acc = scaled_by_row(acc, weight, offs_v, mask_v, FORMAT, GROUP)
             logits = capped(acc, SOFTCAP)
             if IS_RANDOM:
                 logits = noisy_logits(logits, temperature, seed, position, offs_v[:, None])
@@ -163,12 +202,13 @@ def lm_head_argmax_kernel(
     tl.store(ids_ptr + offs, packed_id(best), mask=mask_m)
 
 
-def _tile(V: int, x: Tensor) -> dict[str, int]:
-    D, block_v = x.shape[1], rows_of_weight(x)
-    rule = {"BLOCK_V": block_v, **pipeline(x, triton.cdiv(V, block_v))}
-    tile = rule | tuned("lm_head", x, V, D)
-    is_even = D % tile["BLOCK_D"] == 0 and V % tile["BLOCK_V"] == 0
-    return {"BLOCK_M": BLOCK_M, "IS_EVEN": is_even, **tile}
+def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
+    (V, D), block_v = weight.shape, rows_of_weight(x, weight)
+    rule = {"BLOCK_V": block_v, **pipeline(x, weight, triton.cdiv(V, block_v))}
+    tile = rule | tuned_tile("lm_head", x, weight, V, D)
+    has_tail = D % tile["BLOCK_D"] != 0
+    is_even = not has_tail and V % tile["BLOCK_V"] == 0
+    return {"BLOCK_M": BLOCK_M, "IS_EVEN": is_even, "HAS_TAIL": has_tail, **tile}
 
 
 def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
@@ -176,18 +216,17 @@ def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
 
     An id outside the table yields a row of NaN: the device cannot raise.
     """
-    require(table.dim() == 2, f"table is {list(table.shape)}, must be [V, D]")
+    check_weight("table", table, "[V, D]")
     V, D = table.shape
     M = token_ids.numel()
     check_tensors(table, token_ids=token_ids)
-    check_shape("table", table, V, D)
     check_index("token_ids", token_ids, M)
 
     y = torch.empty((M, D), device=table.device, dtype=table.dtype)
     if y.numel():
         block_d = min(MAX_BLOCK_D, triton.next_power_of_2(D))
         embed_kernel[(M, triton.cdiv(D, block_d))](
-            token_ids_ptr=token_ids, table_ptr=table, y_ptr=y, V=V, D=D,
+            token_ids_ptr=token_ids, **operands(table), y_ptr=y, V=V, D=D,
             SCALE=scale, BLOCK_D=block_d, num_warps=4, **dependent_launch(table.device),
         )  # fmt: skip
     return y
@@ -203,9 +242,9 @@ def lm_head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     M, (V, D) = x.shape[0], weight.shape
     logits = torch.empty((M, V), device=x.device, dtype=torch.float32)
     if M:
-        tile = _tile(V, x)
+        tile = _tile(weight, x)
         lm_head_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(V, tile["BLOCK_V"]))](
-            x_ptr=x, w_ptr=weight, logits_ptr=logits, stride_x_m=x.stride(0),
+            x_ptr=x, **operands(weight), logits_ptr=logits, stride_x_m=x.stride(0),
             M=M, V=V, D=D, SOFTCAP=softcap, **tile, **dependent_launch(x.device),
         )  # fmt: skip
     return logits
@@ -218,38 +257,44 @@ def lm_head_argmax(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit and its token id in each of S ranges of the vocabulary, the lowest first.
 
     x [M, D], weight [V, D] -> [S, M] float32, [S, M] int64.  The greatest score of a row is that of
-    its token, of the first range among equals; `advance_` takes it.  With temperature [M] float32,
-    seeds and positions [M] int, scores are logits + temperature * noise, and the token is that of
-    `sample`; at temperature 0 they are logits.  The lowest id wins a tie; NaN counts as the
+    its token, of the first range among equals; `advance_` takes it.  With temperature [N] float32,
+    seeds and positions [N] int, of which row m takes those at rows[m], or its own where rows is
+    None, scores are logits + temperature * noise, and the token is that of `sample`; at temperature
+    0, and for a row outside, they are logits.  The lowest id wins a tie; NaN counts as the
     greatest.  S depends on V and the arch alone, and a row's bits not on the others.
     """
     check_linear(x, weight, None)
     check_softcap(softcap)
     M, (V, D) = x.shape[0], weight.shape
     require(V < 2**31, f"vocabulary of {V} is not below 2**31")
-    _check_draw(x, temperature, seeds, positions)
+    _check_draw(x, temperature, seeds, positions, rows)
 
-    tile = _tile(V, x)
+    tile = _tile(weight, x)
     ranges, blocks = _ranges(triton.cdiv(V, tile["BLOCK_V"]))
     scores = torch.empty((ranges, M), dtype=torch.float32, device=x.device)
     ids = torch.empty((ranges, M), dtype=torch.int64, device=x.device)
     if M:
         lm_head_argmax_kernel[(triton.cdiv(M, BLOCK_M), ranges)](
-            x_ptr=x, w_ptr=weight,
-            temperature_ptr=temperature, seeds_ptr=seeds, positions_ptr=positions,
+            x_ptr=x, **operands(weight),
+            temperature_ptr=temperature, seeds_ptr=seeds, positions_ptr=positions, rows_ptr=rows,
             scores_ptr=scores, ids_ptr=ids, stride_x_m=x.stride(0),
-            M=M, V=V, D=D, blocks=blocks, SOFTCAP=softcap, **tile,
-            **dependent_launch(x.device),
+            M=M, N=M if temperature is None else len(temperature), V=V, D=D, blocks=blocks,
+            SOFTCAP=softcap, **tile, **dependent_launch(x.device),
         )  # fmt: skip
     return scores, ids
 
 
 def _check_draw(
-    x: Tensor, temperature: Tensor | None, seeds: Tensor | None, positions: Tensor | None
+    x: Tensor,
+    temperature: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+    rows: Tensor | None,
 ) -> None:
     if temperature is None:
         return
@@ -258,18 +303,21 @@ def _check_draw(
         "temperature needs seeds and positions, of which one is None",
     )
     M, dtype = x.shape[0], temperature.dtype
+    N = M if rows is None else temperature.numel()
     require(dtype == torch.float32, f"temperature is {dtype}, must be torch.float32")
     require(temperature.device == x.device, f"temperature is on {temperature.device}, x elsewhere")
-    check_tensors(temperature, seeds=seeds, positions=positions)
-    check_shape("temperature", temperature, M)
-    check_index("seeds", seeds, M)
-    check_index("positions", positions, M)
+    check_tensors(temperature, seeds=seeds, positions=positions, rows=rows)
+    check_shape("temperature", temperature, N)
+    check_index("seeds", seeds, N)
+    check_index("positions", positions, N)
+    if rows is not None:
+        check_index("rows", rows, M)
 
 
-def count_ranges(weight: Tensor, x: Tensor) -> int:
+def count_ranges(weight: Weight, x: Tensor) -> int:
     """S of `lm_head_argmax`: in how many ranges it reads a vocabulary [V, D]."""
     V = weight.shape[0]
-    return _ranges(triton.cdiv(V, _tile(V, x)["BLOCK_V"]))[0]
+    return _ranges(triton.cdiv(V, _tile(weight, x)["BLOCK_V"]))[0]
 
 
 def _ranges(blocks: int) -> tuple[int, int]:

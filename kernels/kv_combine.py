@@ -81,21 +81,33 @@ def first_key(position, W, IS_LOCAL: tl.constexpr):
 @triton.jit
 def store_partial(
     acc_ptr, m_ptr, l_ptr,  # [partials, num_rows, K], [num_rows, partials] twice
-    acc, m_i, l_i, number, offs_r, mask_r, num_rows, most_splits,
+    acc, odd_acc, m_i, l_i, number, offs_r, mask_r, num_rows, most_splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    PARTS: tl.constexpr,  # 2: acc is the even dimensions, odd_acc the others
+    COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Leave rows offs_r of acc, m and l at place `number`.
-
-    IN_PLACE stores acc from the registers in which the product left it: by way of shared memory it
-    would take 8 KB more, and of 82 KB no three programs fit a processor of sm_90.
-    """
-    offs_k = tl.arange(0, BLOCK_K)
+    """Leave rows offs_r of acc, m and l at place `number`."""
+    offs_k = tl.arange(0, BLOCK_K // PARTS) * PARTS
     acc_ptr += number.to(tl.int64) * num_rows * HEAD_DIM
     offs = offs_r[:, None] * HEAD_DIM + offs_k[None, :]
     mask = mask_r[:, None] & (offs_k < HEAD_DIM)[None, :]
-    if IN_PLACE:
+    _store_in_place(acc_ptr, offs, acc, mask, COMPILED)
+    if PARTS == 2:
+        _store_in_place(acc_ptr + 1, offs, odd_acc, mask, COMPILED)
+    at = offs_r.to(tl.int64) * most_splits + number
+    tl.store(m_ptr + at, m_i, mask=mask_r)
+    tl.store(l_ptr + at, l_i, mask=mask_r)
+
+
+@triton.jit
+def _store_in_place(acc_ptr, offs, acc, mask, COMPILED: tl.constexpr):
+    """Store acc from the registers in which the product left it.
+
+    By way of shared memory it would take 8 KB more, and of 82 KB no three programs fit a processor
+    of sm_90.
+    """
+    if COMPILED:
         tl.inline_asm_elementwise(
             "{.reg .pred p; .reg .b64 a; setp.ge.s32 p, $2, 0; mad.wide.s32 a, $2, 4, $1; "
             "@p st.global.f32 [a], $3; mov.b32 $0, 0;}",
@@ -104,9 +116,6 @@ def store_partial(
         )  # fmt: skip
     else:
         tl.store(acc_ptr + offs, acc, mask=mask)
-    at = offs_r.to(tl.int64) * most_splits + number
-    tl.store(m_ptr + at, m_i, mask=mask_r)
-    tl.store(l_ptr + at, l_i, mask=mask_r)
 
 
 @triton.jit(
@@ -115,7 +124,7 @@ def store_partial(
 )
 def attention_combine_kernel(
     acc_ptr, m_ptr, l_ptr,  # [B, tiles, HK, partials, num_rows, K], [.., num_rows, partials] twice
-    y_ptr,  # [B, T, HQ, K]
+    y_ptr, v_scale_ptr,  # [B, T, HQ, K], [HK] where the cache is fp8
     slots_ptr, positions_ptr,  # [B]
     num_slots, C, W, T, num_rows, most_splits,
     HEAD_DIM: tl.constexpr,
@@ -172,6 +181,8 @@ def attention_combine_kernel(
     l = tl.where(l == 0.0, 1.0, l)  # no key: zeros
     l = tl.where(is_unknown, float("nan"), l)
     acc = tl.sum(acc * weight[:, None], axis=0)
+    if v_scale_ptr is not None:
+        acc *= tl.load(v_scale_ptr + head // GROUP_SIZE)
     if y_ptr.dtype.element_ty == tl.float32:
         y = tl.div_rn(acc, tl.broadcast_to(l, [BLOCK_D]))
     else:

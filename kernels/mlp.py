@@ -33,13 +33,16 @@ from gemcut.kernels.skinny_product import (
     BLOCK_N,
     check_linear,
     halves,
+    is_int4,
     leaves_places,
+    operands,
     pipeline,
     places,
+    prefetch_scales,
     product,
     rows_of_weight,
+    tuned_tile,
 )
-from gemcut.kernels.tiles import tuned
 
 COLUMNS = 1024  # of a program of geglu
 
@@ -64,10 +67,13 @@ def geglu_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def linear_geglu_kernel(
-    x_ptr, w_ptr, y_ptr,  # [M, D], [2 F, D], [M, F]
+    x_ptr, w_ptr, scales_ptr, zeros_ptr, y_ptr,  # [M, D], [2 F, D], [2 F, G] x 2, [M, F]
     stride_x_m,
     M, F, D, share,  # share: rows of gate that a program owns, at most BLOCK_F
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     IN_STEPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -81,11 +87,13 @@ def linear_geglu_kernel(
     offs_2f = tl.arange(0, 2 * BLOCK_F)  # BLOCK_F rows of gate, then the same of up
     rows = start_f + offs_2f % BLOCK_F + (offs_2f // BLOCK_F).to(tl.int64) * F
     mask_m, mask_rows = offs_m < M, start_f + offs_2f % BLOCK_F < end_f
-    prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH)
+    tokens, weight = (x_ptr, stride_x_m, offs_m, mask_m), (w_ptr, scales_ptr, zeros_ptr)
+    prefetch_scales(weight, rows, mask_rows, 0, D, FORMAT, GROUP)
+    prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH, FORMAT)
 
     acc = product(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows, D, 0, D,
-        IS_EVEN, IN_STEPS, BLOCK_M, 2 * BLOCK_F, BLOCK_D,
+        tokens, weight, rows, mask_rows, D, 0, D,
+        IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_F, BLOCK_D,
     )  # fmt: skip
     let_next_begin(DEPENDENT)
     gate, up = halves(acc, BLOCK_F, BLOCK_M)
@@ -95,18 +103,20 @@ def linear_geglu_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[None, :] & (offs_f < end_f)[:, None])
 
 
-def _tile(F: int, x: Tensor) -> dict[str, int]:
+def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     """BLOCK_F rows of gate and as many of up."""
-    block_f = rows_of_weight(x, BLOCK_N // 2)
-    rule = {"BLOCK_F": block_f, **pipeline(x, triton.cdiv(F, block_f))}
-    return rule | tuned("linear_geglu", x, F, x.shape[1])
+    F, block_f = weight.shape[0] // 2, rows_of_weight(x, weight, BLOCK_N // 2)
+    rule = {"BLOCK_F": block_f, **pipeline(x, weight, triton.cdiv(F, block_f))}
+    return rule | tuned_tile("linear_geglu", x, weight, F, x.shape[1])
 
 
-def _share(F: int, x: Tensor, tile: dict[str, int]) -> int:
+def _share(weight: Weight, x: Tensor, tile: dict[str, int]) -> int:
     """Rows of gate of a program: so few that programs fill their waves, where these are few."""
+    F = weight.shape[0] // 2
     blocks = triton.cdiv(F, tile["BLOCK_F"])
-    slots = places(x, 2 * tile["BLOCK_F"], tile)
-    if blocks <= PROCESSORS.get(arch_of(x.device), 0) or blocks > 4 * slots:
+    slots = places(x, weight, 2 * tile["BLOCK_F"], tile)
+    # of int4 fewer rows would save no instructions, which bound it
+    if is_int4(weight) or blocks <= PROCESSORS.get(arch_of(x.device), 0) or blocks > 4 * slots:
         return tile["BLOCK_F"]
     return triton.cdiv(F, triton.cdiv(blocks, slots) * slots)
 
@@ -142,15 +152,15 @@ def linear_geglu(x: Tensor, gate_up_weight: Weight) -> Tensor:
     M, D, F = *x.shape, rows // 2
     y = torch.empty((M, F), device=x.device, dtype=x.dtype)
     if M:
-        tile = _tile(F, x)
-        share = _share(F, x, tile)
+        tile = _tile(gate_up_weight, x)
+        share = _share(gate_up_weight, x, tile)
         is_even = D % tile["BLOCK_D"] == 0 and share == tile["BLOCK_F"] and F % share == 0
         programs = triton.cdiv(F, share)
-        plain = leaves_places(x, programs, 2 * tile["BLOCK_F"], tile)
+        plain = leaves_places(x, gate_up_weight, programs, 2 * tile["BLOCK_F"], tile)
         linear_geglu_kernel[(triton.cdiv(M, BLOCK_M), programs)](
-            x_ptr=x, w_ptr=gate_up_weight, y_ptr=y, stride_x_m=x.stride(0),
+            x_ptr=x, **operands(gate_up_weight), y_ptr=y, stride_x_m=x.stride(0),
             M=M, F=F, D=D, share=share,
-            IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
+            IS_EVEN=is_even, HAS_TAIL=D % tile["BLOCK_D"] != 0, IN_STEPS=x.dtype == torch.float32,
             PREFETCH=0 if plain else prefetched_bytes(gate_up_weight, is_even), BLOCK_M=BLOCK_M,
             **tile, **dependent_launch(x.device, plain),
         )  # fmt: skip

@@ -15,7 +15,9 @@ under way; then the next tile's keys meet the queries, and the tile's weights it
 is one pass more than there are tiles, the first with scores that no query sees.  Of softcap each
 score takes two instructions, a product and tanh: 31 of 503 in a pass of 16 scores a thread (sm_90).
 
-Scores and softmax are float32; p is rounded to v's dtype for the second product, and y once.
+Scores and softmax are float32; p is rounded to v's dtype for the second product, and y once.  Of a
+cache in fp8 the keys' scale is a factor of the scores and the values' scale one of y; keys take q's
+dtype, values and p float16, which holds e4m3 exactly and takes fewer instructions.
 
 A chunk's first row and length are known on the device alone, so the grid is the most tiles that M
 rows in B chunks can need: chunk b owns the tiles from cu_seqlens[b] // BLOCK_M + b on.  The tiles
@@ -71,6 +73,7 @@ def chunk_of(cu_seqlens_ptr, tile, B, BLOCK_M: tl.constexpr):
 def attention_prefill_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr,  # [M, HQ, K], [slots, HK, C, K] twice, [M, HQ, K]
     slots_ptr, starts_ptr, cu_seqlens_ptr,  # [B], [B], [B + 1]
+    k_scale_ptr, v_scale_ptr,  # [HK] x 2 where the cache is fp8
     stride_q_m, stride_q_h, stride_k_s, stride_k_h, stride_y_m, stride_y_h,  # v as k
     M, B, num_slots, C, W,
     SCALE: tl.constexpr,
@@ -121,6 +124,12 @@ def attention_prefill_kernel(
     kv_offset = slot * stride_k_s + head // GROUP_SIZE * stride_k_h
     k_head_ptr, v_head_ptr = k_ptr + kv_offset, v_ptr + kv_offset
 
+    if k_scale_ptr is None:
+        scale: tl.constexpr = SCALE
+    else:
+        scale = SCALE * tl.load(k_scale_ptr + head // GROUP_SIZE)
+    is_wide: tl.constexpr = k_scale_ptr is None or q.dtype == tl.float32
+    p_dtype: tl.constexpr = q.dtype if is_wide else tl.float16
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -134,19 +143,21 @@ def attention_prefill_kernel(
         if IS_LOCAL:
             is_edge |= num_keys - 1 - begin >= W
         p, alpha, m_i, l_i = softmax_tile(
-            s, m_i, l_i, is_edge, offs_q, offs_n, W, SCALE, SOFTCAP, IS_LOCAL, FAST_TANH
+            s, m_i, l_i, is_edge, offs_q, offs_n, W, scale, SOFTCAP, IS_LOCAL, FAST_TANH
         )
-        p = p.to(q.dtype)
+        p = p.to(p_dtype)
         k = ring_tile(
             k_head_ptr, first, begin + BLOCK_N, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
         )
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         v = ring_tile(v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
-        acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
+        acc = tl.dot(p, v.to(p_dtype), acc * alpha[:, None], input_precision="ieee")
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
     l_i = tl.where(is_unknown, float("nan"), l_i)
     y = acc / l_i[:, None]
+    if v_scale_ptr is not None:
+        y *= tl.load(v_scale_ptr + head // GROUP_SIZE)
     y_ptrs = y_ptr + row * stride_y_m + head * stride_y_h + wide_m * stride_y_m + offs_k[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -193,6 +204,8 @@ def attention_prefill(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks over the cache: q [M, HQ, K] -> new tensor [M, HQ, K].
 
@@ -201,7 +214,7 @@ def attention_prefill(
     starts [B], cu_seqlens [B + 1].  ValueError for shapes and numbers that no kernel takes.
     """
     require(q.dim() == 3, f"q is {list(q.shape)}, must be [M, HQ, K]")
-    check_attention(q, k_cache, v_cache, scale, softcap, sliding_window)
+    check_attention(q, k_cache, v_cache, scale, softcap, sliding_window, k_scale, v_scale)
     check_tensors(q, slots=slots, starts=starts, cu_seqlens=cu_seqlens)
     (M, HQ, K), (num_slots, HK, C, _), B = q.shape, k_cache.shape, slots.numel()
     check_index("slots", slots, B)
@@ -216,6 +229,7 @@ def attention_prefill(
         attention_prefill_kernel[(HQ, triton.cdiv(M, tile["BLOCK_M"]) + B)](
             q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,
             slots_ptr=slots, starts_ptr=starts, cu_seqlens_ptr=cu_seqlens,
+            k_scale_ptr=k_scale, v_scale_ptr=v_scale,
             stride_q_m=q.stride(0), stride_q_h=q.stride(1),
             stride_k_s=k_cache.stride(0), stride_k_h=C * K,
             stride_y_m=HQ * K, stride_y_h=K,

@@ -6,7 +6,8 @@
 
 Rotation pairs dimension i of a head with i + K/2, so a program owns BLOCK_I such pairs of one head:
 rows i and i + K/2 of the weight.  Gemma 3 normalises q and k over the whole head before it rotates
-them, which no program holds: there the product is one launch and rotary.py the second.
+them, which no program holds: there the product is one launch and rotary.py the second.  So it is
+with int4, whose heads make too few programs for its instructions.
 
 Cost: (HQ + 2 HK) K D weights read once for 16 rows, 2 operations each a row: bound by memory
 bandwidth, see skinny_product.py.
@@ -27,32 +28,40 @@ from gemcut.kernels.dependent_launch import (
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
 from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.rotary import check_head_norms, rope_and_store_
+from gemcut.kernels.rotary import check_head_norms, rope_and_store_, stored
 from gemcut.kernels.skinny_product import (
     BLOCK_M,
     BLOCK_N,
     check_linear,
     halves,
+    is_int4,
     leaves_places,
+    operands,
     pipeline,
+    prefetch_scales,
     product,
     rows_of_weight,
+    tuned_tile,
 )
-from gemcut.kernels.tiles import tuned
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def linear_rope_and_store_kernel(
-    x_ptr, w_ptr, bias_ptr,  # [M, D], [(HQ + 2 HK) K, D], [(HQ + 2 HK) K]
+    x_ptr, w_ptr, scales_ptr, zeros_ptr,  # [M, D], [N, D], [N, G] x 2; N = (HQ + 2 HK) K
+    bias_ptr,  # [N]
     q_ptr, k_cache_ptr, v_cache_ptr,  # [M, HQ, K], [num_slots, HK, C, K] x 2
     slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, 1, K] x 2
+    k_scale_ptr, v_scale_ptr,  # [HK] x 2 where the cache is fp8
     stride_x_m,
     M, D, C, num_slots,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     IN_STEPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -68,11 +77,13 @@ def linear_rope_and_store_kernel(
     dims = tl.program_id(2) * BLOCK_I + offs_2i % BLOCK_I
     rows = head * HEAD_DIM + dims + offs_2i // BLOCK_I * HALF
     mask_m, mask_i, mask_rows = offs_m < M, offs_i < HALF, dims < HALF
-    prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH)
+    tokens, weight = (x_ptr, stride_x_m, offs_m, mask_m), (w_ptr, scales_ptr, zeros_ptr)
+    prefetch_scales(weight, rows, mask_rows, 0, D, FORMAT, GROUP)
+    prefetch_and_wait(w_ptr, rows, 0, D, DEPENDENT, PREFETCH, FORMAT)
 
     acc = product(
-        x_ptr, w_ptr, stride_x_m, offs_m, mask_m, rows, mask_rows, D, 0, D,
-        IS_EVEN, IN_STEPS, BLOCK_M, 2 * BLOCK_I, BLOCK_D,
+        tokens, weight, rows, mask_rows, D, 0, D,
+        IS_EVEN, HAS_TAIL, IN_STEPS, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_I, BLOCK_D,
     )  # fmt: skip
     let_next_begin(DEPENDENT)
     if HAS_BIAS:
@@ -103,15 +114,20 @@ def linear_rope_and_store_kernel(
         place = (slot * NUM_KV_HEADS + kv_head) * C + position % C
         offs = place[None, :] * HEAD_DIM + offs_i[:, None]
         mask = mask & (active & known)[None, :]
+        cached: tl.constexpr = k_cache_ptr.dtype.element_ty
+        scale = 1.0
+        if k_scale_ptr is not None:
+            scale = tl.load(tl.where(is_key, k_scale_ptr, v_scale_ptr) + kv_head)
+        first, second = stored(low, scale, cached), stored(high, scale, cached)
         if is_key:
-            tl.store(k_cache_ptr + offs, low.to(dtype), mask=mask)
-            tl.store(k_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
+            tl.store(k_cache_ptr + offs, first, mask=mask)
+            tl.store(k_cache_ptr + offs + HALF, second, mask=mask)
         else:
-            tl.store(v_cache_ptr + offs, low.to(dtype), mask=mask)
-            tl.store(v_cache_ptr + offs + HALF, high.to(dtype), mask=mask)
+            tl.store(v_cache_ptr + offs, first, mask=mask)
+            tl.store(v_cache_ptr + offs + HALF, second, mask=mask)
 
 
-def _tile(num_heads: int, K: int, x: Tensor) -> dict[str, int]:
+def _tile(num_heads: int, K: int, x: Tensor, weight: Weight) -> dict[str, int]:
     """BLOCK_I pairs: 64 rows of the weight, or 32 where those are too few for all processors.
 
     Half as many rows of twice as many columns are as many bytes on their way, to twice as many
@@ -119,12 +135,16 @@ def _tile(num_heads: int, K: int, x: Tensor) -> dict[str, int]:
     instructions of a warp.
     """
     half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
-    block_i = min(rows_of_weight(x, BLOCK_N // 2), half)
+    block_i = min(rows_of_weight(x, weight, BLOCK_N // 2), half)
     blocks = num_heads * triton.cdiv(K // 2, block_i)
-    rule = {"BLOCK_I": block_i, **pipeline(x, blocks)}
-    if block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0):
+    rule = {"BLOCK_I": block_i, **pipeline(x, weight, blocks)}
+    if (
+        isinstance(weight, Tensor)
+        and block_i >= 16
+        and blocks <= PROCESSORS.get(arch_of(x.device), 0)
+    ):
         rule |= {"BLOCK_I": block_i // 2, "BLOCK_D": 2 * rule["BLOCK_D"], "num_stages": 6}
-    return rule | tuned("linear_rope_and_store", x, num_heads * K, x.shape[1], K)
+    return rule | tuned_tile("linear_rope_and_store", x, weight, num_heads * K, x.shape[1], K)
 
 
 def linear_rope_and_store_(
@@ -140,6 +160,8 @@ def linear_rope_and_store_(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Few rows' queries, rotated, and their keys and values in the cache: x [M, D] -> [M, HQ, K].
 
@@ -147,33 +169,34 @@ def linear_rope_and_store_(
     outside the cache gives NaN and stores nothing.
     """
     check_linear(x, weight, bias)
-    check_tensors(
-        x, k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
-    )  # fmt: skip
+    num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale)
+    check_tensors(x, slots=slots, positions=positions, cos=cos, sin=sin)
     M, D = x.shape
-    num_slots, HK, C, K = check_cache(k_cache, v_cache)
     HQ = count_q_heads("weight", weight.shape[0], HK, K)
     check_rotation(M, K, slots, positions, cos, sin)
     check_head_norms(x, q_norm_weight, k_norm_weight, K)
-    if q_norm_weight is not None:
+    if q_norm_weight is not None or is_int4(weight):
         return rope_and_store_(
             skinny_linear(x, weight, bias),
             k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps,
+            k_scale, v_scale,
         )  # fmt: skip
 
     q = torch.empty((M, HQ, K), device=x.device, dtype=x.dtype)
     if M:
-        tile = _tile(HQ + 2 * HK, K, x)
+        tile = _tile(HQ + 2 * HK, K, x, weight)
         grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, tile["BLOCK_I"]))
         is_even = D % tile["BLOCK_D"] == 0 and K // 2 % tile["BLOCK_I"] == 0
-        plain = leaves_places(x, grid[1] * grid[2], 2 * tile["BLOCK_I"], tile)
+        plain = leaves_places(x, weight, grid[1] * grid[2], 2 * tile["BLOCK_I"], tile)
         linear_rope_and_store_kernel[grid](
-            x_ptr=x, w_ptr=weight, bias_ptr=bias, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
-            slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
+            x_ptr=x, **operands(weight), bias_ptr=bias,
+            q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache, slots_ptr=slots,
+            positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
+            k_scale_ptr=k_scale, v_scale_ptr=v_scale,
             stride_x_m=x.stride(0), M=M, D=D, C=C, num_slots=num_slots,
             HAS_BIAS=bias is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
-            IS_EVEN=is_even, IN_STEPS=x.dtype == torch.float32,
+            IS_EVEN=is_even, HAS_TAIL=D % tile["BLOCK_D"] != 0, IN_STEPS=x.dtype == torch.float32,
             PREFETCH=0 if plain else prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
             **dependent_launch(x.device, plain),
         )  # fmt: skip

@@ -26,6 +26,7 @@ from torch import Tensor
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
 FEWEST = 32  # columns of a group
 PAIR = 64  # columns that share 32 bytes in int4
+BITS = {"int8": 8, "fp8": 8, "int4": 4}  # of a value
 GREATEST = {"int8": 127, "fp8": 448, "int4": 7}  # in both signs
 WHOLE = {"int8": (-127, 127), "int4": (-8, 7)}  # values that `quantize` makes
 # Steps of int4 from 0 to the greatest number of a group, which may be cut: four halve the loss that

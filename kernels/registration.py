@@ -28,26 +28,40 @@ MUTATED = {
 }
 
 
-def _matrix(x: Tensor, rows: int, columns: int) -> Tensor:
-    return x.new_empty(rows, columns)
+def _empty(x: Weight, *shape: int) -> Tensor:
+    """On x's device, in the dtype of its rows."""
+    of_device = x if isinstance(x, Tensor) else x.values
+    return of_device.new_empty(shape, dtype=x.dtype)
 
 
-def _fake_queries(x: Tensor, width: int, k_cache: Tensor) -> Tensor:
+def _matrix(x: Weight, rows: int, columns: int) -> Tensor:
+    return _empty(x, rows, columns)
+
+
+def _fake_queries(x: Tensor, width: int, k_cache: Tensor, cos: Tensor) -> Tensor:
     _, HK, _, K = k_cache.shape
-    return k_cache.new_empty(x.shape[-2], width // K - 2 * HK, K)
+    return cos.new_empty(x.shape[-2], width // K - 2 * HK, K)
+
+
+def _fake_linear_rope_and_store_(x, weight, bias, k_cache, v_cache, slots, positions, cos, *_):
+    return _fake_queries(x, weight.shape[0], k_cache, cos)
+
+
+def _fake_rope_and_store_(qkv, k_cache, v_cache, slots, positions, cos, *_):
+    return _fake_queries(qkv, qkv.shape[-1], k_cache, cos)
 
 
 def _runs_kernels(x: Tensor) -> bool:
     return x.device.type != "cpu" or INTERPRETED
 
 
-def _fake_skinny_linear(x: Tensor, weight: Tensor, bias=None) -> Tensor:
+def _fake_skinny_linear(x: Tensor, weight: Weight, bias=None) -> Tensor:
     splits = count_parts(weight, x) if _runs_kernels(x) else 1
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((splits, x.shape[0], weight.shape[0]), dtype=dtype)
 
 
-def _fake_lm_head_argmax(x: Tensor, weight: Tensor, *_):
+def _fake_lm_head_argmax(x: Tensor, weight: Weight, *_):
     ranges = count_ranges(weight, x) if _runs_kernels(x) else 1
     shape = (ranges, x.shape[0])
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
@@ -56,7 +70,7 @@ def _fake_lm_head_argmax(x: Tensor, weight: Tensor, *_):
 def _fake_begin_step(token_ids, positions, rows, table, scale, norm_weight, eps, inv_freqs, _):
     M = positions.shape[0] if rows is None else rows.shape[0]
     residual, half = _matrix(table, M, table.shape[1]), inv_freqs[0].shape[-1]
-    cos = table.new_empty(len(inv_freqs), M, 1, 2 * half)
+    cos = _empty(table, len(inv_freqs), M, 1, 2 * half)
     return positions.new_empty(M), residual, residual.clone(), cos, cos.clone()
 
 
@@ -76,14 +90,12 @@ FAKES: dict[str, Callable[..., Any]] = {
     "geglu": lambda gate_up: _matrix(gate_up, gate_up.shape[0], gate_up.shape[1] // 2),
     "linear": lambda x, weight, *_: _matrix(x, x.shape[0], weight.shape[0]),
     "linear_geglu": lambda x, weight: _matrix(x, x.shape[0], weight.shape[0] // 2),
-    "linear_rope_and_store_": lambda x, weight, bias, k_cache, *_: _fake_queries(
-        x, weight.shape[0], k_cache
-    ),
+    "linear_rope_and_store_": _fake_linear_rope_and_store_,
     "lm_head": lambda x, weight, _: _matrix(x, x.shape[0], weight.shape[0]).float(),
     "lm_head_argmax": _fake_lm_head_argmax,
     "penalize": lambda logits, *_: logits.new_empty(logits.shape),
     "rmsnorm": lambda x, *_: x.new_empty(x.shape),
-    "rope_and_store_": lambda qkv, k_cache, *_: _fake_queries(qkv, qkv.shape[-1], k_cache),
+    "rope_and_store_": _fake_rope_and_store_,
     "rope_tables": _fake_rope_tables,
     "sample": lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
     "skinny_linear": _fake_skinny_linear,

@@ -3,7 +3,7 @@
     rope_tables        cos[m, i] = cos[m, i + K/2] = cos(p[m] * f[i]) * c       i < K/2
                        sin[m, i + K/2] = -sin[m, i] = sin(p[m] * f[i]) * c
     rope_and_store_    y[i] = x[i] * cos[i] + x[(i + K/2) % K] * sin[i]         for q and k
-                       k_cache, v_cache [slot, head, p % C] = y, v
+                       k_cache, v_cache [slot, head, p % C] = y, v              / scale in fp8
 
 M tokens, K head_dim, C the capacity of a cache slot, f the inverse frequencies, c the scaling of
 the RoPE type.  Tables come from the caller, so every type rotates by the same kernel.  Dimension i
@@ -81,6 +81,17 @@ def store_tables(
 
 
 @triton.jit
+def stored(x, scale, dtype: tl.constexpr):
+    """Float32 as a cache of this dtype holds it; in fp8 divided by the head's scale.
+
+    The conversion to fp8 saturates, and NaN stays NaN (PTX ISA, cvt.satfinite).
+    """
+    if dtype == tl.float8e4nv:
+        x *= 1.0 / scale
+    return x.to(dtype)
+
+
+@triton.jit
 def _widened_half(ptr, offs, mask):
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
@@ -90,7 +101,7 @@ def rope_and_store_kernel(
     qkv_ptr, q_ptr,  # [S, M, (HQ + 2 HK) K], [M, HQ, K]
     k_cache_ptr, v_cache_ptr,  # [slots, HK, C, K] each
     slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, K], [M, K]
-    q_norm_ptr, k_norm_ptr,  # [K]
+    q_norm_ptr, k_norm_ptr, k_scale_ptr, v_scale_ptr,  # [K] x 2, [HK] x 2 where the cache is fp8
     stride_qkv_s, stride_qkv_m,
     num_slots, C,
     EPS: tl.constexpr,
@@ -162,16 +173,22 @@ def rope_and_store_kernel(
     tl.store(q_ptrs + HALF_DIM, q_2, mask=mask & is_q)
 
     if is_active & has_slot:
+        cached: tl.constexpr = k_cache_ptr.dtype.element_ty
+        k_scale, v_scale = 1.0, 1.0
+        if k_scale_ptr is not None:
+            k_scale = tl.load(k_scale_ptr + heads - NUM_Q_HEADS, mask=is_k, other=1.0)
+            of_v = heads - NUM_Q_HEADS - NUM_KV_HEADS
+            v_scale = tl.load(v_scale_ptr + of_v, mask=is_v & (of_v < NUM_KV_HEADS), other=1.0)
         first = slot * NUM_KV_HEADS  # heads of the slots before
         index = position % C
         k_rows = (first + heads - NUM_Q_HEADS) * C + index
         k_ptrs = k_cache_ptr + k_rows * HEAD_DIM + offs_d
-        tl.store(k_ptrs, y_1.to(dtype), mask=mask & is_k)
-        tl.store(k_ptrs + HALF_DIM, y_2.to(dtype), mask=mask & is_k)
+        tl.store(k_ptrs, stored(y_1, k_scale, cached), mask=mask & is_k)
+        tl.store(k_ptrs + HALF_DIM, stored(y_2, k_scale, cached), mask=mask & is_k)
         v_rows = (first + heads - NUM_Q_HEADS - NUM_KV_HEADS) * C + index
         v_ptrs = v_cache_ptr + v_rows * HEAD_DIM + offs_d
-        tl.store(v_ptrs, v_1.to(dtype), mask=mask & is_v)
-        tl.store(v_ptrs + HALF_DIM, v_2.to(dtype), mask=mask & is_v)
+        tl.store(v_ptrs, stored(v_1, v_scale, cached), mask=mask & is_v)
+        tl.store(v_ptrs + HALF_DIM, stored(v_2, v_scale, cached), mask=mask & is_v)
 
 
 def _tile(K: int) -> dict[str, int]:
@@ -231,32 +248,34 @@ def rope_and_store_(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
     qkv [M, (HQ + 2 HK) * K], rows may have gaps, or partial sums of them [S, M, (HQ + 2 HK) * K] in
     float32, which are added up and rounded first; k_cache, v_cache [slots, HK, C, K], written at
     each token's slot and position % C; slots, positions [M] int; cos, sin [M, 1, K] -> [M, HQ, K].
+    k_scale, v_scale [HK] float32 where the cache is float8_e4m3fn.
     A negative position stores nothing.  A slot outside the cache stores nothing and yields NaN:
     the host cannot check it without stopping the device.
     """
     require(qkv.dim() in (2, 3), f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
-    check_tensors(
-        qkv if qkv.dim() == 2 else k_cache,
-        k_cache=k_cache, v_cache=v_cache, slots=slots, positions=positions, cos=cos, sin=sin,
-    )  # fmt: skip
-    parts, M, width = check_parts("qkv", qkv, k_cache)
-    num_slots, HK, C, K = check_cache(k_cache, v_cache)
+    x = qkv if qkv.dim() == 2 else cos
+    num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale)
+    check_tensors(x, slots=slots, positions=positions, cos=cos, sin=sin)
+    parts, M, width = check_parts("qkv", qkv, cos)
     HQ = count_q_heads("qkv", width, HK, K)
     check_rotation(M, K, slots, positions, cos, sin)
-    check_head_norms(k_cache, q_norm_weight, k_norm_weight, K)
+    check_head_norms(cos, q_norm_weight, k_norm_weight, K)
 
-    q = torch.empty((M, HQ, K), device=qkv.device, dtype=k_cache.dtype)
+    q = torch.empty((M, HQ, K), device=qkv.device, dtype=cos.dtype)
     if M:
         rope_and_store_kernel[(M, triton.cdiv(HQ + 2 * HK, BLOCK_H))](
             qkv_ptr=qkv, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,
             slots_ptr=slots, positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
             q_norm_ptr=q_norm_weight, k_norm_ptr=k_norm_weight,
+            k_scale_ptr=k_scale, v_scale_ptr=v_scale,
             stride_qkv_s=M * width, stride_qkv_m=qkv.stride(-2),
             num_slots=num_slots, C=C, EPS=eps, HAS_NORM=q_norm_weight is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, SPLITS=parts,

@@ -80,7 +80,11 @@ def tensor_bytes(root: Any) -> int:
 def estimate_of(engine: Engine) -> Estimate:
     """The estimate of an engine's memory, from the arguments that it was made with."""
     model, cache = engine.model, engine.cache
-    build = Build(engine.config, model.device, model.dtype, model.ops, cache.prefill_chunk)
+    is_fp8 = cache.layers[0].k.dtype == torch.float8_e4m3fn
+    build = Build(
+        engine.config, model.device, model.dtype, model.ops, cache.prefill_chunk,
+        kv_cache_dtype="fp8" if is_fp8 else "auto",
+    )  # fmt: skip
     return build.estimate(cache.num_slots, engine.max_seq_len)
 
 

@@ -4,20 +4,22 @@ import inspect
 from typing import Any
 
 import torch
-from accuracy import DEVICE, random
+from accuracy import DEVICE, quantized, random
 from torch import Tensor
 
 from gemcut.kernels import reference
+from gemcut.kernels.quantized_weight import QuantizedWeight, Weight
+from gemcut.kernels.reference.ops import stored
 
 
 def index(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=DEVICE)
 
 
-def small_calls() -> dict[str, dict[str, Any]]:
+def small_calls(D: int = 24) -> dict[str, dict[str, Any]]:
     """Arguments by op and by name: 2 tokens, 4 query heads on 2 KV heads, D 24, F 20, V 40."""
     torch.manual_seed(0)
-    M, D, F, V, HQ, HK, K, C = 2, 24, 20, 40, 4, 2, 16, 8
+    M, F, V, HQ, HK, K, C = 2, 20, 40, 4, 2, 16, 8
     width = (HQ + 2 * HK) * K
     slots, positions = index(1, 0), index(3, 5)
     inv_freq = 100 ** -torch.arange(0, 1, 2 / K, device=DEVICE)
@@ -72,6 +74,7 @@ def small_calls() -> dict[str, dict[str, Any]]:
             "temperature": 0.5 * per_row,
             "seeds": index(1, 2),
             "positions": positions,
+            "rows": index(1, 0),
         },
         "linear_geglu": {"x": x, "gate_up_weight": random(2 * F, D)},
         "linear_rope_and_store_": store | {"x": x, "weight": random(width, D), "bias": None},
@@ -104,7 +107,43 @@ def small_calls() -> dict[str, dict[str, Any]]:
     }
 
 
-def positional(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """The same call without names."""
+def in_fp8(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same call of an op with its cache in fp8: of each head k and v at a scale of their own.
+
+    Some of the values that the cache held would be too great for it.
+    """
+    scales = {}
+    for name, factor in (("k", 0.004), ("v", 0.007)):
+        cache = arguments[f"{name}_cache"]
+        scale = factor * (1 + torch.arange(cache.shape[1], device=DEVICE))
+        in_order = stored(cache.transpose(1, 2), torch.float8_e4m3fn, scale)  # [slots, C, HK, K]
+        scales[f"{name}_cache"] = in_order.transpose(1, 2).contiguous()
+        scales[f"{name}_scale"] = scale
+    return arguments | scales
+
+
+def quantized_calls(kind: str) -> dict[str, dict[str, Any]]:
+    """The same, D 160, of the ops that take a weight: a quantised one, of a kind of accuracy.py."""
+    calls = {}
+    for name, arguments in small_calls(D=160).items():
+        at = weight_of(name)
+        if at is not None:
+            calls[name] = arguments | {at: quantized(*arguments[at].shape, kind)}
+    return calls
+
+
+def weight_of(name: str) -> str | None:
+    """The argument of an op that may be quantised."""
     own = inspect.signature(getattr(reference, name)).parameters.values()
-    return tuple(arguments.get(p.name, p.default) for p in own)
+    return next((p.name for p in own if p.annotation == Weight), None)
+
+
+def positional(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The same call without names, as `torch.ops` take it: a quantised weight in its parts."""
+    own = inspect.signature(getattr(reference, name)).parameters.values()
+    given = [arguments.get(p.name, p.default) for p in own]
+    for i, x in enumerate(given):
+        if isinstance(x, QuantizedWeight):
+            given[i] = x.values
+            return (*given, x.scales, x.zero_points, x.columns, x.dtype)
+    return tuple(given)

@@ -2,6 +2,7 @@
 
 gemma-3-270m         config.json, model.safetensors, tokenizer.model
 gemma-3-270m-json    the same weights with tokenizer.json and tokenizer_config.json alone
+gemma-3-270m-q4_k_m.gguf
 gemma3, gemini       packages of npm: package/models/ has the tokenizer.json and
                      tokenizer_config.json of Gemma 3, and of Gemma 1 and 2
 """
@@ -23,6 +24,17 @@ def real_folder(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{NAME} has no {name}")
     return folder
+
+
+def real_file(name: str) -> Path:
+    """A file there; the test skips where there is none."""
+    base = os.environ.get(NAME)
+    if base is None:
+        pytest.skip(f"{NAME} names no folder of real checkpoints")
+    file = Path(base) / name
+    if not file.is_file():
+        pytest.skip(f"{NAME} has no {name}")
+    return file
 
 
 def real_tokenizer(name: str) -> Path:

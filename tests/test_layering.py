@@ -41,6 +41,7 @@ LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.eng
 # a peer's arrays, files and templates, which not every user has
 LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
 LATE |= {("tokenizer/json_vocabulary.py", "tokenizers")}
+LATE |= {("engine/checkpoints/gguf_header.py", "gguf")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

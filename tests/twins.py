@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.cache_scales import scales_of
 from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference
 
@@ -37,7 +38,11 @@ def load_model(
 
 
 def new_cache(
-    model: Gemma, num_slots: int = 1, max_seq_len: int = 128, prefill_chunk: int = 128
+    model: Gemma,
+    num_slots: int = 1,
+    max_seq_len: int = 128,
+    prefill_chunk: int = 128,
+    in_fp8: bool = False,
 ) -> KVCache:
     cache = KVCache(
         model.config,
@@ -45,7 +50,8 @@ def new_cache(
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
         device=model.device,
-        dtype=model.dtype,
+        dtype=torch.float8_e4m3fn if in_fp8 else model.dtype,
+        scales=scales_of(model) if in_fp8 else None,
     )
     poison(cache)
     return cache

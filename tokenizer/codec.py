@@ -94,7 +94,11 @@ class Tokenizer:
     @classmethod
     def from_files(cls, files: TokenizerFiles, *, dropout: float = 0.0) -> "Tokenizer":
         """The tokenizer that a checkpoint's files describe; ValueError where they clash."""
-        vocabulary = _choose(files, dropout)
+        return cls.of_vocabulary(_choose(files, dropout), files)
+
+    @classmethod
+    def of_vocabulary(cls, vocabulary: Vocabulary, files: TokenizerFiles) -> "Tokenizer":
+        """The tokenizer of a vocabulary to which `files` add their tokens and names."""
         vocabulary.add(files.tokens(vocabulary.added_tokens.values()))
         # a tokenizer.json has its own rule of what is put around a text
         around = files.around if vocabulary.file_name == MODEL_FILE else {}

@@ -1,8 +1,10 @@
 """Ahead-of-time compilation of every kernel for five GPU generations, held to the house's rules.
 
     python -P -m gemcut.tools.compile_report            gemma-2-2b on sm_90: what CI runs
-    python -P -m gemcut.tools.compile_report --all --json FILE      every model and arch
+    python -P -m gemcut.tools.compile_report --all --json FILE      every model, format and arch
+    python -P -m gemcut.tools.compile_report --quantization int8 int4 fp8       quantised weights
     python -P -m gemcut.tools.compile_report --models gemma-3-1b --archs sm_80 sm_120
+    python -P -m gemcut.tools.compile_report --kv-cache-dtype fp8   what launches otherwise with it
 
 No GPU is needed.  The real model runs, on fake tensors, and each launch is recorded instead of
 made (launches.py); so what is compiled is what the engine launches, tile and argument for argument.
@@ -27,10 +29,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,7 @@ from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.kernels.dependent_launch import ARCHS
 from gemcut.kernels.gpu_arch import SHARED_MEMORY
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.quantized_weight import FORMATS
 from gemcut.tools.launch_wait import wait_problems
 from gemcut.tools.launches import CAPABILITY, Launch, launches
 from gemcut.tools.machine_code import Loop, find_loops, parse, tail_cycles
@@ -56,7 +61,8 @@ MODELS += ("vaultgemma-1b", "gemma-3-1b")
 QUICK = {"models": ["gemma-2-2b"], "archs": ["sm_90"]}
 # kernels that move too little for the width of a load to matter
 SMALL = {"rope_tables_kernel", "advance_kernel"}
-PREFILL = {"attention_prefill_kernel", "geglu_kernel"}  # launched in no decode step
+# launched in no decode step
+PREFILL = {"attention_prefill_kernel", "geglu_kernel", "dequantize_kernel"}
 CHAIN = 75 * 1024  # bytes of shared memory in a decode step on sm_90: three programs fit
 SPREAD = {"linear_geglu_kernel", "linear_rope_and_store_kernel"}  # begin on empty processors
 PLAIN = "a plain launch, where the arch has dependent ones"
@@ -77,6 +83,7 @@ class Cell:
     arch: str
     tile: dict[str, int]
     models: list[str]
+    format: str | None = None  # of a product's quantised weight
     registers: int = 0
     spill_bytes: int = 0
     shared_bytes: int = 0
@@ -120,8 +127,10 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     What is not `fresh` may come from Triton's cache, which a launch on a GPU looks into as well.
     """
     names = [name for name, _ in launch.signature]
-    tile = {names[i]: value for i, value in launch.constants if names[i].startswith("BLOCK")}
-    cell = Cell(launch.kernel, launch.arch, tile | dict(launch.options), models)
+    constants = {names[i]: value for i, value in launch.constants}
+    tile = {name: value for name, value in constants.items() if name.startswith("BLOCK")}
+    format = constants.get("FORMAT")
+    cell = Cell(launch.kernel, launch.arch, tile | dict(launch.options), models, format)
     knobs.compilation.always_compile = fresh  # a cached result would take no seconds
     started = time.perf_counter()
     try:
@@ -139,7 +148,7 @@ def compile_launch(launch: Launch, models: list[str], fresh: bool = True) -> Cel
     instructions = parse(code)
     if launch.arch in STREAMING and launch.kernel not in PREFILL:
         used = cell.shared_bytes, cell.registers
-        cell.stream = stream_problems(cell.tile, *used, instructions)
+        cell.stream = stream_problems(cell.tile, *used, instructions, cell.format)
     if launch.arch in ARCHS and launch.kernel not in PREFILL:
         is_dependent = dict(launch.options).get("launch_pdl", False)
         cell.waits = wait_problems(instructions)
@@ -218,13 +227,28 @@ def _given(match: re.Match | None) -> re.Match:
     return match
 
 
-def report(models: list[str], archs: list[str], jobs: int) -> list[Cell]:
-    """Compile what these models launch on these archs, each distinct kernel once."""
+def report(
+    models: list[str],
+    archs: list[str],
+    jobs: int,
+    formats: Sequence[str | None] = (None,),
+    kv_cache_dtype: str = "auto",
+) -> list[Cell]:
+    """Compile what these models launch on these archs, each distinct kernel once.
+
+    formats: of their weights, plain or quantised.  With a cache in fp8: only what it launches
+    otherwise.
+    """
     wanted: dict[Launch, list[str]] = {}
     for model in models:
-        for name in archs:
-            for launch in launches(PUBLISHED[model], name):
-                wanted.setdefault(launch, []).append(model)
+        for name, quantization in product(archs, formats):
+            of_model = partial(launches, PUBLISHED[model], name, quantization=quantization)
+            recorded = of_model(kv_cache_dtype=kv_cache_dtype)
+            if kv_cache_dtype != "auto":
+                recorded -= of_model()
+            for launch in recorded:
+                found = wanted.setdefault(launch, [])
+                found += [model] if model not in found else []
     order = sorted(wanted, key=lambda launch: (launch.kernel, launch.arch, str(launch)))
     # spawned: a fork would inherit torch's threads
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -235,13 +259,14 @@ def report(models: list[str], archs: list[str], jobs: int) -> list[Cell]:
     return cells
 
 
-HEADER = "kernel                     arch     regs spill  shared  mma  16B     s  models"
+HEADER = "kernel                          arch     regs spill  shared  mma  16B     s  models"
 
 
 def _row(cell: Cell) -> str:
     counts = cell.instructions or {"tensor_core": 0, "wide_loads": 0}
+    name = cell.kernel.removesuffix("_kernel") + (f" {cell.format}" if cell.format else "")
     line = (
-        f"{cell.kernel.removesuffix('_kernel'):<27}{cell.arch:<8}{cell.registers:>5}"
+        f"{name:<32}{cell.arch:<8}{cell.registers:>5}"
         f"{cell.spill_bytes:>6}{cell.shared_bytes:>8}{counts['tensor_core']:>5}"
         f"{counts['wide_loads']:>5}{cell.seconds:>6.1f}  {', '.join(cell.models)}"
     )
@@ -257,10 +282,11 @@ def summary(cells: list[Cell]) -> str:
     """Markdown: the most registers and KB of shared memory that each kernel takes on each arch."""
     names = [name for name in CAPABILITY if any(cell.arch == name for cell in cells)]
     lines = [f"| kernel | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for kernel in sorted({cell.kernel for cell in cells}):
-        row = [kernel.removesuffix("_kernel")]
+    for kernel, format in sorted({(cell.kernel, cell.format or "") for cell in cells}):
+        row = [f"{kernel.removesuffix('_kernel')} {format}".strip()]
         for name in names:
-            same = [cell for cell in cells if (cell.kernel, cell.arch) == (kernel, name)]
+            key = kernel, name, format
+            same = [c for c in cells if (c.kernel, c.arch, c.format or "") == key]
             registers = max((cell.registers for cell in same), default=0)
             shared = max((cell.shared_bytes for cell in same), default=0)
             row.append(f"{registers} / {shared / 1024:.0f}")
@@ -274,10 +300,16 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -P -m gemcut.tools.compile_report",
         description="Compile every kernel for GPUs that are not here, and check what comes of it.",
     )
-    parser.add_argument("--all", action="store_true", help="every model and arch")
+    parser.add_argument("--all", action="store_true", help="every model, arch and format")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=QUICK["models"])
     parser.add_argument(
         "--archs", "--parts", nargs="+", choices=list(CAPABILITY), default=QUICK["archs"]
+    )
+    parser.add_argument(
+        "--quantization", nargs="+", choices=list(FORMATS), help="instead of plain weights"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of keys and values"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every cell here")
@@ -286,9 +318,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
     models: list[str] = list(MODELS) if arguments.all else arguments.models
     names: list[str] = list(CAPABILITY) if arguments.all else arguments.archs
+    if arguments.kv_cache_dtype == "fp8":
+        names = [name for name in names if CAPABILITY[name] >= (8, 9)]  # sm_80 cannot convert
 
-    print(f"triton {triton.__version__}, bf16, {', '.join(models)}\n{HEADER}")
-    cells = report(models, names, arguments.jobs)
+    formats = arguments.quantization or ([None, *FORMATS] if arguments.all else [None])
+
+    weights = ", ".join(format or "bf16" for format in formats)
+    print(f"triton {triton.__version__}, {weights}, {', '.join(models)}\n{HEADER}")
+    cells = report(models, names, arguments.jobs, formats, arguments.kv_cache_dtype)
     broken = sum(any(cell.problems()) for cell in cells)
     seconds = sum(cell.seconds for cell in cells)
     print(f"\nregisters / KB of shared memory, the most of each kernel\n\n{summary(cells)}\n")

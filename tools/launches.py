@@ -23,7 +23,8 @@ from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import FULL, GREEDY, RANDOM, Features
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
-from gemcut.engine.execution.weights import empty_weights
+from gemcut.engine.execution.weights import Weights, empty_weights, made_layouts
+from gemcut.engine.placement import choose_cache_dtype
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
 from gemcut.kernels import gpu_arch, tiles
 from gemcut.kernels.tiles import Key, Tile
@@ -40,7 +41,10 @@ TYPE_NAMES = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.bool: "*u1",  # as Triton's launcher has it
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
@@ -76,14 +80,24 @@ def launches(
     name: str,
     batches: Sequence[int] = BATCHES,
     max_seq_len: int = MAX_SEQ_LEN,
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> set[Launch]:
     """What a model launches on an arch: a prefill chunk, decode steps, every choice of tokens.
 
     The last of `batches` is the greatest, and so many slots there are.
     """
     with recorded(name) as found:
-        _run(config, batches, max_seq_len)
+        _run(config, batches, max_seq_len, quantization, kv_cache_dtype)
     return found
+
+
+def fake_weights(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantization: str | None = None
+) -> Weights:
+    """Weights without data, quantised as the engine does it."""
+    layouts = None if quantization is None else made_layouts(config, quantization)
+    return empty_weights(config, device=device, dtype=dtype, layouts=layouts)
 
 
 @contextmanager
@@ -100,7 +114,9 @@ def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]
         if made is not None:
             made.append(_made(launch, grid, arguments))
 
-    gpu_arch._generation.cache_clear()
+    caches = (gpu_arch._generation, gpu_arch.converts_fp8)
+    for cache in caches:
+        cache.cache_clear()
     capability = mock.Mock(return_value=CAPABILITY[name])
     with (
         FakeTensorMode(),
@@ -110,7 +126,8 @@ def recorded(name: str, made: list[Made] | None = None) -> Iterator[set[Launch]]
         _Ops([] if made is None else made),
     ):
         yield found
-    gpu_arch._generation.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def applied(arch: str, key: Key, tile: Tile) -> AbstractContextManager[Any]:
@@ -149,7 +166,13 @@ def _made(launch: Launch, grid: tuple[int, ...], arguments: dict[str, Any]) -> M
 
 
 def step_launches(
-    config: ModelConfig, arch: str, *, batch: int, context: int, features: Features = GREEDY
+    config: ModelConfig,
+    arch: str,
+    *,
+    batch: int,
+    context: int,
+    features: Features = GREEDY,
+    quantization: str | None = None,
 ) -> list[Made]:
     """What a decode step launches, in order: `batch` rows in a cache of `context` tokens.
 
@@ -158,7 +181,7 @@ def step_launches(
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     made: list[Made] = []
     with recorded(arch, made):
-        model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
+        model = Gemma(config, fake_weights(config, device, dtype, quantization), kernels)
         cache = KVCache(
             config,
             num_slots=batch,
@@ -194,24 +217,39 @@ def kernels_of_company(config: ModelConfig, arch: str) -> dict[tuple[int, int], 
     return found
 
 
-def _steps_of_six_layers(config: ModelConfig, num_slots: int, max_seq_len: int) -> Steps:
+def _steps_of_six_layers(
+    config: ModelConfig,
+    num_slots: int,
+    max_seq_len: int,
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
+) -> Steps:
     """Six layers show every kind: Gemma 3 has a global one in six."""
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
-    model = Gemma(config, empty_weights(config, device=device, dtype=dtype), kernels)
+    model = Gemma(config, fake_weights(config, device, dtype, quantization), kernels)
+    scale = torch.empty(config.num_kv_heads, dtype=torch.float32, device=device)
+    scales = (scale, torch.empty_like(scale))
     cache = KVCache(
         config,
         num_slots=num_slots,
         max_seq_len=min(max_seq_len, config.context_length),
         prefill_chunk=PREFILL_CHUNK,
         device=device,
-        dtype=dtype,
+        dtype=choose_cache_dtype(kv_cache_dtype, dtype, device),
+        scales=None if kv_cache_dtype == "auto" else [scales] * config.num_layers,
     )
     return Steps(model, cache, SlotState(num_slots, config.vocab_size, device))
 
 
-def _run(config: ModelConfig, batches: Sequence[int], max_seq_len: int) -> None:
-    steps = _steps_of_six_layers(config, batches[-1], max_seq_len)
+def _run(
+    config: ModelConfig,
+    batches: Sequence[int],
+    max_seq_len: int,
+    quantization: str | None,
+    kv_cache_dtype: str,
+) -> None:
+    steps = _steps_of_six_layers(config, batches[-1], max_seq_len, quantization, kv_cache_dtype)
     device = steps.model.device
     token_ids = torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device)
     steps.model.prefill(token_ids, steps.cache, slot=0)

@@ -22,7 +22,8 @@ BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?0x([0-9a-f]+)")
 PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 MULTIPLIES = ("HMMA", "HGMMA")
 LAST = ("EXIT", "ATOM", "ATOMG", "RED")  # with which a program ends, or counts itself
-LOADS = {"LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
+COPIES = {"LDGSTS", "UTMALDG", "UBLKCP"}  # by which a pipeline streams
+LOADS = {"LDG", *COPIES}
 LONG = 100  # instructions after a branch: what takes so many is not done in every pass
 SHORTEST = 8  # instructions of a loop: fewer spin on something
 READ_CYCLES = 12  # until operands are read, where a scoreboard tells
@@ -103,7 +104,7 @@ def find_loops(code: Sequence[Instruction], latencies: Mapping[str, int] = LATEN
 def _usual(body: Sequence[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
     """What every pass of a loop does, and what a branch skips on most of them.
 
-    That is code without a product that stores, or is long and loads nothing.
+    That is code without a product that stores, or is long and streams nothing.
     """
     usual, rare, resumes = [], [], 0
     for instruction in body:
@@ -113,7 +114,7 @@ def _usual(body: Sequence[Instruction]) -> tuple[list[Instruction], list[Instruc
         usual.append(instruction)
         target = branch_target(instruction)
         skipped = [i.name for i in body if instruction.address < i.address < target]
-        is_long = len(skipped) >= LONG and LOADS.isdisjoint(skipped)
+        is_long = len(skipped) >= LONG and COPIES.isdisjoint(skipped)
         if ("STG" in skipped or is_long) and not set(MULTIPLIES) & set(skipped):
             resumes = target
     return usual, rare

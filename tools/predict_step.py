@@ -2,6 +2,7 @@
 
     python -P -m gemcut.tools.predict_step --models gemma-2-2b --batch 1 --context 1024
     python -P -m gemcut.tools.predict_step --markdown               every published model
+    python -P -m gemcut.tools.predict_step --quantization int8 int4 fp8 --markdown      beside bf16
     python -P -m gemcut.tools.predict_step --json                   its last line: share and step_us
     python -P -m gemcut.tools.predict_step --fit FOLDER/breakdown.json
     python -P -m gemcut.tools.predict_step --set bandwidth=4.1e12 ghz=1.7
@@ -26,6 +27,7 @@ from pathlib import Path
 from gemcut.bench.measure.report_file import print_table
 from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.engine.execution.weights import QUANTIZATIONS
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.tools.machine import H200, Machine
 from gemcut.tools.prediction.fit_machine import Residual, fit, read_profile
@@ -47,15 +49,17 @@ def print_step(step: PredictedStep, machine: Machine) -> None:
             f"{line.launches * line.us:.1f}",
             f"{line.launches * line.us / step_us:.1%}",
             "" if line.share is None else f"{line.share:.2f}",
+            line.bound or "",
         ]
         for line in lines
     ]
     launches = sum(line.launches for line in lines)
     gaps = step.gaps_us(machine)
     rows.append(["gaps", str(launches), f"{gaps / launches:.2f}", f"{gaps:.1f}"])
-    rows[-1] += [f"{gaps / step_us:.1%}", ""]
-    print(f"\n{step.model}, batch {step.batch}, context {step.context}, predicted")
-    print_table(["", "launches", "us each", "us a step", "of the step", "of bandwidth"], rows)
+    rows[-1] += [f"{gaps / step_us:.1%}", "", ""]
+    print(f"\n{step.name}, batch {step.batch}, context {step.context}, predicted")
+    header = ["", "launches", "us each", "us a step", "of the step", "of bandwidth", "bound by"]
+    print_table(header, rows)
     print(
         f"a step takes {step_us:.0f} us; its {step.step_bytes / 1e6:.0f} MB are "
         f"{step.share(machine):.2f} of {machine.bandwidth / 1e12:.2f} TB/s"
@@ -75,6 +79,26 @@ def markdown(steps: Sequence[PredictedStep], machine: Machine) -> str:
             f"| {launches} | {us:.0f} | {step.share(machine):.2f} "
             f"| {1e6 * step.step_bytes / GOAL / us:.2f} | |"
         )
+    return "\n".join(lines)
+
+
+def quantized_markdown(steps: Sequence[PredictedStep], machine: Machine) -> str:
+    """Steps of bfloat16 beside quantised ones, a model a line, for bench/NOTES.md."""
+    found = {(step.model, step.quantization): step for step in steps}
+    formats = [name for name in dict.fromkeys(step.quantization for step in steps) if name]
+    titles = [f"| {name}: MB | us | ratio | share " for name in formats]
+    lines = [f"| model | bfloat16: MB | us | share {''.join(titles)}|"]
+    lines.append("|---" * (4 + 4 * len(formats)) + "|")
+    for model in dict.fromkeys(step.model for step in steps):
+        plain = found[model, None]
+        cells = [model, f"{plain.step_bytes / 1e6:.0f}", f"{plain.step_us(machine):.0f}"]
+        cells.append(f"{plain.share(machine):.2f}")
+        for name in formats:
+            step = found[model, name]
+            us = step.step_us(machine)
+            cells += [f"{step.step_bytes / 1e6:.0f}", f"{us:.0f}"]
+            cells += [f"{plain.step_us(machine) / us:.2f}", f"{step.share(machine):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -146,8 +170,15 @@ def run(arguments: argparse.Namespace) -> int:
         longest = PUBLISHED[model].context_length
         check_int(f"context of {model}", arguments.context, 2, longest)
 
-    wanted = [(p.model, p.batch, p.context) for p in profiles]
-    wanted += [(model, arguments.batch, arguments.context) for model in models]
+    wanted = [(p.model, p.batch, p.context, None) for p in profiles]
+    quantizations = arguments.quantization or [None]
+    if arguments.markdown and arguments.quantization:
+        quantizations = [None, *quantizations]
+    wanted += [
+        (model, arguments.batch, arguments.context, quantization)
+        for model in models
+        for quantization in quantizations
+    ]
     steps = predict_steps(wanted, ARCH, arguments.jobs)
     fitting, steps = steps[: len(profiles)], steps[len(profiles) :]
     pairs = list(zip(profiles, fitting, strict=True))
@@ -156,13 +187,14 @@ def run(arguments: argparse.Namespace) -> int:
         machine, residuals = fit(pairs, machine)
         print_fit(machine, residuals)
     if arguments.markdown:
-        print(markdown(steps, machine))
+        table = quantized_markdown if arguments.quantization else markdown
+        print(table(steps, machine))
     else:
         for step in steps:
             print_step(step, machine)
     if arguments.json:
         found = {
-            step.model: {
+            step.name: {
                 "share": round(step.share(machine), 4),
                 "step_us": round(step.step_us(machine), 1),
             }
@@ -182,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", "--part", default=ARCH, help=f"only {ARCH} can be predicted")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows of the step")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a row")
+    parser.add_argument(
+        "--quantization", nargs="+", choices=QUANTIZATIONS, help="of the weights; default: none"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of machine.py")
     parser.add_argument(

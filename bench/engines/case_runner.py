@@ -110,13 +110,19 @@ class Result:
         return [a / b for a, b in zip(own, theirs, strict=True)]
 
     def fastest_peer(self, rate: Measure) -> str | None:
-        """The peer of the greatest median; quantised ones run another model."""
-        peers = [one for one in self.timed if one.name != GEMCUT and not one.peer.quantization]
+        """The peer of the greatest median; those quantised otherwise run another model."""
+        own = self.workload.quantization
+        peers = [one for one in self.timed if one.name != GEMCUT and self.quantization(one) == own]
         return max(
             (one.name for one in peers),
             key=lambda name: Spread.of(self.all(name, rate)).median,
             default=None,
         )
+
+    def quantization(self, contestant: Contestant) -> str | None:
+        """How a contestant's weights are quantised."""
+        is_own = contestant.name == GEMCUT
+        return self.workload.quantization if is_own else contestant.peer.quantization
 
     def record(self, contestant: Contestant, case: str) -> Record:
         """The fields that every record begins with."""
@@ -131,7 +137,7 @@ class Result:
             "model": self.setup.name,
             "dtype": self.setup.dtype_name,
             "batch": self.workload.batch,
-            "quantization": contestant.peer.quantization,
+            "quantization": self.quantization(contestant),
         }
 
 
@@ -204,7 +210,12 @@ def _measure(result: Result, prompts: Rows, repeats: int) -> None:
 
 
 def _check(result: Result, check: TokenCheck, answers: Mapping[str, Rows]) -> None:
-    asked = {name: Answer(rows, CONTESTANTS[name].weight_bits) for name, rows in answers.items()}
+    setup, quantization = result.setup, result.workload.quantization
+    own = None if quantization is None else setup.quantized_model(quantization)
+    asked = {
+        name: Answer(rows, own if name == GEMCUT else CONTESTANTS[name].weight_bits)
+        for name, rows in answers.items()
+    }
     try:
         findings = check.findings(asked, own=result.contestants[0].answer)
     except MEMORY_ERRORS as error:
@@ -284,7 +295,7 @@ def run_cases(
     interrupted = False
     after_warmup: Counter[str] = Counter()
     for workload in workloads:
-        result = run_case(setup, workload, peers, arguments.repeats)
+        result = run_case(setup, workload, like(workload, peers), arguments.repeats)
         interrupted = result.interrupted
         after_warmup.update(result.after_warmup)
         results.report["after_warmup"] = dict(after_warmup)
@@ -299,7 +310,14 @@ def run_cases(
     if not interrupted:
         results.finish()
     results.print_line()
-    return INTERRUPTED if interrupted else _exit_code(results.records, peers)
+    taking_part = [name for workload in workloads for name in like(workload, peers)]
+    return INTERRUPTED if interrupted else _exit_code(results.records, taking_part)
+
+
+def like(workload: Workload, peers: Sequence[str]) -> list[str]:
+    """The peers of a case: beside quantised weights of gemcut's, those quantised to the same."""
+    own = workload.quantization
+    return [name for name in peers if own is None or CONTESTANTS[name].quantization == own]
 
 
 def check_fits(setup: Setup, workload: Workload) -> None:

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.rope import Rope
-from gemcut.engine.execution.weights import LayerWeights, Weights
+from gemcut.engine.execution.weights import LayerWeights, Weights, plain
 
 FLEX_BLOCK = 128  # keys that FlexAttention reads or skips together
 
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
         self, config: ModelConfig, weights: Weights, batch: int, max_seq_len: int, flex: bool
     ) -> None:
         super().__init__()
-        self.embedding = table = weights.embedding
+        self.embedding = table = plain(weights.embedding)
         # sqrt(hidden_size) is rounded to the table's dtype first: 55.5 for 3072 in bf16
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=table.dtype).item()
         self.kinds = [Kind(config, local, max_seq_len, table) for local in (False, True)]
@@ -258,7 +258,7 @@ class Transformer(nn.Module):
             shape = (2, batch, config.num_kv_heads, self.kinds[kind].capacity, config.head_dim)
             self.layers.append(Layer(config, layer, table.new_zeros(shape)))
         self.norm, self.eps = weights.norm, config.rms_norm_eps
-        self.head = Linear(weights.head_table)
+        self.head = Linear(plain(weights.head_table))
         self.final_softcap, self.flex = config.final_softcap, flex
 
     def forward(self, token_ids: Tensor, inputs: list[KindInputs]) -> Tensor:
@@ -275,10 +275,10 @@ class Layer(nn.Module):
         super().__init__()
         self.config, self.weights = config, weights
         self.kv_cache = kv_cache  # [2, B, HK, C, K]: keys, then values
-        self.qkv = Linear(weights.qkv, weights.qkv_bias)
-        self.o = Linear(weights.o, weights.o_bias)
-        gate, up = weights.gate_up.chunk(2)
-        self.gate, self.up, self.down = Linear(gate), Linear(up), Linear(weights.down)
+        self.qkv = Linear(plain(weights.qkv), weights.qkv_bias)
+        self.o = Linear(plain(weights.o), weights.o_bias)
+        gate, up = plain(weights.gate_up).chunk(2)
+        self.gate, self.up, self.down = Linear(gate), Linear(up), Linear(plain(weights.down))
         self.qk_norm = None  # a row for each head: one kernel normalises and rotates q and k
         if weights.q_norm is not None and weights.k_norm is not None:
             rows = [weights.q_norm] * config.num_q_heads + [weights.k_norm] * config.num_kv_heads

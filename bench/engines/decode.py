@@ -27,8 +27,11 @@ from gemcut.bench.engines.peers import GEMCUT, Generation, Workload
 from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
 from gemcut.bench.engines.step_bytes import decode_bytes, print_step_bytes
 from gemcut.bench.measure.report_file import Record, metric, print_table
+from gemcut.engine.checkpoints.stored_weights import check_quantization
 from gemcut.engine.checks import check_int
+from gemcut.engine.execution.weights import QUANTIZATIONS
 
+PLAIN = "none"  # weights as they are
 RATIOS = ("ratio", "first_token_ratio")
 
 
@@ -45,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a prompt (16); each with each batch is a case",
     )
     parser.add_argument(
+        "--quantization",
+        nargs="+",
+        default=[PLAIN],
+        choices=(PLAIN, *QUANTIZATIONS),
+        help="of gemcut's weights, each a case; peers of a quantised one are quantised to the same",
+    )
+    parser.add_argument(
         "--new-tokens", type=int, default=128, metavar="N", help="of each row (%(default)s)"
     )
     add_case_arguments(parser)
@@ -54,8 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure every case; 1 where a contestant is wrong, or gemcut or every peer fails."""
     check_int("new tokens", arguments.new_tokens, 2, 2**20)  # the first is not decoding
     setup = choose_setup(arguments)
+    quantizations = [None if name == PLAIN else name for name in arguments.quantization]
+    for quantization in quantizations:
+        check_quantization(quantization, setup.config)
     workloads = [
-        Workload(batch, context, arguments.new_tokens)
+        Workload(batch, context, arguments.new_tokens, quantization)
+        for quantization in quantizations
         for context in arguments.context
         for batch in arguments.batch
     ]
@@ -73,7 +87,8 @@ def first_rate_of(generation: Generation) -> float:
 def case_name(result: Result) -> str:
     """The name of a case, by what differs within a run."""
     workload = result.workload
-    return f"{result.setup.name}/batch={workload.batch}/context={workload.prompt_tokens}"
+    name = f"{result.setup.name}/batch={workload.batch}/context={workload.prompt_tokens}"
+    return name if workload.quantization is None else f"{name}/{workload.quantization}"
 
 
 def make_records(result: Result, ceilings: Ceilings) -> list[Record]:
@@ -106,6 +121,7 @@ def _facts(result: Result, contestant: Contestant) -> Record:
         context=context,
         dtype=setup.dtype,
         weight_bits=contestant.peer.weight_bits,
+        quantization=workload.quantization if contestant.name == GEMCUT else None,
     )
     return {
         "context": workload.prompt_tokens,
@@ -161,7 +177,11 @@ def print_case(result: Result, records: list[Record], ceilings: Ceilings) -> Non
 def _print_step_bytes(setup: Setup, workload: Workload, read_gbps: float) -> None:
     """Print the bytes of gemcut's step; of a model that was cut, also those of the whole one."""
     count = partial(
-        decode_bytes, batch=workload.batch, context=mean_context(workload), dtype=setup.dtype
+        decode_bytes,
+        batch=workload.batch,
+        context=mean_context(workload),
+        dtype=setup.dtype,
+        quantization=workload.quantization,
     )
     config, whole = setup.config, setup.whole_config
     layers = f"all {whole.num_layers} layers"

@@ -34,6 +34,7 @@ class Workload:
     batch: int
     prompt_tokens: int
     new_tokens: int
+    quantization: str | None = None  # of gemcut's weights
 
     def __post_init__(self) -> None:
         check_int("batch", self.batch, 1, 4096)
@@ -91,6 +92,8 @@ class Stage:
 
     def kept_weight_bytes(self, peer: "EnginePeer") -> int:
         """Bytes of the model loaded before a contestant that it would need if it were alone."""
+        if peer is CONTESTANTS[GEMCUT] and self.workload.quantization is not None:
+            return self.setup.quantized_model(self.workload.quantization).weights.nbytes
         if peer.quantization is None:
             return self.setup.weight_bytes
         config = self.setup.config
@@ -111,12 +114,14 @@ class Gemcut:
         setup, workload = stage.setup, stage.workload
         slot = slot_bytes(setup.config, workload.length, PREFILL_CHUNK, setup.dtype)
         needs: dict[str, float] = {"cache": workload.batch * slot}
-        if setup.packed_bytes:
+        if setup.packed_bytes and workload.quantization is None:
             needs["packed weights"] = setup.packed_bytes
         require_memory(setup.device, needs)
-        model = setup.packed_model
+        model = setup.packed_model(workload.quantization)
         self.version = gemcut_version()
         self.settings = f"Engine.generate, {model.ops.__name__.rpartition('.')[2]} ops"
+        if workload.quantization is not None:
+            self.settings += f", {workload.quantization} weights"
         self.engine = Engine(
             model,
             setup.tokenizer,
@@ -322,7 +327,9 @@ TRANSFORMERS = partial(
 )
 GPT_FAST = partial(EnginePeer, compiles=True)
 CONTESTANTS: dict[str, EnginePeer] = {
-    GEMCUT: EnginePeer(Gemcut),
+    GEMCUT: EnginePeer(
+        Gemcut, model=lambda stage: stage.setup.quantized_model(stage.workload.quantization)
+    ),
     "transformers": TRANSFORMERS(partial(Transformers, cache="dynamic")),
     "transformers-static": TRANSFORMERS(partial(Transformers, cache="static")),
     "transformers-compiled": TRANSFORMERS(

@@ -19,7 +19,7 @@ from torch import Tensor
 from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
-from gemcut.engine.execution.weights import Weights, empty_weights
+from gemcut.engine.execution.weights import Weights, empty_weights, plain
 from gemcut.tokenizer import Tokenizer
 from gemcut.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 
@@ -52,9 +52,9 @@ def random_weights(
         tensor.normal_(mean, std, generator=generator)
 
     table_std = EMBEDDED / config.embedding_scale
-    fill(weights.embedding, table_std)
+    fill(plain(weights.embedding), table_std)
     if weights.lm_head is not weights.embedding:
-        fill(weights.head_table, table_std)
+        fill(plain(weights.head_table), table_std)
     for layer in weights.layers:
         for tensor in vars(layer).values():
             if tensor is not None:

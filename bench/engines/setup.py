@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -10,8 +10,10 @@ import torch
 from gemcut.bench.engines.random_model import published_config, random_tokenizer, random_weights
 from gemcut.engine.checkpoints.hub import resolve_checkpoint
 from gemcut.engine.checkpoints.load import load_checkpoint
+from gemcut.engine.checkpoints.stored_weights import StoredWeight, fill_weights
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.execution.model import Gemma
+from gemcut.engine.execution.weights import checkpoint_tensors, empty_weights, made_layouts
 from gemcut.engine.memory import free_bytes
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
 from gemcut.kernels import cpu
@@ -36,6 +38,7 @@ class Setup:
         self.name, self.config, self.folder = name, config, folder
         self.device, self.dtype = device, dtype
         self._ops = choose_ops("auto", device)
+        self._quantized: dict[str, Gemma] = {}
 
     @property
     def dtype_name(self) -> str:
@@ -61,16 +64,34 @@ class Setup:
             weights = load_checkpoint(self.folder, self.config, **where)
         return Gemma(self.config, weights, self._ops)
 
+    def quantized_model(self, quantization: str | None) -> Gemma:
+        """The model with the weights that an engine makes of these; of None the model itself."""
+        model = self.model
+        if quantization is None:
+            return model
+        if quantization not in self._quantized:
+            stored = {
+                tensor.name: StoredWeight(tensor.name, tensor.shape, None, rows)
+                for tensor in checkpoint_tensors(self.config)
+                for rows in [partial(tensor.of, model.weights)]
+            }
+            layouts = made_layouts(self.config, quantization)
+            where = {"device": self.device, "dtype": self.dtype}
+            meant = empty_weights(self.config, device="meta", dtype=self.dtype, layouts=layouts)
+            require_memory(self.device, {f"{quantization} weights": meant.nbytes})
+            weights = fill_weights(self.config, stored, **where, quantization=quantization)
+            self._quantized[quantization] = Gemma(self.config, weights, self._ops)
+        return self._quantized[quantization]
+
     @property
     def packed_bytes(self) -> int:
         """Bytes of `packed_model` beside those of the plain one."""
         shape = self.config.vocab_size, self.config.hidden_size
         return self.weight_bytes if self._ops is cpu and packs(shape, self.dtype) else 0
 
-    @property
-    def packed_model(self) -> Gemma:
+    def packed_model(self, quantization: str | None = None) -> Gemma:
         """The same as an engine loads it; others share the plain one, and check tokens by it."""
-        model = self.model
+        model = self.quantized_model(quantization)
         if model.ops is not cpu:
             return model
         return Gemma(model.config, model.weights.packed(), model.ops)

@@ -14,7 +14,7 @@ import torch
 from gemcut.bench.measure.report_file import print_table
 from gemcut.bench.ops.prefill_cases import visible_pairs
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weights import CheckpointTensor, checkpoint_tensors
+from gemcut.engine.execution.weights import CheckpointTensor, checkpoint_tensors, made_layouts
 
 # biases go with their products; of the embedding see above
 KINDS = {
@@ -61,17 +61,24 @@ def decode_bytes(
     context: float,
     dtype: torch.dtype,
     weight_bits: int | None = None,
+    quantization: str | None = None,
 ) -> StepBytes:
     """The bytes of a step of `batch` sequences whose new token sees `context`, itself included.
 
-    `context` may be a fraction, as a mean over steps is.  `weight_bits` is the size of a quantised
-    weight; its scales are left out.
+    `context` may be a fraction, as a mean over steps is.  `quantization` is the engine's, with its
+    scales; `weight_bits` the size of a weight that another quantises, without them.
     """
     sizes = dict.fromkeys(StepBytes.__dataclass_fields__, 0)
+    layouts = {} if quantization is None else made_layouts(config, quantization)
     for tensor in checkpoint_tensors(config):
-        if (kind := _kind(tensor, config)) is not None:
+        if (kind := _kind(tensor, config)) is None:
+            continue
+        if (layout := layouts.get((tensor.layer, tensor.field))) is not None:
+            sizes[kind] += layout.nbytes(tensor.shape)
+        else:
             bits = weight_bits if weight_bits and len(tensor.shape) == 2 else 8 * dtype.itemsize
             sizes[kind] += math.prod(tensor.shape) * bits // 8
+    # rows of a quantised embedding count as floats: they are nothing beside the rest
     a_token = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # of one layer
     seen = sum(min(context, window_of(config, layer)) for layer in range(config.num_layers))
     sizes |= {

@@ -9,7 +9,7 @@ greatest by no more than
 
 where the error is the greatest in the logits of that text by the same ops in the contestants' own
 dtype: the rule that kernels are held to, and near ties pass it.  With quantised weights another
-function is computed; its error is that of the same ops on weights rounded to so many bits.
+function is computed; its error is that of the same ops on such weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,10 +38,10 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens of a contestant, and the bits of its weights where they are quantised."""
+    """The tokens of a contestant, and its weights where they are quantised: a model, or bits."""
 
     rows: Rows
-    weight_bits: int | None = None
+    quantized: Gemma | int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TokenCheck:
 
     def __init__(self, model: Gemma, prompts: Rows, new_tokens: int) -> None:
         self.model, self.prompts, self.new_tokens = model, prompts, new_tokens
-        self._found: dict[tuple[int, Text, int | None], LogitGaps] = {}
+        self._found: dict[tuple[int, Text, Gemma | int | None], LogitGaps] = {}
 
     @torch.inference_mode()
     def findings(self, answers: Mapping[str, Answer], own: Rows | None) -> dict[str, Finding]:
@@ -106,19 +106,21 @@ class TokenCheck:
 
     def _read_new(self, row: int, answers: Iterable[Answer]) -> None:
         """Read the texts of one prompt that are new, and keep their gaps."""
-        keys = dict.fromkeys((row, tuple(a.rows[row]), a.weight_bits) for a in answers)
+        keys = dict.fromkeys((row, tuple(a.rows[row]), a.quantized) for a in answers)
         new = [key for key in keys if key not in self._found]
         if not new:
             return
         read = partial(Reading, prompt=self.prompts[row], new_tokens=self.new_tokens)
         exact = read(exact_model(self.model))
-        plain = {bits: read(plain_model(self.model, bits)) for _, _, bits in new}
+        plain = {key[2]: read(plain_model(self.model, key[2])) for key in new}
         for key in new:
-            _, text, bits = key
-            states = exact.states(text), plain[bits].states(text)
-            self._found[key] = self._compare(*states, text, bits)
+            _, text, quantized = key
+            states = exact.states(text), plain[quantized].states(text)
+            self._found[key] = self._compare(*states, text, quantized)
 
-    def _compare(self, exact: Tensor, plain: Tensor, text: Text, bits: int | None) -> LogitGaps:
+    def _compare(
+        self, exact: Tensor, plain: Tensor, text: Text, quantized: Gemma | int | None
+    ) -> LogitGaps:
         """The gaps of a text, from both models' states before each of its tokens: [T, D]."""
         config, head = self.model.config, self.model.weights.head_table
         tokens = torch.tensor(text, device=exact.device)
@@ -126,9 +128,14 @@ class TokenCheck:
         chosen = torch.full_like(best, torch.nan)
         error = greatest = exact.new_zeros(())
         for start in range(0, config.vocab_size, HEAD_ROWS):
-            rows = head[start : start + HEAD_ROWS]
+            block = slice(start, start + HEAD_ROWS)
+            rows = head[block]
+            if isinstance(quantized, Gemma):
+                their_rows = quantized.weights.head_table[block]
+            else:
+                their_rows = _rounded(rows, quantized)
             logits = reference.lm_head(exact, rows.to(exact.dtype), config.final_softcap)
-            rounded = reference.lm_head(plain, _rounded(rows, bits), config.final_softcap)
+            rounded = reference.lm_head(plain, their_rows, config.final_softcap)
             # torch's maximum keeps NaN
             best = torch.maximum(best, logits.amax(-1))
             error = torch.maximum(error, (rounded - logits).abs().max())
@@ -140,7 +147,7 @@ class TokenCheck:
 
     def _finding(self, answer: Answer, own: Rows | None) -> Finding:
         gaps_of_rows = [
-            self._found[row, tuple(tokens), answer.weight_bits]
+            self._found[row, tuple(tokens), answer.quantized]
             for row, tokens in enumerate(answer.rows)
         ]
         for row, found in enumerate(gaps_of_rows):
@@ -153,8 +160,10 @@ class TokenCheck:
         worst = max(gaps_of_rows, key=lambda one: max(one.gaps) / one.budget)
         detail = f"no token more than {max(worst.gaps):.1e} below the best logit, "
         detail += f"{worst.budget:.1e} allowed"
-        if answer.weight_bits is not None:
-            detail += f" for {answer.weight_bits}-bit weights"
+        if isinstance(answer.quantized, int):
+            detail += f" for {answer.quantized}-bit weights"
+        elif answer.quantized is not None:
+            detail += " for its weights"
         return Finding(OK, detail + _agreement(answer.rows, own))
 
 
@@ -214,9 +223,11 @@ def exact_model(model: Gemma) -> Gemma:
     return exact
 
 
-def plain_model(model: Gemma, weight_bits: int | None) -> Gemma:
-    """The model on the oracles' ops in its own dtype, its matrices rounded to so many bits."""
-    return _changed(model, partial(_rounded, bits=weight_bits), reference)
+def plain_model(model: Gemma, quantized: Gemma | int | None) -> Gemma:
+    """The model on the oracles' ops in its own dtype, or another; matrices rounded to bits."""
+    if isinstance(quantized, Gemma):
+        return Gemma(quantized.config, quantized.weights, reference)
+    return _changed(model, partial(_rounded, bits=quantized), reference)
 
 
 def _rounded(weight: Tensor, bits: int | None) -> Tensor:

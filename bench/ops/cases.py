@@ -15,6 +15,8 @@ from torch import Tensor
 from gemcut.bench.measure.ceilings import Cost
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK, layer_capacity
+from gemcut.engine.execution.weight_layouts import Layout
+from gemcut.engine.execution.weights import made_layouts
 from gemcut.kernels import reference
 
 Arguments = dict[str, Any]
@@ -37,7 +39,10 @@ CPU_GRID = Grid((1, 4), (64, 256), (128,), 4 << 20, 64)
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one size: `make` yields fresh random arguments, by name."""
+    """One op at one size: `make` yields fresh random arguments, by name.
+
+    `own` makes of them what gemcut's op takes; peers quantise weights in their own way.
+    """
 
     op: str
     model: str
@@ -45,6 +50,7 @@ class Case:
     facts: dict[str, Any]  # what tells it from the op's other cases, in the order of its name
     cost: Cost
     make: Callable[[], Arguments] = field(compare=False)
+    own: Callable[[Arguments], Arguments] = field(default=lambda a: a, compare=False)
 
     @property
     def name(self) -> str:
@@ -60,9 +66,15 @@ class Shapes:
     """A model's sizes, and random tensors of these on its device."""
 
     def __init__(
-        self, model: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
+        self,
+        model: str,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,  # of weights
     ) -> None:
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
+        self.quantization = quantization
         self.D, self.F, self.V = config.hidden_size, config.intermediate_size, config.vocab_size
         self.HQ, self.HK, self.K = config.num_q_heads, config.num_kv_heads, config.head_dim
         self.qkv = (self.HQ + 2 * self.HK) * self.K
@@ -77,6 +89,28 @@ class Shapes:
     def weight(self, rows: int, columns: int) -> Tensor:
         """A random weight [rows, columns] that keeps the variance of what it multiplies."""
         return self.values(rows, columns).mul_(columns**-0.5)
+
+    def quantizer(self, field: str, name: str = "weight") -> Callable[[Arguments], Arguments]:
+        """Arguments with weight `name` as an engine holds it in this field of its weights."""
+
+        def own(a: Arguments) -> Arguments:
+            layout, weight = self._layout(field), a[name]
+            if layout is None or not isinstance(weight, Tensor):
+                return a
+            return a | {name: layout.quantize(weight)}
+
+        return own
+
+    def weight_bytes(self, field: str, rows: int, columns: int) -> int:
+        """Bytes of such a weight, scales included."""
+        layout = self._layout(field)
+        return rows * columns * self.itemsize if layout is None else layout.nbytes((rows, columns))
+
+    def _layout(self, field: str) -> Layout | None:
+        if self.quantization is None:
+            return None
+        layer = None if field == "embedding" else 0  # which the head is, where they are tied
+        return made_layouts(self.config, self.quantization)[layer, field]
 
     def index(self, *values: int) -> Tensor:
         return torch.tensor(values, device=self.device)

@@ -1,6 +1,7 @@
 """The cases of a decode step, op by op."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ def decode_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:
         for context in grid.contexts:
             if context <= shapes.config.context_length:
                 yield from _decode_attention_cases(shapes, batch, context)
+
+
+def quantized_cases(shapes: Shapes, grid: Grid) -> Iterator[Case]:
+    """The products of a decode step by quantised weights, those of these shapes."""
+    for batch in grid.batches:
+        yield from _product_cases(shapes, batch)
+        yield _argmax_case(shapes, batch)
+
+
+def _facts(s: Shapes, B: int) -> dict[str, Any]:
+    return {"batch": B} | ({"quantization": s.quantization} if s.quantization else {})
 
 
 def _small_cases(s: Shapes, B: int) -> Iterator[Case]:
@@ -99,22 +111,32 @@ def _product_cases(s: Shapes, B: int) -> Iterator[Case]:
             "skinny_linear",
             s.model,
             "decode",
-            {"batch": B, "weight": name},
+            {**_facts(s, B), "weight": name},
             # one sum in float32; further partial sums of a kernel do not count
-            Cost((B + s.D) * columns * s.itemsize, 4 * B * s.D, 2 * B * s.D * columns, True),
+            Cost(
+                B * columns * s.itemsize + s.weight_bytes(name, s.D, columns),
+                4 * B * s.D,
+                2 * B * s.D * columns,
+                True,
+            ),
             make,
+            s.quantizer(name),
         )
     row = B * s.D * s.itemsize
     yield Case(
         "linear_geglu",
         s.model,
         "decode",
-        {"batch": B},
+        _facts(s, B),
         Cost(
-            row + 2 * s.F * s.D * s.itemsize, B * s.F * s.itemsize, 4 * B * s.F * s.D, True,
+            row + s.weight_bytes("gate_up", 2 * s.F, s.D),
+            B * s.F * s.itemsize,
+            4 * B * s.F * s.D,
+            True,
         ),
         lambda: {"x": s.values(B, s.D), "gate_up_weight": s.weight(2 * s.F, s.D)},
-    )  # fmt: skip
+        s.quantizer("gate_up", "gate_up_weight"),
+    )
     rope = rope_cost(s, B)
 
     def make_qkv() -> Arguments:
@@ -133,36 +155,24 @@ def _product_cases(s: Shapes, B: int) -> Iterator[Case]:
         "linear_rope_and_store_",
         s.model,
         "decode",
-        {"batch": B},
+        _facts(s, B),
         Cost(
-            row + s.qkv * s.D * s.itemsize + rope.read_bytes,
+            row + s.weight_bytes("qkv", s.qkv, s.D) + rope.read_bytes,
             rope.written_bytes,
             2 * B * s.qkv * s.D,
             True,
         ),
         make_qkv,
+        s.quantizer("qkv"),
     )
 
 
 def _choice_cases(s: Shapes, B: int) -> Iterator[Case]:
     """From the last hidden state to a token."""
     facts: dict[str, Any] = {"batch": B}
-    head = (B + s.V) * s.D * s.itemsize
-    flops = 2 * B * s.V * s.D
-    softcap = s.config.final_softcap
-
-    def make_head() -> Arguments:
-        return {"x": s.values(B, s.D), "weight": s.weight(s.V, s.D), "softcap": softcap}
-
-    yield Case("lm_head", s.model, "decode", facts, Cost(head, 4 * B * s.V, flops, True), make_head)
-    yield Case(
-        "lm_head_argmax",
-        s.model,
-        "decode",
-        facts,
-        Cost(head, 12 * B, flops, True),
-        make_head,
-    )
+    argmax = _argmax_case(s, B)
+    yield replace(argmax, op="lm_head", cost=replace(argmax.cost, written_bytes=4 * B * s.V))
+    yield argmax
 
     def logits() -> Tensor:
         return 3 * torch.randn(B, s.V, device=s.device)
@@ -209,6 +219,24 @@ def _choice_cases(s: Shapes, B: int) -> Iterator[Case]:
             "seeds": torch.randint(2**31, (B,), device=s.device),
             "positions": torch.randint(512, (B,), device=s.device),
         },
+    )
+
+
+def _argmax_case(s: Shapes, B: int) -> Case:
+    """The head and the greatest logit of each row."""
+    read = B * s.D * s.itemsize + s.weight_bytes("embedding", s.V, s.D)
+    return Case(
+        "lm_head_argmax",
+        s.model,
+        "decode",
+        _facts(s, B),
+        Cost(read, 12 * B, 2 * B * s.V * s.D, True),
+        lambda: {
+            "x": s.values(B, s.D),
+            "weight": s.weight(s.V, s.D),
+            "softcap": s.config.final_softcap,
+        },
+        s.quantizer("embedding"),
     )
 
 

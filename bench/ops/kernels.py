@@ -33,17 +33,20 @@ from gemcut.bench.measure.report_file import (
 )
 from gemcut.bench.measure.timing import Runs, Spread, Timing, input_sets, prepare_runs, time_runs
 from gemcut.bench.ops.cases import CPU_GRID, GPU_GRID, Arguments, Case, Grid, Shapes
-from gemcut.bench.ops.decode_cases import decode_cases
+from gemcut.bench.ops.decode_cases import decode_cases, quantized_cases
 from gemcut.bench.ops.library_peers import library_peers
 from gemcut.bench.ops.op_check import Check
 from gemcut.bench.ops.prefill_cases import prefill_cases
 from gemcut.bench.ops.torch_peers import OpPeer, torch_peers
+from gemcut.engine.checkpoints.stored_weights import check_quantization
 from gemcut.engine.checks import check_int
 from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.engine.execution.weights import QUANTIZATIONS
 from gemcut.engine.info import find_config
 from gemcut.engine.memory import free_bytes
 from gemcut.engine.placement import choose_device, choose_dtype, choose_ops
 from gemcut.kernels import cpu, reference
+from gemcut.kernels.quantized_weight import QuantizedWeight
 
 GEMCUT = "gemcut"
 # the package that each peer comes from
@@ -57,6 +60,7 @@ PEERS |= dict.fromkeys(("gemlite-int8", "gemlite-int4"), "gemlite")
 NOT_TIMED = ("advance_", "best_of_ranges", "filter_logits", "gumbel_noise")
 OPS = [op for op in reference.__all__ if op not in NOT_TIMED]
 GPU_MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
+PLAIN = "none"  # weights as they are
 ROUNDS = 10
 Timer = Callable[[Mapping[str, Runs], int], dict[str, Timing]]
 MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
@@ -77,7 +81,12 @@ class Bench:
 
 
 def model_cases(shapes: Shapes, grid: Grid) -> list[Case]:
-    """All cases of one model; lengths that it cannot hold are left out."""
+    """All cases of one model; lengths that it cannot hold are left out.
+
+    Of quantised weights those are left that take them in decode.
+    """
+    if shapes.quantization is not None:
+        return [*quantized_cases(shapes, grid)]
     return [*decode_cases(shapes, grid), *prefill_cases(shapes, grid)]
 
 
@@ -85,8 +94,10 @@ def contestants(case: Case, bench: Bench) -> dict[str, OpPeer]:
     """The contestants of a case by name: gemcut first, then the peers asked for."""
     ops = bench.ops
     settings = "reference ops" if ops is reference else "cpu ops" if ops is cpu else "kernels"
-    own = OpPeer("gemcut", settings, lambda a: partial(getattr(ops, case.op), **a))
-    peers = torch_peers(case, bench.device) | library_peers(case)
+    own = OpPeer("gemcut", settings, lambda a: partial(getattr(ops, case.op), **case.own(a)))
+    peers = library_peers(case)
+    if "quantization" not in case.facts:
+        peers |= torch_peers(case, bench.device)
     on_gpu = bench.device.type == "cuda"
     return {GEMCUT: own} | {
         name: peer
@@ -125,8 +136,9 @@ def measure_case(
 def choose_input_sets(case: Case, device: torch.device) -> int:
     """How many input sets to rotate over; MemoryError says what is missing for them."""
     with FakeTensorMode():  # sizes without memory
-        nbytes = _nbytes(case.make())
-    sets = input_sets(nbytes, device)
+        arguments = case.make()
+        nbytes, own = _nbytes(arguments), _nbytes(case.own(arguments))
+    sets = input_sets(own, device)
     needed = nbytes * (sets * COPIES_OF_A_SET + COPIES_OF_A_CHECK)
     missing = needed - free_bytes(device)
     if missing > 0:
@@ -137,7 +149,8 @@ def choose_input_sets(case: Case, device: torch.device) -> int:
 
 
 def _nbytes(arguments: Arguments) -> int:
-    return sum(value.nbytes for value in arguments.values() if isinstance(value, Tensor))
+    values = arguments.values()
+    return sum(value.nbytes for value in values if isinstance(value, Tensor | QuantizedWeight))
 
 
 def _describe(case: Case, name: str, peer: OpPeer, bench: Bench) -> Record:
@@ -183,8 +196,8 @@ def _failure(error: Exception) -> Record:
 
 
 def _cost(case: Case, peer: OpPeer, arguments: Arguments) -> Cost:
-    """The case's cost for this contestant: quantised weights have fewer bytes."""
-    if peer.weight_bits is None:
+    """The case's cost for this contestant: weights that it alone quantises have fewer bytes."""
+    if peer.weight_bits is None or "quantization" in case.facts:
         return case.cost
     weight = arguments["weight"]
     saved = weight.nbytes - weight.numel() * peer.weight_bits // 8
@@ -224,6 +237,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="rows of a decode step")
     parser.add_argument("--context", nargs="+", type=int, metavar="N", help="tokens in the cache")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="tokens of a prompt")
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        default=[PLAIN],
+        choices=(PLAIN, *QUANTIZATIONS),
+        help="of the weights of decode's products",
+    )
     parser.add_argument("--peer", nargs="*", metavar="PEER", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
     parser.add_argument("--ops", default="auto", help="auto, triton or reference: gemcut's own ops")
@@ -286,7 +306,11 @@ def choose_cases(
             grid = replace(grid, **{field: tuple(values)})
     cases = []
     for model in arguments.models or (GPU_MODELS if on_gpu else CPU_MODELS):
-        cases += model_cases(Shapes(model, find_config(model), device, dtype), grid)
+        config = find_config(model)
+        for name in arguments.quantization:
+            quantization = None if name == PLAIN else name
+            check_quantization(quantization, config)
+            cases += model_cases(Shapes(model, config, device, dtype, quantization), grid)
     for op in arguments.op or ():
         if op not in OPS:
             raise ValueError(f"op {op!r} is unknown; there are {', '.join(OPS)}")

@@ -65,6 +65,8 @@ def library_peers(case: Case) -> dict[str, OpPeer]:
     }.get(case.op, {})
     if case.op == "sample" and case.facts["variant"] == "greedy":
         return {}
+    if (quantization := case.facts.get("quantization")) is not None:
+        return {name: peer for name, peer in peers.items() if name.endswith(f"-{quantization}")}
     return peers
 
 

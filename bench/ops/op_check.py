@@ -51,7 +51,8 @@ class Check:
 
     def gemcut(self, build: Build) -> Accuracy:
         """The accuracy of gemcut's own implementation."""
-        return self._accuracy(build, {}, None, strict=True)
+        own = Check(self.case, self.case.own(self.arguments))
+        return own._accuracy(build, {}, None, strict=True)
 
     def peer(self, peer: OpPeer) -> Accuracy:
         """The accuracy of a peer, which may compute as if some arguments were others."""

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints: Hugging Face safetensors, the original pickles, Flax msgpack.
+"""Conversion of checkpoints: Hugging Face safetensors, the original pickles, Flax msgpack, GGUF.
 
 1. The source's headers are read and held against its config (source.py).
 2. Shards are written to a folder inside the target, from the memory-mapped source (target.py).
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gemcut.engine.checkpoints.formats import FORMATS, detect_format
+from gemcut.engine.checkpoints.formats import FORMATS, SOURCES, detect_format
 from gemcut.engine.checkpoints.source import (
     CONFIG,
     Source,
@@ -67,22 +67,22 @@ def convert(
 ) -> Converted:
     """Write the model at `source`, a file or folder, to folder `target` in format `to`.
 
-    Formats are huggingface, original and flax; the source's is seen from its files.  `config` is a
-    config.json, its folder or a published size.  Tensors keep their dtype unless `dtype` is given;
-    int8 ones become bfloat16.  `quantization` is int8, int4 or fp8: the matrices of layers are
-    written as compressed-tensors has them (compressed_target.py).  ValueError or OSError say what
-    is wrong; the target is then as it was.
+    Formats are huggingface, original and flax, and of a source gguf too; the source's is seen from
+    its files.  `config` is a config.json, its folder or a published size.  Tensors keep their dtype
+    unless `dtype` is given; int8 ones, and those of a GGUF file, become bfloat16.  `quantization`
+    is int8, int4 or fp8: the matrices of layers are written as compressed-tensors has them
+    (compressed_target.py).  ValueError or OSError say what is wrong; the target is then as it was.
     """
-    for name in (to, source_format):
-        if name is not None and name not in FORMATS:
-            raise ValueError(f"format {name!r} is not supported; there are {', '.join(FORMATS)}")
+    for name, known in ((to, FORMATS), (source_format, SOURCES)):
+        if name is not None and name not in known:
+            raise ValueError(f"format {name!r} is not supported; there are {', '.join(known)}")
     if quantization is not None and to != "huggingface":
         raise ValueError(f"quantization {quantization!r} has no place in format {to!r}")
     path, folder = find_source(source), Path(target).expanduser()
     source_format = detect_format(path, source_format)
     _check_target(path, folder, overwrite)
     companions = find_companions(path, tokenizer)
-    opened = open_source(path, FORMATS[source_format], config)
+    opened = open_source(path, SOURCES[source_format], config)
 
     new = lay_out(opened, folder, FORMATS[to], dtype, max_shard_bytes, quantization)
     with staging_folder(folder) as stage:

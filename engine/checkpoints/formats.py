@@ -6,28 +6,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gemcut.engine.checkpoints import flax, gemma_pytorch, huggingface
+from gemcut.engine.checkpoints import flax, gemma_pytorch, gguf_format, huggingface
 from gemcut.engine.checkpoints.stored_tensors import StoredTensor, TensorSpec
 from gemcut.engine.config.model_config import ModelConfig
 
 
-class Format(Protocol):
-    """A module that reads and writes one format of checkpoints."""
-
-    @property
-    def SINGLE(self) -> str:
-        """The name of a weight file that holds all tensors."""
-        ...
-
-    @property
-    def SHARD(self) -> str:
-        """The name of one of several, with places for its number and their count."""
-        ...
-
-    @property
-    def INDEX(self) -> str:
-        """The name of the file that says which tensor is in which of several."""
-        ...
+class SourceFormat(Protocol):
+    """A module that reads one format of checkpoints."""
 
     def find_files(self, path: Path) -> list[Path]:
         """The weight files or the index that `path` is or holds; perhaps none."""
@@ -47,6 +32,25 @@ class Format(Protocol):
         """Every tensor that the format holds of such a model; ValueError where it cannot."""
         ...
 
+
+class Format(SourceFormat, Protocol):
+    """A module that reads and writes one."""
+
+    @property
+    def SINGLE(self) -> str:
+        """The name of a weight file that holds all tensors."""
+        ...
+
+    @property
+    def SHARD(self) -> str:
+        """The name of one of several, with places for its number and their count."""
+        ...
+
+    @property
+    def INDEX(self) -> str:
+        """The name of the file that says which tensor is in which of several."""
+        ...
+
     def write_file(self, file: Path, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
         """Write one weight file of the tensors that the functions make."""
         ...
@@ -59,6 +63,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
+SOURCES: dict[str, SourceFormat] = {**FORMATS, "gguf": gguf_format}
+
+
 def detect_format(source: Path, asked: str | None = None) -> str:
     """The name of the format at `source`; ValueError where there is none, or several."""
     if not source.exists():
@@ -67,7 +74,7 @@ def detect_format(source: Path, asked: str | None = None) -> str:
         raise ValueError(f"{source}: give the folder that holds it, with its config.json")
     if asked is not None:
         return asked  # its reader says what it misses
-    found = {name: form.find_files(source) for name, form in FORMATS.items()}
+    found = {name: form.find_files(source) for name, form in SOURCES.items()}
     names = [name for name, files in found.items() if files]
     if len(names) > 1:
         listed = ", ".join(f"{found[name][0].name} ({name})" for name in names)
@@ -76,6 +83,6 @@ def detect_format(source: Path, asked: str | None = None) -> str:
         wanted = [each for form in FORMATS.values() for each in (form.SINGLE, form.INDEX)]
         raise ValueError(
             f"{source}: holds no weights that are known here: "
-            f"{', '.join(wanted)}, or another .ckpt file"
+            f"{', '.join(wanted)}, or another .ckpt or .gguf file"
         )
     return names[0]

@@ -1,12 +1,14 @@
-"""The folder of a model's files: bundled, local, or fetched from the Hugging Face Hub."""
+"""The files of a model: bundled, local, or fetched from the Hugging Face Hub."""
 
+import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from gemcut.engine.checkpoints.gguf_choice import SUFFIX, choose_file, split_tag
 from gemcut.engine.checks import check_bool, shorten
 from gemcut.tokenizer.tokenizer_files import FILES as TOKENIZER_FILES
 
@@ -52,7 +55,10 @@ _NEUTRAL = {
 }
 CONFIG_FILES = ["config.json", "adapter_config.json"]
 _OF_TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-_GGUF = "a GGUF file, which gemcut does not read"
+_GGUF = (
+    "a GGUF file, which Engine.from_pretrained and the commands read; for anything else "
+    "`gemcut convert` makes a folder of safetensors of it"
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -60,6 +66,7 @@ def resolve_checkpoint(
     model: str | Path,
     *,
     files: Sequence[str] = FILES,
+    gguf: bool = False,
     token: str | bool | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -67,11 +74,13 @@ def resolve_checkpoint(
     force_download: bool = False,
     subfolder: str = "",
 ) -> Path:
-    """The folder that holds the files of `model`.
+    """The folder that holds the files of `model`, or with `gguf` perhaps its GGUF file.
 
     "demo" is the bundled model (a local folder of that name is "./demo"), an existing folder is
     itself, and owner/name is a model on the Hugging Face Hub, of which `files` are fetched into its
-    cache; with HF_HUB_OFFLINE only the cache is read.  The other arguments are those of
+    cache; with HF_HUB_OFFLINE only the cache is read.  With `gguf`, a GGUF file is itself, and a
+    folder or repository that holds GGUF files and no safetensors is the only one, or that which a
+    colon and its quantisation or name ask for (owner/name:Q4_0).  The other arguments are those of
     huggingface_hub, and mean nothing for a folder on this machine, except `subfolder`, where the
     files are within it.  ValueError says why a model is not found.
     """
@@ -81,35 +90,52 @@ def resolve_checkpoint(
     part = _read_subfolder(subfolder)
     if model == "demo":
         return _within(DEMO, part)
-    folder = os.path.expanduser(model)  # os.path: a name too long for a file is just missing
-    if os.path.isdir(folder):
-        return _within(Path(folder), part)
-    if os.path.isfile(folder):
-        if str(folder).endswith(".gguf"):
-            raise ValueError(
-                f"model {str(model)!r} is {_GGUF}; give the folder of safetensors that it was "
-                f"made from"
-            )
-        raise ValueError(f"model {str(model)!r} is a file; give the folder that holds it")
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+    path = os.path.expanduser(model)  # os.path: a name too long for a file is just missing
+    if os.path.isfile(path):
+        if gguf and str(path).endswith(SUFFIX):
+            return Path(path)
+        hint = _GGUF if str(path).endswith(SUFFIX) else "a file; give the folder that holds it"
+        raise ValueError(f"model {str(model)!r} is {hint}")
+    name, tag = str(model), None
+    if gguf and not os.path.isdir(path):
+        name, tag = split_tag(name)
+        path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        folder = _within(Path(path), part)
+        return _gguf_in(folder, tag) if gguf else folder
+    if str(model).endswith(SUFFIX):
+        raise ValueError(f"model {str(model)!r}: no such file")
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(name):
         raise ValueError(
             f"model {str(model)!r} is neither 'demo', an existing folder, "
             f"nor a Hugging Face id (owner/name)"
         )
-    try:
-        snapshot = snapshot_download(
-            model,
-            allow_patterns=[(part / name).as_posix() for name in files],
-            token=token,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
+
+    def fetch(patterns: Sequence[str]) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=[(part / pattern).as_posix() for pattern in patterns],
+                token=token,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
         )
-        return _within(Path(snapshot), part)
+
+    try:
+        folder = fetch(files) / part
+        if gguf and not (tag is None and _holds_weights(folder)):
+            ask_hub = partial(list_repo_files, name, revision=revision, token=token)
+            names = _names_within(folder, part, None if local_files_only else ask_hub)
+            is_plain = tag is None and any(n.endswith(".safetensors") for n in names)
+            if not is_plain and (file := choose_file(name, names, tag)) is not None:
+                folder = fetch([glob.escape(file)]) / part / file
+        return folder if folder.is_file() else _within(folder, PurePosixPath())
     except GatedRepoError:  # a kind of RepositoryNotFoundError
         reason = (
-            f"is gated: accept its terms at https://huggingface.co/{model}, then log in or give "
+            f"is gated: accept its terms at https://huggingface.co/{name}, then log in or give "
             f"token="
         )
     except RepositoryNotFoundError:
@@ -164,6 +190,31 @@ def _read_subfolder(subfolder: Any) -> PurePosixPath:
     return part
 
 
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("model.safetensors", INDEX))
+
+
+def _gguf_in(folder: Path, tag: str | None) -> Path:
+    """The GGUF file that is meant in a folder; the folder itself where it holds safetensors."""
+    if tag is None and _holds_weights(folder):
+        return folder
+    file = choose_file(str(folder), (path.name for path in folder.glob(f"*{SUFFIX}")), tag)
+    return folder if file is None else folder / file
+
+
+def _names_within(
+    folder: Path, part: PurePosixPath, ask_hub: Callable[[], list[str]] | None
+) -> list[str]:
+    """The files below `part` of a repository, or those of them that the cache has in `folder`."""
+    try:
+        if ask_hub is not None:
+            paths = [PurePosixPath(name) for name in ask_hub()]
+            return [str(p.relative_to(part)) for p in paths if p.is_relative_to(part)]
+    except (HfHubHTTPError, OSError):
+        pass  # offline
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
+
+
 def _within(folder: Path, part: PurePosixPath) -> Path:
     whole = folder / part
     if not whole.is_dir():
@@ -173,7 +224,7 @@ def _within(folder: Path, part: PurePosixPath) -> Path:
 
 def check_holds_model(folder: Path) -> None:
     """Nothing, or ValueError that says what a folder holds in place of a model."""
-    if any((folder / name).exists() for name in ("model.safetensors", INDEX)):
+    if folder.is_file() or _holds_weights(folder):
         return
     if (folder / "adapter_config.json").exists():
         raise ValueError(
@@ -181,9 +232,7 @@ def check_holds_model(folder: Path) -> None:
             f"merge_and_unload(), save that and give its folder"
         )
     if any(folder.glob("*.gguf")):
-        raise ValueError(
-            f"{folder} holds {_GGUF}; give the folder of safetensors that it was made from"
-        )
+        raise ValueError(f"{folder} holds {_GGUF}")
     if (folder / "config.json").exists():
         return
     if any((folder / name).exists() for name in _OF_TOKENIZERS):

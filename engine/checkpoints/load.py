@@ -1,4 +1,6 @@
-"""Loading of a Hugging Face checkpoint: Weights, tokenizer, and a search for non-finite values.
+"""Loading of a checkpoint: config, tokenizer, Weights, and a search for non-finite values.
+
+It is a folder in Hugging Face's format, or a GGUF file.
 
 Tensors are copied one at a time out of the memory-mapped file into their rows of the fused ones, so
 that the model is in memory once; quantised or not (stored_weights.py).
@@ -6,16 +8,27 @@ that the model is in memory once; quantised or not (stored_weights.py).
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemcut.engine.checkpoints.compressed_tensors import config_layouts
+from gemcut.engine.checkpoints.gguf_choice import is_gguf
+from gemcut.engine.checkpoints.gguf_model import (
+    gguf_config,
+    gguf_layouts,
+    gguf_settings,
+    gguf_tokenizer,
+    gguf_weights,
+    nonfinite_in_gguf,
+)
 from gemcut.engine.checkpoints.huggingface import match_weights, open_tensors, require_files
 from gemcut.engine.checkpoints.safetensor_headers import open_file
 from gemcut.engine.checkpoints.stored_tensors import pieces
 from gemcut.engine.checkpoints.stored_weights import check_quantization, fill_weights
 from gemcut.engine.checks import warn_caller
+from gemcut.engine.config.generation_file import published_settings, settings_of
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weight_layouts import Layouts
 from gemcut.engine.execution.weights import Weights, checkpoint_tensors, made_layouts, plain
@@ -24,12 +37,27 @@ from gemcut.tokenizer.chat import check_template
 from gemcut.tokenizer.tokenizer_files import JSON_FILE, MODEL_FILE
 
 
-def expected_layouts(config: ModelConfig, quantization: str | None) -> Layouts:
+def load_config(path: Path) -> ModelConfig:
+    """The config of a folder or a GGUF file."""
+    return gguf_config(path) if is_gguf(path) else ModelConfig.from_file(path)
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """The settings of sampling that a folder or a GGUF file publishes."""
+    return settings_of(gguf_settings(path)) if is_gguf(path) else published_settings(path)
+
+
+def expected_layouts(
+    config: ModelConfig, quantization: str | None, path: Path | None = None
+) -> Layouts:
     """The layouts of a model's weights by its config and what is asked for; errors as in loading.
 
-    Those of a quantised checkpoint are what quantization_config says, with bfloat16 scales.
+    Those of a quantised checkpoint are what quantization_config says, with bfloat16 scales; those
+    of a GGUF file, `path`, are its tensors'.
     """
     check_quantization(quantization, config)
+    if path is not None and is_gguf(path):
+        return gguf_layouts(path, config, quantization)
     return config_layouts(config) if quantization is None else made_layouts(config, quantization)
 
 
@@ -44,7 +72,7 @@ def load_checkpoint(
     any_head: bool = False,
     new_head: Callable[[str, Tensor], object] | None = None,
 ) -> Weights:
-    """The weights in folder `path`, on `device` in `dtype`; ValueError names what is at fault.
+    """The weights at `path`, on `device` in `dtype`; ValueError names what is at fault.
 
     Matrices that are quantised in the files stay so, and with `dequantize` become floats.
     `quantization` quantises those of a plain checkpoint: "int8", "int4" or "fp8".
@@ -60,7 +88,10 @@ def load_checkpoint(
     check_quantization(quantization, config)
     folder = Path(path)
     may_lack = new_head is not None
-    stored = match_weights(folder, open_tensors(folder), config, any_head or may_lack, may_lack)
+    if is_gguf(folder):
+        stored = gguf_weights(folder, config, dtype)
+    else:
+        stored = match_weights(folder, open_tensors(folder), config, any_head or may_lack, may_lack)
     for note in () if config.quantization is None else config.quantization.notes:
         warn_caller(f"{folder}: {note}")
     weights = fill_weights(
@@ -79,8 +110,10 @@ def load_checkpoint(
 
 
 def find_nonfinite(path: str | Path) -> list[str]:
-    """The names of the tensors in folder `path` that hold a NaN or an infinity."""
+    """The names of the tensors at `path` that hold a NaN or an infinity."""
     found = []
+    if is_gguf(Path(path)):
+        return nonfinite_in_gguf(Path(path))
     for file in require_files(Path(path)):
         with open_file(file) as shard:
             for key in sorted(shard.keys()):
@@ -94,12 +127,19 @@ def find_nonfinite(path: str | Path) -> list[str]:
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of a checkpoint, checked with its chat template, before weights are read."""
+    tokenizer = open_tokenizer(folder)
+    tokenizer.check_embedding(config.vocab_size)
+    check_template(tokenizer)
+    return tokenizer
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder or a GGUF file."""
+    if is_gguf(folder):
+        return gguf_tokenizer(folder)
     if not any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE)):
         raise ValueError(
             f"{folder} holds neither {MODEL_FILE} nor {JSON_FILE}; with skip_tokenizer_init=True "
             "an engine takes token ids alone"
         )
-    tokenizer = Tokenizer.from_file(folder)
-    tokenizer.check_embedding(config.vocab_size)
-    check_template(tokenizer)
-    return tokenizer
+    return Tokenizer.from_file(folder)

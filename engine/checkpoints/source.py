@@ -4,6 +4,7 @@ The config is a config.json, a published size by name, or the one published size
 these names and shapes.
 """
 
+import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoints.formats import Format
+from gemcut.engine.checkpoints.formats import FORMATS, SourceFormat
+from gemcut.engine.checkpoints.gguf_choice import is_gguf
+from gemcut.engine.checkpoints.gguf_header import read_header
+from gemcut.engine.checkpoints.gguf_model import gguf_config, gguf_settings
+from gemcut.engine.checkpoints.gguf_vocabulary import read_vocabulary
 from gemcut.engine.checkpoints.hub import FILES, resolve_checkpoint
 from gemcut.engine.checkpoints.stored_tensors import StoredTensor, TensorSpec, read_rows
 from gemcut.engine.checkpoints.weight_files import check_file
@@ -65,9 +70,11 @@ class Source:
 def find_source(source: str | Path) -> Path:
     """A file or folder; or what `resolve_checkpoint` finds, which never fetches a pickle."""
     path = Path(source).expanduser()
+    if path.is_dir() and not any(form.find_files(path) for form in FORMATS.values()):
+        return resolve_checkpoint(path, gguf=True)
     if path.exists() or isinstance(source, Path) or path.suffix in SUFFIXES:
         return path
-    return resolve_checkpoint(source, files=[*FILES, *COMPANIONS])
+    return resolve_checkpoint(source, files=[*FILES, *COMPANIONS], gguf=True)
 
 
 def folder_of(path: Path) -> Path:
@@ -75,24 +82,32 @@ def folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def find_companions(path: Path, tokenizer: str | Path | None) -> dict[str, Path]:
-    """The files to copy beside the weights, by their names there."""
+def find_companions(path: Path, tokenizer: str | Path | None) -> dict[str, Path | bytes]:
+    """The files to copy beside the weights, or what they will hold, by their names there."""
     folder = folder_of(path)
-    found = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    found: dict[str, Path | bytes] = {}
+    if not is_gguf(path):
+        found |= {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    elif tokenizer is None:  # what lies beside a GGUF file may be another model's
+        found |= read_vocabulary(read_header(path)).files()
+        if settings := gguf_settings(path):
+            found["generation_config.json"] = f"{json.dumps(settings, indent=2)}\n".encode()
     if tokenizer is not None:
-        found[TOKENIZER] = Path(tokenizer).expanduser()
-        check_file(found[TOKENIZER])
-        Tokenizer.from_file(found[TOKENIZER])
+        given = Path(tokenizer).expanduser()
+        check_file(given)
+        Tokenizer.from_file(given)
+        found[TOKENIZER] = given
     for file in found.values():
-        check_file(file)
+        if isinstance(file, Path):
+            check_file(file)
     return found
 
 
-def open_source(path: Path, form: Format, config: str | Path | None = None) -> Source:
+def open_source(path: Path, form: SourceFormat, config: str | Path | None = None) -> Source:
     """The checkpoint at `path`, its headers read and held against its config.
 
     `config` is the caller's: a config.json, its folder or a published size; it must agree with a
-    config.json beside the weights.
+    config.json beside the weights, or with what a GGUF file says.
     """
     opened = form.open_tensors(path)
     found = _choose_config(path, config)
@@ -123,6 +138,8 @@ def _choose_config(path: Path, given: str | Path | None) -> ModelConfig | None:
 
 
 def _config_beside(path: Path) -> ModelConfig | None:
+    if is_gguf(path):
+        return gguf_config(path)
     file = folder_of(path) / CONFIG
     # Without a model_type it is another program's.
     if not file.exists() or "model_type" not in read_json_object(file):
@@ -145,13 +162,13 @@ def _check_agreement(path: Path, given: ModelConfig, beside: ModelConfig) -> Non
     if differing := [name for name in one if name not in BOOKKEEPING and one[name] != other[name]]:
         name = differing[0]
         more = f", and {len(differing) - 1} more differ" if differing[1:] else ""
+        place = path if is_gguf(path) else folder_of(path) / CONFIG
         raise ValueError(
-            f"{folder_of(path) / CONFIG}: {key_of(name)} is {other[name]}, "
-            f"but {one[name]} in the config given{more}"
+            f"{place}: {key_of(name)} is {other[name]}, but {one[name]} in the config given{more}"
         )
 
 
-def _infer_config(path: Path, form: Format, opened: Any) -> str:
+def _infer_config(path: Path, form: SourceFormat, opened: Any) -> str:
     """The one published size whose tensors these are; ValueError for none or several."""
     fits = []
     for name, config in PUBLISHED.items():

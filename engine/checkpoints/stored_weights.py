@@ -25,12 +25,12 @@ from gemcut.engine.execution.weights import (
     fused_shapes,
     made_layouts,
 )
-from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
+from gemcut.kernels.quantized_weight import Weight, dequantized
 
-__all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights"]
+__all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights", "refuse_quantized"]
 
 PIECE = (
-    2**20
+    2**18
 )  # elements converted at a time: what that takes beside them is some of these in float32
 
 
@@ -79,16 +79,15 @@ def fill_weights(
 
     Plain tensors become `dtype`, and with `quantization` the matrices among them are quantised.
     Parts of one fused matrix that are quantised differently become `dtype` too, with a warning;
-    with `dequantize` all do.
-    Beside the weights a tensor is in memory at a time, of plain ones a piece.  MemoryError says
-    what they take.
+    with `dequantize` all do.  Beside the weights a quantised tensor is in memory at a time, of a
+    plain one a piece.  MemoryError says what they take.
     """
     if dequantize:
         layouts = {}
     elif quantization is None:
         layouts = _stored_layouts(config, stored, dtype)
     else:
-        _refuse_quantized(stored, quantization)
+        refuse_quantized(stored, quantization)
         layouts = made_layouts(config, quantization)
     try:
         weights = empty_weights(config, device=device, dtype=dtype, layouts=layouts)
@@ -101,11 +100,10 @@ def fill_weights(
         for tensor in checkpoint_tensors(config):
             if tensor.name not in stored:
                 continue
-            source, target = stored[tensor.name].load(), tensor.of(weights)
+            weight, target = stored[tensor.name], tensor.of(weights)
+            source = weight.load()
             for rows in _pieces(tensor.shape):
-                bar.update(_fill(target[rows], source[rows]))
-            if isinstance(source, Tensor) and not isinstance(target, Tensor):
-                check_finite(stored[tensor.name].place, target)
+                bar.update(_fill(target[rows], source[rows], weight.place))
     return weights
 
 
@@ -124,13 +122,8 @@ def _stored_layouts(
     return layouts
 
 
-def check_finite(place: str, made: QuantizedWeight) -> None:
-    """Nothing, or ValueError where what was quantised held a NaN or an infinity."""
-    if made.device.type != "meta" and not made.scales.isfinite().all():
-        raise ValueError(f"{place} holds a NaN or an infinity, which cannot be quantised")
-
-
-def _refuse_quantized(stored: Mapping[str, StoredWeight], quantization: str) -> None:
+def refuse_quantized(stored: Mapping[str, StoredWeight], quantization: str) -> None:
+    """Nothing, or ValueError where a tensor is quantised already."""
     for weight in stored.values():
         if weight.layout is not None:
             raise ValueError(
@@ -145,16 +138,23 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
-def _fill(target: Weight, source: Weight) -> int:
+def check_finite(place: str, weight: Tensor) -> None:
+    """Nothing, or ValueError where a weight cannot be quantised."""
+    if not weight.isfinite().all():
+        raise ValueError(f"{place} holds a NaN or an infinity, which cannot be quantised")
+
+
+def _fill(target: Weight, source: Weight, place: str) -> int:
     """Write rows into their place, as it holds them; the bytes written."""
     if isinstance(target, Tensor):
-        plain = isinstance(source, Tensor)
-        target.copy_(source if plain else dequantized(source, target.dtype))
+        is_plain = isinstance(source, Tensor)
+        target.copy_(source if is_plain else dequantized(source, target.dtype))
         return target.nbytes
     if isinstance(source, Tensor):
         layout = layout_of(target)
         assert layout is not None
+        check_finite(place, source)
         source = layout.quantize(source.to(target.device))
-    for place, made in zip(target.tensors, source.tensors, strict=True):
-        place.copy_(made)
+    for there, made in zip(target.tensors, source.tensors, strict=True):
+        there.copy_(made)
     return target.nbytes

@@ -135,7 +135,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 def write_files(
-    stage: Path, target: Target, source: Source, companions: Mapping[str, Path]
+    stage: Path, target: Target, source: Source, companions: Mapping[str, Path | bytes]
 ) -> list[str]:
     """Write all files to folder `stage`; the names of tensors that hold a NaN or an infinity."""
     if target.nbytes > (free := shutil.disk_usage(stage).free):
@@ -145,7 +145,10 @@ def write_files(
         )
     nonfinite = _write_weights(stage, target, source)
     for name, file in companions.items():
-        shutil.copyfile(file, stage / name)
+        if isinstance(file, bytes):
+            (stage / name).write_bytes(file)
+        else:
+            shutil.copyfile(file, stage / name)
     write_json(stage / CONFIG, target.config.to_dict())
     return [name for name in target.dtypes if name in nonfinite]
 
@@ -164,9 +167,8 @@ def _write_weights(stage: Path, target: Target, source: Source) -> set[str]:
                 tensors.append(tensor)
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             if (layout := target.layouts.get(spec.name)) is not None:
-                made = layout.quantize(whole)
-                check_finite(spec.name, made)
-                return parts_of(spec.name, made)
+                check_finite(spec.name, whole)
+                return parts_of(spec.name, layout.quantize(whole))
             return {spec.name: whole.T.contiguous() if spec.transposed else whole}
 
         def make(name: str) -> Tensor:

@@ -10,6 +10,7 @@ An Engine takes from it, where a call gives no settings of its own:
     eos_token_id         ends a text, beside the ids of config.json
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,17 @@ def settings_folder(generation_config: str | Path, model: Path) -> Path:
 
 
 def published_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in generation_config.json of folder `path`, by the names of SamplingParams.
+    """The settings in generation_config.json of folder `path`, as `settings_of` has them."""
+    return settings_of(read_generation_config(path))
+
+
+def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json says, by the names of SamplingParams.
 
     Where it says how to sample, temperature, top_k, top_p and min_p are all there.  ValueError
     names a value out of range, and one warning what is not acted upon.
     """
-    values = {k: x for k, x in read_generation_config(path).items() if x is not None}
+    values = {k: x for k, x in values.items() if x is not None}
     _warn_of_the_rest(values)
     do_sample = values.get("do_sample")
     if do_sample is not None:

@@ -1,6 +1,7 @@
 """The static KV cache: allocated once, a ring for each local layer.
 
-    k, v: [slots, HK, capacity, K] for each layer
+    k, v: [slots, HK, capacity, K] for each layer, in the model's dtype
+                                   or in float8_e4m3fn with scales [HK] (cache_scales.py)
 
 A slot holds one sequence.  Position p is stored at index p % capacity.  A global layer's capacity
 is that of the longest sequence, so that p % capacity is p.  A local layer keeps its window and one
@@ -8,6 +9,7 @@ prefill chunk: a chunk is written before its queries attend, and with that much 
 no key that they still see.  The drafts of one decode step are such a chunk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +18,25 @@ from torch import Tensor
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.requests.prefix_reuse import Ring
 from gemcut.engine.requests.sampling_params import MAX_DRAFT
+from gemcut.kernels.checks import FP8
+from gemcut.kernels.cpu_rows import holds_nan
 
 PREFILL_CHUNK = 512  # tokens; the default
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer: k, v [slots, HK, capacity, K]."""
+    """Keys and values of one layer: k, v [slots, HK, capacity, K], scales [HK] of those in fp8."""
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def scales(self) -> dict[str, Tensor | None]:
+        """The scales as keyword arguments of an op."""
+        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
 
 
 class KVCache:
@@ -40,19 +51,24 @@ class KVCache:
         prefill_chunk: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        scales: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        """Allocate it; MemoryError names the size where the device has no room for it."""
+        """Allocate it; MemoryError names the size where the device has no room for it.
+
+        scales: of keys and values in each layer, [HK] in float32, where the dtype is float8_e4m3fn.
+        """
         self.num_slots = num_slots
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
-        self.nbytes = num_slots * slot_bytes(config, max_seq_len, prefill_chunk, dtype)
+        self.nbytes = cache_bytes(config, num_slots, max_seq_len, prefill_chunk, dtype)
         layers = []
         try:
             for layer in range(config.num_layers):
                 capacity = layer_capacity(config, layer, max_seq_len, prefill_chunk)
                 shape = (num_slots, config.num_kv_heads, capacity, config.head_dim)
                 k = torch.zeros(shape, device=device, dtype=dtype)
-                layers.append(LayerCache(k, torch.zeros_like(k)))
+                of_layer = (None, None) if scales is None else scales[layer]
+                layers.append(LayerCache(k, torch.zeros_like(k), *of_layer))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             raise MemoryError(
                 f"the KV cache of {num_slots} slots of {max_seq_len} tokens takes "
@@ -67,7 +83,7 @@ class KVCache:
 
         The positions of a ring that has turned are all of it.
         """
-        return any(bool(layer.v[slot, :, :written].isnan().any()) for layer in self.layers)
+        return any(holds_nan(layer.v[slot, :, :written]) for layer in self.layers)
 
     def clear(self, slot: int) -> None:
         """Zero a slot: a step with drafts looks at values that no token has written yet.
@@ -118,6 +134,14 @@ def ring_of(config: ModelConfig, max_seq_len: int, prefill_chunk: int) -> Ring |
     if config.sliding_window is None or capacity == max_seq_len:
         return None
     return Ring(config.sliding_window, capacity)
+
+
+def cache_bytes(
+    config: ModelConfig, num_slots: int, max_seq_len: int, prefill_chunk: int, dtype: torch.dtype
+) -> int:
+    """Bytes of a cache: of its slots, and of the scales of one in fp8."""
+    scales = 2 * config.num_layers * config.num_kv_heads * 4 if dtype == FP8 else 0
+    return num_slots * slot_bytes(config, max_seq_len, prefill_chunk, dtype) + scales
 
 
 def slot_bytes(

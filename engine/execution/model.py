@@ -147,7 +147,9 @@ class Gemma:
 
         def attend(layer: int, q: Tensor) -> Tensor:
             kv = cache.layers[layer]
-            return ops.attention_prefill(q, kv.k, kv.v, **chunks, **self.attention(layer))
+            return ops.attention_prefill(
+                q, kv.k, kv.v, **chunks, **self.attention(layer), **kv.scales
+            )
 
         tables = self.rope_tables(positions, lengths)
         residual = self.embed(token_ids)  # [M, D]
@@ -178,16 +180,18 @@ class Gemma:
         h = ops.rmsnorm(residual, self.weights.layers[0].input_norm, eps)
         for i, layer in enumerate(self.weights.layers):
             observe(i, residual)
+            kv = cache.layers[i]
             q = ops.rope_and_store_(
                 ops.linear(h, layer.qkv, layer.qkv_bias),
-                cache.layers[i].k,
-                cache.layers[i].v,
+                kv.k,
+                kv.v,
                 slots,
                 positions,
                 *tables[config.is_local(i)],
                 layer.q_norm,
                 layer.k_norm,
                 eps,
+                **kv.scales,
             )  # [M, HQ, K]
             branch = ops.linear(attend(i, q).flatten(1), layer.o, layer.o_bias)
             h = ops.add_rmsnorm_(
@@ -245,6 +249,7 @@ class Gemma:
                 layer.q_norm,
                 layer.k_norm,
                 eps,
+                **kv.scales,
             )  # [B * T, HQ, K]
             attended = ops.attention_decode(
                 q.unflatten(0, (-1, T)),
@@ -253,6 +258,7 @@ class Gemma:
                 slots,
                 positions,
                 **self.attention(i),
+                **kv.scales,
             )
             branch = ops.skinny_linear(attended.reshape(q.shape[0], -1), layer.o, layer.o_bias)
             h = ops.add_rmsnorm_(

@@ -35,19 +35,20 @@ def choose_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row: normed hidden states [M, D], slots [M].
 
-    positions [M] of these tokens; None: one after the newest of their slots.  -> ids and scores as
-    `sample_tokens` gives them, or those of S ranges of the vocabulary, [S, M], to be compared.
+    positions [M] of the tokens before; None: of the newest ones of their slots.  -> ids and scores
+    as `sample_tokens` gives them, or those of S ranges of the vocabulary, [S, M], to be compared.
     """
     if not features <= RANDOM:
         logits = model.logits(hidden)
         return sample_tokens(logits, slots, positions, state, features, model.ops)
-    noise: tuple[Tensor, ...] = ()
+    draw: tuple[Tensor, ...] = ()
     if features == RANDOM:
-        _, newest, _, _, seeds, _ = state.integers.index_select(1, slots).unbind()
-        temperature, *_ = state.floats.index_select(1, slots).unbind()
-        noise = temperature, seeds, newest + 1 if positions is None else positions
+        draw = state.temperature, state.seeds, state.positions, slots
+        if positions is not None:
+            of_slots = (setting.index_select(0, slots) for setting in draw[:2])
+            draw = *of_slots, positions
     scores, ids = model.ops.lm_head_argmax(
-        hidden, model.weights.lm_head, model.config.final_softcap, *noise
+        hidden, model.weights.lm_head, model.config.final_softcap, *draw
     )
     return ids, scores
 
@@ -71,12 +72,12 @@ def sample_tokens(
     floats = state.floats.index_select(1, slots)
     _, newest, _, top_k, seeds, first_end = integers.unbind()
     if positions is None:
-        positions = newest + 1
+        positions = newest
     temperature, top_p, min_p, repetition, presence, frequency = floats.unbind()
     if "bias" in features:
         logits = logits + state.bias.index_select(0, slots)
     if "min_tokens" in features:
-        early = (positions < first_end).unsqueeze(-1)
+        early = (positions + 1 < first_end).unsqueeze(-1)
         logits = logits.masked_fill(state.is_end.index_select(0, slots) & early, -torch.inf)
     if "penalties" in features:
         logits = ops.penalize(

@@ -41,7 +41,8 @@ class SlotState:
         # tokens: the newest, not yet in the cache; positions: its position; limits: that of the
         # last token allowed; first_end: the first position at which an end is allowed
         self.newest = self.integers.narrow(0, 0, 2)  # tokens and positions, which every step reads
-        self.tokens, self.positions, self.limits, *_ = self.integers.unbind()
+        self.tokens, self.positions, self.limits, _, self.seeds, _ = self.integers.unbind()
+        self.temperature, *_ = self.floats.unbind()
         self.positions.fill_(INACTIVE)
         self._ends: list[frozenset[int]] = [frozenset()] * num_slots
         self._biased: set[int] = set()

@@ -107,10 +107,10 @@ class Steps:
         newest, positions = state.newest.index_select(1, slots).unbind()
         tokens = torch.cat([newest.unsqueeze(-1), drafts], dim=1)  # [B, T]
         hidden = self.model.decode(tokens, self.cache, slots, positions)
-        following = positions.unsqueeze(-1) + torch.arange(1, T + 1, device=slots.device)
+        token_positions = positions.unsqueeze(-1) + torch.arange(T, device=slots.device)
         token_slots = slots.repeat_interleave(T, output_size=B * T)
         sampled, scores = choose_tokens(
-            hidden, token_slots, following.flatten(), self.model, state, features
+            hidden, token_slots, token_positions.flatten(), self.model, state, features
         )
         if sampled.dim() == 2:
             sampled, scores = best_of_ranges(sampled, scores)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gemcut.kernels.reference.ops import widened
+from gemcut.kernels.reference.ops import loaded, widened
 
 
 def attention_prefill(
@@ -26,6 +26,8 @@ def attention_prefill(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks of new tokens over the cache, which holds their keys already.
 
@@ -35,7 +37,7 @@ def attention_prefill(
     y = torch.zeros_like(q)
     chunks = zip(pairwise(cu_seqlens.tolist()), slots.tolist(), starts.tolist(), strict=True)
     for (first, end), slot, start in chunks:
-        kv = k_cache, v_cache, slot
+        kv = k_cache, v_cache, k_scale, v_scale, slot
         y[first:end] = _attended(q[first:end], *kv, start, scale, softcap, sliding_window)
     return y
 
@@ -49,6 +51,8 @@ def attention_decode(
     scale: float,
     softcap: float | None,
     sliding_window: int | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape.
 
@@ -57,7 +61,8 @@ def attention_decode(
     """
     y = torch.zeros_like(q)
     for b, (slot, start) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        y[b] = _attended(q[b], k_cache, v_cache, slot, start, scale, softcap, sliding_window)
+        kv = k_cache, v_cache, k_scale, v_scale, slot
+        y[b] = _attended(q[b], *kv, start, scale, softcap, sliding_window)
     return y
 
 
@@ -65,6 +70,8 @@ def _attended(
     q: Tensor,  # [T, HQ, K]
     k_cache: Tensor,  # [slots, HK, C, K]
     v_cache: Tensor,
+    k_scale: Tensor | None,  # [HK]
+    v_scale: Tensor | None,
     slot: int,
     start: int,  # position of the first query; below 0 the sequence is inactive
     scale: float,
@@ -81,7 +88,8 @@ def _attended(
     visible = k_positions <= q_positions  # [T, S]
     if sliding_window is not None:
         visible &= k_positions > q_positions - sliding_window
-    return attention_masked(q, k_cache, v_cache, slot, first, visible, scale, softcap)[0]
+    kv = k_cache, v_cache, slot
+    return attention_masked(q, *kv, first, visible, scale, softcap, k_scale, v_scale)[0]
 
 
 def attention_masked(
@@ -93,6 +101,8 @@ def attention_masked(
     visible: Tensor,
     scale: float,
     softcap: float | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention where a mask says what is seen, and its weights.
 
@@ -101,11 +111,12 @@ def attention_masked(
     """
     (HQ, _), (HK, C, _) = q.shape[1:], k_cache.shape[1:]
     indices = torch.arange(first, first + visible.shape[1], device=q.device) % C
+    wide = widened(q)
     k, v = (
-        widened(cache[slot][:, indices]).repeat_interleave(HQ // HK, 0)
-        for cache in (k_cache, v_cache)
+        loaded(cache[slot][:, indices], stands_for).to(wide.dtype).repeat_interleave(HQ // HK, 0)
+        for cache, stands_for in ((k_cache, k_scale), (v_cache, v_scale))
     )  # [HQ, S, K]
-    scores = widened(q).transpose(0, 1) @ k.mT * scale  # [HQ, T, S]
+    scores = wide.transpose(0, 1) @ k.mT * scale  # [HQ, T, S]
     if softcap is not None:  # before the mask: a capped -inf would be -softcap
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)

@@ -6,6 +6,9 @@ KV heads, K head_dim, C the capacity of a cache slot, S partial sums.
 All arithmetic is at least float32 and the result is rounded once, to the dtype of the input.  A
 cache is a ring: position p is at index p % C, which is p itself where C is the longest sequence.  A
 negative position marks an inactive row: nothing is stored for it, and its attention is zero.
+
+A cache has the dtype of the activations, or it is float8_e4m3fn and has scales, k_scale and v_scale
+[HK] in float32, by which a head's stored numbers are multiplied.
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,8 @@ from torch import Tensor
 
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
 from gemcut.kernels.reference.sampling import gumbel_noise
+
+GREATEST_FP8 = 448.0  # of float8_e4m3fn
 
 # Embedding and norms
 
@@ -56,7 +61,7 @@ def add_rmsnorm_(
 
 def widened(x: Tensor) -> Tensor:
     """The same numbers in float32, or in float64 where they are that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def summed(x: Tensor) -> Tensor:
@@ -97,6 +102,8 @@ def rope_and_store_(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
@@ -106,7 +113,7 @@ def rope_and_store_(
     head first.
     """
     _, HK, C, K = k_cache.shape
-    heads = summed(qkv).to(k_cache.dtype).unflatten(-1, (-1, K))  # [M, HQ + 2 HK, K]
+    heads = summed(qkv).to(cos.dtype).unflatten(-1, (-1, K))  # [M, HQ + 2 HK, K]
     q, k, v = heads.split([heads.shape[1] - 2 * HK, HK, HK], dim=1)
     if q_norm_weight is not None and k_norm_weight is not None:
         q, k = rmsnorm(q, q_norm_weight, eps), rmsnorm(k, k_norm_weight, eps)
@@ -114,14 +121,29 @@ def rope_and_store_(
 
     active = positions >= 0
     slots, indices = slots[active], positions[active] % C
-    k_cache[slots, :, indices] = k[active]
-    v_cache[slots, :, indices] = v[active]
-    return q
+    k_cache[slots, :, indices] = stored(k[active], k_cache.dtype, k_scale)
+    v_cache[slots, :, indices] = stored(v[active], v_cache.dtype, v_scale)
+    return q.to(cos.dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = widened(x)
-    return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin
+
+
+def stored(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """Keys or values [M, HK, K] as a cache of `dtype` holds them.
+
+    With scales [HK]: divided by them, to the nearest of what e4m3 has, at most GREATEST_FP8.
+    """
+    if scale is None:
+        return x.to(dtype)
+    return (widened(x) / scale[:, None]).clamp(-GREATEST_FP8, GREATEST_FP8).to(dtype)
+
+
+def loaded(x: Tensor, scale: Tensor | None) -> Tensor:
+    """What a cache's numbers [HK, S, K] stand for, in float32 at least."""
+    return widened(x) if scale is None else widened(x) * scale[:, None, None]
 
 
 # Products
@@ -179,17 +201,21 @@ def lm_head_argmax(
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit and its token id, the lowest of equals: x [M, D] -> [1, M] x 2.
 
-    With temperature, seeds and positions [M]: the greatest of logits + temperature * noise, which
-    is the token of `sample`.  A kernel gives the best of each of S ranges of the vocabulary, [S, M]
-    each, of which `advance_` takes the greatest.
+    With temperature, seeds and positions [N], of which row m takes those at rows[m], or its own
+    where rows is None: the greatest of logits + temperature * noise, the token of `sample`.  A
+    kernel gives the best of each of S ranges of the vocabulary, [S, M] each, of which `advance_`
+    takes the greatest.
     """
     logits = lm_head(x, weight, softcap)
     if temperature is not None:
         assert seeds is not None
         assert positions is not None
+        if rows is not None:
+            temperature, seeds, positions = (x[rows] for x in (temperature, seeds, positions))
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         logits = logits + temperature.unsqueeze(-1) * noise
     best = logits.max(-1)
@@ -217,9 +243,11 @@ def linear_rope_and_store_(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
-    rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps)
+    rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps, k_scale, v_scale)
     return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation)
 
 

@@ -45,7 +45,7 @@ def sample(
     greatest probability.
 
     The draw is exact and stateless: argmax of logits + temperature * Gumbel noise, where the noise
-    is a hash of the row's seed, the position of the new token and the token id.
+    is a hash of the row's seed, the position of the token before and the token id.
     """
     if temperature is None:
         return logits.argmax(-1)

@@ -70,6 +70,14 @@ def test_the_peak_on_the_definitions_is_the_estimate(folders, name, dtype, size)
     check_peak(folders[name], SIZES[size], dtype, ops="reference")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["demo", "gemma2"])
+def test_the_peak_with_a_cache_in_fp8_is_the_estimate(folders, name, ops, dtype):
+    for size in ("one chunk", "four chunks"):
+        check_peak(folders[name], SIZES[size], dtype, ops=ops, kv_cache_dtype="fp8")
+
+
 def check_peak(folder: Path, sizes: tuple[int, int, int], dtype: str, **arguments: str) -> None:
     estimates = []
 
@@ -101,6 +109,13 @@ LOCAL_ALONE = {"layer_types": ["sliding_attention"] * 4}
             "bfloat16",
             id="keys-widened",
         ),
+        pytest.param(
+            "gemma",
+            {"head_dim": 64, "num_hidden_layers": 1},
+            (1, 2048, 64),
+            "fp8",
+            id="keys-of-fp8-widened",
+        ),
         pytest.param("gemma", MANY_NEURONS, (1, 128, 128), "float32", id="mlp"),
         pytest.param("gemma", MANY_NEURONS, (1, 128, 128), "bfloat16", id="mlp-widened"),
         pytest.param(
@@ -119,7 +134,10 @@ def test_the_peak_where_one_thing_outweighs_the_rest(
     save_random_model(
         tmp_path, tokenizer_file, model_type, max_position_embeddings=2048, **overrides
     )
-    check_peak(tmp_path, sizes, dtype, ops=ops)
+    if dtype == "fp8":
+        check_peak(tmp_path, sizes, "float32", ops=ops, kv_cache_dtype="fp8")
+    else:
+        check_peak(tmp_path, sizes, dtype, ops=ops)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -110,21 +110,32 @@ def test_the_table_of_the_first_page_says_the_same(model):
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_each_format_is_counted_as_it_is_made(set_free, quantization):
-    """To the byte, from the config alone; and what is asked for is what the engine takes."""
+    """To the byte, from the config alone."""
     set_free(30e9)
     config, device = PUBLISHED["gemma-2-9b"], torch.device("cpu")
     layouts = made_layouts(config, quantization)
     made = empty_weights(config, device="meta", dtype=torch.bfloat16, layouts=layouts)
-    facts = info.describe(config, device, torch.bfloat16, 1, 512, quantization)
+    facts = info.describe(config, device, torch.float32, 1, 512, quantization)
     assert facts.weight_bytes[quantization] == made.nbytes
     rooms = {room.quantization: room for room in facts.quantized_rooms}
     assert rooms[quantization] == facts.room
-    assert facts.room.weight_bytes == made.nbytes
-    # here with what a CPU reads in their place, which test_quantized_on_cpu.py counts
-    assert facts.engine.bytes["weights"] >= made.nbytes
-    plain = info.describe(config, device, torch.bfloat16, 1, 512)
+    assert facts.room.weight_bytes == facts.engine.bytes["weights"]
+    plain = info.describe(config, device, torch.float32, 1, 512)
     assert plain.quantized_rooms == facts.quantized_rooms
-    assert plain.room.slots <= facts.room.slots
+    assert plain.room.slots < facts.room.slots
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_an_engine_takes_what_info_says(run, folder, quantization, dtype):
+    options = ["--quantization", quantization, "--dtype", dtype, "--device", "cpu"]
+    facts = json.loads(run("info", str(folder), "--json", *options)[1])
+    with Engine.from_pretrained(
+        folder, quantization=quantization, dtype=dtype, device="cpu", max_batch_size=2
+    ) as engine:
+        taken = tensor_bytes(engine.model.weights)
+    assert facts["engine"]["bytes"]["weights"] == pytest.approx(taken, rel=0.05)
+    assert facts["room"]["weight_bytes"] == facts["engine"]["bytes"]["weights"]
 
 
 def test_info_of_what_cannot_be_made_leaves_it_out(run, folder):
@@ -140,8 +151,10 @@ def test_info_of_what_cannot_be_made_leaves_it_out(run, folder):
 
 def test_info_of_a_quantised_checkpoint(run, folder, tmp_path):
     convert(folder, tmp_path / "int8", quantization="int8")
-    facts = json.loads(run("info", str(tmp_path / "int8"), "--json")[1])
-    with Engine.from_pretrained(tmp_path / "int8", ops="reference", device="cpu") as engine:
+    facts = json.loads(run("info", str(tmp_path / "int8"), "--json", "--dtype", "bfloat16")[1])
+    with Engine.from_pretrained(
+        tmp_path / "int8", ops="reference", dtype="bfloat16", device="cpu"
+    ) as engine:
         taken = tensor_bytes(engine.model.weights)
     assert abs(facts["weight_bytes"]["stored"] - taken) <= 0.05 * taken
     assert facts["quantized_rooms"] == []

@@ -61,6 +61,19 @@ def test_what_fits_quantised_is_made_though_floats_would_not_fit(folders, set_fr
     make_engine(folders["demo"], (1, 64, 32), "bfloat16", quantization="int8", **arguments).close()
 
 
+@pytest.mark.parametrize("name", ["demo", "gemma3_text"])
+def test_a_cache_in_fp8_takes_half_the_bytes(folders, name):
+    with make_engine(folders[name], SIZES["four chunks"], "bfloat16") as engine:
+        plain = tensor_bytes(engine.cache)
+    with make_engine(
+        folders[name], SIZES["four chunks"], "bfloat16", kv_cache_dtype="fp8"
+    ) as engine:
+        config = engine.config
+        scales = 2 * config.num_layers * config.num_kv_heads * 4
+        assert tensor_bytes(engine.cache) == engine.cache.nbytes == plain // 2 + scales
+        assert estimate_of(engine).kv_cache == engine.cache.nbytes
+
+
 @pytest.mark.parametrize(
     "overrides", [{"attention_bias": True}, {"tie_word_embeddings": False}], ids=str
 )

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, random
+from accuracy import (
+    DEVICE,
+    assert_accurate,
+    assert_row_invariant,
+    by_dtype,
+    by_weight,
+    quantized,
+    random,
+)
 from torch import Tensor
 
 from gemcut.kernels import embed, rmsnorm, rope_tables
@@ -39,6 +47,19 @@ def case(D: int, K: int, kinds: int, dtype: torch.dtype = torch.float32) -> dict
 def test_matches_its_oracle(D, K, kinds, dtype):
     torch.manual_seed(0)
     assert_accurate(begin_step, **case(D, K, kinds, dtype))
+
+
+@by_dtype
+@by_weight
+def test_a_quantised_table(kind, dtype):
+    torch.manual_seed(0)
+    for D in (96, 333):
+        table = quantized(13, D, kind, dtype)
+        arguments = case(D, 16, 2, dtype) | {"table": table}
+        assert_accurate(begin_step, **arguments)
+        _, residual, *_ = begin_step(**arguments)
+        token_ids = arguments["token_ids"][arguments["rows"]]
+        assert residual.equal(embed(token_ids, table, arguments["scale"]))
 
 
 @by_dtype

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import small_calls
+from op_cases import quantized_calls, small_calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemcut import kernels
@@ -65,7 +65,10 @@ def test_no_op_reads_a_tensor_for_a_message_that_nobody_sees(name, monkeypatch):
     def read(self, *_):
         raise AssertionError("a tensor was formatted")
 
+    quantised = quantized_calls("int4 in 32s").get(name)
     arguments = small_calls()[name]
     for method in ("__repr__", "__format__", "item", "tolist", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, method, read)
     getattr(kernels, name)(**arguments)
+    if quantised is not None:
+        getattr(kernels, name)(**quantised)

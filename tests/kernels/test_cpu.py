@@ -182,6 +182,9 @@ def test_a_draw_is_that_of_sample(ops, M, dtype):
     logits = ops.lm_head(x, weight, 8.0)
     chosen = ops.sample(logits, temperature, seeds=seeds, positions=positions)
     assert ids.equal(chosen.unsqueeze(0))
+    backwards = torch.arange(M).flip(0)
+    of_slots = (setting.flip(0) for setting in (temperature, seeds, positions))
+    assert ops.lm_head_argmax(x, weight, 8.0, *of_slots, backwards)[1].equal(ids)
     greedy = temperature == 0
     assert scores[0, greedy].equal(logits.max(-1).values[greedy])
 

@@ -67,9 +67,9 @@ def test_places_on_an_h200(monkeypatch, programs, rows, columns, stages, leaves)
     monkeypatch.setattr(gpu_arch, "ARCH_OF_A_CPU", "sm_90")
     x = torch.empty(1, 64, dtype=torch.bfloat16)
     tile = {"BLOCK_D": columns, "num_stages": stages}
-    assert leaves_places(x, programs, rows, tile) == leaves
+    assert leaves_places(x, x, programs, rows, tile) == leaves
     monkeypatch.setattr(gpu_arch, "ARCH_OF_A_CPU", "interpreter")
-    assert not leaves_places(x, programs, rows, tile)
+    assert not leaves_places(x, x, programs, rows, tile)
 
 
 def test_every_arch_is_decided():

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, random
+from accuracy import (
+    DEVICE,
+    assert_accurate,
+    assert_row_invariant,
+    by_dtype,
+    by_weight,
+    quantized,
+    random,
+)
 from torch import Tensor
 
 from gemcut.kernels import head, reference, sample
@@ -33,6 +41,22 @@ def test_embed(D, index, dtype):
     assert_accurate(embed, ids_tensor(12, 0, 5, 5, dtype=index), table, scale)
 
 
+@by_dtype
+@by_weight
+@pytest.mark.parametrize("D", [48, 300, 4608], ids=["narrow", "odd", "two-programs"])
+def test_embed_of_a_quantised_table(D, kind, dtype):
+    torch.manual_seed(0)
+    scale = torch.tensor(D**0.5, dtype=dtype).item()
+    assert_accurate(embed, ids_tensor(12, 0, 5, 5), quantized(13, D, kind, dtype), scale)
+
+
+@by_weight
+def test_an_id_outside_a_quantised_table_is_nan(kind):
+    y = embed(ids_tensor(13, 1, -1, 2**40), quantized(13, 96, kind), 2.0)
+    assert y.isnan().all(-1).tolist() == [True, False, True, True]
+    assert not y[1].isnan().any()
+
+
 def test_an_id_outside_the_table_is_nan_not_foreign_memory():
     y = embed(ids_tensor(13, 1, -1, 2**40), random(13, 8), 2.0)
     assert y.isnan().all(-1).tolist() == [True, False, True, True]
@@ -47,11 +71,32 @@ def test_lm_head(M, V, D, softcap, dtype):
     assert_accurate(lm_head, x, weight, softcap)
 
 
+@by_dtype
+@by_weight
+@pytest.mark.parametrize(("M", "V", "D"), [(1, 128, 384), (3, 97, 300)], ids=["even", "odd"])
+def test_a_quantised_head(M, V, D, kind, dtype, monkeypatch):
+    """Logits by the rule, and their argmax bit for bit: a program walks over several blocks."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(head, "rows_of_weight", lambda *_: 16)
+    x, weight = random(M, D, dtype=dtype), quantized(V, D, kind, dtype)
+    assert_accurate(lm_head, x, weight, 3.0)
+    ids, scores = best(x, weight, 3.0)
+    expected = lm_head(x, weight, 3.0).max(-1)
+    assert torch.equal(scores, expected.values)
+    assert torch.equal(ids, expected.indices)
+
+
+@by_weight
+def test_a_row_by_a_quantised_head_does_not_depend_on_its_company(kind):
+    x, weight = random(18, 384, dtype=torch.bfloat16), quantized(150, 384, kind)
+    assert_row_invariant(lambda rows: best(x[rows], weight, 30.0), 18)
+
+
 @pytest.fixture(params=[1, 3, 100], ids="{} blocks".format)
 def programs(request, monkeypatch):
     """So many blocks, of 16 tokens, in each range of a vocabulary."""
     monkeypatch.setattr(head, "BLOCKS_OF_A_PROGRAM", request.param)
-    monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
+    monkeypatch.setattr(head, "rows_of_weight", lambda *_: 16)
     return request.param
 
 
@@ -77,7 +122,7 @@ def test_argmax_is_that_of_the_logits_bit_for_bit(M, V, D, softcap, dtype, progr
 def test_every_range_has_its_own_best(V, blocks, monkeypatch):
     """19 blocks of 16 tokens: 3 programs of 7, 7 and 5."""
     monkeypatch.setattr(head, "BLOCKS_OF_A_PROGRAM", -(-blocks // 3))
-    monkeypatch.setattr(head, "rows_of_weight", lambda x: 16)
+    monkeypatch.setattr(head, "rows_of_weight", lambda *_: 16)
     x, weight = random(3, 40), random(V, 40)
     scores, ids = lm_head_argmax(x, weight, None)
     size = 16 * -(-blocks // 3)
@@ -123,6 +168,20 @@ def test_a_draw_is_that_of_sample_bit_for_bit(M, V, D, softcap, dtype, programs)
     torch.testing.assert_close(scores, noisy.max(-1).values)
     greedy = temperature == 0
     assert torch.equal(scores[greedy], logits.max(-1).values[greedy])
+
+
+def test_each_row_draws_by_the_settings_of_its_slot():
+    torch.manual_seed(0)
+    x, weight, of_slots = random(3, 40), random(500, 40), settings(5, temperature=3.0)
+    slots = torch.tensor([4, 0, 3], device=DEVICE)
+    expected = lm_head_argmax(x, weight, None, *(setting[slots] for setting in of_slots))
+    for op in (lm_head_argmax, reference.lm_head_argmax):
+        ids, scores = best_of_ranges(*op(x, weight, None, *of_slots, slots)[::-1])
+        assert torch.equal(ids, best_of_ranges(*expected[::-1])[0])
+        torch.testing.assert_close(scores, best_of_ranges(*expected[::-1])[1])
+    outside = torch.tensor([5, -1, 2**40], device=DEVICE)
+    ids, _ = best(x, weight, None, *of_slots, outside)  # reads no foreign memory
+    assert torch.equal(ids, best(x, weight, None)[0])
 
 
 def test_draws_follow_the_logits():
@@ -203,3 +262,7 @@ def test_bad_input():
         lm_head_argmax(x, weight, None, temperature, temperature, positions)
     with pytest.raises(ValueError, match=r"positions is \[2\], must be \[3\]"):
         lm_head_argmax(x, weight, None, temperature, seeds, positions[:2])
+    with pytest.raises(ValueError, match=r"rows is \[2\], must be \[3\]"):
+        lm_head_argmax(x, weight, None, *settings(5), seeds[:2])
+    with pytest.raises(ValueError, match=r"seeds is \[3\], must be \[5\]"):
+        lm_head_argmax(x, weight, None, settings(5)[0], seeds, positions, seeds)

@@ -1,4 +1,4 @@
-"""The repair of bfloat16 in Triton's interpreter, against torch."""
+"""The repair of bfloat16 and float8_e4m3 in Triton's interpreter, against torch."""
 
 import pytest
 import torch
@@ -66,6 +66,35 @@ def test_widening_of_every_bf16(dtype):
     y = torch.empty(N, dtype=dtype, device=DEVICE)
     cast_kernel[(16,)](x_ptr=all_bf16(), y_ptr=y, BLOCK=N // 16)
     assert_equal_values(y, all_bf16().to(dtype))
+
+
+FP8 = torch.float8_e4m3fn
+FROM_FP8 = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", FROM_FP8, ids=str)
+def test_widening_of_every_fp8(dtype):
+    x = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(FP8)
+    y = torch.empty(256, dtype=dtype, device=DEVICE)
+    cast_kernel[(1,)](x_ptr=x, y_ptr=y, BLOCK=256)
+    assert_equal_values(y, x.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FROM_FP8, ids=str)
+def test_rounding_to_fp8(dtype):
+    """Halfway values go to the even neighbour, what is too great to the greatest."""
+    torch.manual_seed(0)
+    values = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    halfway = (values[1:] + values[:-1]) / 2
+    near = torch.cat([halfway * 0.99, halfway, halfway * 1.01, torch.randn(1024 - 3 * 126 - 4)])
+    x = torch.cat([near, -near, torch.tensor([448, 464, 1e30, torch.inf, torch.nan, 0, 2e-10, 1])])
+    x = x.to(DEVICE, dtype)
+    y = torch.empty(2048, dtype=FP8, device=DEVICE)
+    cast_kernel[(1,)](x_ptr=x, y_ptr=y, BLOCK=2048)
+    expected = x.float().clamp(-448, 448).to(FP8)
+    assert torch.equal(y.isnan(), expected.isnan())
+    same = y.view(torch.uint8) == expected.view(torch.uint8)  # of zeros the sign too
+    assert (same | y.isnan()).all()
 
 
 def test_arithmetic():

@@ -7,12 +7,15 @@ from accuracy import (
     assert_row_invariant,
     assert_within_budget,
     by_dtype,
+    by_weight,
+    quantized,
     random,
 )
 from torch import Tensor
 
 from gemcut.kernels import matmul, reference
 from gemcut.kernels.matmul import linear, skinny_linear
+from gemcut.kernels.quantized_weight import dequantized
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 by_shape = pytest.mark.parametrize(
@@ -44,6 +47,50 @@ def test_skinny_linear(M, N, D, dtype):
     assert_accurate(added_up, **arguments, oracle=reference.skinny_linear)
     arguments |= {"bias": random(N, dtype=dtype)}
     assert_accurate(added_up, **arguments, oracle=reference.skinny_linear)
+
+
+@by_dtype
+@by_weight
+@pytest.mark.parametrize(
+    ("M", "N", "D"),
+    [
+        pytest.param(1, 64, 512, id="one-decode-step"),
+        pytest.param(3, 37, 300, id="nothing-divides"),
+        pytest.param(2, 70, 288, id="a-step-and-a-part"),
+        pytest.param(17, 20, 96, id="more-rows-than-a-tile"),
+    ],
+)
+def test_skinny_linear_of_quantised_weights(M, N, D, kind, dtype):
+    torch.manual_seed(0)
+    arguments = {"x": random(M, D, dtype=dtype), "weight": quantized(N, D, kind, dtype)}
+    assert_accurate(added_up, **arguments, oracle=reference.skinny_linear)
+    arguments |= {"bias": random(N, dtype=dtype)}
+    assert_accurate(added_up, **arguments, oracle=reference.skinny_linear)
+
+
+@by_weight
+@pytest.mark.parametrize("column", [0, 31, 32, 63, 64, 127, 128, 299])
+def test_each_column_has_its_number_and_its_scale(column, kind):
+    """A token that is 1 at one column and 0 elsewhere reads that column alone."""
+    torch.manual_seed(0)
+    for D in (300, 384):
+        weight, x = quantized(20, D, kind), torch.zeros(1, D, device=DEVICE)
+        x[0, column] = 1
+        expected = dequantized(weight)[:, column]
+        assert torch.allclose(added_up(x, weight)[0, 0], expected, rtol=1e-6, atol=0)
+
+
+@by_weight
+def test_parts_of_a_quantised_weight_are_sums_over_whole_steps(kind):
+    torch.manual_seed(0)
+    x, weight = random(2, 768), quantized(64, 768, kind)
+    y, exact = skinny_linear(x, weight), dequantized(weight, torch.float64)
+    columns = 768 // len(y)
+    assert len(y) == matmul.count_parts(weight, x) > 1
+    for s, part in enumerate(y):
+        mine = slice(s * columns, (s + 1) * columns)
+        eager = x[:, mine] @ exact[:, mine].float().T
+        assert_within_budget(f"part {s}", part, eager, x[:, mine].double() @ exact[:, mine].T)
 
 
 def test_parts_are_sums_over_whole_steps():
@@ -85,6 +132,18 @@ def test_linear(dtype):
     assert_accurate(linear, **product(40, 24, 32, dtype), bias=random(24, dtype=dtype))
 
 
+@by_dtype
+@by_weight
+@pytest.mark.parametrize("scratch", [10**6, 7 * 288 * 4, 1], ids="{} bytes".format)
+def test_linear_of_quantised_weights(scratch, kind, dtype, monkeypatch):
+    """In one part, in several, and a row at a time."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(matmul, "SCRATCH", scratch)
+    arguments = {"x": random(5, 288, dtype=dtype), "weight": quantized(22, 288, kind, dtype)}
+    assert_accurate(linear, **arguments)
+    assert_accurate(linear, **arguments, bias=random(22, dtype=dtype))
+
+
 def test_rows_that_lie_apart():
     weight = random(20, 24)
     assert_accurate(added_up, random(3, 40)[:, 8:32], weight, None, oracle=reference.skinny_linear)
@@ -95,6 +154,12 @@ def test_a_row_does_not_depend_on_its_company(dtype):
     weight, bias = random(48, 300, dtype=dtype), random(48, dtype=dtype)
     x = random(18, 300, dtype=dtype)
     assert_row_invariant(lambda rows: skinny_linear(x[rows], weight, bias).transpose(0, 1), 18)
+
+
+@by_weight
+def test_a_row_by_a_quantised_weight_does_not_depend_on_its_company(kind):
+    weight, x = quantized(48, 384, kind), random(18, 384, dtype=torch.bfloat16)
+    assert_row_invariant(lambda rows: skinny_linear(x[rows], weight).transpose(0, 1), 18)
 
 
 def test_addresses_past_32_bits():
@@ -109,6 +174,9 @@ def test_addresses_past_32_bits():
 
 
 def test_no_rows():
+    weight = quantized(5, 64, "int4 in 32s")
+    assert skinny_linear(random(0, 64), weight).shape == (1, 0, 5)
+    assert linear(random(0, 64), weight).shape == (0, 5)
     assert skinny_linear(random(0, 8), random(5, 8)).shape == (1, 0, 5)
     assert linear(random(0, 8), random(5, 8)).shape == (0, 5)
 

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from accuracy import assert_accurate, assert_row_invariant, by_dtype, random
+from accuracy import (
+    assert_accurate,
+    assert_row_invariant,
+    by_dtype,
+    by_weight,
+    quantized,
+    random,
+)
 
 from gemcut.kernels import gpu_arch, mlp
 from gemcut.kernels.mlp import geglu, linear_geglu
@@ -53,6 +60,22 @@ def test_linear_geglu(M, F, D, dtype):
 
 
 @by_dtype
+@by_weight
+@pytest.mark.parametrize(("M", "F", "D"), [(1, 64, 384), (3, 37, 300)], ids=["even", "odd"])
+def test_linear_geglu_of_quantised_weights(M, F, D, kind, dtype):
+    torch.manual_seed(0)
+    assert_accurate(linear_geglu, random(M, D, dtype=dtype), quantized(2 * F, D, kind, dtype))
+
+
+@by_weight
+def test_programs_of_fewer_rows_of_a_quantised_weight(kind, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(mlp, "_share", lambda *_: 7)
+    dtype = torch.bfloat16
+    assert_accurate(linear_geglu, random(3, 384, dtype=dtype), quantized(74, 384, kind, dtype))
+
+
+@by_dtype
 @pytest.mark.parametrize("share", [1, 7, 20])
 def test_programs_of_fewer_rows_than_their_tile(share, dtype, monkeypatch):
     """Every row once, the last program's fewer ones too."""
@@ -76,7 +99,8 @@ def test_programs_of_fewer_rows_than_their_tile(share, dtype, monkeypatch):
 def test_rows_of_a_program_on_an_h200(F, share, monkeypatch):
     monkeypatch.setattr(gpu_arch, "ARCH_OF_A_CPU", "sm_90")
     x = torch.empty(1, 2304, dtype=torch.bfloat16)
-    assert mlp._share(F, x, mlp._tile(F, x)) == share
+    weight = torch.empty(2 * F, 2304, device="meta", dtype=torch.bfloat16)
+    assert mlp._share(weight, x, mlp._tile(weight, x)) == share
 
 
 @by_dtype
@@ -87,6 +111,12 @@ def test_rows_of_x_that_lie_apart(dtype):
 @by_dtype
 def test_a_row_does_not_depend_on_its_company(dtype):
     x, weight = random(18, 300, dtype=dtype), random(2 * 40, 300, dtype=dtype)
+    assert_row_invariant(lambda rows: linear_geglu(x[rows], weight), 18)
+
+
+@by_weight
+def test_a_row_by_a_quantised_weight_does_not_depend_on_its_company(kind):
+    x, weight = random(18, 384, dtype=torch.bfloat16), quantized(80, 384, kind)
     assert_row_invariant(lambda rows: linear_geglu(x[rows], weight), 18)
 
 

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from accuracy import DEVICE, assert_accurate, assert_row_invariant, by_dtype, random
+from accuracy import (
+    DEVICE,
+    assert_accurate,
+    assert_row_invariant,
+    by_dtype,
+    by_weight,
+    quantized,
+    random,
+)
 from torch import Tensor
 
 from gemcut.kernels import qkv, reference
@@ -58,6 +66,22 @@ def layer(
 )
 def test_sizes(sizes, dtype):
     assert_accurate(linear_rope_and_store_, **layer(**sizes, dtype=dtype))
+
+
+@by_dtype
+@by_weight
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"rows": 3, "D": 384}, id="three-rows"),
+        pytest.param({"rows": 2, "heads": (8, 1), "head_dim": 18, "D": 300}, id="nothing-divides"),
+        pytest.param({"rows": 2, "qk_norm": True, "bias": True}, id="q-and-k-norm"),
+    ],
+)
+def test_quantised_weights(sizes, kind, dtype):
+    arguments = layer(**sizes, dtype=dtype)
+    arguments["weight"] = quantized(*arguments["weight"].shape, kind, dtype)
+    assert_accurate(linear_rope_and_store_, **arguments)
 
 
 def test_indices_of_32_bits():

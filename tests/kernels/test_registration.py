@@ -7,13 +7,18 @@ import sys
 import pytest
 import torch
 from accuracy import random
-from op_cases import positional, small_calls
+from op_cases import positional, quantized_calls, small_calls
 from torch import Tensor
 
 from gemcut import kernels
 from gemcut.kernels import reference
 
 CALLS = small_calls()
+QUANTIZED = {
+    f"{name}, {kind}": arguments
+    for kind in ("int8 by row", "fp8 by row", "int4 in 32s with zero points")
+    for name, arguments in quantized_calls(kind).items()
+}
 
 
 def parameters(function) -> list[tuple]:
@@ -52,6 +57,20 @@ def test_opcheck(name):
     """Schema, mutation, aliasing, fake implementation and tracing, as torch itself checks them."""
     op = getattr(torch.ops.gemcut, name).default
     results = torch.library.opcheck(op, cloned(positional(name, CALLS[name])))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_a_registered_op_takes_a_quantised_weight_in_its_parts(case):
+    name, arguments = case.partition(",")[0], QUANTIZED[case]
+    clones = {k: x.clone() if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    expected = getattr(kernels, name)(**clones)
+    op, flat = getattr(torch.ops.gemcut, name), positional(name, arguments)
+    torch.testing.assert_close(op(*cloned(flat)), expected, rtol=0, atol=0)
+    of_torch = ("test_faketensor", "test_aot_dispatch_dynamic")
+    if "fp8" not in case:  # of which opcheck itself takes the norm, which torch has not
+        of_torch += ("test_schema", "test_autograd_registration")
+    results = torch.library.opcheck(op.default, cloned(flat), test_utils=of_torch)
     assert set(results.values()) == {"SUCCESS"}
 
 

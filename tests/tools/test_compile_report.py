@@ -55,7 +55,7 @@ def test_a_tile_that_spills_is_reported():
         "p._tile = lambda *_: dict(BLOCK_M=128, BLOCK_N=64, num_warps=2, num_stages=2)\n"
         "import gemcut.tools.compile_report as c\n"
         "launches = c.launches\n"
-        "c.launches = lambda *a: {l for l in launches(*a) if 'prefill' in l.kernel}\n"
+        "c.launches = lambda *a, **k: {l for l in launches(*a, **k) if 'prefill' in l.kernel}\n"
     )
     run = report(before=before)
     assert run.returncode == 1, run.stderr

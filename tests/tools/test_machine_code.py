@@ -98,7 +98,7 @@ def test_what_a_pass_stores_after_a_branch_is_left_out():
 
 
 def test_long_code_after_a_branch_is_rare():
-    """The head compares the logits of a block once in many steps; what loads is no such code."""
+    """The head compares the logits of a block once in many steps; what streams is no such code."""
 
     def loop(count: int, first: str = "NOP") -> str:
         end = 0x20 + 16 * count
@@ -109,7 +109,9 @@ def test_long_code_after_a_branch_is_rare():
 
     (long,) = find_loops(parse(loop(120)), LATENCIES)
     assert (long.cycles, long.rare_cycles) == (5 + 8 + 5, 240)
-    for code in (loop(40), loop(120, "LDG.E R4, [R2.64]")):
+    (scaled,) = find_loops(parse(loop(120, "LDG.E R4, [R2.64]")), LATENCIES)
+    assert scaled.rare_cycles == 240  # by the row, at the end of a block
+    for code in (loop(40), loop(120, "LDGSTS.E.BYPASS.128 [R4], [R2.64]")):
         (other,) = find_loops(parse(code), LATENCIES)
         assert other.rare_cycles == 0
         assert other.cycles > 5 + 8 + 5

@@ -36,6 +36,29 @@ class Stream:
     end_us: float = 0.0  # of a program, after its last step
 
 
+def bound_by(stream: Stream, machine: Machine = H200) -> str:
+    """What the programs wait for while all processors stream: the slowest of the limits above.
+
+    loop: a warp's own instructions and their latencies; issue: those of all warps; latency: of
+    memory, with what is on its way; processor, L2, memory: bytes.
+    """
+    together = min(stream.at_once, -(-stream.programs // machine.processors))
+    through_l2 = 1 + stream.l2_bytes / stream.step_bytes
+    own_us = {  # of a processor, for a step of each of its programs
+        "loop": machine.us(stream.cycles),
+        "issue": machine.us(_issue_cycles(stream, together, machine)),
+        "latency": machine.memory_us / max(1, stream.stages - 1),
+    }
+    rates = {
+        "processor": machine.processor_bandwidth / through_l2,
+        "L2": machine.l2_bandwidth / through_l2 / machine.processors,
+        "memory": machine.bandwidth / machine.processors,
+    }
+    nbytes = together * stream.step_bytes
+    times = own_us | {name: 1e6 * nbytes / rate for name, rate in rates.items()}
+    return max(times, key=lambda name: times[name])
+
+
 @dataclass
 class _Group:
     """Processors in the same state, each with some programs: [number, us to wait, bytes left]."""
@@ -92,8 +115,7 @@ def _rates(groups: list[_Group], stream: Stream, machine: Machine) -> list[float
     wanted, streams = [], []
     for group in groups:
         streaming = sum(n for n, wait, left in group.programs if wait <= 0 and left > 0)
-        issue = streaming * stream.num_warps * stream.instructions / 4 / machine.issue
-        step_us = machine.us(max(stream.cycles, issue))
+        step_us = machine.us(max(stream.cycles, _issue_cycles(stream, streaming, machine)))
         step_us = max(step_us, machine.memory_us / max(1, stream.stages - 1))
         rate = stream.step_bytes / step_us
         if streaming:
@@ -101,6 +123,11 @@ def _rates(groups: list[_Group], stream: Stream, machine: Machine) -> list[float
         wanted.append(rate)
         streams.append(group.processors * streaming)
     return _shared(wanted, streams, [group.weight for group in groups], most)
+
+
+def _issue_cycles(stream: Stream, programs: float, machine: Machine) -> float:
+    """Cycles in which a processor issues a step of each of so many programs."""
+    return programs * stream.num_warps * stream.instructions / 4 / machine.issue
 
 
 def _shared(

@@ -1,7 +1,7 @@
 """The predicted time of one launch, from its grid and sizes and from what the compiler made of it.
 
-    a product     has a matrix w [N, D] and a step of BLOCK_D: its programs share the matrix, and
-                  bandwidth_model.py drains it
+    a product     has a matrix w [N, D], rows of BLOCK_M and a step of BLOCK_D: its programs share
+                  the matrix, with the scales of a quantised one, and bandwidth_model.py drains it
     attention     has keys and a step of BLOCK_N: its tiles follow one another, at the pace of the
                   loop or of the memory
     its sum       has splits and a step of BLOCK_S: passes over them, one after the other
@@ -20,8 +20,9 @@ from gemcut.tools.compile_report import Cell
 from gemcut.tools.launches import Made
 from gemcut.tools.machine import H200, Machine
 from gemcut.tools.machine_code import Loop
-from gemcut.tools.prediction.bandwidth_model import Stream, stream_us
+from gemcut.tools.prediction.bandwidth_model import Stream, bound_by, stream_us
 
+WEIGHT = ("w_ptr", "scales_ptr", "zeros_ptr")  # a plain one is the first alone
 MOST_CROWDED = 0.83  # places left free, by programs: more were not timed
 
 
@@ -31,8 +32,8 @@ def launch_us(made: Made, cell: Cell | None, context: int, machine: Machine = H2
         return machine.torch_us
     facts = facts_of(made)
     main = main_loop(cell)
-    if cell is not None and main is not None and {"w_ptr.1", "BLOCK_D"} <= facts.keys():
-        us = product_us(facts, made.grid, cell, main, machine)
+    if cell is not None and main is not None and is_product(facts):
+        us = stream_us(stream_of(facts, made.grid, cell, main, machine), machine)
         return us * (1 + machine.crowding * crowded(made, cell, machine))
     if cell is not None and main is not None and "BLOCK_N" in facts:
         return attention_us(facts, made.grid, cell, main, context, machine)
@@ -51,6 +52,19 @@ def facts_of(made: Made) -> dict[str, int]:
     return facts
 
 
+def is_product(facts: dict[str, int]) -> bool:
+    """Whether a launch multiplies by a matrix, of which begin_step_kernel reads rows alone."""
+    return {"w_ptr.1", "BLOCK_M", "BLOCK_D"} <= facts.keys()
+
+
+def bound(made: Made, cell: Cell | None, machine: Machine = H200) -> str | None:
+    """What a product's programs wait for while they stream; None of other launches."""
+    facts, main = facts_of(made), main_loop(cell)
+    if cell is None or main is None or not is_product(facts):
+        return None
+    return bound_by(stream_of(facts, made.grid, cell, main, machine), machine)
+
+
 def main_loop(cell: Cell | None) -> Loop | None:
     """The loop that streams: the first that multiplies."""
     loops = [] if cell is None else [loop for loop in cell.loops if loop.multiplies]
@@ -60,14 +74,21 @@ def main_loop(cell: Cell | None) -> Loop | None:
 def memory_bytes(made: Made, context: int) -> float:
     """Bytes that a launch reads from memory and that its time depends on: weights, keys, logits."""
     facts = facts_of(made)
-    for name in ("w_ptr", "logits_ptr"):
-        if f"{name}.1" in facts:
-            return facts[f"{name}.0"] * facts[f"{name}.1"] * facts[f"{name}.bytes"]
+    if is_product(facts):
+        return sum(_size(facts, name) for name in WEIGHT)
+    if "logits_ptr.1" in facts:
+        return _size(facts, "logits_ptr")
     if "k_ptr.3" in facts and made.grid:
         keys = seen(facts, context)
         rows = facts.get("q_ptr.0", 1)
         return 2 * rows * facts["k_ptr.1"] * keys * facts["k_ptr.3"] * facts["k_ptr.bytes"]
     return 0.0
+
+
+def _size(facts: dict[str, int], name: str) -> int:
+    """Bytes of a matrix; 0 where there is none of that name."""
+    rows, columns = facts.get(f"{name}.0", 0), facts.get(f"{name}.1", 0)
+    return rows * columns * facts.get(f"{name}.bytes", 0)
 
 
 def occupancy(facts: dict[str, int], cell: Cell, machine: Machine) -> int:
@@ -86,21 +107,22 @@ def crowded(made: Made, cell: Cell, machine: Machine) -> float:
     return min(places / programs - 1, MOST_CROWDED) if uneven else 0.0
 
 
-def product_us(
+def stream_of(
     facts: dict[str, int], grid: Sequence[int], cell: Cell, main: Loop, machine: Machine
-) -> float:
+) -> Stream:
     """A product with a matrix, which its programs cut into equal shares.
 
     A program may walk over several `blocks` of rows in one loop, and end each in a rare pass.
     """
-    N, D, size = facts["w_ptr.0"], facts["w_ptr.1"], facts["w_ptr.bytes"]
-    rows, block_m, block_d = facts.get("M", 1), facts.get("BLOCK_M", 16), facts["BLOCK_D"]
+    D = facts.get("D", facts["w_ptr.1"])  # of int4 the matrix holds half as many bytes
+    rows, block_m, block_d = facts.get("M", 1), facts["BLOCK_M"], facts["BLOCK_D"]
     programs, groups = math.prod(grid), math.ceil(rows / block_m)
     columns = math.ceil(min(facts.get("split_d", D), D) / block_d)
     steps = columns * facts.get("blocks", 1)
-    weight_bytes = N * D * size * groups / programs / steps  # of a step
-    end_us = machine.us(cell.tail_cycles)
-    stream = Stream(
+    # of a step
+    weight_bytes = sum(_size(facts, name) for name in WEIGHT) * groups / programs / steps
+    x_bytes = min(rows, block_m) * block_d * facts.get("x_ptr.bytes", 2)
+    return Stream(
         programs=programs,
         steps=steps,
         step_bytes=weight_bytes / groups,  # a further group of rows reads it from L2
@@ -109,10 +131,9 @@ def product_us(
         num_warps=facts.get("num_warps", 4),
         stages=facts.get("num_stages", 2),
         at_once=occupancy(facts, cell, machine),
-        l2_bytes=weight_bytes * (1 - 1 / groups) + min(rows, block_m) * block_d * size,
-        end_us=end_us,
+        l2_bytes=weight_bytes * (1 - 1 / groups) + x_bytes,
+        end_us=machine.us(cell.tail_cycles),
     )
-    return stream_us(stream, machine)
 
 
 def seen(facts: dict[str, int], context: int) -> int:

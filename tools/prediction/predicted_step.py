@@ -15,7 +15,13 @@ from gemcut.engine.config.model_config import PUBLISHED
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.launches import Launch, Made, step_launches
 from gemcut.tools.machine import Machine
-from gemcut.tools.prediction.launch_time import facts_of, launch_us, memory_bytes
+from gemcut.tools.prediction.launch_time import (
+    bound,
+    facts_of,
+    is_product,
+    launch_us,
+    memory_bytes,
+)
 
 Cells = dict[Launch, Cell]
 NAMED_SIZES = ("N", "F", "V", "D")  # that tell launches of one kernel apart in a table
@@ -29,6 +35,7 @@ class Line:
     launches: int
     us: float  # each
     share: float | None  # of the bandwidth; None where no bytes are counted
+    bound: str | None  # what a product's programs wait for, see bandwidth_model.py
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,12 @@ class PredictedStep:
     context: int
     counts: dict[Made, int]
     cells: Cells
+    quantization: str | None = None  # of its matrices
+
+    @property
+    def name(self) -> str:
+        """The model, and how its weights are quantised."""
+        return f"{self.model} {self.quantization}" if self.quantization else self.model
 
     def made(self) -> Iterator[tuple[int, Made]]:
         """The distinct launches with how many there are of each, in the order of the step."""
@@ -59,7 +72,8 @@ class PredictedStep:
         for count, made in self.made():
             us, nbytes = self.us(made, machine), memory_bytes(made, self.context)
             share = 1e6 * nbytes / machine.bandwidth / us if nbytes else None
-            lines.append(Line(_label(made), count, us, share))
+            found = bound(made, self.cell(made), machine)
+            lines.append(Line(_label(made), count, us, share, found))
         return lines
 
     def gaps_us(self, machine: Machine) -> float:
@@ -76,9 +90,13 @@ class PredictedStep:
     @property
     def step_bytes(self) -> int:
         """Bytes that the step must move with any kernels: bench/engines/step_bytes.py."""
-        config = PUBLISHED[self.model]
-        counted = decode_bytes(config, batch=self.batch, context=self.context, dtype=torch.bfloat16)
-        return counted.total
+        return decode_bytes(
+            PUBLISHED[self.model],
+            batch=self.batch,
+            context=self.context,
+            dtype=torch.bfloat16,
+            quantization=self.quantization,
+        ).total
 
     def share(self, machine: Machine) -> float:
         """The step's share of the bandwidth."""
@@ -89,25 +107,36 @@ def _label(made: Made) -> str:
     facts = facts_of(made)
     name = made.name.removesuffix("_kernel")
     sizes = [str(facts[size]) for size in NAMED_SIZES if size in facts]
-    if "w_ptr.1" in facts:
-        sizes = [str(facts["w_ptr.0"]), str(facts["w_ptr.1"])]
+    if is_product(facts):
+        sizes = [str(facts["w_ptr.0"]), str(facts.get("D", facts["w_ptr.1"]))]
     if "IS_LOCAL" in facts:
         sizes = ["local" if facts["IS_LOCAL"] else "global"]
-    return " ".join([name, " x ".join(sizes)]).strip()
+    return " ".join([name, " x ".join(sizes), _format(made)]).strip()
+
+
+def _format(made: Made) -> str:
+    """The format of a quantised weight."""
+    if made.launch is None:
+        return ""
+    names = [name for name, _ in made.launch.signature]
+    constants = {names[index]: value for index, value in made.launch.constants}
+    return constants.get("FORMAT") or ""
 
 
 def predict_steps(
-    wanted: Sequence[tuple[str, int, int]], arch: str, jobs: int
+    wanted: Sequence[tuple[str, int, int, str | None]], arch: str, jobs: int
 ) -> list[PredictedStep]:
-    """Steps of (model, batch, context), each launch compiled once."""
+    """Steps of (model, batch, context, quantization), each launch compiled once."""
     steps = []
-    for model, batch, context in wanted:
-        made = in_turn(step_launches(PUBLISHED[model], arch, batch=batch, context=context))
-        steps.append((model, batch, context, dict(Counter(made))))
-    cells = compile_all((made for *_, counts in steps for made in counts), jobs)
+    for model, batch, context, quantization in wanted:
+        made = step_launches(
+            PUBLISHED[model], arch, batch=batch, context=context, quantization=quantization
+        )
+        steps.append((model, batch, context, dict(Counter(in_turn(made))), quantization))
+    cells = compile_all((made for _, _, _, counts, _ in steps for made in counts), jobs)
     return [
-        PredictedStep(model, batch, context, counts, cells)
-        for model, batch, context, counts in steps
+        PredictedStep(model, batch, context, counts, cells, quantization)
+        for model, batch, context, counts, quantization in steps
     ]
 
 
@@ -123,7 +152,7 @@ def in_turn(made: Iterable[Made]) -> list[Made]:
         before = before if is_dependent else 0
         found.append(replace(one, is_dependent=is_dependent, before=before))
         after_torch = one.launch is None
-        if "w_ptr.1" in facts_of(one):
+        if is_product(facts_of(one)):
             before = math.prod(one.grid)
     return found
 

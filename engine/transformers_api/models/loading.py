@@ -73,7 +73,7 @@ _SAVING = {
 _HINTS = {
     "use_safetensors": "`gemcut convert` reads pickles",
     "safe_serialization": "weights are written as safetensors",
-    "gguf_file": "give the folder of safetensors that the GGUF file was made from",
+    "gguf_file": "`gemcut convert` makes a folder of safetensors of it",
     "output_loading_info": "a missing or unknown weight is an error",
     "ignore_mismatched_sizes": "a weight of another shape is an error",
     "state_dict": "use load_state_dict, then save",

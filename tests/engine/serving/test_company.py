@@ -179,11 +179,12 @@ def test_a_request_gets_what_it_gets_alone(rig, batch):
     rig.check(batch)
 
 
-@pytest.fixture(scope="module")
-def exact_rig(tmp_path_factory, tokenizer_file):
+@pytest.fixture(scope="module", params=["auto", "fp8"], ids=["cache-in-bf16", "cache-in-fp8"])
+def exact_rig(tmp_path_factory, tokenizer_file, request):
     path = tmp_path_factory.mktemp("model")
     save_random_model(path, tokenizer_file, num_hidden_layers=2)
     options = {"ops": "triton", "device": DEVICE, "dtype": "bfloat16"}
+    options["kv_cache_dtype"] = request.param
     yield from rigs(path, late=True, reuse=False, **options)
 
 

@@ -1,0 +1,67 @@
+"""The scales of a cache in fp8: bounds of keys and values that follow from the weights alone.
+
+Of a layer's input, x / rms(x) has a norm of sqrt(D) at most.  So with the rows w of k or v, their
+bias b and the norm's weight g, no text makes a number greater than
+
+    |w[i] . h + b[i]|  <=  sqrt(D) * |w[i] * (1 + g)| + |b[i]|
+
+A key is rotated: pair i, i + K/2 stays within the root of both bounds' squares, times the scaling c
+of the rotation.  Keys that are normalised, by weights u, are within c * sqrt(K) * max |1 + u|.
+
+A head's scale is the power of two by which the greatest of its bounds fits e4m3: dividing by it and
+multiplying with it are exact.  The bound is far from what texts reach, mostly 10 to 100 times.
+That costs nothing: e4m3 keeps the same 4 bits of a number down to 2 ** -15 of its greatest.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gemcut.engine.execution.model import Gemma
+from gemcut.kernels.cpu_quantized import PackedInt4
+from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
+from gemcut.kernels.reference.ops import GREATEST_FP8
+
+Scales = list[tuple[Tensor, Tensor]]  # of keys and of values, [HK] float32 each, by layer
+ROUNDING = 1.02  # of h, and of k and v themselves, in bfloat16
+
+
+def scales_of(model: Gemma) -> Scales:
+    """The scales of every layer of a model; its weights may be quantised, or packed for a CPU."""
+    by_layer = (bounds(model, layer) for layer in range(model.config.num_layers))
+    return [(_scale(keys), _scale(values)) for keys, values in by_layer]
+
+
+def bounds(model: Gemma, layer: int) -> tuple[Tensor, Tensor]:
+    """What |k| and |v| of each head cannot exceed: [HK] float32 twice."""
+    config, weights = model.config, model.weights.layers[layer]
+    HK, K = config.num_kv_heads, config.head_dim
+    rows = slice(config.num_q_heads * K, None)
+    kv = _plain(weights.qkv, rows)  # [2 HK K, D]
+    of_rows = torch.linalg.vector_norm(kv * (1 + weights.input_norm.float()), dim=1)
+    of_rows = of_rows * math.sqrt(config.hidden_size)
+    if weights.qkv_bias is not None:
+        of_rows = of_rows + weights.qkv_bias[rows].float().abs()
+    of_keys, of_values = of_rows.view(2, HK, K).unbind()
+    if weights.k_norm is not None:
+        keys = (1 + weights.k_norm.float()).abs().amax().expand(HK) * math.sqrt(K)
+    else:
+        keys = torch.linalg.vector_norm(of_keys.view(HK, 2, K // 2), dim=1).amax(1)
+    rope = model.rope_local if config.is_local(layer) else model.rope_global
+    return keys * abs(rope.attention_scaling), of_values.amax(1)
+
+
+def _plain(weight: Weight | PackedInt4, rows: slice) -> Tensor:
+    """Rows of a weight in float32."""
+    if isinstance(weight, PackedInt4):
+        return weight.rows(0, weight.shape[0], torch.float32)[rows]
+    if isinstance(weight, QuantizedWeight):
+        return dequantized(weight[rows], torch.float32)
+    return (weight.to_dense() if weight.is_mkldnn else weight)[rows].float()
+
+
+def _scale(bound: Tensor) -> Tensor:
+    """The least power of two that bounds [HK] may be divided by; 1 where there is no bound."""
+    exponent = (bound * (ROUNDING / GREATEST_FP8)).log2().ceil()
+    return torch.where(exponent.isfinite(), exponent.exp2(), 1.0).contiguous()
