@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from gemcut.engine import Engine, SamplingParams
 
@@ -48,8 +49,6 @@ def of_engine(model: str, quantization: Any) -> Callable[[int], object]:
 
 def of_transformers(model: str, dtype: torch.dtype) -> Callable[[int], object]:
     """A function that generates so many tokens by transformers."""
-    from transformers import AutoModelForCausalLM
-
     peer: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     settings = {"do_sample": False, "pad_token_id": 0}
     return lambda count: peer.generate(
