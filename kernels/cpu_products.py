@@ -9,7 +9,6 @@ Letters in shape comments: M tokens, D columns of a weight, N its rows, V vocabu
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,11 +22,9 @@ from gemcut.kernels.cpu_quantized import (
     PackedInt4,
     blocks_of_rows,
     by_integers,
-    by_one_digit,
     dequantized_rows,
     integers_are_exact,
     is_by_row,
-    largest_norm,
     packed_int4,
 )
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
@@ -157,17 +154,12 @@ class PackedHead:
 
     plain: Weight
     blocks: PackedWeight
-    norm: float = 0.0  # the largest of the rows', where `by_one_digit` reads them
 
 
 def packed_head(weight: Weight | PackedHead) -> Weight | PackedHead:
     """A head [V, D] as `lm_head` and `lm_head_argmax` read it fastest; see `packed`."""
-    if isinstance(weight, PackedHead):
-        return weight
-    if isinstance(weight, QuantizedWeight) and is_by_row(weight):  # exact logits need its scales
-        is_bf16 = weight.dtype == torch.bfloat16 and has_bfloat16() and weight.values.is_cpu
-        known = is_bf16 and integers_are_exact()
-        return PackedHead(weight, weight, largest_norm(weight)) if known else weight
+    if isinstance(weight, PackedHead) or is_by_row(weight):
+        return weight  # of the latter, exact logits take the exact scales
     blocks = packed(weight)
     return weight if blocks is weight else PackedHead(weight, blocks)
 
@@ -220,16 +212,17 @@ def lm_head_argmax(
     """
     if temperature is None and x.dtype == torch.bfloat16 and has_bfloat16() and x.is_cpu:
         head = weight if isinstance(weight, PackedHead) else PackedHead(weight, weight)
-        for rounded, error in _rounded_logits(x, head):
-            greatest = rounded.max(-1, keepdim=True).values
-            near, ids = (rounded >= greatest - 2 * error).nonzero().unbind(-1)
-            if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
-                some = head.plain[ids]
-                exact = some.float() if isinstance(some, Tensor) else dequantized(some, WIDE[0])
-                logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
-                logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
-                best = logits.max(-1)
-                return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
+        rounded = linear(x, head.blocks)
+        greatest = rounded.max(-1, keepdim=True).values
+        error = ROUNDING * rounded.abs().amax(-1, keepdim=True)
+        near, ids = (rounded >= greatest - 2 * error).nonzero().unbind(-1)
+        if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
+            some = head.plain[ids]
+            exact = some.float() if isinstance(some, Tensor) else dequantized(some, WIDE[0])
+            logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
+            logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
+            best = logits.max(-1)
+            return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)
     logits = lm_head(x, weight, softcap)
     if temperature is not None:
         assert seeds is not None
@@ -240,15 +233,6 @@ def lm_head_argmax(
         logits = logits + temperature.unsqueeze(-1) * noise  # rounded as in `sample`
     best = logits.max(-1)
     return best.values.unsqueeze(0), best.indices.unsqueeze(0)
-
-
-def _rounded_logits(x: Tensor, head: PackedHead) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [M, V], rounded in one way or another, and by how much they may err [M, 1]."""
-    if head.norm and len(x) == 1:
-        assert isinstance(head.plain, QuantizedWeight)
-        yield by_one_digit(x, head.plain, head.norm)
-    rounded = linear(x, head.blocks)
-    yield rounded, ROUNDING * rounded.abs().amax(-1, keepdim=True)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

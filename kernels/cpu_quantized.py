@@ -11,9 +11,7 @@ Both kernels multiply and add in float32 and give a row the same bits on any thr
 company.  Their scales are bfloat16.
 
 Few rows in float32 with int8 by row are products of whole numbers, by `limbs`: exact sums, so again
-the same bits.  The greatest logit of one row is looked for by its numbers rounded to int8, and what
-may be the greatest is computed again.  Everything else, and many rows, dequantises some rows of the
-weight at a time.
+the same bits.  Everything else, and many rows, dequantises some rows of the weight at a time.
 
 Letters in shape comments: M tokens, D columns of a weight, N its rows, G groups, C columns of int4.
 """
@@ -184,28 +182,6 @@ def by_integers(x: Tensor, weight: QuantizedWeight) -> Tensor:
     for lower in sums[:-1].flip(0):
         y = torch.add(lower, y, alpha=256)
     return y.mul_(weight.scales.float().mT).mul_(unit)
-
-
-def by_one_digit(x: Tensor, weight: QuantizedWeight, norm: float) -> tuple[Tensor, Tensor]:
-    """A product of one row rounded to int8, and by how much it errs at most: [1, D] -> [1, N] x 2.
-
-    The error is the product with what was rounded off, at most the product of both norms; `norm`
-    is the `largest_norm` of the weight.  No other product reads int8 as fast as that of one row.
-    """
-    x = x.float()
-    unit = torch.linalg.vector_norm(x, torch.inf).clamp_(min=torch.finfo(x.dtype).tiny) / 127
-    digits = (x / unit).round_()
-    error = torch.linalg.vector_norm(torch.addcmul(x, digits, unit, value=-1)) * norm
-    sums = torch.ops.aten._int_mm(digits.to(torch.int8), weight.values.mT).float()
-    y = sums.mul_(weight.scales.float().mT).mul_(unit)
-    return y, error + y.abs().amax() * 2**-16  # far more than float32 rounds
-
-
-def largest_norm(weight: QuantizedWeight) -> float:
-    """The largest Euclidean norm of its rows, or a little more."""
-    blocks = blocks_of_rows(*weight.shape)
-    norms = [dequantized_rows(weight, *block, torch.float32).norm(dim=1).max() for block in blocks]
-    return torch.stack(norms).max().item() * (1 + 2**-16)
 
 
 def limbs(x: Tensor) -> tuple[Tensor, Tensor]:
