@@ -97,6 +97,7 @@ def info(args: argparse.Namespace) -> int:
         args.quantization,
         path,
         args.kv_cache_dtype,
+        choose_dtype(args.dtype, device, is_quantized=True),
     )
     problems = find_problems(args.model, config) if args.check else None
     if args.json:

@@ -24,7 +24,8 @@ from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
 from gemcut.engine.config.rope_parameters import RopeParameters
 from gemcut.engine.execution.cache import PREFILL_CHUNK, slot_bytes
-from gemcut.engine.execution.weights import QUANTIZATIONS
+from gemcut.engine.execution.weight_layouts import Layouts
+from gemcut.engine.execution.weights import QUANTIZATIONS, fused_shapes
 from gemcut.engine.memory import (
     DEFAULT_BATCH_SIZE,
     MEMORY_SHARE,
@@ -122,11 +123,13 @@ def describe(
     quantization: str | None = None,
     path: Path | None = None,
     kv_cache_dtype: str = "auto",
+    quantized_dtype: torch.dtype | None = None,
 ) -> ModelInfo:
     """The model's sizes, what fits on `device` in `dtype`, and the engine of the sizes asked for.
 
-    `path` is the model's, where a GGUF file says how it is quantised.  ValueError names a size out
-    of range; one that does not fit is reported in `engine.problem`.
+    `path` is the model's, where a GGUF file says how it is quantised.  `quantized_dtype` is that of
+    engines that would quantise it, by default the same.  ValueError names a size out of range; one
+    that does not fit is reported in `engine.problem`.
     """
     table = cpu if device.type == "cpu" else kernels
 
@@ -149,14 +152,23 @@ def describe(
             **{name: size_of(name) for name in formats},
             **({"stored": size_of(None, dtype)} if stored else {}),
         },
-        stored_formats=sorted({layout.format for layout in stored.values()}),
+        stored_formats=_stored_formats(config, stored),
         kv_bytes_per_token=config.kv_bytes_per_token(),
         slot_bytes=slot_bytes(config, limit, PREFILL_CHUNK, torch.bfloat16),
         full_slot_bytes=limit * config.kv_bytes_per_token(),
         room=_room(build, quantization),
-        quantized_rooms=[_room(build_of(name), name) for name in formats],
+        quantized_rooms=[
+            _room(replace(build_of(name), dtype=quantized_dtype or dtype), name) for name in formats
+        ],
         engine=_engine_size(build, max_batch_size, max_seq_len),
     )
+
+
+def _stored_formats(config: ModelConfig, stored: Layouts) -> list[str]:
+    """The formats of the matrices of a quantised checkpoint; some may be plain."""
+    matrices = {place for place, shape in fused_shapes(config).items() if len(shape) == 2}
+    plain = ["bfloat16"] if matrices - stored.keys() else []
+    return sorted({layout.format for layout in stored.values()}) + plain
 
 
 def _formats(config: ModelConfig) -> list[str]:
@@ -221,7 +233,7 @@ def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[st
     yield "softcaps", ", ".join(f"{name} {cap:g}" for name, cap in caps if cap) or "none"
     yield "rope", _rope(config)
     yield "longest text", f"{limit} tokens"
-    yield "KV cache", f"{info.kv_bytes_per_token / 1024:g} KiB a token in bfloat16"
+    yield "KV cache", f"{info.kv_bytes_per_token / 1024:g} KiB a token in bfloat16, half in fp8"
     slot = f"{readable(info.slot_bytes)} a slot of {limit} tokens"
     if info.slot_bytes < info.full_slot_bytes:
         slot += f"; {readable(info.full_slot_bytes)} if local layers were no rings"

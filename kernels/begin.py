@@ -29,9 +29,9 @@ from gemcut.kernels.checks import (
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.head import embedding
 from gemcut.kernels.norm import MAX_HIDDEN_SIZE, normalised
+from gemcut.kernels.product_tiles import operands
 from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.rotary import check_frequencies, store_tables
-from gemcut.kernels.skinny_product import operands
 
 
 @triton.jit(

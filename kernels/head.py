@@ -38,20 +38,17 @@ from gemcut.kernels.checks import (
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
-from gemcut.kernels.quantized_tiles import row_of_numbers
-from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.skinny_product import (
+from gemcut.kernels.product_tiles import (
     BLOCK_M,
-    add_step,
     check_linear,
     operands,
     pipeline,
-    prefetch_scales,
-    product,
     rows_of_weight,
-    scaled_by_row,
     tuned_tile,
 )
+from gemcut.kernels.quantized_tiles import row_of_numbers
+from gemcut.kernels.quantized_weight import Weight
+from gemcut.kernels.skinny_product import add_step, prefetch_scales, product, scaled_by_row
 
 MAX_BLOCK_D = 4096  # columns that a program of embed copies
 BLOCKS_OF_A_PROGRAM = 2  # of lm_head_argmax
@@ -203,7 +200,7 @@ def lm_head_argmax_kernel(
 
 
 def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
-    (V, D), block_v = weight.shape, rows_of_weight(x, weight)
+    (V, D), block_v = weight.shape, rows_of_weight(x)
     rule = {"BLOCK_V": block_v, **pipeline(x, weight, triton.cdiv(V, block_v))}
     tile = rule | tuned_tile("lm_head", x, weight, V, D)
     has_tail = D % tile["BLOCK_D"] != 0

@@ -28,19 +28,20 @@ from gemcut.kernels.dependent_launch import (
     prefetched_bytes,
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
-from gemcut.kernels.quantized_tiles import row_of_numbers
-from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.skinny_product import (
+from gemcut.kernels.product_tiles import (
     BLOCK_M,
+    BLOCK_N,
     check_linear,
+    is_wide,
     operands,
     pipelines,
     places,
-    prefetch_scales,
-    product,
     rows_of_weight,
     tuned_tile,
 )
+from gemcut.kernels.quantized_tiles import row_of_numbers
+from gemcut.kernels.quantized_weight import Weight
+from gemcut.kernels.skinny_product import prefetch_scales, product
 
 SCRATCH = 64_000_000  # bytes of a quantised weight's rows beside a product of many rows
 MAX_BLOCK_D = 4096  # columns of a row that a program turns into numbers
@@ -109,7 +110,8 @@ def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     Of the tiles it is the first whose programs take nearly every place, or else the fullest.
     """
     N, D = weight.shape
-    block_n = rows_of_weight(x, weight)
+    wide = is_wide(weight)
+    block_n = rows_of_weight(x, BLOCK_N * (1 + wide))
     blocks = int(triton.cdiv(N, block_n))
 
     def splits(tile: dict[str, int]) -> int:
@@ -120,7 +122,7 @@ def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     def taken(tile: dict[str, int]) -> float:
         return min(blocks * splits(tile) / max(1, places(x, weight, block_n, tile)), ENOUGH)
 
-    tiles = pipelines(x, weight)
+    tiles = pipelines(x, weight, wide)
     tile = max(tiles.values(), key=taken)
     if blocks * splits(tile) <= PROCESSORS.get(arch_of(x.device), 0):
         tile = tiles[1]
@@ -177,7 +179,8 @@ def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
         skinny_linear_kernel[grid](
             x_ptr=x, **operands(weight), bias_ptr=bias, y_ptr=y, stride_x_m=x.stride(0),
             M=M, N=N, D=D, split_d=triton.cdiv(triton.cdiv(D, block_d), splits) * block_d,
-            HAS_BIAS=bias is not None, IS_EVEN=is_even, HAS_TAIL=D % block_d != 0, IN_STEPS=x.dtype == torch.float32,
+            HAS_BIAS=bias is not None, IS_EVEN=is_even, HAS_TAIL=D % block_d != 0,
+            IN_STEPS=x.dtype == torch.float32,
             PREFETCH=prefetched_bytes(weight, is_even), BLOCK_M=BLOCK_M, **tile,
             **dependent_launch(x.device),
         )  # fmt: skip

@@ -27,22 +27,21 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gelu import gelu
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
-from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.skinny_product import (
+from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
     check_linear,
-    halves,
     is_int4,
+    is_wide,
     leaves_places,
     operands,
     pipeline,
     places,
-    prefetch_scales,
-    product,
     rows_of_weight,
     tuned_tile,
 )
+from gemcut.kernels.quantized_weight import Weight
+from gemcut.kernels.skinny_product import halves, prefetch_scales, product
 
 COLUMNS = 1024  # of a program of geglu
 
@@ -105,8 +104,9 @@ def linear_geglu_kernel(
 
 def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     """BLOCK_F rows of gate and as many of up."""
-    F, block_f = weight.shape[0] // 2, rows_of_weight(x, weight, BLOCK_N // 2)
-    rule = {"BLOCK_F": block_f, **pipeline(x, weight, triton.cdiv(F, block_f))}
+    F, wide = weight.shape[0] // 2, is_wide(weight)
+    block_f = rows_of_weight(x, BLOCK_N * (1 + wide) // 2)
+    rule = {"BLOCK_F": block_f, **pipeline(x, weight, triton.cdiv(F, block_f), wide)}
     return rule | tuned_tile("linear_geglu", x, weight, F, x.shape[1])
 
 

@@ -27,22 +27,20 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
-from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.rotary import check_head_norms, rope_and_store_, stored
-from gemcut.kernels.skinny_product import (
+from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
     check_linear,
-    halves,
     is_int4,
     leaves_places,
     operands,
     pipeline,
-    prefetch_scales,
-    product,
     rows_of_weight,
     tuned_tile,
 )
+from gemcut.kernels.quantized_weight import Weight
+from gemcut.kernels.rotary import check_head_norms, rope_and_store_, stored
+from gemcut.kernels.skinny_product import halves, prefetch_scales, product
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
@@ -135,14 +133,11 @@ def _tile(num_heads: int, K: int, x: Tensor, weight: Weight) -> dict[str, int]:
     instructions of a warp.
     """
     half = max(8, triton.next_power_of_2(K // 2))  # 8: the least that tensor cores take
-    block_i = min(rows_of_weight(x, weight, BLOCK_N // 2), half)
+    block_i = min(rows_of_weight(x, BLOCK_N // 2), half)
     blocks = num_heads * triton.cdiv(K // 2, block_i)
     rule = {"BLOCK_I": block_i, **pipeline(x, weight, blocks)}
-    if (
-        isinstance(weight, Tensor)
-        and block_i >= 16
-        and blocks <= PROCESSORS.get(arch_of(x.device), 0)
-    ):
+    is_few = block_i >= 16 and blocks <= PROCESSORS.get(arch_of(x.device), 0)
+    if is_few and isinstance(weight, Tensor):  # bytes take steps of more columns instead
         rule |= {"BLOCK_I": block_i // 2, "BLOCK_D": 2 * rule["BLOCK_D"], "num_stages": 6}
     return rule | tuned_tile("linear_rope_and_store", x, weight, num_heads * K, x.shape[1], K)
 

@@ -7,8 +7,8 @@ another order, that of `in_order`, and so have the tiles of x that they are mult
 
     format    instructions a number, sm_90       how
     int8      2.0                                the compiler's own conversion
-    fp8       2.7                                bits moved into bf16's, times 2^120
-    int4      1.7                                bits | 128.0 in bf16, less 136
+    fp8       2.8                                bits moved into bf16's, times 2^120
+    int4      1.6                                bits | 128.0 in bf16, less 136
 
 All are exact in bf16, fp16 and float32.  Where x is no bf16, and in the interpreter, fp8 and int4
 are converted by plain arithmetic, which takes more instructions.
@@ -80,7 +80,7 @@ def numbers(w, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
     """The values of bytes of int8 or fp8."""
     if FORMAT == "int8":
         return w.to(DTYPE)
-    if tl.bfloat16 == DTYPE and HAS_ASSEMBLY:
+    if HAS_ASSEMBLY and DTYPE.is_bf16():
         return tl.inline_asm_elementwise(
             """
             {
@@ -109,7 +109,7 @@ def numbers(w, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
 @triton.jit
 def two_numbers(w, DTYPE: tl.constexpr):
     """The values of the low and of the high halves of bytes of int4."""
-    if tl.bfloat16 == DTYPE and HAS_ASSEMBLY:
+    if HAS_ASSEMBLY and DTYPE.is_bf16():
         return tl.inline_asm_elementwise(
             """
             {

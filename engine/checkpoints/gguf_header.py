@@ -32,7 +32,7 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 # Those before GGUF, as their files begin.
 _OLDER = (b"ggml", b"lmgg", b"ggmf", b"fmgg", b"ggjt", b"tjgg")
 MAX_TENSORS, MAX_KEYS, MAX_ITEMS, MAX_DIMS = 2**16, 2**16, 2**24, 4
-MAX_ALIGNMENT, ALIGNMENT = 2**20, 32
+ALIGNMENT, ALIGNMENTS = 32, tuple(2**i for i in range(3, 21))
 STRING, ARRAY = 8, 9
 # The other types of values by their numbers, as struct and numpy name them.
 _NUMBERS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -188,7 +188,7 @@ def _read(path: Path, cursor: _Cursor, package: ModuleType) -> GgufHeader:
             raise _DamagedError(f"key {i} {shorten(key)} is empty, or there twice")
         values[key] = _read_value(cursor, key)
     alignment = values.get("general.alignment", ALIGNMENT)
-    if alignment not in (2**i for i in range(3, 21)):
+    if alignment not in ALIGNMENTS:
         raise _DamagedError(f"general.alignment {shorten(alignment)} is no power of 2 from 8 on")
     found = [_read_tensor(cursor, i, package) for i in range(num_tensors)]
     first = -(-cursor.at // alignment) * alignment

@@ -11,7 +11,6 @@ each.  llama.cpp's converter alters three things of a tokenizer.model, which are
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ _IDS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+GREATEST_SCORE = float(np.finfo(np.float32).max)
 _FILLER = re.compile(r"\[PAD\d+\]")
 
 
@@ -210,7 +210,7 @@ def _check(pieces: list[str], scores: list[float], types: list[int]) -> None:
             raise _DamagedError(f"{KEY}tokens[{i}] is empty")
         if places.setdefault(piece, i) != i:
             raise _DamagedError(f"{place} is there twice, at {places[piece]} too")
-        if not math.isfinite(score):
+        if not abs(score) <= GREATEST_SCORE:  # NaN neither
             raise _DamagedError(f"{place} has the score {score}")
         if kind not in TYPES:
             raise _DamagedError(f"{place} is of type {kind}, which is unknown")

@@ -3,12 +3,11 @@
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -111,28 +110,21 @@ def resolve_checkpoint(
             f"nor a Hugging Face id (owner/name)"
         )
 
-    def fetch(patterns: Sequence[str]) -> Path:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=[(part / pattern).as_posix() for pattern in patterns],
-                token=token,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-            )
-        )
-
+    options = {
+        "token": token,
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
     try:
-        folder = fetch(files) / part
+        folder = _fetched(name, part, files, options)
         if gguf and not (tag is None and _holds_weights(folder)):
-            ask_hub = partial(list_repo_files, name, revision=revision, token=token)
-            names = _names_within(folder, part, None if local_files_only else ask_hub)
+            names = _names_within(folder, name, part, options)
             is_plain = tag is None and any(n.endswith(".safetensors") for n in names)
             if not is_plain and (file := choose_file(name, names, tag)) is not None:
-                folder = fetch([glob.escape(file)]) / part / file
-        return folder if folder.is_file() else _within(folder, PurePosixPath())
+                return _fetched(name, part, [glob.escape(file)], options) / file
+        return _within(folder, PurePosixPath())
     except GatedRepoError:  # a kind of RepositoryNotFoundError
         reason = (
             f"is gated: accept its terms at https://huggingface.co/{name}, then log in or give "
@@ -202,16 +194,24 @@ def _gguf_in(folder: Path, tag: str | None) -> Path:
     return folder if file is None else folder / file
 
 
+def _fetched(name: str, part: PurePosixPath, files: Sequence[str], options: dict[str, Any]) -> Path:
+    """The folder `part` of a repository, after these files of it were fetched."""
+    patterns = [(part / file).as_posix() for file in files]
+    return Path(snapshot_download(name, allow_patterns=patterns, **options)) / part
+
+
 def _names_within(
-    folder: Path, part: PurePosixPath, ask_hub: Callable[[], list[str]] | None
+    folder: Path, name: str, part: PurePosixPath, options: dict[str, Any]
 ) -> list[str]:
     """The files below `part` of a repository, or those of them that the cache has in `folder`."""
     try:
-        if ask_hub is not None:
-            paths = [PurePosixPath(name) for name in ask_hub()]
+        if not options["local_files_only"]:
+            # list_repo_files would try for half a minute to reach a hub that is out of reach
+            info = model_info(name, revision=options["revision"], token=options["token"])
+            paths = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
             return [str(p.relative_to(part)) for p in paths if p.is_relative_to(part)]
-    except (HfHubHTTPError, OSError):
-        pass  # offline
+    except Exception:  # of httpx or requests, as huggingface_hub's version has it
+        pass  # offline: what is in the cache counts
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
 
 

@@ -9,8 +9,9 @@ A key is rotated: pair i, i + K/2 stays within the root of both bounds' squares,
 of the rotation.  Keys that are normalised, by weights u, are within c * sqrt(K) * max |1 + u|.
 
 A head's scale is the power of two by which the greatest of its bounds fits e4m3: dividing by it and
-multiplying with it are exact.  The bound is far from what texts reach, mostly 10 to 100 times.
-That costs nothing: e4m3 keeps the same 4 bits of a number down to 2 ** -15 of its greatest.
+multiplying with it are exact.  Texts stay far below the bounds (Gemma 3 270M: 4 to 9 times with
+keys, 5 to 190 with values), which costs nothing: e4m3 has 4 significant bits in every number down
+to 2 ** -14 of its greatest.
 """
 
 import math

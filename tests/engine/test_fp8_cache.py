@@ -74,6 +74,16 @@ def test_no_key_or_value_exceeds_its_bound_and_the_worst_reaches_it(model_type, 
     assert (keys > (0.1 if model.weights.layers[0].k_norm is not None else 0.5)).all()
 
 
+def test_a_rotation_that_scales_keys_scales_their_bound():
+    plain, scaled = (model_with_norms("gemma2", x) for x in ({}, {"rope_parameters": YARN}))
+    factor = scaled.rope_global.attention_scaling
+    assert factor > 1.1
+    for i in range(4):
+        (keys, values), (more, same) = bounds(plain, i), bounds(scaled, i)
+        torch.testing.assert_close(more, keys * factor)
+        assert torch.equal(same, values)
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_scales_are_powers_of_two_that_fit(model_type):
     model = model_with_norms(model_type, {})
@@ -206,10 +216,9 @@ def test_unknown_values_are_refused(folders, value):
 
 
 def test_the_commands_take_it(run):
-    half = run("info", "--model", "demo", "--kv-cache-dtype", "fp8", "--dtype", "float32")[1]
-    plain = run("info", "--model", "demo", "--dtype", "float32")[1]
-    assert "5.25 MB KV cache" in half or "KV cache" in half
-    assert half != plain
+    info = ("info", "--model", "demo", "--dtype", "bfloat16", "--max-seq-len", "500")
+    assert "10.24 MB KV cache" in run(*info)[1]
+    assert "5.12 MB KV cache" in run(*info, "--kv-cache-dtype", "fp8")[1]
     code, out, err = run(
         "generate", "--model", "demo", "--kv-cache-dtype", "fp8", "--max-tokens", "3", "Once"
     )

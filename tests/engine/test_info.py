@@ -61,7 +61,7 @@ def set_free(monkeypatch):
 
 def test_info_for_people(run, set_free):
     set_free(60e9)
-    code, out, err = run("info", "gemma-2-9b", "--device", "cpu")
+    code, out, err = run("info", "gemma-2-9b", "--device", "cpu", "--dtype", "float32")
     assert (code, err) == (0, "")
     assert out == (
         "model         gemma-2-9b\n"
@@ -76,7 +76,7 @@ def test_info_for_people(run, set_free):
         "softcaps      attention 50, logits 30\n"
         "rope          base 10,000\n"
         "longest text  8192 tokens\n"
-        "KV cache      336 KiB a token in bfloat16\n"
+        "KV cache      336 KiB a token in bfloat16, half in fp8\n"
         "              2.20 GB a slot of 8192 tokens; 2.82 GB if local layers were no rings\n"
         "on cpu        60.00 GB free, 36.97 GB for weights in float32\n"
         "              room for 2 slots of 8192 tokens\n"
@@ -125,6 +125,17 @@ def test_each_format_is_counted_as_it_is_made(set_free, quantization):
     assert plain.room.slots < facts.room.slots
 
 
+def test_rooms_are_of_the_dtype_that_each_engine_takes(run, folder):
+    facts = json.loads(run("info", str(folder), "--json", "--device", "cpu")[1])
+    assert facts["room"]["dtype"] == "float32"
+    for room in facts["quantized_rooms"]:
+        with Engine.from_pretrained(
+            folder, quantization=room["quantization"], device="cpu", max_batch_size=1
+        ) as engine:
+            assert room["dtype"] == str(engine.model.dtype).removeprefix("torch.")
+            assert room["weight_bytes"] == pytest.approx(tensor_bytes(engine.model.weights), 0.05)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_an_engine_takes_what_info_says(run, folder, quantization, dtype):
@@ -159,7 +170,7 @@ def test_info_of_a_quantised_checkpoint(run, folder, tmp_path):
     assert abs(facts["weight_bytes"]["stored"] - taken) <= 0.05 * taken
     assert facts["quantized_rooms"] == []
     out = run("info", str(tmp_path / "int8"), "--check")[1]
-    assert re.search(r"^weights +\S+ MB as stored, int8$", out, re.MULTILINE)
+    assert re.search(r"^weights +\S+ MB as stored, int8 and bfloat16$", out, re.MULTILINE)
     assert "names, shapes and values are right" in out
     code, out, err = run("info", str(tmp_path / "int8"), "--quantization", "fp8")
     assert (code, out) == (1, "")

@@ -19,7 +19,7 @@ from gemcut.kernels.dependent_launch import (
     prefetched_bytes,
 )
 from gemcut.kernels.launch_switch import dependent_launches, is_on
-from gemcut.kernels.skinny_product import leaves_places
+from gemcut.kernels.product_tiles import leaves_places
 
 ON, OFF = ({"DEPENDENT": yes, "launch_pdl": yes} for yes in (True, False))
 GPU = torch.device("cuda", 0)

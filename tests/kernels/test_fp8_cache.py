@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gemcut import kernels
 from gemcut.kernels import checks, cpu, cpu_rows, decode_attention, prefill_attention, reference
+from gemcut.kernels.quantized_weight import quantize
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP8 = torch.float8_e4m3fn
@@ -39,6 +40,13 @@ def small_tiles(monkeypatch) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_small_calls(name, ops):
     assert_accurate(getattr(ops, name), **in_fp8(small_calls()[name]))
+
+
+@by_table
+def test_beside_a_quantised_weight(ops):
+    arguments = in_fp8(small_calls()["linear_rope_and_store_"])
+    arguments["weight"] = quantize(arguments["weight"], "int8")
+    assert_accurate(ops.linear_rope_and_store_, **arguments)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from accuracy import (
     DEVICE,
+    WEIGHTS,
     assert_accurate,
     assert_row_invariant,
     assert_within_budget,
@@ -13,7 +16,7 @@ from accuracy import (
 )
 from torch import Tensor
 
-from gemcut.kernels import matmul, reference
+from gemcut.kernels import matmul, product_tiles, reference
 from gemcut.kernels.matmul import linear, skinny_linear
 from gemcut.kernels.quantized_weight import dequantized
 
@@ -80,17 +83,33 @@ def test_each_column_has_its_number_and_its_scale(column, kind):
         assert torch.allclose(added_up(x, weight)[0, 0], expected, rtol=1e-6, atol=0)
 
 
+@by_dtype
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHTS if "int4" in kind])
+@pytest.mark.parametrize(("M", "N", "D"), [(1, 256, 384), (3, 170, 300)], ids=["even", "odd"])
+def test_programs_of_128_rows(M, N, D, kind, dtype, monkeypatch):
+    """As large weights of int4 have them."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(product_tiles, "WIDE", 1)
+    weight, x = quantized(N, D, kind, dtype), random(M, D, dtype=dtype)
+    assert matmul._tile(weight, x)["BLOCK_N"] == 128
+    assert_accurate(added_up, x, weight, None, oracle=reference.skinny_linear)
+
+
 @by_weight
 def test_parts_of_a_quantised_weight_are_sums_over_whole_steps(kind):
+    """Of whole numbers by scales that are powers of two, so that nothing is rounded."""
     torch.manual_seed(0)
-    x, weight = random(2, 768), quantized(64, 768, kind)
-    y, exact = skinny_linear(x, weight), dequantized(weight, torch.float64)
+    x, weight = random(2, 768).round(), quantized(64, 768, kind)
+    scales = 2.0 ** torch.randint(-3, 3, weight.scales.shape)
+    weight = replace(weight, scales=scales.to(weight.scales))
+    if weight.format == "fp8":
+        weight = replace(weight, values=weight.values.float().round().to(weight.values.dtype))
+    y, plain = skinny_linear(x, weight), dequantized(weight)
     columns = 768 // len(y)
     assert len(y) == matmul.count_parts(weight, x) > 1
     for s, part in enumerate(y):
         mine = slice(s * columns, (s + 1) * columns)
-        eager = x[:, mine] @ exact[:, mine].float().T
-        assert_within_budget(f"part {s}", part, eager, x[:, mine].double() @ exact[:, mine].T)
+        assert torch.equal(part, x[:, mine] @ plain[:, mine].T)
 
 
 def test_parts_are_sums_over_whole_steps():

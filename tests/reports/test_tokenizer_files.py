@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,7 @@ def test_weights_are_fetched_last(folder, tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "model_info", lambda *a, **k: SimpleNamespace(siblings=None))
     without_weights(folder, tmp_path)
     write(tmp_path, "added_tokens.json", {"<x>": 525})
     with pytest.raises(ValueError, match="leaves a gap"):

@@ -67,12 +67,12 @@ def test_generate(run, file, folder):
 def test_info(run, file):
     code, out, err = run("info", str(file), "--check")
     assert (code, err) == (0, "")
-    assert "as stored, int8" in out
+    assert "as stored, int8\n" in out
     assert out.endswith("check         names, shapes and values are right\n")
     config = load_config(file)
-    values = json.loads(run("info", str(file), "--json", "--dtype", "float32")[1])
+    values = json.loads(run("info", str(file), "--json")[1])
     assert ModelConfig.from_dict(values["config"]) == config
-    weights = load_checkpoint(file, config, device="cpu", dtype=torch.float32)
+    weights = load_checkpoint(file, config, device="cpu", dtype=torch.bfloat16)
     assert values["weight_bytes"]["stored"] == weights.nbytes
     assert isinstance(weights.embedding, QuantizedWeight)
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -120,7 +121,8 @@ def repository(monkeypatch, tmp_path):
             return str(tmp_path / "snapshot")
 
         monkeypatch.setattr(hub, "snapshot_download", fetch)
-        monkeypatch.setattr(hub, "list_repo_files", lambda name, **k: list(names))
+        files = [SimpleNamespace(rfilename=name) for name in names]
+        monkeypatch.setattr(hub, "model_info", lambda name, **k: SimpleNamespace(siblings=files))
         return asked
 
     return make
@@ -153,8 +155,12 @@ def test_safetensors_beside_gguf_files_win(repository, tmp_path):
 
 
 def test_offline_the_cache_is_read(monkeypatch, tmp_path):
+    def out_of_reach(*arguments, **options):
+        raise RuntimeError
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "model_info", out_of_reach)
     place = tmp_path / "models--owner--m"
     snapshot = touch(place / "snapshots" / ("4" * 40), *NAMES[:2])
     (place / "refs").mkdir()

@@ -130,6 +130,7 @@ def changed(path: Path, name: str, place: int, value) -> dict:
         (("tokens", 400, "▁the"), r"tokens\[400\] '▁the' is there twice, at \d+ too"),
         (("tokens", 20, "<0xZZ>"), "'<0xZZ>' is a byte by its type, but not by its name"),
         (("scores", 400, float("nan")), r"tokens\[400\] .* has the score nan"),
+        (("scores", 400, 1e300), r"tokens\[400\] .* has the score 1e\+300"),
         (("token_type", 400, 7), r"tokens\[400\] .* is of type 7, which is unknown"),
         (("token_type", 400, 2), "token_type has 2 unknown tokens, not one"),
         (("token_type", 20, 1), "token_type has 255 bytes, not 256"),

@@ -179,7 +179,7 @@ def test_a_request_gets_what_it_gets_alone(rig, batch):
     rig.check(batch)
 
 
-@pytest.fixture(scope="module", params=["auto", "fp8"], ids=["cache-in-bf16", "cache-in-fp8"])
+@pytest.fixture(scope="module", params=["auto"])
 def exact_rig(tmp_path_factory, tokenizer_file, request):
     path = tmp_path_factory.mktemp("model")
     save_random_model(path, tokenizer_file, num_hidden_layers=2)
@@ -194,3 +194,13 @@ def test_on_the_kernels_it_is_the_same_bit_for_bit(exact_rig, batch):
     """In bfloat16, where logits are so close that another rounding would show."""
     assert torch.bfloat16 == exact_rig.engine.model.dtype
     exact_rig.check(batch)
+
+
+@pytest.mark.parametrize("exact_rig", ["fp8"], indirect=True)
+def test_with_a_cache_in_fp8_it_is_the_same_bit_for_bit(exact_rig):
+    """Two prompts of several chunks, one of them with drafts, and one that comes between."""
+    assert torch.float8_e4m3fn == exact_rig.engine.cache.layers[0].k.dtype
+    drafts = next(i for i, x in enumerate(SETTINGS) if "prompt_lookup_num_tokens" in x)
+    exact_rig.check([Job(16, (41, 42), 4, drafts, False, 0, None),
+                     Job(9, (77,), 4, 0, False, 1, None),
+                     Job(3, (8, 9), 2, 1, False, 2, None)])  # fmt: skip
