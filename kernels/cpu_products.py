@@ -34,10 +34,10 @@ WIDE = (torch.float32, torch.float64)
 FEW_ROWS, SMALL, BLOCKS, SHORT = 8, 2**18, 4, 4096  # see linear
 HEAD_ROWS = 4096  # of the vocabulary that lm_head widens at once
 BLOCK = 64  # rows and columns of a packed weight come in multiples of it
-# A logit rounded to bfloat16 errs by 2^-9 of itself: the greatest of all is among those so near to
-# the greatest rounded one.  A quantised weight's scales are rounded too, which in sum errs by less
-# than 2^-9 of the largest logit.  Where more are than MOST_NEAR, all are computed again.
-NEAR, MOST_NEAR = 2**-7, 4096
+# A logit rounded to bfloat16 errs by 2^-9 of itself, and by less than that of the largest where
+# scales of a quantised weight were rounded too.  Where more than MOST_NEAR of them may be the
+# greatest, all are computed again.
+ROUNDING, MOST_NEAR = 2**-8, 4096
 
 PackedWeight = Weight | PackedInt4  # [N, D]; a tensor may be oneDNN's
 
@@ -72,7 +72,7 @@ def _by_quantized(x: Tensor, weight: QuantizedWeight | PackedInt4) -> Tensor:
             return weight.product(x)
         if is_by_row(weight) and x.dtype == torch.bfloat16:
             scales = weight.scales.view(-1).to(x.dtype)
-            return torch._weight_int8pack_mm(x.contiguous(), weight.values, scales)
+            return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.values, scales)
         if is_by_row(weight) and x.dtype == torch.float32 and integers_are_exact():
             return by_integers(x, weight)
     return _in_blocks(x, weight)
@@ -207,24 +207,19 @@ def lm_head_argmax(
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit, or logit with noise, and its token id: x [M, D] -> [1, M] x 2.
 
-    In bfloat16 without noise only rows whose rounded logit is near the greatest are computed in
+    In bfloat16 without noise only rows whose rounded logit may be the greatest are computed in
     float32.
     """
-    by_rounded = temperature is None and x.dtype == torch.bfloat16
-    if by_rounded and x.dtype in _by_onednn() and x.is_cpu:
-        is_packed = isinstance(weight, PackedHead)
-        blocks, plain = (weight.blocks, weight.plain) if is_packed else (weight, weight)
-        is_plain = isinstance(plain, Tensor)
-        rounded = linear(x, blocks)
+    if temperature is None and x.dtype == torch.bfloat16 and has_bfloat16() and x.is_cpu:
+        head = weight if isinstance(weight, PackedHead) else PackedHead(weight, weight)
+        rounded = linear(x, head.blocks)
         greatest = rounded.max(-1, keepdim=True).values
-        least = greatest - NEAR * (greatest.abs() if is_plain else rounded.abs().amax(-1, True))
-        near, ids = (rounded >= least).nonzero().unbind(-1)
+        error = ROUNDING * rounded.abs().amax(-1, keepdim=True)
+        near, ids = (rounded >= greatest - 2 * error).nonzero().unbind(-1)
         if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
+            some = head.plain[ids]
+            exact = some.float() if isinstance(some, Tensor) else dequantized(some, WIDE[0])
             logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
-            if isinstance(plain, Tensor):
-                exact = plain[ids].float()
-            else:
-                exact = dequantized(plain[ids], logits.dtype)
             logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
             best = logits.max(-1)
             return _capped(best.values, softcap).unsqueeze(0), best.indices.unsqueeze(0)

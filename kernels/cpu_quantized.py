@@ -175,7 +175,7 @@ def by_integers(x: Tensor, weight: QuantizedWeight) -> Tensor:
     The sums of products of digits are exact.
     """
     digits, unit = limbs(x)
-    sums = torch._int_mm(digits.flatten(0, 1), weight.values.mT).view(
+    sums = torch.ops.aten._int_mm(digits.flatten(0, 1), weight.values.mT).view(
         DIGITS, -1, len(weight.values)
     )
     y = sums[-1].float()
@@ -204,4 +204,4 @@ def integers_are_exact() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False  # torch's own loop is exact, and slow
     x = torch.full((2, 64), 127, dtype=torch.int8, device="cpu")
-    return all(bool((torch._int_mm(x, y.mT) == 64 * 127 * 127).all()) for y in (x, x[:1]))
+    return all(bool((torch.ops.aten._int_mm(x, y.mT) == 64 * 127 * 127).all()) for y in (x, x[:1]))

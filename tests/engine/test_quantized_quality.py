@@ -3,6 +3,8 @@
 The numbers of the whole held-out text, and of perplexity, are in bench/NOTES.md.
 """
 
+from typing import Any
+
 import pytest
 from held_out import bits_per_byte
 from real_models import real_folder
@@ -14,7 +16,7 @@ from gemcut.engine import Engine
 MOST = {"int8": 0.005, "fp8": 0.005, "int4": 0.05}
 
 
-def cost(model: str, quantization: str | None) -> float:
+def cost(model: str, quantization: Any) -> float:
     """Bits per byte of a model, computed in float32 from what its weights stand for."""
     settings = {"dtype": "float32", "max_batch_size": 1, "max_seq_len": 512}
     with Engine.from_pretrained(model, quantization=quantization, **settings) as engine:

@@ -29,6 +29,12 @@ SHAPE, ODD = (3 * INT4_ROWS, 128), (100, 128)  # the rows of ODD are no whole bl
 by_shape = pytest.mark.parametrize("shape", [SHAPE, ODD], ids=["whole-blocks", "odd"])
 
 
+needs_int4 = pytest.mark.skipif(
+    not (int4_is_known() and packs((64, 64), torch.bfloat16)), reason="no int4 in torch here"
+)
+needs_integers = pytest.mark.skipif(not integers_are_exact(), reason="no exact int8 products here")
+
+
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch):
     torch.manual_seed(0)
@@ -92,22 +98,30 @@ def test_the_greatest_logit(spread, kind, dtype):
     """Found where logits differ by less than a rounded product, and scales, say."""
     base = torch.randn(1, 256) + spread * torch.randn(4096, 256)
     weight, x = quantize(base.to(dtype), *kind), torch.randn(3, 256).to(dtype)
+    x[1, 9] = 60
     logits = reference.lm_head(x.double(), weight, None)
     best = logits.max(-1).values.unsqueeze(0)
     eager, _ = reference.lm_head_argmax(x, weight, None)
     scores, ids = cpu.lm_head_argmax(x, packed_head(weight), None)
     assert_within_budget("scores", scores, eager, best)
     assert_within_budget("logits of the ids", logits.gather(-1, ids.mT).mT.float(), eager, best)
+    for m in range(3):
+        score, _ = found = cpu.lm_head_argmax(x[m : m + 1], packed_head(weight), None)
+        assert_within_budget("score", score, eager[:, m : m + 1], best[:, m : m + 1])
+        if dtype == torch.bfloat16 and spread == 1:
+            assert [part.item() for part in found] == [scores[0, m].item(), ids[0, m].item()]
 
 
 def test_scales_that_bfloat16_rounds_do_not_hide_the_greatest_logit():
-    """Rows alike in all but their scales, half a unit of bfloat16 apart."""
-    values = torch.randint(-100, 100, (1, 256), dtype=torch.int8).expand(512, -1).contiguous()
+    """Rows almost alike, and scales less than a unit of bfloat16 apart."""
+    base = torch.randint(-100, 100, (1, 256))
+    values = (base + torch.randint(-1, 2, (512, 256))).to(torch.int8)
     scales = (1 + torch.rand(512, 1) / 256) / 64
     weight = QuantizedWeight(values, scales, None, 256, torch.bfloat16)
-    x = values[:1].to(torch.bfloat16)
-    _, ids = cpu.lm_head_argmax(x, packed_head(weight), None)
-    assert ids.item() == scales.argmax()
+    for seed in range(8):
+        x = (base + torch.randint(-9, 9, (1, 256))).to(torch.bfloat16)
+        _, ids = cpu.lm_head_argmax(x, packed_head(weight), None)
+        assert ids.item() == reference.lm_head(x.double(), weight, None).argmax(), seed
 
 
 @by_dtype
@@ -117,12 +131,6 @@ def test_embeddings_are_those_of_the_definition(kind, dtype):
     assert torch.equal(cpu.embed(ids, table, 16.0), reference.embed(ids, table, 16.0))
     head = packed_head(table)
     assert (head.plain if isinstance(head, PackedHead) else head) is table
-
-
-needs_int4 = pytest.mark.skipif(
-    not (int4_is_known() and packs((64, 64), torch.bfloat16)), reason="no int4 in torch here"
-)
-needs_integers = pytest.mark.skipif(not integers_are_exact(), reason="no exact int8 products here")
 
 
 @needs_int4
