@@ -12,6 +12,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from gemcut.engine import PUBLISHED
 from gemcut.kernels.cpu_products import BLOCKS, linear, packed
 
 COPIES_BYTES, HEAD_ROWS = 150e6, 65536
-Way = Callable[[Tensor, Tensor], Tensor]
+Way = Callable[[Any, Any], Any]  # x, weight
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def measured(N: int, D: int, M: int, dtype: torch.dtype, seconds: float) -> dict
     one = torch.randn(N, D).to(dtype)
     plain = [one.clone() for _ in range(max(1, min(12, int(COPIES_BYTES / one.nbytes))))]
     x = torch.randn(M, D).to(dtype)
-    ways: dict[str, tuple[Way, list[Tensor]]] = {
+    ways: dict[str, tuple[Way, Sequence[Any]]] = {
         "torch": (F.linear, plain),
         "oneDNN": (by_onednn, plain),
         "gemcut": (linear, [packed(weight) for weight in plain]),
