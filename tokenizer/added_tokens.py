@@ -6,6 +6,7 @@ and closing ("<table>", "</table>") is text, which the model was trained on.
 """
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +14,12 @@ from itertools import groupby
 _IN_BRACKETS = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 OPTIONS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _TAG = re.compile(r"</?([^\s<>/]+)>")
+# Letters, marks, digits and what joins them: Unicode's \w, as `tokenizers` has it.  Python's lacks
+# marks and joiners, and has every number.
+_WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}
+_MORE_OF_WORDS = re.compile(
+    "[\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]"
+)
 
 
 @dataclass(frozen=True)
@@ -20,8 +27,8 @@ class AddedToken:
     """A token of a vocabulary that its text spells as a whole, with transformers' options.
 
     id: None is the next free one, or that of the piece.  special: `skip_special_tokens` hides it.
-    lstrip, rstrip: it takes the whitespace before, after it.  single_word: only where no letter or
-    digit touches it.  normalized: its spaces may be spelled "▁" too.
+    lstrip, rstrip: it takes the whitespace before, after it.  single_word: only where no letter,
+    mark or digit touches it.  normalized: its spaces may be spelled "▁" too.
     """
 
     content: str
@@ -86,8 +93,11 @@ class Literals:
             begin = end
 
 
-def _is_word(text: str) -> bool:
-    return re.match(r"\w", text) is not None
+def _is_word(letter: str) -> bool:
+    """Whether a character, or none, belongs to a word."""
+    return letter != "" and (
+        unicodedata.category(letter) in _WORD or _MORE_OF_WORDS.match(letter) is not None
+    )
 
 
 def any_of(literals: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -50,6 +51,20 @@ def theirs(tokenizer_file):
         options = {name: getattr(token, name) for name in OPTIONS}
         twin.add_tokens([TheirToken(token.content, **options)])
     return twin
+
+
+def test_a_single_word_ends_where_theirs_does(ours, theirs):
+    """At every character that this Python knows: "user" with an accent is another word."""
+    known = [
+        c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")
+    ]
+    user = theirs.convert_tokens_to_ids("user")
+    differing = [
+        c
+        for c, found in zip(known, theirs(["user" + c for c in known]).input_ids, strict=True)
+        if (user in found) != (user in ours.encode("user" + c, parse_special=True))
+    ]
+    assert differing == []
 
 
 @given(mixed)

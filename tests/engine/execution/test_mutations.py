@@ -19,7 +19,7 @@ from gemcut.kernels.reference import attention, ops
 
 LENGTH = 40  # eight windows
 
-DECODED = "y[b] = _attended(q[b], k_cache, v_cache, slot, start, scale, softcap, sliding_window"
+DECODED = "y[b] = _attended(q[b], *kv, start, scale, softcap, sliding_window"
 IN_THE_OPS = {
     "norm by w instead of 1 + w": ("(1 + widened(weight))", "widened(weight)"),
     "window one too long": ("> q_positions - sliding_window", ">= q_positions - sliding_window"),
