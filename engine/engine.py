@@ -29,7 +29,7 @@ from gemcut.engine.checkpoints.load import (
 from gemcut.engine.checks import check_bool, check_int
 from gemcut.engine.config.generation_file import settings_folder, stop_token_ids
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
-from gemcut.engine.execution.cache_scales import Scales, scales_of
+from gemcut.engine.execution.cache_scales import Scales, chosen_scales
 from gemcut.engine.execution.graphed_steps import choose_steps
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.runner import Runner
@@ -123,7 +123,7 @@ class Engine(Calls):
             prefill_chunk=prefill_chunk,
             device=model.device,
             dtype=build.cache_dtype,
-            scales=(kv_scales or scales_of(model)) if is_fp8 else None,
+            scales=chosen_scales(model, kv_scales, is_fp8),
         )
         state = SlotState(max_batch_size, config.vocab_size, model.device)
         eos_ids = config.eos_token_ids if eos_ids is None else eos_ids

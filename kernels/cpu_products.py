@@ -74,7 +74,11 @@ def _by_quantized(x: Tensor, weight: QuantizedWeight | PackedInt4) -> Tensor:
             scales = weight.scales.view(-1).to(x.dtype)
             return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.values, scales)
         if is_by_row(weight) and x.dtype == torch.float32 and integers_are_exact():
-            return by_integers(x, weight)
+            y = by_integers(x, weight)
+            if not x.isfinite().all():  # digits have no infinity
+                rows = ~x.isfinite().all(1)
+                y[rows] = _in_blocks(x[rows], weight)
+            return y
     return _in_blocks(x, weight)
 
 
@@ -136,10 +140,18 @@ def packed(weight: PackedWeight) -> PackedWeight:
             return weight
         if is_by_row(weight):
             return replace(weight, scales=weight.scales.to(weight.dtype))
-        return packed_int4(weight) or packed(dequantized(weight))
+        return packed_int4(weight) or packed(_in_bfloat16(weight))
     if not (packs(weight.shape, weight.dtype) and weight.is_cpu):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def _in_bfloat16(weight: QuantizedWeight) -> Tensor:
+    """What a weight stands for [N, D], made some rows at a time."""
+    plain = torch.empty(weight.shape, dtype=torch.bfloat16, device="cpu")
+    for start, end in blocks_of_rows(*weight.shape):
+        plain[start:end] = dequantized(weight[start:end])
+    return plain
 
 
 def packs(shape: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -175,10 +175,14 @@ def quantize(
 
     Some rows at a time, so that it needs little memory beside the result.
     """
-    if format not in FORMATS:
+    if format not in list(FORMATS):
         raise ValueError(f"format {format!r} is not known; there are {', '.join(FORMATS)}")
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}, must be floats [N, D]")
     D = weight.shape[1]
-    group_size = group_size or D
+    group_size = D if group_size is None else group_size
+    if type(group_size) is not int or group_size < 1:
+        raise ValueError(f"group size {group_size!r} is no positive number")
     if D % group_size:
         raise ValueError(f"{D} columns are no multiple of the group size {group_size}")
     scales_dtype = scales_dtype or (torch.float32 if group_size == D else weight.dtype)

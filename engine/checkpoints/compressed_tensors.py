@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gemcut.engine.checkpoints.safetensor_headers import FLOATS, TensorHeader
 from gemcut.engine.checkpoints.stored_weights import Layout
+from gemcut.engine.checks import shorten
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.config.quantization_config import INSTEAD, Scheme
 from gemcut.engine.execution.weight_layouts import Layouts
@@ -64,6 +65,8 @@ class QuantizedHeader:
             if values.min() < -8 or values.max() > 7:
                 raise ValueError(f"{self.values} has values outside -8..7")
             values = pack_int4(values)
+        elif scheme.format == "fp8" and (values.view(torch.uint8) & 127 == 127).any():
+            raise ValueError(f"{self.values} holds a NaN")
         scales = _expanded(self.scales.load(), scheme, self.shape).to(self.layout.scales_dtype)
         zero_points = None
         if self.layout.has_zero_points:
@@ -156,7 +159,9 @@ def _joined(
         raise ValueError(f"{some.file.name}: {name}_zero_point is missing")
     N, D = tensor.shape
     if "_shape" in parts and (shape := parts["_shape"].load().flatten().tolist()) != [N, D]:
-        raise ValueError(f"{parts['_shape']} is {shape}, the config says {[N, D]}")
+        raise ValueError(f"{parts['_shape']} is {shorten(shape)}, the config says {[N, D]}")
+    if scheme.is_packed and "" in parts:
+        raise ValueError(f"{parts['']} and {parts['_packed']} are the same weight")
     values = parts["_packed" if scheme.is_packed else ""]
     scales, zero_points = parts["_scale"], parts.get("_zero_point")
     joined = QuantizedHeader((N, D), scheme, values, scales, zero_points, len(parts))

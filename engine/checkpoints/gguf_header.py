@@ -188,7 +188,7 @@ def _read(path: Path, cursor: _Cursor, package: ModuleType) -> GgufHeader:
             raise _DamagedError(f"key {i} {shorten(key)} is empty, or there twice")
         values[key] = _read_value(cursor, key)
     alignment = values.get("general.alignment", ALIGNMENT)
-    if alignment not in ALIGNMENTS:
+    if type(alignment) is not int or alignment not in ALIGNMENTS:
         raise _DamagedError(f"general.alignment {shorten(alignment)} is no power of 2 from 8 on")
     found = [_read_tensor(cursor, i, package) for i in range(num_tensors)]
     first = -(-cursor.at // alignment) * alignment

@@ -48,6 +48,9 @@ INSTEAD = (
     "take the plain checkpoint with quantization='int4' (`gemcut convert --quantization` saves it "
     "so), or a GGUF file"
 )
+# A pattern is matched with every name: one that goes back and forth takes longer than anyone waits
+_REPEATED_GROUP, _REPEATED = re.compile(r"\)[*+{]"), re.compile(r"(?<!\\)[*+]|\{\d*,")
+MOST_REPEATED, LONGEST_PATTERN = 4, 1000
 # Names that a module of the language model has in checkpoints of several kinds
 _PREFIXES = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 
@@ -170,7 +173,7 @@ def _read_scheme(name: str, group: Mapping[str, Any], of_all: Any) -> Scheme:
         raise ValueError(f"config_groups: symmetric {shorten(symmetric)} of {name} is not read")
     if weights.get("dynamic"):
         raise ValueError(f"config_groups: dynamic weights of {name} are not read; {INSTEAD}")
-    if weights.get("actorder") in ("group", "dynamic", True):
+    if weights.get("actorder") not in (None, False, "static", "weight"):
         raise ValueError(
             f"config_groups: {name} has its columns in the order of activations (actorder), which "
             f"is not read; {INSTEAD}"
@@ -205,13 +208,10 @@ def _read_strategy(name: str, weights: Mapping[str, Any]) -> tuple[str, tuple[in
         sizes = block.split("x") if isinstance(block, str) else block
         if not isinstance(sizes, list | tuple) or len(sizes) != 2:
             raise ValueError(f"config_groups: block_structure {shorten(block)} of {name}")
-        try:
-            rows, columns = (int(each) for each in sizes)
-        except (TypeError, ValueError):
-            rows = columns = 0
-        for each in (rows, columns):
-            check_int(f"config_groups: block_structure of {name}", each, 1, 2**20)
-        return strategy, (rows, columns)
+        for each in sizes:
+            as_int = int(each) if isinstance(each, str) and each.isdecimal() else each
+            check_int(f"config_groups: block_structure of {name}", as_int, 1, 2**20)
+        return strategy, (int(sizes[0]), int(sizes[1]))
     raise ValueError(
         f"config_groups: strategy {shorten(strategy)} of {name} is not read; tensor, channel, "
         f"group and block are; {INSTEAD}"
@@ -229,4 +229,10 @@ def _read_names(what: str, names: Any) -> tuple[str, ...]:
                 raise ValueError(
                     f"quantization_config: {shorten(name)} is no pattern ({error})"
                 ) from None
+            is_long = len(name) > LONGEST_PATTERN or len(_REPEATED.findall(name)) > MOST_REPEATED
+            if is_long or _REPEATED_GROUP.search(name):
+                raise ValueError(
+                    f"quantization_config: {shorten(name)} may take forever: it repeats a group, "
+                    f"or more than {MOST_REPEATED} parts, or is longer than {LONGEST_PATTERN}"
+                )
     return tuple(names)

@@ -34,6 +34,32 @@ def scales_of(model: Gemma) -> Scales:
     return [(_scale(keys), _scale(values)) for keys, values in by_layer]
 
 
+def chosen_scales(model: Gemma, given: Scales | None, is_fp8: bool) -> Scales | None:
+    """The scales of a model's cache: those given, checked, or its own; None where it is not fp8."""
+    if given is None:
+        return scales_of(model) if is_fp8 else None
+    if not is_fp8:
+        raise ValueError("kv_scales are for a cache in fp8; give kv_cache_dtype='fp8' too")
+    layers, shape = model.config.num_layers, (model.config.num_kv_heads,)
+    pairs = isinstance(given, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in given
+    )
+    if not pairs or len(given) != layers:
+        raise ValueError(f"kv_scales must be a pair of tensors for each of the {layers} layers")
+    for layer, pair in enumerate(given):
+        for name, scale in zip(("keys", "values"), pair, strict=True):
+            what = f"kv_scales of {name} in layer {layer}"
+            if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+                raise ValueError(f"{what} must be a tensor in float32")
+            if tuple(scale.shape) != shape or not scale.is_contiguous():
+                raise ValueError(f"{what} must be contiguous {list(shape)}, not {scale.shape}")
+            if scale.device != model.device:
+                raise ValueError(f"{what} are on {scale.device}, the model on {model.device}")
+            if not (scale.isfinite() & (scale >= torch.finfo(torch.float32).tiny)).all():
+                raise ValueError(f"{what} are {scale.tolist()}; scales are finite and above 0")
+    return list(given)
+
+
 def bounds(model: Gemma, layer: int) -> tuple[Tensor, Tensor]:
     """What |k| and |v| of each head cannot exceed: [HK] float32 twice."""
     config, weights = model.config, model.weights.layers[layer]

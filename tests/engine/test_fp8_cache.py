@@ -198,6 +198,44 @@ def test_the_scales_of_a_checkpoint_are_taken(folders):
     plain.close()
 
 
+GOOD = torch.ones(2)
+BAD_SCALES = {
+    "one layer short": (lambda pairs: pairs[1:], "a pair of tensors for each of the"),
+    "no pairs": (lambda pairs: "scales", "a pair of tensors for each of the"),
+    "none at all": (lambda pairs: [], "a pair of tensors for each of the"),
+    "three": (lambda pairs: [(GOOD, GOOD, GOOD), *pairs[1:]], "a pair of tensors for each"),
+    "float64": (lambda pairs: [(GOOD, GOOD.double()), *pairs[1:]], "values in layer 0 must be a t"),
+    "one head more": (lambda pairs: [(torch.ones(3), GOOD), *pairs[1:]], r"contiguous \[2\]"),
+    "strided": (lambda pairs: [*pairs[:-1], (torch.ones(4)[::2], GOOD)], "must be contiguous"),
+    "zero": (
+        lambda pairs: [(GOOD * 0, GOOD), *pairs[1:]],
+        "keys in layer 0 are .0.0, 0.0.; scales",
+    ),
+    "NaN": (
+        lambda pairs: [(GOOD, GOOD * torch.nan), *pairs[1:]],
+        "values in layer 0 are .nan, nan",
+    ),
+    "negative": (lambda pairs: [(-GOOD, GOOD), *pairs[1:]], "finite and above 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SCALES)
+def test_scales_that_are_none_are_refused(folders, case):
+    change, message = BAD_SCALES[case]
+    with Engine.from_pretrained(folders["gemma2"], dtype="float32") as plain:
+        given = change([(GOOD, GOOD) for _ in plain.model.weights.layers])
+        with pytest.raises(ValueError, match=message) as error:
+            Engine(plain.model, None, kv_cache_dtype="fp8", kv_scales=given)
+        one_line(error)
+
+
+def test_scales_without_fp8_are_refused(folders):
+    with Engine.from_pretrained(folders["gemma2"], dtype="float32") as plain:
+        given = [(GOOD, GOOD) for _ in plain.model.weights.layers]
+        with pytest.raises(ValueError, match="kv_scales are for a cache in fp8"):
+            Engine(plain.model, None, kv_scales=given)
+
+
 def test_the_demo_writes_about_as_well():
     """By its own text: the log-probability of what it writes changes by less than 1 %."""
     with Engine.from_pretrained("demo", dtype="float32") as engine:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from accuracy import assert_row_invariant, assert_within_budget
+from allocations import peak_bytes
 from torch import Tensor
 
 from gemcut.kernels import cpu, cpu_products, cpu_quantized, reference
 from gemcut.kernels.cpu_products import PackedHead, packed, packed_head, packs
 from gemcut.kernels.cpu_quantized import (
+    BUFFER,
     FEW_QUANTIZED_ROWS,
     INT4_ROWS,
     PackedInt4,
@@ -207,6 +209,23 @@ def test_digits_hold_what_float32_holds():
 
 
 @by_kind
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38])
+def test_a_row_without_an_end_is_what_the_definition_says(value):
+    weight = quantize(torch.randn(64, 64), "int8")
+    x = torch.randn(3, 64)
+    alone = cpu.linear(x, weight)
+    x[1, 5] = value
+    y = cpu.linear(x, weight)
+    torch.testing.assert_close(y[1], reference.linear(x, weight)[1], equal_nan=True)
+    assert torch.equal(y[[0, 2]], alone[[0, 2]])
+
+
+def test_packing_fp8_takes_little_beside_the_result():
+    """Blocks of rows, and the matrix in bfloat16 in two orders."""
+    weight = quantize(torch.randn(8192, 512).bfloat16(), "fp8")
+    assert peak_bytes(lambda: packed(weight)) < 2 * 2 * 8192 * 512 + 32 * BUFFER
+
+
 def test_without_kernels_rows_are_dequantised(kind, monkeypatch):
     monkeypatch.setattr(cpu_products, "integers_are_exact", lambda: False)
     monkeypatch.setattr(cpu_quantized, "int4_is_known", lambda: False)

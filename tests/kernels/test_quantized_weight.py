@@ -143,3 +143,9 @@ def test_bad_calls_of_quantize():
         quantize(torch.zeros(2, 64), "int3")
     with pytest.raises(ValueError, match="64 columns are no multiple of the group size 48"):
         quantize(torch.zeros(2, 64), "int8", 48)
+    for size in (-32, 32.0, 0):
+        with pytest.raises(ValueError, match=f"group size {size} is no positive number"):
+            quantize(torch.zeros(2, 64), "int8", size)
+    for weight in (torch.zeros(64), torch.zeros(2, 0), torch.zeros(2, 64, dtype=torch.int8)):
+        with pytest.raises(ValueError, match=r"weight is .*, must be floats \[N, D\]"):
+            quantize(weight, "int8")

@@ -145,6 +145,17 @@ def test_documented_classes_read_it_as_floats(tmp_path):
     assert torch.equal(again(IDS[None]).logits[0], logits)
 
 
+def test_a_nan_in_fp8_is_named(tmp_path):
+    compressed_model(tmp_path, {"fp8-by-row": LINEAR})
+
+    def spoil(tensors):
+        tensors[PLACE].view(torch.uint8)[3, 5] = 0x7F
+
+    rewrite(tmp_path, spoil)
+    with pytest.raises(ValueError, match=f"{PLACE} holds a NaN"):
+        load(tmp_path)
+
+
 def test_what_is_left_aside_is_one_warning_each(tmp_path):
     compressed_model(tmp_path, {"fp8-by-row": LINEAR})
 
@@ -232,6 +243,7 @@ def spoiled(value: float):
         ("_packed", lambda t: t.to(torch.int64), r"I64 \[128, 16\], must be I32"),
         ("_zero_point", lambda t: t[1:], r"weight_zero_point is I32 \[15, 4\], must be I32"),
         ("_zero_point", lambda t: t.float(), r"weight_zero_point is \[16, 4\], must be \[128, 4\]"),
+        ("_shape", lambda t: t.repeat(10**5), r"weight_shape is \[128, 128, .{,60}\.\.\."),
         ("_shape", lambda t: t + 1, r"weight_shape is \[129, 129\], the config says \[128, 128\]"),
     ],
 )
@@ -255,6 +267,11 @@ def test_a_missing_part_is_named(checkpoint, suffix):
 def test_a_part_that_is_not_read_is_named(checkpoint, suffix, message):
     rewrite(checkpoint, lambda tensors: tensors.update({PLACE + suffix: torch.zeros(1)}))
     assert message in refusal(checkpoint)
+
+
+def test_a_plain_weight_beside_a_packed_one_is_refused(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors.update({PLACE: torch.zeros(128, 128)}))
+    assert "are the same weight" in refusal(checkpoint)
 
 
 def test_zero_points_out_of_range_are_named(checkpoint):

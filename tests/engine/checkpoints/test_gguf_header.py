@@ -109,6 +109,13 @@ BAD = {
     ),
     "alignment": (of_keys(key("general.alignment", U32, ALIGNED)), "alignment 24 is no power of 2"),
     "no alignment": (of_keys(key("general.alignment", U32, bytes(4))), "alignment 0 is no power"),
+    "alignment a float": (
+        of_keys(key("general.alignment", 6, struct.pack("<f", 32))), "alignment 32.0 is no power"
+    ),
+    "alignments": (
+        of_keys(key("general.alignment", ARRAY, array(U32, 1, struct.pack("<I", 32)))),
+        "general.alignment .*32.* is no power of 2",
+    ),
     "tensor twice": (of_tensors(*2 * [tensor("a", (4,), F32, 0)]), "name 'a' is empty, or there"),
     "tensors overlap": (
         of_tensors(tensor("b", (4,), F32, 32), tensor("a", (16,), F32, 0)), "a and b overlap"
