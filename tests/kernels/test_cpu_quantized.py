@@ -208,8 +208,7 @@ def test_digits_hold_what_float32_holds():
     assert y[3].isnan().all()
 
 
-@by_kind
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_a_row_without_an_end_is_what_the_definition_says(value):
     weight = quantize(torch.randn(64, 64), "int8")
     x = torch.randn(3, 64)
@@ -226,6 +225,7 @@ def test_packing_fp8_takes_little_beside_the_result():
     assert peak_bytes(lambda: packed(weight)) < 2 * 2 * 8192 * 512 + 32 * BUFFER
 
 
+@by_kind
 def test_without_kernels_rows_are_dequantised(kind, monkeypatch):
     monkeypatch.setattr(cpu_products, "integers_are_exact", lambda: False)
     monkeypatch.setattr(cpu_quantized, "int4_is_known", lambda: False)
