@@ -45,7 +45,8 @@ def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Bytes 0 to 3 of a and 4 to 7 of b, as four digits of the selector choose them."""
     choices = [a >> 8 * i & 0xFF for i in range(4)] + [b >> 8 * i & 0xFF for i in range(4)]
     digits = [int(selector[0]) >> 4 * i & 7 for i in range(4)]
-    return sum(choices[digit] << np.uint32(8 * i) for i, digit in enumerate(digits))
+    chosen = [choices[digit] << np.uint32(8 * i) for i, digit in enumerate(digits)]
+    return np.bitwise_or.reduce(chosen)
 
 
 def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
