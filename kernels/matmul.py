@@ -149,10 +149,16 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     rows = max(1, min(N, SCRATCH // (D * x.itemsize)))
     scratch = torch.empty((rows, D), device=x.device, dtype=x.dtype)
     block_d = min(MAX_BLOCK_D, triton.next_power_of_2(D))
+    num_warps = 4 if block_d > 1024 else 2  # 16 columns a thread, or more
     for first in range(0, N if M else 0, rows):
         count = min(rows, N - first)
         dequantize_kernel[(count, triton.cdiv(D, block_d))](
-            **operands(weight), y_ptr=scratch, first=first, D=D, BLOCK_D=block_d, num_warps=4
+            **operands(weight),
+            y_ptr=scratch,
+            first=first,
+            D=D,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
         )
         part, out = scratch.narrow(0, 0, count).T, y.narrow(1, first, count)
         if bias is None:
