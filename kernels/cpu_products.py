@@ -230,7 +230,7 @@ def lm_head_argmax(
         near, ids = (rounded >= greatest - 2 * error).nonzero().unbind(-1)
         if 0 < len(ids) <= MOST_NEAR and not greatest.isnan().any():
             some = head.plain[ids]
-            exact = some.float() if isinstance(some, Tensor) else dequantized(some, WIDE[0])
+            exact = some.float() if isinstance(some, Tensor) else dequantized(some, torch.float32)
             logits = torch.full_like(rounded, -torch.inf, dtype=torch.float32)
             logits[near, ids] = torch.linalg.vecdot(x[near].float(), exact)
             best = logits.max(-1)

@@ -153,13 +153,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     for first in range(0, N if M else 0, rows):
         count = min(rows, N - first)
         dequantize_kernel[(count, triton.cdiv(D, block_d))](
-            **operands(weight),
-            y_ptr=scratch,
-            first=first,
-            D=D,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-        )
+            **operands(weight), y_ptr=scratch,
+            first=first, D=D, BLOCK_D=block_d, num_warps=num_warps,
+        )  # fmt: skip
         part, out = scratch.narrow(0, 0, count).T, y.narrow(1, first, count)
         if bias is None:
             torch.mm(x, part, out=out)

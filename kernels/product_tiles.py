@@ -27,7 +27,7 @@ SMALL_PIPELINES = {3: (64, 3), 2: (64, 4), 1: (64, 6)}
 # The same of a byte a number, and of half a byte, with 64 rows and with 128: 40 to 69 KB, of which
 # x takes a third to a half; then 24 to 64.
 BYTE_PIPELINES = {5: (128, 4), 4: (128, 5), 3: (128, 6), 1: (256, 3)}
-SM_100_BYTE_PIPELINES = BYTE_PIPELINES | {1: (128, 6)}  # it loads 256 columns into registers
+SM_100_BYTE_PIPELINES = BYTE_PIPELINES | {1: (128, 6)}  # of 256 its loop would load into registers
 INT4_PIPELINES = {4: (128, 7), 3: (128, 9), 1: (128, 9)}
 WIDE_INT4_PIPELINES = {3: (128, 5), 2: (128, 6), 1: (128, 6)}
 SMALL_BYTE_PIPELINES = {3: (64, 5), 2: (128, 4), 1: (128, 6)}

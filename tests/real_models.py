@@ -8,6 +8,7 @@ gemma3, gemini       packages of npm: package/models/ has the tokenizer.json and
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,24 +18,22 @@ NAME = "GEMCUT_REAL_MODEL"
 
 def real_folder(name: str) -> Path:
     """A folder below that of GEMCUT_REAL_MODEL; the test skips where there is none."""
-    base = os.environ.get(NAME)
-    if base is None:
-        pytest.skip(f"{NAME} names no folder of real checkpoints")
-    folder = Path(base) / name
-    if not folder.is_dir():
-        pytest.skip(f"{NAME} has no {name}")
-    return folder
+    return _found(name, Path.is_dir)
 
 
 def real_file(name: str) -> Path:
     """A file there; the test skips where there is none."""
+    return _found(name, Path.is_file)
+
+
+def _found(name: str, is_right: Callable[[Path], bool]) -> Path:
     base = os.environ.get(NAME)
     if base is None:
         pytest.skip(f"{NAME} names no folder of real checkpoints")
-    file = Path(base) / name
-    if not file.is_file():
+    path = Path(base) / name
+    if not is_right(path):
         pytest.skip(f"{NAME} has no {name}")
-    return file
+    return path
 
 
 def real_tokenizer(name: str) -> Path:

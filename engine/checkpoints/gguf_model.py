@@ -9,7 +9,7 @@ from torch import Tensor
 from gemcut.engine.checkpoints.gguf_config import as_decimal, read_config
 from gemcut.engine.checkpoints.gguf_header import read_header
 from gemcut.engine.checkpoints.gguf_vocabulary import read_vocabulary, token_keys
-from gemcut.engine.checkpoints.gguf_weights import dequantised_types, stored_weights
+from gemcut.engine.checkpoints.gguf_weights import dequantized_types, stored_weights
 from gemcut.engine.checkpoints.stored_tensors import name_of, pieces
 from gemcut.engine.checkpoints.stored_weights import StoredWeight, refuse_quantized
 from gemcut.engine.checks import warn_caller
@@ -64,7 +64,7 @@ def gguf_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[st
     """The tensors of a model, known by their headers; what becomes floats is said in one line."""
     header = read_header(path)
     stored = stored_weights(header, config, dtype)
-    if kinds := dequantised_types(header):
+    if kinds := dequantized_types(header):
         warn_caller(
             f"{path.name}: {', '.join(kinds)} tensors are read as {name_of(dtype)}; only Q4_0 and "
             f"Q8_0 stay as small as they are"

@@ -11,7 +11,6 @@ llama.cpp stores the weight of a norm as 1 + w.  The rows of q and k are as in H
 files: it permutes those of Llama, whose heads rotate neighbours, and none of Gemma's.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from gemcut.engine.checkpoints.gguf_config import EMBEDDING, HEAD
 from gemcut.engine.checkpoints.gguf_header import GgufHeader, GgufTensor, gguf_package
-from gemcut.engine.checkpoints.stored_tensors import first_of
+from gemcut.engine.checkpoints.stored_tensors import first_of, row_ranges
 from gemcut.engine.checkpoints.stored_weights import StoredWeight
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weight_layouts import Layout
@@ -100,7 +99,7 @@ def _stored(header: GgufHeader, tensor: GgufTensor, dtype: torch.dtype) -> Store
     return StoredWeight(f"{header.path.name}: {tensor.name}", tensor.shape, layout, load)
 
 
-def dequantised_types(header: GgufHeader) -> list[str]:
+def dequantized_types(header: GgufHeader) -> list[str]:
     """The types of the tensors that have no layout here, and become floats."""
     kinds = {tensor.type.name for tensor in header.tensors.values()}
     return sorted(kinds - LAYOUTS.keys() - FLOATS.keys())
@@ -150,7 +149,7 @@ def _load_quantized(header: GgufHeader, tensor: GgufTensor, dtype: torch.dtype) 
         values = codes.contiguous().view(torch.int8).flatten(1)
     else:
         values = torch.empty(rows, packed_width(columns), dtype=torch.uint8)
-        for part in _pieces(tensor.shape):
+        for part in row_ranges(tensor.shape, PIECE):
             values[part] = _in_pairs(codes[part])
     return QuantizedWeight(values, scales, None, columns, dtype)
 
@@ -168,12 +167,6 @@ def _load_others(header: GgufHeader, tensor: GgufTensor, dtype: torch.dtype) -> 
     """A matrix that the gguf package dequantises."""
     package, raw = gguf_package(), header.bytes_of(tensor)
     target = torch.empty(tensor.shape, dtype=dtype)
-    for part in _pieces(tensor.shape):
+    for part in row_ranges(tensor.shape, PIECE):
         target[part] = torch.from_numpy(package.dequantize(raw[part], tensor.type))
     return target
-
-
-def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Ranges of rows that bound the buffers of a conversion."""
-    rows = max(1, PIECE // shape[1])
-    return (slice(start, start + rows) for start in range(0, shape[0], rows))

@@ -5,7 +5,7 @@ A TensorSpec is a tensor that a format has a place for; a StoredTensor is a tens
 holds, known by its header and not yet read.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,12 @@ def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     rows = torch.atleast_1d(tensor)  # a foreign file may hold a scalar, or no rows
     row_size = max(1, rows.numel() // max(1, rows.shape[0]))
     return rows.split(max(1, PIECE // row_size))
+
+
+def row_ranges(shape: tuple[int, ...], elements: int) -> Iterator[slice]:
+    """Ranges of the rows of a tensor, of about so many elements each: they bound a buffer."""
+    rows = max(1, elements // max(1, torch.Size(shape[1:]).numel()))
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -5,13 +5,13 @@ read.  `fill_weights` then reads one after another into its rows of the fused ma
 ones as they are, plain ones quantised on the way where that is asked for.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gemcut.engine.checkpoints.stored_tensors import name_of
+from gemcut.engine.checkpoints.stored_tensors import name_of, row_ranges
 from gemcut.engine.checkpoints.weight_files import byte_bar
 from gemcut.engine.checks import shorten, warn_caller
 from gemcut.engine.config.model_config import ModelConfig
@@ -102,7 +102,7 @@ def fill_weights(
                 continue
             weight, target = stored[tensor.name], tensor.of(weights)
             source = weight.load()
-            for rows in _pieces(tensor.shape):
+            for rows in row_ranges(tensor.shape, PIECE):
                 bar.update(_fill(target[rows], source[rows], weight.place))
     return weights
 
@@ -130,12 +130,6 @@ def refuse_quantized(stored: Mapping[str, StoredWeight], quantization: str) -> N
                 f"quantization {quantization!r} is for plain checkpoints, and {weight.place} is "
                 f"{weight.layout.format} already; leave it out"
             )
-
-
-def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Ranges of rows that bound the buffer of a conversion."""
-    rows = max(1, PIECE // max(1, torch.Size(shape[1:]).numel()))
-    return (slice(start, start + rows) for start in range(0, shape[0], rows))
 
 
 def check_finite(place: str, weight: Tensor) -> None:

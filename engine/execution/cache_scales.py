@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.execution.model import Gemma
-from gemcut.kernels.cpu_quantized import PackedInt4
-from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
+from gemcut.kernels.cpu_quantized import PackedInt4, dequantized_rows
+from gemcut.kernels.quantized_weight import QuantizedWeight, Weight
 from gemcut.kernels.reference.ops import GREATEST_FP8
 
 Scales = list[tuple[Tensor, Tensor]]  # of keys and of values, [HK] float32 each, by layer
@@ -52,7 +52,9 @@ def chosen_scales(model: Gemma, given: Scales | None, is_fp8: bool) -> Scales | 
             if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
                 raise ValueError(f"{what} must be a tensor in float32")
             if tuple(scale.shape) != shape or not scale.is_contiguous():
-                raise ValueError(f"{what} must be contiguous {list(shape)}, not {scale.shape}")
+                raise ValueError(
+                    f"{what} must be contiguous {list(shape)}, not {list(scale.shape)}"
+                )
             if scale.device != model.device:
                 raise ValueError(f"{what} are on {scale.device}, the model on {model.device}")
             if not (scale.isfinite() & (scale >= torch.finfo(torch.float32).tiny)).all():
@@ -81,10 +83,8 @@ def bounds(model: Gemma, layer: int) -> tuple[Tensor, Tensor]:
 
 def _plain(weight: Weight | PackedInt4, rows: slice) -> Tensor:
     """Rows of a weight in float32."""
-    if isinstance(weight, PackedInt4):
-        return weight.rows(0, weight.shape[0], torch.float32)[rows]
-    if isinstance(weight, QuantizedWeight):
-        return dequantized(weight[rows], torch.float32)
+    if isinstance(weight, QuantizedWeight | PackedInt4):
+        return dequantized_rows(weight, 0, weight.shape[0], torch.float32)[rows]
     return (weight.to_dense() if weight.is_mkldnn else weight)[rows].float()
 
 
