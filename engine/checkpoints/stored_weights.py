@@ -29,9 +29,7 @@ from gemcut.kernels.quantized_weight import Weight, dequantized
 
 __all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights", "refuse_quantized"]
 
-PIECE = (
-    2**18
-)  # elements converted at a time: what that takes beside them is some of these in float32
+PIECE = 2**18  # elements converted at a time, and beside them some of these in float32
 
 
 @dataclass(frozen=True)
