@@ -1,20 +1,25 @@
 """An answer to a client: whole, or as a stream of events."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
 from pydantic import BaseModel
 
-from gemcut.engine.openai_api.generation import DONE, Generation
+from gemcut.engine.openai_api.errors import ApiError
+from gemcut.engine.openai_api.generation import Generation
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.serving.output_queues import AsyncStream
+
+DONE = "data: [DONE]\n\n"
 
 
 class Answer(ABC):
     """One request; `log` is its line of the access log."""
 
     generation: Generation
+    end = DONE  # what follows the last event
 
     def __init__(self, service: Service, log: dict[str, Any]) -> None:
         self.service, self.log = service, log
@@ -48,5 +53,9 @@ class Answer(ABC):
             async for one in self.events():
                 yield one
         except Exception as error:
-            yield self.service.explain(error, self.log).event()
-        yield DONE
+            yield self.error_event(self.service.explain(error, self.log))
+        yield self.end
+
+    def error_event(self, error: ApiError) -> str:
+        """An error as the last event."""
+        return f"data: {json.dumps(error.body())}\n\n"

@@ -25,13 +25,11 @@ from gemcut.engine.openai_api.conversation import Conversation, read_tools
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.fields import SamplingFields
 from gemcut.engine.openai_api.generation import event
-from gemcut.engine.openai_api.logprobs import chat_logprobs
+from gemcut.engine.openai_api.logprobs import chat_logprobs, check_top_logprobs
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.openai_api.tool_calls import ToolCall
 from gemcut.engine.requests.outputs import Delta, TokenLogprobs
 from gemcut.engine.serving.output_queues import AsyncStream
-
-MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 
 
 class ChatRequest(SamplingFields):
@@ -62,12 +60,9 @@ class ChatAnswer(Answer):
         log["ignored"] = request.check(service.settings.max_n)
         if request.modalities not in (None, ["text"]):
             raise ApiError(400, "modalities: the model answers in text", param="modalities")
-        top = request.top_logprobs
-        if top is not None and not request.logprobs:
+        if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
-        if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
-            message = f"top_logprobs {top} is outside 0..{MAX_TOP_LOGPROBS}"
-            raise ApiError(400, message, param="top_logprobs")
+        check_top_logprobs(request.top_logprobs)
         tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
         self._conversation = Conversation(service, tools)
         self._calls: Counter[int] = Counter()  # of each choice so far

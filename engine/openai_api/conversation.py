@@ -89,7 +89,8 @@ class Conversation:
         if (tools := self._tools) is not None:
             form = self._service.tool_format
             messages = form.prepare(messages, tools.functions, tools.choice)
-            template["tools"] = tools.functions
+            if self._service.template is not None:
+                template["tools"] = tools.functions
             if form.shows_special_tokens:
                 params = replace(params, skip_special_tokens=False)
             if tools.is_forced:

@@ -1,12 +1,12 @@
 """Errors as OpenAI's clients expect them: a status, and {"error": {message, type, param, code}}."""
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as RouteError
 from starlette.responses import JSONResponse
 
 from gemcut.engine.requests.request_builder import PromptTooLongError
@@ -24,31 +24,27 @@ TYPES = {
 INTERNAL = "the server failed; its log has the request's id and the reason"
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An error for the client."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
-        super().__init__(message)
-        self.status, self.message = status, _one_line(message)
+        self.message = _one_line(message)
+        super().__init__(status, self.message)
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
         """The JSON object that OpenAI's clients read."""
-        kind = TYPES.get(self.status, "invalid_request_error")
+        kind = TYPES.get(self.status_code, "invalid_request_error")
         named = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": named}
 
     def response(self) -> JSONResponse:
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        if self.status == 401:
+        headers = {"Retry-After": "1"} if self.status_code in (429, 503) else {}
+        if self.status_code == 401:
             headers = {"WWW-Authenticate": "Bearer"}
-        return JSONResponse(self.body(), self.status, headers)
-
-    def event(self) -> str:
-        """The same as an event of a stream that has begun."""
-        return f"data: {json.dumps(self.body())}\n\n"
+        return JSONResponse(self.body(), self.status_code, headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -68,7 +64,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(500, "the device has failed; the server must be started again")
         case RuntimeError() if str(error) == CLOSED:
             return ApiError(503, "the server is shutting down")
-        case HTTPException():
+        case RouteError():  # no such path, or not by this method
             return ApiError(error.status_code, str(error.detail))
         case _:
             return ApiError(500, INTERNAL)

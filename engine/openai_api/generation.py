@@ -13,8 +13,6 @@ from gemcut.engine.requests.outputs import CompletionOutput, Delta
 from gemcut.engine.requests.sequence import Request
 from gemcut.engine.serving.output_queues import AsyncStream
 
-DONE = "data: [DONE]\n\n"
-
 
 class Generation:
     """The completions of one or several prompts; choice i of OpenAI is prompt i // n's i % n."""

@@ -7,10 +7,12 @@ from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 from openai.types.completion_choice import Logprobs
 
+from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.requests.outputs import TokenLogprobs
 from gemcut.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # JSON has no infinity
+MAX_TOP_LOGPROBS = 20  # OpenAI's limit in chats and responses
 
 
 def completion_logprobs(
@@ -64,6 +66,13 @@ def chat_logprobs(
         for token_id, entry in zip(token_ids, entries, strict=True)
     ]
     return ChoiceLogprobs(content=content)
+
+
+def check_top_logprobs(top: int | None) -> None:
+    """Nothing, or ApiError where a chat asks for more than it may."""
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        message = f"top_logprobs {top} is outside 0..{MAX_TOP_LOGPROBS}"
+        raise ApiError(400, message, param="top_logprobs")
 
 
 def _likeliest(entry: TokenLogprobs, top: int) -> list[int]:

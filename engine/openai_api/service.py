@@ -19,7 +19,7 @@ from gemcut.tokenizer import Tokenizer
 from gemcut.tokenizer.chat import default_template
 
 T = TypeVar("T")
-log = logging.getLogger("gemcut.server")
+server_log = logging.getLogger("gemcut.server")
 
 
 class ClientLeft(Exception):
@@ -58,8 +58,8 @@ class Service:
         """What a client is told of an error; the log has what it is not told."""
         told = as_api_error(error)
         line["error"] = told.message
-        if told.status == 500:
-            log.error("request %s failed", line["id"], exc_info=error)
+        if told.status_code == 500:
+            server_log.error("request %s failed", line["id"], exc_info=error)
         return told
 
 
