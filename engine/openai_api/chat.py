@@ -13,7 +13,6 @@ from openai.types.chat.chat_completion_chunk import (
     ChoiceDelta,
     ChoiceDeltaToolCall,
     ChoiceDeltaToolCallFunction,
-    ChoiceLogprobs,
 )
 from openai.types.chat.chat_completion_message_function_tool_call import (
     ChatCompletionMessageFunctionToolCall,
@@ -147,7 +146,7 @@ class ChatAnswer(Answer):
         index: int,
         delta: ChoiceDelta,
         *,
-        logprobs: ChoiceLogprobs | None = None,
+        logprobs: Any = None,
         finish_reason: Any = None,
     ) -> str:
         choice = ChunkChoice(
@@ -170,10 +169,11 @@ class ChatAnswer(Answer):
     def _logprobs(
         self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None
     ) -> Any:
+        """The fields of the ChoiceLogprobs that answers and chunks each have of their own."""
         if not entries:
             return None
         top = self._request.top_logprobs or 0
-        return chat_logprobs(self.service.tokenizer, token_ids, entries, top)
+        return {"content": chat_logprobs(self.service.tokenizer, token_ids, entries, top)}
 
 
 def _call(call: ToolCall) -> ChatCompletionMessageFunctionToolCall:

@@ -6,12 +6,13 @@ from typing import Any
 
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException as RouteError
 from starlette.responses import JSONResponse
 
 from gemcut.engine.requests.request_builder import PromptTooLongError
-from gemcut.engine.serving.step_loop import EngineFault
-from gemcut.engine.serving.worker import CLOSED, QueueFullError
+from gemcut.engine.serving.step_loop import EngineClosedError, EngineFault
+from gemcut.engine.serving.worker import QueueFullError
 
 MAX_MESSAGE = 300  # characters
 TYPES = {
@@ -56,13 +57,15 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), code="context_length_exceeded")
         case RequestValidationError():
             return _of_validation(error.errors())
+        case ValidationError():  # of an answer: a ValueError too, and no fault of the client's
+            return ApiError(500, INTERNAL)
         case ValueError():
             return ApiError(400, str(error))
         case QueueFullError():
             return ApiError(429, str(error), code="queue_full")
         case EngineFault():
             return ApiError(500, "the device has failed; the server must be started again")
-        case RuntimeError() if str(error) == CLOSED:
+        case EngineClosedError():
             return ApiError(503, "the server is shutting down")
         case RouteError():  # no such path, or not by this method
             return ApiError(error.status_code, str(error.detail))

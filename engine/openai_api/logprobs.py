@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 from openai.types.completion_choice import Logprobs
 
@@ -47,7 +46,7 @@ def completion_logprobs(
 
 def chat_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], entries: Iterable[TokenLogprobs], top: int
-) -> ChoiceLogprobs:
+) -> list[ChatCompletionTokenLogprob]:
     """Of tokens of an answer, with the `top` likeliest in the place of each."""
 
     def fields(token_id: int, entry: TokenLogprobs) -> dict:
@@ -58,14 +57,13 @@ def chat_logprobs(
             "logprob": _finite(entry[token_id].logprob),
         }
 
-    content = [
+    return [
         ChatCompletionTokenLogprob(
             **fields(token_id, entry),
             top_logprobs=[TopLogprob(**fields(one, entry)) for one in _likeliest(entry, top)],
         )
         for token_id, entry in zip(token_ids, entries, strict=True)
     ]
-    return ChoiceLogprobs(content=content)
 
 
 def check_top_logprobs(top: int | None) -> None:

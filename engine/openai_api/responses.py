@@ -231,7 +231,7 @@ class ResponseAnswer(Answer):
         if not entries or not self._wants_logprobs:
             return []
         top = self._request.top_logprobs or 0
-        found = chat_logprobs(self.service.tokenizer, token_ids, entries, top).content or []
+        found = chat_logprobs(self.service.tokenizer, token_ids, entries, top)
         return [response_output_text.Logprob.model_validate(one.model_dump()) for one in found]
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
+from gemcut.engine.checks import check_int
 from gemcut.engine.engine import Engine
 from gemcut.engine.openai_api.app import create_app
 from gemcut.engine.openai_api.service import Service
@@ -65,7 +67,8 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, taken before anything is loaded; OSError where it is in use."""
+    """A socket at an address, taken before anything is loaded; OSError says why there is none."""
+    check_int("port", port, 0, 65535)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -80,7 +83,21 @@ def bind(host: str, port: int) -> socket.socket:
 def run(engine: Engine, settings: ServerSettings, bound: socket.socket, grace: float) -> None:
     """Serve until a signal, and close the engine."""
     app = create_app(engine, settings)
-    config = uvicorn.Config(
+    _log_to_standard_error()
+    host, port = bound.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    _note(f"{', '.join(settings.model_names)}: {_sizes(engine)}; {address}")
+    if host not in LOOPBACK and not settings.api_keys:
+        _note(f"warning: whoever reaches {host} may use this server; --api-key asks for a key")
+    try:
+        DrainingServer(server_config(app), app.state.service, grace).run([bound])
+    finally:
+        engine.close()
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """uvicorn, which leaves logs to others and bounds the headers of a request."""
+    return uvicorn.Config(
         app,
         http="h11",
         ws="none",
@@ -92,16 +109,6 @@ def run(engine: Engine, settings: ServerSettings, bound: socket.socket, grace: f
         h11_max_incomplete_event_size=MAX_HEADERS,
         timeout_graceful_shutdown=5,
     )
-    _log_to_standard_error()
-    host, port = bound.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    _note(f"{', '.join(settings.model_names)}: {_sizes(engine)}; {address}")
-    if host not in LOOPBACK and not settings.api_keys:
-        _note(f"warning: whoever reaches {host} may use this server; --api-key asks for a key")
-    try:
-        DrainingServer(config, app.state.service, grace).run([bound])
-    finally:
-        engine.close()
 
 
 def warm_up(engine: Engine) -> None:
