@@ -30,6 +30,12 @@ from gemcut.engine.openai_api.tokens import (
 
 EVENTS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
 
+# the page loads nothing from elsewhere, and asks nobody else
+OF_PAGE = (
+    "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
 
 def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
     """An ASGI application that serves an engine, whose owner closes it."""
@@ -113,7 +119,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     async def chat_page() -> HTMLResponse:
         """A page to chat on."""
-        return HTMLResponse(page)
+        return HTMLResponse(page, headers={"Content-Security-Policy": OF_PAGE})
 
 
 async def _answered(request: Request, answer: Answer, stream: bool | None) -> Response:

@@ -54,7 +54,8 @@ def test_a_server_answers_so_many_requests_at_once(demo, slow_steps):
     with serving(demo, max_streams=1) as server, server.client() as client:
         body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # dropping it would close the connection
+            next(lines)
             refused = server.post("/v1/completions", ASK)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert server.post("/tokenize", {"prompt": "x"}).status_code == 200
