@@ -7,6 +7,7 @@ linear in them.
 import ast
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ def plain_calls(text: str, parameters: Mapping[str, Sequence[str]]) -> list[Tool
         return None
     try:
         try:
-            value = json.loads(text, strict=False, parse_constant=_refuse_constant)
+            value = _json(text)
         except ValueError:
             calls = _pythonic(text, parameters)
         else:
@@ -154,7 +155,7 @@ def _value(text: str, at: int, quote: str) -> tuple[Any, int]:
         return word, bare.end()
     if len(word) > MAX_NUMBER:
         raise ValueError(f"a number of {len(word)} characters")
-    return json.loads(word), bare.end()
+    return _json(word), bare.end()
 
 
 def _string(text: str, at: int, quote: str) -> tuple[str, int] | None:
@@ -168,7 +169,16 @@ def _string(text: str, at: int, quote: str) -> tuple[str, int] | None:
     match = _JSON_STRING.match(text, at)
     if match is None or text[_skip(text, match.end())] not in ":,}]":
         return None  # a bare text that begins with a quotation mark
-    return json.loads(match.group(), strict=False), match.end()
+    return _json(match.group()), match.end()
+
+
+def _json(text: str) -> Any:
+    """A value in JSON; newlines in strings pass, and numbers beyond a float's range end there."""
+    return json.loads(text, strict=False, parse_float=_finite, parse_constant=_refuse_constant)
+
+
+def _finite(text: str) -> float:
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
 
 
 def _refuse_constant(name: str) -> Any:
@@ -186,7 +196,7 @@ def _spelled_out(value: Any) -> ToolCall:
         raise ValueError("not a call")
     arguments = value.get("parameters", value.get("arguments", {}))
     if isinstance(arguments, str):
-        arguments = json.loads(arguments, strict=False, parse_constant=_refuse_constant)
+        arguments = _json(arguments)
     if not isinstance(arguments, dict) or len(value) > 2:
         raise ValueError("not a call")
     if not isinstance(value.get("name"), str):
@@ -197,7 +207,9 @@ def _spelled_out(value: Any) -> ToolCall:
 def _pythonic(text: str, parameters: Mapping[str, Sequence[str]]) -> list[ToolCall]:
     """The calls of a Python expression, f(a=1) or [f(a=1), g()], or of dicts as in JSON."""
     # an escape that Python does not know would be a warning on the server's terminal
-    plain = _ESCAPE.sub(lambda m: m[0] if m[1] in "\\'\"abfnrtvxuUN01234567\n" else f"\\{m[0]}", text)
+    plain = _ESCAPE.sub(
+        lambda m: m[0] if m[1] in "\\'\"abfnrtvxuUN01234567\n" else f"\\{m[0]}", text
+    )
     root = _JsonWords().visit(ast.parse(plain, mode="eval").body)
     nodes = root.elts if isinstance(root, ast.List | ast.Tuple) else [root]
     calls = []
