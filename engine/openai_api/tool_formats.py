@@ -3,7 +3,7 @@
 FunctionGemma and Gemma 4 write calls between tokens of their own, and their chat templates declare
 the tools.  Older Gemmas know none: they are told in the first user's turn, as Google's page on
 function calling with Gemma does it, and answer in JSON or Python.  Tools, choices and messages are
-those of OpenAI's chat completions.
+those of OpenAI's chat completions; a choice may be a function's bare name too.
 """
 
 from __future__ import annotations
@@ -69,17 +69,19 @@ class ToolFormat(ABC):
         With `parallel` "required" is at least one call, else one; a function named is called once.
         ValueError for a choice that names no tool, and for parameters that nothing satisfies.
         """
-        functions = _functions(tools)
-        named = _named(choice)
+        functions, named = _functions(tools), _named(choice)
+        if named is None and choice != "required":
+            return None
         if named is not None:
             if named not in functions:
                 raise ValueError(f"tool_choice names {named!r}, which is none of the tools")
-            return self._forced({named: functions[named]}, several=False)
-        if choice != "required":
-            return None
+            functions = {named: functions[named]}
         if not functions:
             raise ValueError("tool_choice 'required' needs tools")
-        return self._forced(functions, several=parallel)
+        try:
+            return self._forced(functions, several=parallel and named is None)
+        except RecursionError as error:
+            raise ValueError("the tools' parameters nest too deep") from error
 
     @abstractmethod
     def _forced(self, functions: dict[str, Any], *, several: bool) -> StructuredOutputsParams: ...
@@ -279,8 +281,9 @@ def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
 def _named(choice: Choice) -> str | None:
     """The function that a choice names."""
     if isinstance(choice, str):
-        return None
-    name = choice.get("function", choice).get("name")
+        return None if choice in ("none", "auto", "required") else choice
+    name = choice.get("function", choice)
+    name = name.get("name") if isinstance(name, Mapping) else None
     if not isinstance(name, str):
         raise ValueError(f"tool_choice {dict(choice)!r} names no function")
     return name

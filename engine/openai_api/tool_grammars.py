@@ -6,7 +6,8 @@ Keys are bare and in alphabetical order, as the chat templates write them.  Cove
 const, properties, required, additionalProperties, items, minItems, maxItems, minLength, maxLength,
 bounds of numbers, nullable, anyOf, oneOf (as anyOf), allOf of one, and $ref within the schema.
 What else a schema says (pattern, format, uniqueItems, not, ...) is not enforced.  An object has the
-properties that are named, and others only where additionalProperties says so, or where nothing is said of any.
+properties that are named, others only where additionalProperties says so, and any where nothing is
+said of them.
 """
 
 import json
@@ -43,10 +44,7 @@ class ArgumentGrammar:
 
     def arguments(self, schema: dict[str, Any]) -> str:
         """The rule for a tool's arguments; ValueError where no arguments satisfy the schema."""
-        try:
-            return _Schema(self, schema).object_rule()
-        except RecursionError as error:
-            raise ValueError("its parameters nest too deep") from error
+        return _Schema(self, schema).object_rule()
 
     def add(self, body: str, kind: str = "r") -> str:
         """The name of a new rule, or of a terminal where `kind` is upper case."""
@@ -171,7 +169,7 @@ class _Schema:
     def _object(self, schema: dict[str, Any]) -> str | None:
         properties, required = schema.get("properties"), schema.get("required")
         properties = properties if isinstance(properties, dict) else {}
-        required = set(required) if isinstance(required, list) else set()
+        required = {str(one) for one in required} if isinstance(required, list) else set()
         others = schema.get("additionalProperties", "properties" not in schema)
         for name in required - properties.keys():
             properties = {**properties, name: others}

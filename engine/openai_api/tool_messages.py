@@ -13,8 +13,8 @@ def with_results(
     names: dict[str, str] = {}
     for index, message in enumerate(messages):
         if message.get("role") == "tool":
-            name = message.get("name") or names.get(message.get("tool_call_id") or "")
-            if name is None:
+            name = message.get("name") or names.get(str(message.get("tool_call_id")))
+            if not isinstance(name, str):
                 raise ValueError(f"message {index} answers a call that no message before it makes")
             if not found:
                 found.append((None, []))
@@ -22,17 +22,20 @@ def with_results(
             found[-1][1].append({"name": name, "response": _response(text)})
             continue
         plain = dict(message)
-        if plain.get("tool_calls"):
-            plain["tool_calls"] = [_called(index, one, names) for one in plain["tool_calls"]]
+        if calls := plain.get("tool_calls"):
+            if not isinstance(calls, Sequence):
+                raise ValueError(f"message {index} has tool_calls that are no list")
+            plain["tool_calls"] = [_called(index, one, names) for one in calls]
             plain["content"] = plain.get("content") or ""
         found.append((plain, []))
     return found
 
 
-def _called(index: int, call: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
+def _called(index: int, call: Any, names: dict[str, str]) -> dict[str, Any]:
     """An earlier call with its arguments as an object; its name goes into `names` by its id."""
-    function = call.get("function", call)
-    name, arguments = function.get("name"), function.get("arguments") or "{}"
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    given = function if isinstance(function, Mapping) else {}
+    name, arguments = given.get("name"), given.get("arguments") or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -56,9 +59,9 @@ def _response(text: str) -> dict[str, Any]:
 
 
 def _text(content: Any) -> str:
-    if isinstance(content, str) or content is None:
-        return content or ""
-    return "".join(str(part.get("text", "")) for part in content)
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return str(content or "")
+    return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
 
 
 def told(message: dict[str, Any]) -> dict[str, Any]:
@@ -76,10 +79,12 @@ def told(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def output(result: dict[str, Any]) -> str:
+    """A result in a user's turn."""
     return f"```tool_output\n{json.dumps(result, ensure_ascii=False)}\n```"
 
 
 def tool_message(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as a message of its own."""
     text = json.dumps(result["response"], ensure_ascii=False)
     return {"role": "tool", "name": result["name"], "content": text}
 
@@ -95,16 +100,20 @@ def add_turn(turns: list[dict[str, Any]], message: dict[str, Any]) -> None:
 
 def joined(first: Any, second: Any) -> Any:
     """Two contents with a blank line between; parts that are no text stay as they are."""
-    first, second = first or "", second or ""
-    if isinstance(first, str) and isinstance(second, str):
+    if not isinstance(first, list) and not isinstance(second, list):
         return "\n\n".join(filter(None, (first, second)))
-    if isinstance(first, str):
-        text = next((i for i, part in enumerate(second) if part.get("type") == "text"), None)
-        if text is None:
-            return [{"type": "text", "text": first}, *second]
-        part = {**second[text], "text": f"{first}\n\n{second[text].get('text', '')}"}
-        return [*second[:text], part, *second[text + 1 :]]
-    return [*first, *([{"type": "text", "text": second}] if isinstance(second, str) else second)]
+    before, after = _parts(first), _parts(second)
+    if before and after and before[-1].get("type") == after[0].get("type") == "text":
+        # in one part: templates strip each
+        text = joined(before.pop().get("text"), after[0].get("text"))
+        after[0] = {"type": "text", "text": text}
+    return before + after
+
+
+def _parts(content: Any) -> list[Any]:
+    if isinstance(content, list):
+        return list(content)
+    return [{"type": "text", "text": content}] if content else []
 
 
 def instructions(functions: Mapping[str, Any], *, named: str | None, required: bool) -> str:
