@@ -41,8 +41,8 @@ exit code is 1 if a turn was refused.
 """
 SERVE = """\
 Serve a model to OpenAI's clients: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models,
-/tokenize, /detokenize, /health, /metrics, and a page to chat on at /.  SIGTERM and Ctrl-C let running
-answers end; a second one ends them.  Needs pip install 'gemcut[serve]'.
+/tokenize, /detokenize, /health, /metrics, and a page to chat on at /.  SIGTERM and Ctrl-C let
+running answers end; a second one ends them.  Needs pip install 'gemcut[serve]'.
 """
 INFO = """\
 Print a model's shape, its size in memory, what fits on this machine now, and what an engine of the

@@ -172,7 +172,10 @@ def _given(args: argparse.Namespace) -> SamplingParams:
 
 
 def _engine(
-    args: argparse.Namespace, *, max_batch_size: int | Literal["auto"], max_waiting: int | None = None
+    args: argparse.Namespace,
+    *,
+    max_batch_size: int | Literal["auto"],
+    max_waiting: int | None = None,
 ) -> Engine:
     """The engine that the arguments describe; what it warns of is a line on standard error each."""
     with warnings.catch_warnings(record=True) as found:

@@ -13,8 +13,8 @@ import uvicorn
 
 from gemcut.engine import Engine
 from gemcut.engine.openai_api.app import create_app
-from gemcut.engine.openai_api.service import Service
 from gemcut.engine.openai_api.serve import bind, server_config
+from gemcut.engine.openai_api.service import Service
 from gemcut.engine.openai_api.settings import ServerSettings
 
 
@@ -52,7 +52,7 @@ def serving(engine: Engine, **settings: Any) -> Iterator[RunningServer]:
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
     thread.start()
     try:
-        url = "http://127.0.0.1:{}".format(bound.getsockname()[1])
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         yield RunningServer(url, app.state.service)
     finally:
         server.should_exit = True

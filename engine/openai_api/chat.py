@@ -6,7 +6,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionMessage,
+    ChatCompletionMessageToolCallUnion,
+)
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import (
@@ -166,9 +171,7 @@ class ChatAnswer(Answer):
         )
         return event(chunk)
 
-    def _logprobs(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None
-    ) -> Any:
+    def _logprobs(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None) -> Any:
         """The fields of the ChoiceLogprobs that answers and chunks each have of their own."""
         if not entries:
             return None
@@ -176,7 +179,7 @@ class ChatAnswer(Answer):
         return {"content": chat_logprobs(self.service.tokenizer, token_ids, entries, top)}
 
 
-def _call(call: ToolCall) -> ChatCompletionMessageFunctionToolCall:
+def _call(call: ToolCall) -> ChatCompletionMessageToolCallUnion:
     function = Function(name=call.name, arguments=call.arguments)
     return ChatCompletionMessageFunctionToolCall(id=_call_id(), type="function", function=function)
 

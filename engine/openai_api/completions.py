@@ -48,7 +48,9 @@ class CompletionAnswer(Answer):
         if is_batch and len(prompts) > service.settings.max_prompts:
             most = service.settings.max_prompts
             raise ApiError(
-                400, f"{len(prompts)} prompts are more than the {most} of this server", param="prompt"
+                400,
+                f"{len(prompts)} prompts are more than the {most} of this server",
+                param="prompt",
             )
         most = MAX_TOKENS if request.max_tokens is None else request.max_tokens
         params = request.sampling_params(
@@ -113,7 +115,7 @@ class CompletionAnswer(Answer):
             named, self._ends[index] = completion_logprobs(
                 tokenizer, token_ids, entries, request.logprobs, start
             )
-        # `construct`: a piece that is not the last has no reason yet, for which the type has no None
+        # `construct`: the type has no None for the reason of a piece that is not the last
         return CompletionChoice.construct(
             index=index, text=text, logprobs=named, finish_reason=finish_reason
         )

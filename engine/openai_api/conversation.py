@@ -20,7 +20,7 @@ class Tools:
     """The tools of a request, as chats have them, and whether they must be called."""
 
     functions: Sequence[Mapping[str, Any]]  # {"type": "function", "function": {"name": ...}}
-    choice: str  # "auto", "required", or the name of the only one that may be called
+    choice: str | Mapping[str, Any]  # "auto", "required", or {"name": the only one to be called}
     parallel: bool  # whether one answer may call several
 
     @property
@@ -43,19 +43,17 @@ def read_tools(
     names = [_name(index, tool) for index, tool in enumerate(tools)]
     if len(set(names)) < len(names):
         raise ApiError(400, "two tools have one name", param="tools")
-    chosen = "auto" if choice is None else choice
+    chosen: str | Mapping[str, Any] = "auto" if choice is None else choice
     if isinstance(chosen, Mapping):
         function = chosen.get("function", chosen)
-        chosen = function.get("name") if isinstance(function, Mapping) else None
-        if chosen not in names:
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if name not in names:
             raise ApiError(400, "tool_choice names none of the tools", param="tool_choice")
+        chosen = {"name": name}
     elif chosen not in CHOICES:
-        raise ApiError(
-            400, "tool_choice is neither none, auto, required nor a function", param="tool_choice"
-        )
-    if chosen == "none":
-        return None
-    return Tools(tools, str(chosen), parallel is not False)
+        message = "tool_choice is neither none, auto, required nor a function"
+        raise ApiError(400, message, param="tool_choice")
+    return None if chosen == "none" else Tools(tools, chosen, parallel is not False)
 
 
 def _name(index: int, tool: Mapping[str, Any]) -> str:
@@ -86,18 +84,14 @@ class Conversation:
         messages = [
             {**one, "role": "system"} if one.get("role") == "developer" else one for one in messages
         ]
-        if (tools := self._tools) is not None:
-            form = self._service.tool_format
-            messages = form.prepare(messages, tools.functions, tools.choice)
+        form, tools = self._service.tool_format, self._tools
+        functions = () if tools is None else tools.functions
+        if tools is not None or any("tool_calls" in m or m.get("role") == "tool" for m in messages):
+            messages = form.prepare(messages, functions, "none" if tools is None else tools.choice)
+        if tools is not None:
+            params = self._with_tools(params, tools)
             if self._service.template is not None:
-                template["tools"] = tools.functions
-            if form.shows_special_tokens:
-                params = replace(params, skip_special_tokens=False)
-            if tools.is_forced:
-                if params.structured_outputs is not None:
-                    raise ApiError(400, "an answer that must call a tool has no other form")
-                constraint = form.constraint(tools.functions, tools.choice, tools.parallel)
-                params = replace(params, structured_outputs=constraint)
+                template["tools"] = functions
         settings = self._service.settings
         given = {name: value for name, value in template.items() if value is not None}
         if given.get("continue_final_message"):
@@ -108,6 +102,20 @@ class Conversation:
             chat_template=settings.chat_template,
             merge_system=settings.merge_system,
             **given,
+        )
+
+    def _with_tools(self, params: SamplingParams, tools: Tools) -> SamplingParams:
+        """Settings that show calls as they are written, and force them where they must be."""
+        form = self._service.tool_format
+        if tools.is_forced:
+            if params.structured_outputs is not None:
+                raise ApiError(400, "an answer that must call a tool has no other form")
+            constraint = form.constraint(tools.functions, tools.choice, tools.parallel)
+            params = replace(params, structured_outputs=constraint)
+        return replace(
+            params,
+            skip_special_tokens=params.skip_special_tokens and not form.shows_special_tokens,
+            stop_token_ids=[*(params.stop_token_ids or ()), *form.stop_token_ids],
         )
 
     def push(self, choice: int, text: str, *, is_last: bool) -> list[str | ToolCall]:

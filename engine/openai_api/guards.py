@@ -71,7 +71,7 @@ class Guard:
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
         spelt = given.strip().encode()
-        if not any([hmac.compare_digest(spelt, key) for key in self._keys]):
+        if not any(hmac.compare_digest(spelt, key) for key in self._keys):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
 
@@ -86,7 +86,9 @@ class _Limited:
         if message["type"] == "http.request":
             self._left -= len(message.get("body", b""))
             if self._left < 0:
-                raise ApiError(413, f"the body is larger than the {self._limit} bytes of this server")
+                raise ApiError(
+                    413, f"the body is larger than the {self._limit} bytes of this server"
+                )
         return message
 
 

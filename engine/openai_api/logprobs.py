@@ -75,7 +75,9 @@ def check_top_logprobs(top: int | None) -> None:
 
 def _likeliest(entry: TokenLogprobs, top: int) -> list[int]:
     """The ids of the `top` likeliest tokens, the likeliest first."""
-    return sorted((id_ for id_, one in entry.items() if one.rank <= top), key=lambda i: entry[i].rank)
+    return sorted(
+        (id_ for id_, one in entry.items() if one.rank <= top), key=lambda i: entry[i].rank
+    )
 
 
 def _named(spelt: bytes) -> str:

@@ -97,7 +97,9 @@ def _message(index: int, item: dict[str, Any]) -> dict[str, Any]:
         result = item.get("output")
         return {**_turn("tool", result), "tool_call_id": item.get("call_id")}
     where = f"input.{index}"
-    raise ApiError(400, f"{where} is of type {str(kind)[:40]!r}: text and calls are read", param=where)
+    raise ApiError(
+        400, f"{where} is of type {str(kind)[:40]!r}: text and calls are read", param=where
+    )
 
 
 def _part(part: Any) -> Any:

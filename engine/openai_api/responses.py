@@ -22,6 +22,7 @@ from gemcut.engine.openai_api.tool_calls import ToolCall
 from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 from gemcut.engine.serving.output_queues import AsyncStream
 
+Item = types.ResponseOutputMessage | types.ResponseFunctionToolCall
 LOGPROBS = "message.output_text.logprobs"  # what `include` names
 
 
@@ -38,7 +39,7 @@ class ResponseAnswer(Answer):
         self._wants_logprobs = LOGPROBS in (request.include or []) or bool(top)
         tools = read_tools(request.chat_tools(), request.tool_choice, request.parallel_tool_calls)
         self._conversation = Conversation(service, tools)
-        self._output: list[types.ResponseOutputItem] = []  # complete items
+        self._output: list[Item] = []  # complete items
         self._numbers = 0  # events so far
 
     def build(self) -> AsyncStream:
@@ -93,7 +94,7 @@ class ResponseAnswer(Answer):
         kind = types.ResponseCompletedEvent
         if ended.status == "incomplete":
             kind = types.ResponseIncompleteEvent
-        yield self._event(kind, ended.status, response=ended)
+        yield self._event(kind, str(ended.status), response=ended)
 
     def _take(self, piece: str | ToolCall) -> bool:
         """Add a piece to the output; whether it has begun a new item."""
@@ -114,11 +115,17 @@ class ResponseAnswer(Answer):
         part = {**where, "item_id": item.id, "content_index": 0}
         if is_new:
             empty = item.model_copy(update={"content": []})
-            yield self._event(types.ResponseOutputItemAddedEvent, "output_item.added", item=empty, **where)
+            yield self._event(
+                types.ResponseOutputItemAddedEvent, "output_item.added", item=empty, **where
+            )
             nothing = _text_of(_message_item(""))
-            yield self._event(types.ResponseContentPartAddedEvent, "content_part.added", part=nothing, **part)
+            yield self._event(
+                types.ResponseContentPartAddedEvent, "content_part.added", part=nothing, **part
+            )
         given = [one.model_dump(exclude={"bytes"}) for one in logprobs]
-        yield self._event(types.ResponseTextDeltaEvent, "output_text.delta", delta=text, logprobs=given, **part)
+        yield self._event(
+            types.ResponseTextDeltaEvent, "output_text.delta", delta=text, logprobs=given, **part
+        )
 
     def _close_message(self, place: int) -> Iterator[str]:
         """The events that end a message, if that is what the item at this place is."""
@@ -129,15 +136,21 @@ class ResponseAnswer(Answer):
         item.status = "completed"
         where = {"output_index": len(self._output) + place}
         part, text = {**where, "item_id": item.id, "content_index": 0}, _text_of(item)
-        yield self._event(types.ResponseTextDoneEvent, "output_text.done", text=text.text, logprobs=[], **part)
-        yield self._event(types.ResponseContentPartDoneEvent, "content_part.done", part=text, **part)
+        yield self._event(
+            types.ResponseTextDoneEvent, "output_text.done", text=text.text, logprobs=[], **part
+        )
+        yield self._event(
+            types.ResponseContentPartDoneEvent, "content_part.done", part=text, **part
+        )
         yield self._event(types.ResponseOutputItemDoneEvent, "output_item.done", item=item, **where)
 
     def _call_events(self, item: types.ResponseFunctionToolCall) -> Iterator[str]:
         where = {"output_index": len(self._output) - 1}
         part = {**where, "item_id": item.id}
         begun = item.model_copy(update={"arguments": "", "status": "in_progress"})
-        yield self._event(types.ResponseOutputItemAddedEvent, "output_item.added", item=begun, **where)
+        yield self._event(
+            types.ResponseOutputItemAddedEvent, "output_item.added", item=begun, **where
+        )
         arguments, name = item.arguments, "function_call_arguments"
         yield self._event(
             types.ResponseFunctionCallArgumentsDeltaEvent, f"{name}.delta", delta=arguments, **part
@@ -151,7 +164,7 @@ class ResponseAnswer(Answer):
         )
         yield self._event(types.ResponseOutputItemDoneEvent, "output_item.done", item=item, **where)
 
-    def _event(self, kind: type[BaseModel], name: str, **fields: Any) -> str:
+    def _event(self, kind: type[BaseModel], name: str, /, **fields: Any) -> str:
         """A typed event, with the number that orders it."""
         number, self._numbers = self._numbers, self._numbers + 1
         named = kind(type=f"response.{name}", sequence_number=number, **fields)

@@ -4,10 +4,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from gemcut.engine.checks import check_int
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.requests.prompts import encode_conversation
-from gemcut.engine.checks import check_int
 
 
 class TokenizeRequest(BaseModel):

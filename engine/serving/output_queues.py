@@ -89,7 +89,9 @@ class AsyncStream:
     cancelling the task that waits for a delta cancels them.
     """
 
-    def __init__(self, worker: Worker, sender: "AsyncioSender", requests: Sequence[Request]) -> None:
+    def __init__(
+        self, worker: Worker, sender: "AsyncioSender", requests: Sequence[Request]
+    ) -> None:
         self.requests = requests
         self._worker, self._sender = worker, sender
         self._arrived: asyncio.Queue[Delta | Request] | None = None

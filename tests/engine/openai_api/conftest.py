@@ -22,7 +22,7 @@ def server(demo):
 
 @pytest.fixture
 def slow_steps(demo, monkeypatch):
-    """Decode steps of at least 20 ms: an answer of 100 tokens outlasts what a test does meanwhile."""
+    """Decode steps of at least 20 ms: an answer outlasts what a test does meanwhile."""
     start = demo._loop.runner.start_decode
 
     def slow(*args, **kwargs):

@@ -6,7 +6,11 @@ import socket
 import pytest
 
 CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions", "responses": "/v1/responses"}
+PATHS = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+}
 # path, body, status, what the message names
 CASES = [
     ("completions", {}, 400, "prompt: Field required"),
@@ -46,7 +50,12 @@ CASES = [
     ("chat", {"messages": [{}]}, 400, "message 0"),
     ("chat", {"messages": ["x"]}, 400, "messages.0"),
     ("chat", {"messages": [{"role": "wizard", "content": "x"}]}, 400, "role 'wizard'"),
-    ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
+    (
+        "chat",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "image_url",
+    ),
     ("chat", CHAT | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
     ("chat", CHAT | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs 21"),
     ("chat", CHAT | {"tools": [{"type": "web"}]}, 400, "tools.0 is no function"),

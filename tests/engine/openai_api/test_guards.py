@@ -83,7 +83,8 @@ def test_metrics_are_what_prometheus_reads(server):
             sign * sample.value
             for sign, found in ((1, after), (-1, before))
             for sample in found[name].samples
-            if sample.name.endswith(("_total", "_count")) and labels.items() <= sample.labels.items()
+            if sample.name.endswith(("_total", "_count"))
+            and labels.items() <= sample.labels.items()
         )
 
     assert grown("gemcut_generated_tokens") == 3

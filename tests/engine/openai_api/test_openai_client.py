@@ -53,7 +53,10 @@ def test_prompts_and_choices_are_numbered_in_order(client, demo):
     batch = client.completions.create(model="demo", prompt=["It was", "She"], **asked)
     assert [choice.index for choice in batch.choices] == [0, 1, 2, 3]
     assert batch.choices[0].text == batch.choices[1].text == answers[0].choices[0].text
-    assert batch.choices[3].text == demo.generate("She", SamplingParams(temperature=0, max_tokens=5)).text
+    assert (
+        batch.choices[3].text
+        == demo.generate("She", SamplingParams(temperature=0, max_tokens=5)).text
+    )
     ids = client.completions.create(model="demo", prompt=prompts[1], **asked)
     assert ids.usage.prompt_tokens == 3
 
@@ -62,9 +65,7 @@ def test_a_stream_is_the_answer_in_pieces(client, demo):
     asked = {"model": "demo", "prompt": ["It was", "She"], "max_tokens": 10, "temperature": 0}
     whole = client.completions.create(**asked)
     texts, reasons, usage = {0: "", 1: ""}, {}, None
-    stream = client.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
-    )
+    stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     for chunk in stream:
         usage = chunk.usage
         for choice in chunk.choices:
@@ -111,7 +112,9 @@ def test_a_chat_of_parts_with_a_system_message(client, demo):
             max_tokens=12,
         )
         messages = [{"role": "system", "content": "Be short."}, *MESSAGES]
-        assert answer.choices[0].message.content == demo.chat(messages, GREEDY, merge_system=True).text
+        assert (
+            answer.choices[0].message.content == demo.chat(messages, GREEDY, merge_system=True).text
+        )
 
 
 def test_a_streamed_chat(client):
@@ -210,7 +213,10 @@ def test_a_streamed_response(client):
     del asked["max_output_tokens"]
     with client.responses.stream(**asked) as stream:
         ended = stream.get_final_response()
-    assert (ended.status, ended.output_text) == ("completed", client.responses.create(**asked).output_text)
+    assert (ended.status, ended.output_text) == (
+        "completed",
+        client.responses.create(**asked).output_text,
+    )
 
 
 def test_the_async_client(server):

@@ -52,7 +52,7 @@ def test_64_streams_at_once_are_what_each_is_alone(server):
 def test_clients_that_vanish_leave_no_slot(server, slow_steps):
     host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps(LONG).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     for number in range(20):
         with socket.create_connection((host, int(port))) as raw:
             raw.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
