@@ -23,6 +23,7 @@ __all__ = ["MarkedCallParser", "PlainCallParser", "ToolCall", "ToolCallParser"]
 MAX_HEAD = 256  # characters by which a call must have shown itself as one
 _SPACES, _SEPARATORS = re.compile(r"\s*"), re.compile(r"[\s,;]*")
 _SPECIAL = re.compile(rf"<[^<>\s]{{0,{MAX_HEAD}}}")
+_WHOLE_SPECIAL = re.compile(r"(<[^<>\s]+>)")
 _FENCE = re.compile(r"```(?:json|tool_code|tool_calls?|python|py)?[^\S\n]*\n")
 _PART_OF_FENCE = re.compile(r"`{1,2}|```[a-z_]{0,10}[^\S\n]*")
 _OUTSIDE = re.compile(r"\"{1,3}|'{1,3}|[()\[\]{}]")
@@ -149,6 +150,12 @@ class MarkedCallParser(ToolCallParser):
         self._hidden = frozenset(hidden) - {opening, closing, quote}
         marks = "|".join(map(re.escape, (quote, closing, opening)))
         self._marks, self._overlap = re.compile(marks), max(map(len, (quote, closing, opening))) - 1
+
+    def _give_held(self) -> None:
+        if self._hidden:
+            held = _WHOLE_SPECIAL.split("".join(self._held))
+            self._held = [part for part in held if part not in self._hidden]
+        super()._give_held()
 
     def _begin(self, final: bool) -> bool:
         rest = self._window[self._at : self._at + len(self._opening)]

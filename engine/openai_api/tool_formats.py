@@ -78,13 +78,17 @@ class ToolFormat(ABC):
             functions = {named: functions[named]}
         if not functions:
             raise ValueError("tool_choice 'required' needs tools")
+        from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
+
         try:
-            return self._forced(functions, several=parallel and named is None)
+            fields = self._forced(functions, several=parallel and named is None)
         except RecursionError as error:
             raise ValueError("the tools' parameters nest too deep") from error
+        return StructuredOutputsParams(**fields)
 
     @abstractmethod
-    def _forced(self, functions: dict[str, Any], *, several: bool) -> StructuredOutputsParams: ...
+    def _forced(self, functions: dict[str, Any], *, several: bool) -> dict[str, Any]:
+        """The fields of the StructuredOutputsParams that force a call."""
 
 
 class MarkedFormat(ToolFormat):
@@ -120,9 +124,7 @@ class MarkedFormat(ToolFormat):
         hidden = self._hidden if self.shows_special_tokens else ()
         return MarkedCallParser(self.opening, self.closing, self.quote, hidden)
 
-    def _forced(self, functions: dict[str, Any], *, several: bool) -> StructuredOutputsParams:
-        from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
-
+    def _forced(self, functions: dict[str, Any], *, several: bool) -> dict[str, Any]:
         grammar = ArgumentGrammar(self.quote, self._tokens[self.quote])
         calls = []
         for name, function in functions.items():
@@ -134,7 +136,7 @@ class MarkedFormat(ToolFormat):
         opening, closing = self._tokens[self.opening], self._tokens[self.closing]
         start = f"start: call{'+' if several else ''}"
         call = f"call: {opening} ({' | '.join(calls)}) {closing}"
-        return StructuredOutputsParams(grammar=f"%llguidance {{}}\n{start}\n{call}\n{grammar}")
+        return {"grammar": f"%llguidance {{}}\n{start}\n{call}\n{grammar}"}
 
 
 class FunctionGemmaFormat(MarkedFormat):
@@ -224,9 +226,7 @@ class JsonFormat(ToolFormat):
             parameters[name] = list(properties) if isinstance(properties, dict) else []
         return PlainCallParser(parameters)
 
-    def _forced(self, functions: dict[str, Any], *, several: bool) -> StructuredOutputsParams:
-        from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
-
+    def _forced(self, functions: dict[str, Any], *, several: bool) -> dict[str, Any]:
         definitions, calls = {}, []
         for index, (name, function) in enumerate(functions.items()):
             at = f"tool{index}"
@@ -247,7 +247,7 @@ class JsonFormat(ToolFormat):
             definitions["call"] = schema
             one = {"$ref": "#/$defs/call"}
             schema = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
-        return StructuredOutputsParams(json={**schema, "$defs": definitions})
+        return {"json": {**schema, "$defs": definitions}}
 
 
 def choose_tool_format(tokenizer: Tokenizer, template: str | None) -> ToolFormat:
