@@ -42,6 +42,8 @@ LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.eng
 LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
 LATE |= {("tokenizer/json_vocabulary.py", "tokenizers")}
 LATE |= {("engine/checkpoints/gguf_header.py", "gguf")}
+LATE |= {("engine/requests/grammars.py", "llguidance")}
+LATE |= {("engine/requests/grammar_probe.py", "llguidance")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 
