@@ -13,6 +13,7 @@ from gemcut.engine.execution.pending_tokens import PendingTokens
 from gemcut.engine.execution.sampler import FULL, GREEDY, Features, run_processors
 from gemcut.engine.execution.slot_state import upload
 from gemcut.engine.execution.steps import NO_DRAFT, Steps
+from gemcut.engine.execution.token_masks import mask_tokens
 from gemcut.engine.requests.outputs import TokenLogprobs
 from gemcut.engine.requests.sequence import TokenSequence
 from gemcut.tokenizer import Tokenizer
@@ -130,7 +131,8 @@ class Runner:
     ) -> PendingTokens:
         """Sample from logits that the host may see and change: logits [B, V], slots [B]."""
         score = run_processors if scorer is None else lambda x, rows: scorer(rows, x)
-        ids = self.steps.sample(score(logits, sequences), slots, features)
+        scores = mask_tokens(score(logits, sequences), sequences)
+        ids = self.steps.sample(scores, slots, features)
         logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
         for row, sequence in enumerate(sequences):
             if (top := sequence.params.logprobs) is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from gemcut.engine.checks import refuse_unknown, shorten
 from gemcut.engine.requests.bad_words import bad_word_ids
+from gemcut.engine.requests.grammars import GrammarCompiler
 from gemcut.engine.requests.prompts import (
     NO_TOKENIZER,
     ChatTemplate,
@@ -43,6 +44,7 @@ class RequestBuilder:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.eos_ids, self._max_seq_len = frozenset(eos_ids), max_seq_len
         self.defaults = defaults
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, self.eos_ids)
         self._numbers = itertools.count()
 
     def batch(self, prompt: Any, params: Any, *, score: bool = False) -> tuple[list[Request], bool]:
@@ -89,6 +91,8 @@ class RequestBuilder:
         bad_words = self._bad_words(params)
         text, ids = encode_prompt(prompt, self._tokenizer, self._vocab_size)
         _check_length(len(ids), params.min_tokens, self._max_seq_len, score=score)
+        structure = params.structured_outputs
+        grammar = None if structure is None or score else self._grammars.compile(structure)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         if request_id is not None and not isinstance(request_id, str):
             raise ValueError(f"request_id {shorten(request_id)} is not a string")
@@ -105,6 +109,7 @@ class RequestBuilder:
                 request_id=request_id,
                 score_only=score,
                 bad_words=bad_words,
+                grammar=None if grammar is None else grammar.copy(),
             )
             for index in range(params.n)
         ]
