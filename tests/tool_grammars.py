@@ -37,7 +37,8 @@ class GrammarWalks:
         self._matcher_of = LLTokenizer(
             llguidance.TokenizerWrapper(self), n_vocab=len(self.tokens), eos_token=tokenizer.eos_id
         )
-        self._endings = {i for i in map(tokenizer.id_of, _ENDINGS) if i is not None}
+        endings = {one.encode() for one in _ENDINGS}
+        self._endings = {i for i, token in enumerate(self.tokens) if token in endings}
 
     def __call__(self, text: str | bytes) -> list[int]:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
@@ -54,7 +55,7 @@ class GrammarWalks:
         assert not matcher.is_error(), matcher.get_error()
         ids: list[int] = []
         while not matcher.is_stopped():
-            assert len(ids) < most
+            assert len(ids) < most, self._tokenizer.decode(ids[-100:])
             allowed = self._allowed(matcher)
             hurried = [i for i in allowed if i in self._endings or i == self.eos_token_id]
             chosen = random.choice(hurried if hurried and random.random() < 0.5 else allowed)

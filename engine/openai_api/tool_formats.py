@@ -41,6 +41,9 @@ Choice = str | Mapping[str, Any]
 # "essential" by Google's page on FunctionGemma: it turns function calling on
 _FUNCTION_GEMMA_SYSTEM = "You are a model that can do function calling with the following functions"
 
+# llguidance's option: as instructions and earlier calls are written, and no spaces without end
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class ToolFormat(ABC):
     """One way of calling tools.
@@ -247,7 +250,7 @@ class JsonFormat(ToolFormat):
             definitions["call"] = schema
             one = {"$ref": "#/$defs/call"}
             schema = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
-        return {"json": {**schema, "$defs": definitions}}
+        return {"json": {**schema, "$defs": definitions, "x-guidance": _SPACING}}
 
 
 def choose_tool_format(tokenizer: Tokenizer, template: str | None) -> ToolFormat:
