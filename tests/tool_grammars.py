@@ -1,4 +1,4 @@
-"""Random answers that a grammar of llguidance allows, over the demo's vocabulary with tool tokens."""
+"""Random answers that a grammar of llguidance allows, in the demo's vocabulary with tool tokens."""
 
 import json
 from random import Random
@@ -20,7 +20,7 @@ _ENDINGS = ("}", "]", ",", ":", '"', *FUNCTION_GEMMA, *GEMMA4)
 
 
 def tool_tokenizer(*, special: bool) -> Tokenizer:
-    """The demo's vocabulary with FunctionGemma's and Gemma 4's tokens, which may be special ones."""
+    """The demo's vocabulary with FunctionGemma's and Gemma 4's tokens, special or not."""
     tokenizer = Tokenizer.from_file(hub.DEMO / "tokenizer.model")
     tokenizer.add_tokens([AddedToken(one, special=special) for one in (*FUNCTION_GEMMA, *GEMMA4)])
     return tokenizer

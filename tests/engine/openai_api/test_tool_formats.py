@@ -1,4 +1,4 @@
-"""Tool formats: which a checkpoint has, what its template is given, and grammars that force calls."""
+"""Tool formats: which a checkpoint has, what its template gets, and grammars that force calls."""
 
 import json
 from random import Random
@@ -57,7 +57,7 @@ SCHEMAS = {
                 "type": "array",
                 "items": {
                     "type": "object",
-                    "properties": {"name": {"type": ["string", "null"]}, "is_on": {"type": "boolean"}},
+                    "properties": {"name": {"type": ["string", "null"]}, "on": {"type": "boolean"}},
                     "required": ["name"],
                 },
                 "minItems": 1,
@@ -82,7 +82,16 @@ SCHEMAS = {
         "required": ["c"],
         "additionalProperties": {"type": "boolean"},
     },
-    "anything": {"type": "object", "properties": {"v": {}, "w": {"type": "array"}}, "required": ["v"]},
+    "odd": {
+        "type": "object",
+        "properties": {
+            "a/b.*[": {"enum": ["\0\n\t\x7f\"\\/", "é🙂\u2028", {"<escape>": [], "k": {}}]},
+            '"<|\"|>\\\n<escape>': {"allOf": [{"type": "null"}]},
+        },
+        "required": ["a/b.*[", '"<|\"|>\\\n<escape>'],
+        "additionalProperties": True,
+    },
+    "anything": {"type": "object", "properties": {"v": {}, "w": {"items": {}}}, "required": ["v"]},
     "free": {"type": "object"},
     "empty": {"type": "object", "properties": {}},
     "no-schema": None,
