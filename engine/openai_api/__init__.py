@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over an engine: `gemcut serve`, or `create_app` under any ASGI server."""
+"""OpenAI's API over an engine: `gemcut serve`, or `create_app` under any ASGI server."""
