@@ -6,13 +6,11 @@ function calling with Gemma does it, and answer in JSON or Python.  Tools, choic
 those of OpenAI's chat completions; a choice may be a function's bare name too.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemcut.engine.openai_api.tool_calls import (
     MarkedCallParser,
@@ -29,10 +27,8 @@ from gemcut.engine.openai_api.tool_messages import (
     tool_message,
     with_results,
 )
+from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 from gemcut.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -81,8 +77,6 @@ class ToolFormat(ABC):
             functions = {named: functions[named]}
         if not functions:
             raise ValueError("tool_choice 'required' needs tools")
-        from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
-
         try:
             fields = self._forced(functions, several=parallel and named is None)
         except RecursionError as error:

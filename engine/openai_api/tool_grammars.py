@@ -28,6 +28,7 @@ class ArgumentGrammar:
     def __init__(self, quote: str, quote_token: str) -> None:
         self._quote, self._token = quote, quote_token
         self._not_quote = f"~/(?s:.*){_escaped(quote)}(?s:.*)/"
+        self._named: dict[str, str] = {}
         self._rules = {
             "any": 'string | NUMBER | "true" | "false" | "null" | any_object | any_array',
             "any_object": '"{" (any_pair ("," any_pair)*)? "}"',
@@ -47,9 +48,13 @@ class ArgumentGrammar:
         return _Schema(self, schema).object_rule()
 
     def add(self, body: str, kind: str = "r") -> str:
-        """The name of a new rule, or of a terminal where `kind` is upper case."""
+        """The name of a rule, or of a terminal where `kind` is upper case; alike ones are one."""
+        if body in self._named:
+            return self._named[body]
         name = f"{kind}{len(self._rules)}"
         self._rules[name] = body
+        if body:
+            self._named[body] = name
         return name
 
     def define(self, name: str, body: str) -> None:
