@@ -48,7 +48,8 @@ class GrammarWalks:
         """The text of one random answer under a StructuredOutputsParams."""
         if params.grammar is None:
             schema = params.json if isinstance(params.json, str) else json.dumps(params.json)
-            grammar = LLMatcher.grammar_from_json_schema(schema)
+            spaces: Any = {"whitespace_flexible": not params.disable_any_whitespace}
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=spaces)
         else:
             grammar = LLMatcher.grammar_from_lark(params.grammar)
         matcher = LLMatcher(self._matcher_of, grammar)

@@ -37,8 +37,8 @@ Choice = str | Mapping[str, Any]
 # "essential" by Google's page on FunctionGemma: it turns function calling on
 _FUNCTION_GEMMA_SYSTEM = "You are a model that can do function calling with the following functions"
 
-# llguidance's option: as instructions and earlier calls are written, and no spaces without end
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# llguidance's options: spaces as in instructions and earlier calls
+_SPACING = {"item_separator": ", ", "key_separator": ": "}
 
 
 class ToolFormat(ABC):
@@ -244,7 +244,8 @@ class JsonFormat(ToolFormat):
             definitions["call"] = schema
             one = {"$ref": "#/$defs/call"}
             schema = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
-        return {"json": {**schema, "$defs": definitions, "x-guidance": _SPACING}}
+        schema = {**schema, "$defs": definitions, "x-guidance": _SPACING}
+        return {"json": schema, "disable_any_whitespace": True}
 
 
 def choose_tool_format(tokenizer: Tokenizer, template: str | None) -> ToolFormat:

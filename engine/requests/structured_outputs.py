@@ -9,3 +9,4 @@ class StructuredOutputsParams:
     choice: list | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    disable_any_whitespace: bool = False

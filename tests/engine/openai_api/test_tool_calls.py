@@ -111,7 +111,8 @@ def test_calls_with_text_before_between_and_after(kind):
         kind,
         "One moment. <start_function_call>call:f{a:<escape>x<escape>,n:-3,r:2.5e3}"
         "<end_function_call>\n <start_function_call>call:g{}<end_function_call> and "
-        "<start_function_call>call:no-tool.at_all{l:[1,[true,null]],o:{k:{}}}<end_function_call> done.<end_of_turn>",
+        "<start_function_call>call:no-tool.at_all{l:[1,[true,null]],o:{k:{}}}"
+        "<end_function_call> done.<end_of_turn>",
     )
     assert pieces_of(kind, [text]) == [
         "One moment. ",
