@@ -109,9 +109,10 @@ def test_any_text_passes_as_a_string(kind, value, cut):
 def test_calls_with_text_before_between_and_after(kind):
     text = marked(
         kind,
-        "One moment. <start_function_call>call:f{a:<escape>x<escape>,n:-3,r:2.5e3}<end_function_call>\n"
-        " <start_function_call>call:g{}<end_function_call> and <start_function_call>"
-        "call:no-tool.at_all{l:[1,[true,null]],o:{k:{}}}<end_function_call> done.<end_of_turn>",
+        "One moment. <start_function_call>call:f{a:<escape>x<escape>,n:-3,r:2.5e3}"
+        "<end_function_call>\n <start_function_call>call:g{}<end_function_call> and "
+        "<start_function_call>call:no-tool.at_all{l:[1,[true,null]],o:{k:{}}}"
+        "<end_function_call> done.<end_of_turn>",
     )
     assert pieces_of(kind, [text]) == [
         "One moment. ",
