@@ -170,6 +170,8 @@ CONTENT = {
         "<start_function_call>call:f{a:1}}<end_function_call>",
         "<start_function_call>call:f{a:[1}<end_function_call>",
         "<start_function_call>call:{a:1}<end_function_call>",
+        f"<start_function_call>call:f{{a:{'[' * 70}{']' * 70}}}<end_function_call>",
+        f"<start_function_call>call:f{{a:{'9' * 400}}}<end_function_call>",
         "<end_function_call> \n",
         " \n ",
     ],
@@ -189,6 +191,8 @@ CONTENT = {
         "[add(a=1), 3]",
         "```json\n",
         "add('\\",
+        "add(a=1e999)",
+        f'{{"name": "add", "parameters": {{"a": {"[" * 70}{"]" * 70}}}}}',
     ],
 }  # fmt: skip
 
@@ -198,6 +202,30 @@ CONTENT = {
 )
 def test_what_is_no_call_is_content(kind, text):
     assert pieces_of(kind, [text]) == [text]
+
+
+CUT = {
+    "plain": [
+        'add(a="""b")c""") and\n add(\'\'\'(\'"\\\'\'\'\', "") .',
+        '```json\n{"name": "add"} ,\n\n {"name": "add"}\n```\n ',
+    ],
+    "functiongemma": [
+        " <start_function_call>call:f{a:<escape>}<end_function_call><escape>}<end_function_call>\n "
+        "<start_function_call>call:g{}<end_function_call> <start_function_call",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(kind, text) for kind, texts in CUT.items() for text in texts]
+)
+def test_every_cut_in_three(kind, text):
+    """In three quotes, markers, and the spaces between two calls."""
+    whole = pieces_of(kind, [text])
+    assert sum(isinstance(piece, ToolCall) for piece in whole) == 2
+    for first in range(len(text)):
+        for second in range(first, min(first + 12, len(text))):
+            assert pieces_of(kind, [text[:first], text[first:second], text[second:]]) == whole
 
 
 def test_content_is_not_held_back_without_need():
