@@ -21,7 +21,7 @@ RULES = {
 # the rooms of a folder in their order: a room may import those before it
 ROOMS = {
     "kernels": ["reference"],
-    "engine": ["config", "requests", "execution", "checkpoints", "serving", "transformers_api"],
+    "engine": ["config", "requests", "execution", "checkpoints", "serving", "transformers_api", "adapters"],
     "bench": ["measure", "ops", "engines", "report"],
     "tools": ["prediction", "tuning", "visit"],
 }
