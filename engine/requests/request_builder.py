@@ -22,6 +22,10 @@ from gemcut.engine.requests.sequence import Request, TokenSequence
 from gemcut.tokenizer import Tokenizer, end_of_turn_ids
 
 
+class PromptTooLongError(ValueError):
+    """A slot has no room for a prompt and what is to come after it."""
+
+
 class RequestBuilder:
     """Checks prompts and settings against one model and the length of its slots.
 
@@ -152,16 +156,16 @@ def _spread(params: Any, count: int, what: str) -> list[SamplingParams | None]:
 
 
 def _check_length(count: int, min_tokens: int, max_seq_len: int) -> None:
-    """Nothing, or ValueError where a slot has no room for a prompt of `count` tokens.
+    """Nothing, or PromptTooLongError where a slot has no room for a prompt of `count` tokens.
 
     Room is needed for `min_tokens` too, and for one new token.
     """
     if count > max_seq_len - 1:
-        raise ValueError(
+        raise PromptTooLongError(
             f"the prompt has {count} tokens and one to generate, but a slot holds {max_seq_len}"
         )
     if count + min_tokens > max_seq_len:
-        raise ValueError(
+        raise PromptTooLongError(
             f"min_tokens {min_tokens} is more than a slot of {max_seq_len} tokens "
             f"has room for after a prompt of {count}"
         )
@@ -173,7 +177,7 @@ def _check_scored(count: int, start: int, max_seq_len: int) -> None:
     The last one is only looked up among what follows the others, which a slot must hold.
     """
     if count > max_seq_len + 1:
-        raise ValueError(
+        raise PromptTooLongError(
             f"the text has {count} tokens, but a slot of {max_seq_len} scores {max_seq_len + 1}"
         )
     if count < 2:
