@@ -170,7 +170,8 @@ class PrefixRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """The replicas in ranks; Ray takes the least busy of the first that has room."""
         given = () if pending_request is None else pending_request.args
-        prompt = next((one.prompt for one in given if isinstance(one, Passed)), "")
+        # Ray copies this class with its module, so that a request is no instance of this `Passed`
+        prompt = next((one.prompt for one in given if hasattr(one, "prompt")), "")
         if not prompt:
             return [random.sample(candidate_replicas, len(candidate_replicas))]
 
@@ -217,7 +218,8 @@ class Front:
             if not has_begun:  # the client has left
                 answer.cancel()
         response = StreamingResponse(self._pieces(answer, request.url.path, headers), status)
-        response.raw_headers = list(headers)
+        # Ray writes the request's id itself, which is the application's too
+        response.raw_headers = [header for header in headers if header[0] != b"x-request-id"]
         return response
 
     async def _pieces(self, answer: Any, path: str, headers: Headers) -> AsyncIterator[bytes]:
