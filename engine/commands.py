@@ -57,6 +57,10 @@ def generate(args: argparse.Namespace) -> int:
 def chat(args: argparse.Namespace) -> int:
     """Talk until the user leaves; 0, or 1 where a turn from a file or pipe was refused."""
     _given(args)
+    if args.api_key is not None:
+        raise ValueError("--api-key is for a server: give its --url too")
+    if args.model is None:
+        args.model = "demo"
     prepare_terminal()
     with _engine(args, max_batch_size=1) as engine:
         params = _sampling_params(args, engine.get_default_sampling_params())

@@ -27,7 +27,11 @@ ROOMS = {
 }
 # Imports inside a function: torch after the arguments are read, matplotlib where a page is asked
 # for, and peers only where they take part
-LATE = {("engine/cli.py", "gemcut.engine.commands"), ("bench/engines/peers.py", "transformers")}
+LATE = {
+    ("engine/cli.py", "gemcut.engine.commands"),
+    ("engine/cli.py", "gemcut.engine.remote_chat"),
+    ("bench/engines/peers.py", "transformers"),
+}
 LATE |= {("engine/placement.py", "gemcut.kernels.interpreter")}
 LATE |= {
     ("bench/cli.py", "gemcut.bench.report.markdown_page"),
