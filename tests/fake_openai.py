@@ -83,6 +83,12 @@ def models(*names: str, **facts: Any) -> Reply:
     return Reply([body.encode()], kind="application/json")
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 512  # of connections at once
+
+
 class FakeServer:
     """Serves on a port of 127.0.0.1 until the end of the `with`; `respond` may be replaced."""
 
@@ -90,9 +96,7 @@ class FakeServer:
         self.respond = respond
         self.models: Callable[[], Reply] = lambda: models(MODEL, **facts)
         self.asked: list[Asked] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> "FakeServer":
@@ -131,7 +135,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
         def _send(self, asked: Asked, reply: Reply) -> None:
             self.close_connection = True
             self.send_response(reply.status)
-            named = {"Content-Type": reply.kind, "Transfer-Encoding": "chunked", **reply.headers}
+            named = {"Content-Type": reply.kind, "Transfer-Encoding": "chunked"}
+            named |= {"Connection": "close", **reply.headers}
             for name, value in named.items():
                 self.send_header(name, value)
             self.end_headers()

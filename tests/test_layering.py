@@ -38,6 +38,7 @@ LATE |= {
     ("bench/engines/compiled_gemma.py", "torchao"),
 }
 LATE |= {("bench/engines/peers.py", "gemcut.bench.engines.compiled_gemma")}
+LATE |= {("bench/engines/serve.py", "gemcut.bench.engines.openai_load")}
 # transformers' tokenizer of an engine, which most are never asked for
 LATE |= {("engine/engine.py", "gemcut.engine.transformers_api.tokenizers.tokenizer")}
 # torch, in the processes of a visit alone
@@ -132,7 +133,8 @@ def test_every_room_has_a_place(folder):
 
 
 def late_imports(source: str) -> set[str]:
-    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, kinds)]
     return {name for function in functions for name, _ in imports(function)}
 
 
@@ -180,6 +182,7 @@ def test_an_earlier_room_may_be_imported():
 
 def test_a_late_import_is_found():
     assert late_imports("import a\ndef f():\n    import b.c") == {"b.c"}
+    assert late_imports("async def f():\n    import b.c") == {"b.c"}
 
 
 def test_modules_do_not_bear_the_names_of_dependencies_or_of_the_standard_library():

@@ -66,7 +66,9 @@ class Client:
             total=None, sock_connect=CONNECT_SECONDS, sock_read=load.patience
         )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # as many at once as the trace wants
+            # as many at once as the trace wants; each its own, as users have them, and since one
+            # that the server closes while it is taken again would look like a lost stream
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             headers=headers(find_api_key(api_key, os.environ)),
             timeout=timeout,
             trust_env=True,
@@ -155,24 +157,26 @@ class Client:
     ) -> Reply:
         """The reply to one request, made now."""
         reply = Reply(arrival)
-        await self._serve(server, reply, prompt, clock(), more)
+        await self._serve(server, reply, prompt, None, more)
         return reply
 
     async def _serve_all(self, server: Server, waiting: Iterator[tuple[Reply, str]]) -> None:
         for reply, prompt in waiting:
-            await self._serve(server, reply, prompt, clock())
+            await self._serve(server, reply, prompt, None)
 
     async def _serve(
         self,
         server: Server,
         reply: Reply,
         prompt: str,
-        due_at: float,
+        due_at: float | None,
         more: dict[str, Any] | None = None,
     ) -> None:
-        """Make one request when it is due; its failure is noted, and nobody else's."""
-        await asyncio.sleep(max(0.0, due_at - clock()))
-        reply.due_at, reply.sent_at = due_at, clock()
+        """Make one request when it is due, or now; its failure is noted, and nobody else's."""
+        if due_at is not None:
+            await asyncio.sleep(max(0.0, due_at - clock()))
+        reply.sent_at = clock()
+        reply.due_at = reply.sent_at if due_at is None else due_at
         path = "chat/completions" if self.load.chat else "completions"
         body = self._body(server, reply.arrival, prompt) | (more or {})
         try:

@@ -20,9 +20,9 @@ is late counts too, and client_late_ms and client_cpu_share tell whether it was.
 
 import argparse
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,24 +184,27 @@ async def _run_cases(
     results: Results, arguments: argparse.Namespace, named: dict[str, str]
 ) -> None:
     try:
-        load = import_module("gemcut.bench.engines.openai_load")
+        from gemcut.bench.engines.openai_load import Client, Load  # the one user of aiohttp
     except ModuleNotFoundError as error:
         if error.name != "aiohttp":
             raise
         raise ValueError(NEEDS_AIOHTTP) from None
     settings = {"temperature": arguments.temperature}
-    how = load.Load(arguments.chat, arguments.ignore_eos, settings, arguments.patience)
+    how = Load(arguments.chat, arguments.ignore_eos, settings, arguments.patience)
     models = arguments.model or [None]
     models = models * len(named) if len(models) == 1 else models
-    async with load.Client(how, arguments.api_key) as client:
-        servers = []
-        for (name, url), model in zip(named.items(), models, strict=True):
-            found = await client.find_server(name, url, model)
-            servers.append(await client.measure_words(found, WORDS))
-            if not servers[-1].counts_tokens:
-                print(f"{name} does not count tokens: a word is taken for one, a piece too")
+    async with Client(how, arguments.api_key) as client:
+        found = [
+            await client.find_server(name, url, model)
+            for (name, url), model in zip(named.items(), models, strict=True)
+        ]
+        servers = [await client.measure_words(server, WORDS) for server in found]
+        for server in servers:
+            if not server.counts_tokens:
+                print(f"{server.name} counts no tokens: a word is taken for one, a piece too")
         said = [server.max_tokens for server in servers if server.max_tokens is not None]
         limit = arguments.max_seq_len or min(said, default=NO_LIMIT)
+        limit -= math.ceil(max(server.overhead for server in servers))
         await _warm_up(client, servers)
         for rate in dict.fromkeys(arguments.rate or ([] if arguments.concurrency else [4.0])):
             await _run_case(results, arguments, client, servers, limit, rate=rate)
@@ -300,38 +303,40 @@ def _records(
 
 def print_records(records: Sequence[Record], rounds: int) -> None:
     """Print the servers of a case, and how many times as fast the first is as each other."""
-    first = records[0]
+    first, *others = records
     print(
         f"{first['case']}: {first['requests']} requests a round, rounds {rounds}, in the mean "
         f"{first['prompt_tokens']} prompt tokens and {first['new_tokens']} new"
     )
     columns = [f"p{p}" for p in PERCENTILES]
-    beside = [f"{first['contestant']} over it: {columns[0]}", *columns[1:]]
     table = []
     for record in records:
         name = record["contestant"]
-        print(f"{name} {record['version']}: {record['settings']}; {record['served']} whole")
+        print(f"{name} ({record['version']}): {record['settings']}; {record['served']} whole")
         if record["status"] != OK:
             print(f"    {record['status']}: {record['detail']}")
         if "first_token_ms" not in record:
             continue
         if record["client_cpu_share"] > BUSY:
-            print(
-                f"    this client took {record['client_cpu_share']:.0%} of a core: it is measured"
-            )
-        compared = record is not first and first["status"] == record["status"] == OK
+            print(f"    this client took {record['client_cpu_share']:.0%} of a core: it is slow")
         for metric in BY_REQUEST:
-            cells = [f"{record[metric][p]:.2f}" for p in columns]
-            ratios = [
-                f"{times_as_good(first, record, metric, p).median:.2f}" if compared else ""
-                for p in columns
-            ]
-            table.append([f"{name}  {metric}", *cells, *ratios])
+            table.append([f"{name}  {metric}", *(f"{record[metric][p]:.2f}" for p in columns)])
         for metric in BY_ROUND:
-            ratio = f"{times_as_good(first, record, metric, None).median:.2f}" if compared else ""
-            table.append(
-                [f"{name}  {metric}", f"{record[metric]['median']:.2f}", "", "", ratio, "", ""]
-            )
+            table.append([f"{name}  {metric}", f"{record[metric]['median']:.2f}", "", ""])
     if table:
-        width = 4 if len(records) == 1 else 7
-        print_table(["", *columns, *beside][:width], [line[:width] for line in table])
+        print_table(["", *columns], table)
+    for other in others:
+        if first["status"] == other["status"] == OK:
+            print(f"{first['contestant']} over {other['contestant']}: median (range) of the rounds")
+            print_table(["times as fast", *columns], list(_ratio_rows(first, other, columns)))
+
+
+def _ratio_rows(first: Record, other: Record, columns: Sequence[str]) -> Iterator[list[str]]:
+    def ratio(metric: str, percentile: str | None) -> str:
+        found = times_as_good(first, other, metric, percentile)
+        return f"{found.median:.2f} ({found.low:.2f} - {found.high:.2f})"
+
+    for metric in BY_REQUEST:
+        yield [metric, *(ratio(metric, p) for p in columns)]
+    for metric in BY_ROUND:
+        yield [metric, ratio(metric, None), "", ""]

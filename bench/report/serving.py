@@ -3,8 +3,8 @@
     serve-MODEL             how many of the requests took at most so long, by trace and server
     serve-MODEL-by-load     p50 and p99 by requests a second, or by requests under way
 
-"over it" is how many times as fast the first server is, percentile by percentile: the median of the
-rounds, in each of which both took their turn.
+Ratios say how many times as fast the first server is, percentile by percentile: median (range) of
+the rounds, in each of which both took their turn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,6 +54,7 @@ RANKS = np.arange(101)
 def server_tables(reports: Sequence[Report]) -> list[str]:
     """For each model a table of servers, and one of how they compare."""
     lines = []
+    slashes = [f"{words}: p50 / p90 / p99" for words in SHOWN.values()]
     for model, found in by_model(cases(reports, "serve")).items():
         own, ratios = [], []
         for case in found:
@@ -64,7 +65,6 @@ def server_tables(reports: Sequence[Report]) -> list[str]:
                 compared = _ratios(case.timed[first], case.timed[name])
                 ratios.append([_load(case.facts), name, first, *compared])
         if own:
-            slashes = [f"{words}: p50 / p90 / p99" for words in SHOWN.values()]
             header = ["load", "server", *slashes, "tokens/s", "requests/s"]
             lines += [f"#### {model}", "", *markdown(header, own)]
         if ratios:
@@ -86,11 +86,11 @@ def _cells(record: Record) -> list[str]:
 
 
 def _ratios(first: Record, other: Record) -> list[str]:
-    cells = [
-        " / ".join(figures(times_as_good(first, other, name, p).median) for p in PERCENTILES)
-        for name in SHOWN
-    ]
-    return [*cells, describe(times_as_good(first, other, "tokens_per_second", None))]
+    def ratio(name: str, percentile: str | None) -> str:
+        return describe(times_as_good(first, other, name, percentile))
+
+    cells = [" / ".join(ratio(name, p) for p in PERCENTILES) for name in SHOWN]
+    return [*cells, ratio("tokens_per_second", None)]
 
 
 def server_figures(found: Sequence[Case], device: str) -> Iterator[tuple[str, Figure]]:
