@@ -19,6 +19,7 @@ from gemcut.engine.cli_options import (
     add_model,
     add_sampling,
     add_server,
+    add_url,
     number_or_auto,
 )
 
@@ -38,6 +39,11 @@ Talk with the model, or with that of a server at --url.  /reset forgets the conv
 Ctrl-D leaves; Ctrl-C stops an answer, and leaves at the prompt (exit code 130).  Where standard
 input or output is no terminal, each line read is a turn of the user, nothing but the answers is
 written to standard output, and the exit code is 1 if a turn was refused.
+"""
+SERVE = """\
+Serve a model to OpenAI's clients: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models,
+/tokenize, /detokenize, /health, /metrics, and a page to chat on at /.  SIGTERM and Ctrl-C let
+running answers end; a second one ends them.  Needs pip install 'gemcut[serve]'.
 """
 INFO = """\
 Print a model's shape, its size in memory, what fits on this machine now, and what an engine of the
@@ -88,6 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     run = {
         "generate": commands.generate,
         "chat": commands.chat,
+        "serve": commands.serve,
         "info": commands.info,
         "convert": commands.convert,
     }
@@ -167,9 +174,14 @@ def _parser() -> argparse.ArgumentParser:
     chat = command("chat", "talk with a model", CHAT)
     add_model(chat, MODEL, default=None)
     chat.add_argument("--system", metavar="TEXT", help="goes before your first turn")
-    add_server(chat)
+    add_url(chat)
     add_sampling(chat, max_tokens=None)
     add_engine(chat)
+
+    serve = command("serve", "serve a model to OpenAI's clients", SERVE)
+    add_model(serve, MODEL)
+    add_server(serve)
+    add_engine(serve)
 
     info = command("info", "show a model's shape, its size, and what fits here", INFO)
     add_model(info, f"{MODEL}; or a published size, such as gemma-2-9b")

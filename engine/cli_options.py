@@ -150,7 +150,7 @@ def engine_defaults() -> dict[str, object]:
     return vars(parser.parse_args([]))
 
 
-def add_server(parser: argparse.ArgumentParser) -> None:
+def add_url(parser: argparse.ArgumentParser) -> None:
     """A server that has the model, in place of an engine here."""
     group = parser.add_argument_group(
         "server",
@@ -163,6 +163,78 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="its key; better in GEMCUT_API_KEY or OPENAI_API_KEY, since others can see arguments",
     )
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """The options of `gemcut serve` beside those of an engine."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="ask each request for this key; may be given several times (default: that in "
+        "GEMCUT_API_KEY, else none)",
+    )
+    group.add_argument(
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="what requests call the model; may be given several times (default: MODEL)",
+    )
+    group.add_argument(
+        "--allowed-origin",
+        action="append",
+        metavar="URL",
+        help="let pages of this origin ask; *: of any; may be given several times (default: none)",
+    )
+    group.add_argument(
+        "--chat-template", metavar="FILE", help="of chats, in place of the checkpoint's"
+    )
+    group.add_argument(
+        "--merge-system",
+        action="store_true",
+        help="put a system message that the template refuses before the first of the user",
+    )
+    group.add_argument(
+        "--max-batch-size",
+        type=number_or_auto,
+        default=8,
+        metavar="N",
+        help="completions that run at once; auto: the most of 16, 8, 4, 2, 1 that memory allows "
+        "(default: %(default)s)",
+    )
+
+    def limit(name: str, default: int, what: str) -> None:
+        group.add_argument(
+            name, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)"
+        )
+
+    limit("--max-waiting", 256, "completions that wait for a slot; more get status 429")
+    limit("--max-streams", 256, "requests open at once; more get status 429")
+    limit("--max-n", 16, "completions of one prompt")
+    group.add_argument(
+        "--max-body-size",
+        type=_size,
+        default="4MiB",
+        metavar="SIZE",
+        help="of a request, in bytes, KB, MB or MiB (default: %(default)s)",
+    )
+    group.add_argument(
+        "--grace-period",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="that running answers have to end after SIGTERM or Ctrl-C (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-warmup",
+        dest="warmup",
+        action="store_false",
+        help="take requests at once, and compile and capture while the first are answered",
+    )
+    parser.set_defaults(unpublished={})
 
 
 def add_length(group: argparse._ArgumentGroup) -> None:

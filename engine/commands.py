@@ -4,7 +4,7 @@ import argparse
 import json
 import warnings
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -65,6 +65,23 @@ def chat(args: argparse.Namespace) -> int:
     with _engine(args, max_batch_size=1) as engine:
         params = _sampling_params(args, engine.get_default_sampling_params())
         return talk(lambda messages: _answer(engine, messages, params), args.system)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve a model until a signal; 0."""
+    try:
+        from gemcut.engine.openai_api import serve as server
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"gemcut serve needs the package {error.name}: pip install 'gemcut[serve]'"
+        ) from None
+    settings = server.settings_of(args)
+    with server.bind(args.host, args.port) as bound:
+        engine = _engine(args, max_batch_size=args.max_batch_size, max_waiting=args.max_waiting)
+        if args.warmup:
+            server.warm_up(engine)
+        server.run(engine, settings, bound, args.grace_period)
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:
@@ -139,7 +156,12 @@ def _given(args: argparse.Namespace) -> SamplingParams:
     return _sampling_params(args, SamplingParams())
 
 
-def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
+def _engine(
+    args: argparse.Namespace,
+    *,
+    max_batch_size: int | Literal["auto"],
+    max_waiting: int | None = None,
+) -> Engine:
     """The engine that the arguments describe; what it warns of is a line on standard error each."""
     with warnings.catch_warnings(record=True) as found:
         engine = Engine.from_pretrained(
@@ -148,6 +170,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             dtype=args.dtype,
             kv_cache_dtype=args.kv_cache_dtype,
             max_batch_size=max_batch_size,
+            max_waiting=max_waiting,
             max_seq_len=args.max_seq_len,
             ops=args.ops,
             cuda_graphs=args.cuda_graphs,
