@@ -9,6 +9,7 @@ them, `<end_of_turn>`, and nothing else allows them.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,47 +25,64 @@ from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 from gemcut.tokenizer import Tokenizer, end_of_turn_ids
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
 CACHED = 32  # compiled grammars that are kept
 HARMLESS = 4096  # characters of a schema, regex or choice that compile in a second in any case
 PROBE_SECONDS = 1  # of a processor, for any other grammar
-PATIENCE = 20  # seconds, where other programs use the processors
+PATIENCE = 5  # seconds, where other programs use the processors too
+MANY = 4  # texts whose masks are filled in threads; fewer are done sooner without
 MOST = 180  # characters of a reason
+PLACE = re.compile(r"(at )?\d+\(\d+\): ")  # in a Lark grammar
+STUCK = "the text cannot go on in its grammar"
 
 
 class Grammar:
     """Where a text stands in its grammar."""
 
     def __init__(self, matcher: "LLMatcher", end_ids: frozenset[int]) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self.end_ids = end_ids  # tokens that end a text where the grammar lets it end
 
     def copy(self) -> "Grammar":
         """The same grammar for another text, from here on."""
-        return Grammar(self._matcher.deep_copy(), self.end_ids)
+        return Grammar(self.matcher.deep_copy(), self.end_ids)
 
     def take(self, token_id: int) -> bool:
         """Go on after a token -> whether the text is complete, and nothing more may come."""
-        matcher = self._matcher
+        matcher = self.matcher
         matcher.consume_token(token_id)
         return matcher.is_stopped() and matcher.is_accepting() and not matcher.is_error()
 
-    def fill(self, address: int, nbytes: int) -> None:
-        """Write the tokens that may come next at an address, a bit for each.
+    @property
+    def error(self) -> ValueError | None:
+        """Why no token may come next, after `MaskFiller.fill`; None where one may."""
+        reason = _problem(self.matcher, "no token may follow")
+        return None if reason is None else ValueError(f"{STUCK}: {reason}")
 
-        ValueError where none may, or a limit of llguidance is passed.
-        """
-        matcher = self._matcher
-        if not matcher.is_error():
-            matcher.unsafe_compute_mask_ptr(address, nbytes)
-        if matcher.is_error():
-            raise ValueError(
-                f"the text cannot go on in its grammar: {_reason(matcher.get_error())}"
-            )
-        if matcher.is_stopped() and not matcher.is_accepting():
-            raise ValueError("the text cannot go on in its grammar: nothing may follow")
+
+class MaskFiller:
+    """Writes the tokens that may come next in several texts, a bit for each."""
+
+    def __init__(self) -> None:
+        self._executor: LLExecutor | None = None
+        self._process: int | None = None  # that has the executor's threads: a fork has not
+
+    def fill(
+        self, grammars: Sequence[Grammar], address: int, nbytes: int
+    ) -> list[ValueError | None]:
+        """Fill masks of `nbytes` each, one after the other from an address -> what is wrong."""
+        matchers = [grammar.matcher for grammar in grammars]
+        if len(matchers) < MANY:
+            for place, matcher in enumerate(matchers):
+                matcher.unsafe_compute_mask_ptr(address + place * nbytes, nbytes)
+        else:
+            if self._executor is None or self._process != os.getpid():
+                self._executor, self._process = _llguidance().LLExecutor(), os.getpid()
+            places = [(matcher, place) for place, matcher in enumerate(matchers)]
+            self._executor.unsafe_compute_mask_ptr(places, address, nbytes, len(matchers))
+        return [grammar.error for grammar in grammars]
 
 
 class GrammarCompiler:
@@ -105,10 +123,8 @@ class GrammarCompiler:
         matcher = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # each text begins with it: all of them find it done
-        if matcher.is_error():
-            raise ValueError(_refusal(params, _reason(matcher.get_error())))
-        if matcher.is_stopped() and not matcher.is_accepting():
-            raise ValueError(_refusal(params, "no text satisfies it"))
+        if (reason := _problem(matcher, "no text satisfies it")) is not None:
+            raise ValueError(_refusal(params, reason))
         return Grammar(matcher, frozenset(vocabulary.eos_tokens))
 
     def _read_vocabulary(self) -> "LLTokenizer":
@@ -171,7 +187,10 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
     schema = params.json if params.json is not None else '{"type": "object"}'
-    return matcher.grammar_from_json_schema(schema, overrides=options)
+    try:
+        return matcher.grammar_from_json_schema(schema, overrides=options)
+    except ValueError as error:
+        raise ValueError(_refusal(params, _reason(str(error)))) from None
 
 
 def _probe(params: StructuredOutputsParams, text: str) -> None:
@@ -189,8 +208,18 @@ def _probe(params: StructuredOutputsParams, text: str) -> None:
         raise ValueError(_refusal(params, "it takes too much time or memory to compile"))
 
 
+def _problem(matcher: "LLMatcher", dead_end: str) -> str | None:
+    """Why a text cannot go on; None where it can, or is complete."""
+    if not matcher.is_stopped() or (matcher.is_accepting() and not matcher.is_error()):
+        return None
+    message = matcher.get_error() or matcher.stop_reason()
+    return dead_end if message.startswith("NoExtension") else _reason(message)
+
+
 def _refusal(params: StructuredOutputsParams, reason: str) -> str:
     value = "" if params.kind == "json_object" else f" {shorten(getattr(params, params.kind))}"
+    if params.grammar is None:  # a line and column of what was made of it
+        reason = PLACE.sub("", reason)
     return f"structured_outputs: {params.kind}{value} cannot be used: {reason}"
 
 
@@ -199,7 +228,7 @@ def _reason(message: str) -> str:
     lines = [line.strip() for line in message.split("\n<", 1)[0].splitlines() if line.strip()]
     if not lines:
         return "llguidance gives no reason"
-    place = re.match(r"(at )?\d+\(\d+\): ", lines[0])
+    place = PLACE.match(lines[0])
     detail = next((line.removeprefix("error: ") for line in lines if line[:7] == "error: "), None)
     text = lines[0] if detail is None else f"{place[0] if place else ''}{detail}"
     return text if len(text) <= MOST else text[:MOST] + "..."

@@ -73,7 +73,8 @@ def _schema_text(schema: Any) -> str:
         raise ValueError(f"json {shorten(schema)} is no JSON schema: {error}") from None
     if not isinstance(read, dict | bool):
         raise ValueError(f"json {shorten(schema)} is no JSON schema: neither object nor boolean")
-    return schema
+    # llguidance wants an object where there are options
+    return schema if isinstance(read, dict) else ("{}" if read else '{"enum": []}')
 
 
 def _refuse_constant(name: str) -> None:
