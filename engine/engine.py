@@ -21,6 +21,7 @@ from gemcut.engine.checkpoints.gguf_model import write_tokenizer
 from gemcut.engine.checkpoints.hub import SMALL_FILES, check_holds_model, resolve_checkpoint
 from gemcut.engine.checkpoints.load import (
     expected_layouts,
+    load_cache_scales,
     load_checkpoint,
     load_config,
     load_settings,
@@ -181,7 +182,8 @@ class Engine(Calls):
         model's own limit, or less if free memory holds less; with skip_tokenizer_init the engine
         takes ids alone.  quantization: "int8", "int4" or "fp8" quantises the matrices of a plain
         checkpoint while they are read; one that is quantised needs nothing.  kv_cache_dtype:
-        "fp8" halves the cache's bytes, see `Engine`.
+        "fp8" halves the cache's bytes, see `Engine`; the scales are those of a checkpoint that has
+        some for e4m3.
 
         generation_config: the file that publishes the settings of a call that gives none: "auto" is
         the model's generation_config.json, a folder has one of its own, and with "none" only the
@@ -235,10 +237,16 @@ class Engine(Calls):
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
         if folder.is_dir():
             folder = fetch()  # with the weights
+        kv_scales = load_cache_scales(folder, config, target) if kv_cache_dtype == "fp8" else None
 
         def load() -> Engine:
             weights = load_checkpoint(
-                folder, config, device=target, dtype=weights_dtype, quantization=quantization
+                folder,
+                config,
+                device=target,
+                dtype=weights_dtype,
+                quantization=quantization,
+                has_cache_scales=kv_scales is not None,
             )
             if op_table is cpu:
                 weights.pack_()
@@ -255,6 +263,7 @@ class Engine(Calls):
                 cuda_graphs=cuda_graphs,
                 dependent_launches=dependent_launches,
                 kv_cache_dtype=kv_cache_dtype,
+                kv_scales=kv_scales,
             )
             engine._folder = folder
             return engine

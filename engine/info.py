@@ -15,6 +15,7 @@ from gemcut.engine.checkpoints.hub import CONFIG_FILES, check_holds_model, resol
 from gemcut.engine.checkpoints.load import (
     expected_layouts,
     find_nonfinite,
+    load_cache_scales,
     load_checkpoint,
     load_config,
     open_tokenizer,
@@ -303,6 +304,7 @@ def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             load_checkpoint(folder, config, device="meta", dtype=torch.bfloat16)
+            load_cache_scales(folder, config, torch.device("cpu"))
     except ValueError as error:
         yield str(error)
     try:
