@@ -37,7 +37,13 @@ from gemcut.engine.execution.runner import Runner
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.memory import Build
-from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_temporary_thread
+from gemcut.engine.placement import (
+    choose_device,
+    choose_dtype,
+    choose_ops,
+    in_temporary_thread,
+    release_freed_memory,
+)
 from gemcut.engine.requests.outputs import Delta
 from gemcut.engine.requests.prompts import Prompt
 from gemcut.engine.requests.request_builder import RequestBuilder
@@ -268,7 +274,9 @@ class Engine(Calls):
             engine._folder = folder
             return engine
 
-        return in_temporary_thread(load) if target.type == "cpu" else load()
+        engine = in_temporary_thread(load) if target.type == "cpu" else load()
+        release_freed_memory()
+        return engine
 
     # The step interface, for a caller that makes the steps itself
 

@@ -33,10 +33,12 @@ from gemcut.bench.measure.report_file import metric, print_table
 from gemcut.bench.measure.timing import Spread, capture, synchronize, time_replays
 from gemcut.engine.checks import check_int
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
+from gemcut.engine.execution.cache_scales import chosen_scales
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import GREEDY
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
+from gemcut.engine.placement import choose_cache_dtype
 
 WARM_UP = 3  # steps before the profile
 ROUNDS = 10  # of timed steps
@@ -84,7 +86,9 @@ def break_down(spans: Iterable[Span], steps: int) -> list[Line]:
 class DecodeStep:
     """A decode step as the engine makes it: the greedy choice of each row begins the next step."""
 
-    def __init__(self, model: Gemma, batch: int, context: int, room: int) -> None:
+    def __init__(
+        self, model: Gemma, batch: int, context: int, room: int, kv_cache_dtype: str = "auto"
+    ) -> None:
         """Rows at the end of `context` tokens of random keys; `room` steps fit after these."""
         config, device = model.config, model.device
         # capacities that 16 divides get other variants of the kernels than those it does not
@@ -95,11 +99,12 @@ class DecodeStep:
             max_seq_len=capacity,
             prefill_chunk=PREFILL_CHUNK,
             device=device,
-            dtype=model.dtype,
+            dtype=choose_cache_dtype(kv_cache_dtype, model.dtype, device),
+            scales=chosen_scales(model, None, kv_cache_dtype == "fp8"),
         )
         for layer in self.cache.layers:
-            layer.k.normal_()
-            layer.v.normal_()
+            for x in (layer.k, layer.v):
+                x.copy_(torch.randn(x.shape, device=device, dtype=model.dtype))
         self.state = SlotState(batch, config.vocab_size, device)
         self.state.limits.fill_(capacity + 1)
         self.steps = Steps(model, self.cache, self.state)
@@ -117,12 +122,14 @@ class DecodeStep:
         return self.steps.decode(self.slots, GREEDY)
 
 
-def make_step(setup: Setup, batch: int, context: int, room: int) -> DecodeStep:
+def make_step(
+    setup: Setup, batch: int, context: int, room: int, kv_cache_dtype: str = "auto"
+) -> DecodeStep:
     """A step of the model asked for; on a CPU its ops are seen by the profiler."""
     model = setup.model
     if setup.device.type != "cuda":
         model = Gemma(setup.config, model.weights, _spanned(model.ops))
-    return DecodeStep(model, batch, context, room)
+    return DecodeStep(model, batch, context, room, kv_cache_dtype)
 
 
 def _spanned(ops: ModuleType) -> Any:
