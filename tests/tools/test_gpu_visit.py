@@ -19,7 +19,7 @@ from gemcut.bench.report.markdown_page import load_reports
 from gemcut.kernels import launch_switch
 from gemcut.tools import gpu_visit
 from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
-from gemcut.tools.visit import bits, ops, report, waits
+from gemcut.tools.visit import bits, ops, quantized, report, waits
 
 # where the children find visit_blocks.py, and what this process was given
 SEARCHED = os.pathsep.join(
@@ -293,6 +293,10 @@ def test_a_small_visit_to_a_cpu(tmp_path):
     for op in ("attention_decode", "attention_prefill", "linear_geglu", "sample", "penalize"):
         assert any(case.startswith(op) for case in checked)
     assert "drafts/demo" in checked
+    on_fp8 = {record["case"] for record in report.records(out, "quantized")}
+    assert "rows of attention_decode/demo/batch=3/context=24/local/fp8" in on_fp8
+    timed = {record["case"] for record in report.records(out, "steps")}
+    assert "demo/context=24, cache in fp8" in timed
     assert (out / "breakdown-demo-b1.json").exists()
 
 
@@ -323,6 +327,25 @@ def test_a_row_that_depends_on_its_company_is_seen(monkeypatch):
 
     monkeypatch.setattr(kernels, "add_rmsnorm_", leaning)
     assert not any(ops.same_bits(case, 0, 1) for case in cases)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off")
+def test_a_scale_of_the_cache_that_is_forgotten_is_seen(monkeypatch):
+    from gemcut import kernels
+
+    found = Found()
+    wanted = ("attention_decode", "linear_rope_and_store_")
+    cases = {c.op: c for c in quantized.cache_cases(found, found.device, 1) if c.op in wanted}
+    for op, case in cases.items():
+        plain = getattr(kernels, op)
+
+        def unscaled(*args, plain=plain, v_scale, **kwargs):
+            return plain(*args, v_scale=torch.ones_like(v_scale), **kwargs)
+
+        ops.check(found, case, ops.Worst())
+        monkeypatch.setattr(kernels, op, unscaled)
+        ops.check(found, case, ops.Worst())
+    assert [passed for _, passed, _ in found] == [True, False, True, False]
 
 
 def test_a_replay_that_differs_is_seen():
