@@ -33,12 +33,12 @@ from gemcut.bench.measure.report_file import metric, print_table
 from gemcut.bench.measure.timing import Spread, capture, synchronize, time_replays
 from gemcut.engine.checks import check_int
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
-from gemcut.engine.execution.cache_scales import chosen_scales
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import GREEDY
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.placement import choose_cache_dtype
+from gemcut.kernels.checks import FP8
 
 WARM_UP = 3  # steps before the profile
 ROUNDS = 10  # of timed steps
@@ -93,6 +93,7 @@ class DecodeStep:
         config, device = model.config, model.device
         # capacities that 16 divides get other variants of the kernels than those it does not
         capacity = -(-(context + room) // 16) * 16
+        scale = torch.full((config.num_kv_heads,), 2.0**-6, device=device)
         self.cache = KVCache(
             config,
             num_slots=batch,
@@ -100,11 +101,14 @@ class DecodeStep:
             prefill_chunk=PREFILL_CHUNK,
             device=device,
             dtype=choose_cache_dtype(kv_cache_dtype, model.dtype, device),
-            scales=chosen_scales(model, None, kv_cache_dtype == "fp8"),
+            scales=[(scale, scale)] * config.num_layers if kv_cache_dtype == "fp8" else None,
         )
         for layer in self.cache.layers:
             for x in (layer.k, layer.v):
-                x.copy_(torch.randn(x.shape, device=device, dtype=model.dtype))
+                if x.dtype == FP8:
+                    x.view(torch.uint8).random_(0, 127)  # any number above 0; 127 is a NaN
+                else:
+                    x.normal_()
         self.state = SlotState(batch, config.vocab_size, device)
         self.state.limits.fill_(capacity + 1)
         self.steps = Steps(model, self.cache, self.state)

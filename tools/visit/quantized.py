@@ -112,7 +112,7 @@ def in_fp8(arguments: Arguments) -> Arguments:
     for name in ("k", "v"):
         cache = arguments[f"{name}_cache"]  # [slots, HK, C, K]
         scale = SCALE * torch.arange(1, cache.shape[1] + 1, device=cache.device)
-        values = cache.float() / scale[:, None, None]
+        values = cache.float() / scale.view(-1, 1, 1)
         own[f"{name}_cache"] = values.clamp(-GREATEST_FP8, GREATEST_FP8).to(FP8)
         own[f"{name}_scale"] = scale
     return own
