@@ -8,6 +8,7 @@ plain matrix, or one that was packed for it once, which in bfloat16 makes few ro
 Letters in shape comments: M tokens, D columns of a weight, N its rows, V vocabulary.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -69,17 +70,26 @@ def _by_quantized(x: Tensor, weight: QuantizedWeight | PackedInt4) -> Tensor:
     """The same with a quantised weight, by integer kernels where there is one for it."""
     if 0 < len(x) <= FEW_QUANTIZED_ROWS and x.is_cpu:
         if isinstance(weight, PackedInt4):
-            return weight.product(x)
+            y = weight.product(x)
+            # of a sum of halves infinities may make NaN; the sum of x is one call of torch, or two
+            if weight.has_halves and not math.isfinite(x.sum().item()):
+                _mend(y, x, weight)
+            return y
         if is_by_row(weight) and x.dtype == torch.bfloat16:
             scales = weight.scales.view(-1).to(x.dtype)
             return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.values, scales)
         if is_by_row(weight) and x.dtype == torch.float32 and integers_are_exact():
             y = by_integers(x, weight)
             if not x.isfinite().all():  # digits have no infinity
-                rows = ~x.isfinite().all(1)
-                y[rows] = _in_blocks(x[rows], weight)
+                _mend(y, x, weight)
             return y
     return _in_blocks(x, weight)
+
+
+def _mend(y: Tensor, x: Tensor, weight: QuantizedWeight | PackedInt4) -> None:
+    """Products [M, N] of the rows [M, D] that are not finite, by what the weight stands for."""
+    rows = ~x.isfinite().all(1)
+    y[rows] = _in_blocks(x[rows], weight)
 
 
 def _in_blocks(x: Tensor, weight: QuantizedWeight | PackedInt4) -> Tensor:

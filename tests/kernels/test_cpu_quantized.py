@@ -208,13 +208,15 @@ def test_digits_hold_what_float32_holds():
     assert y[3].isnan().all()
 
 
+@by_dtype
+@by_kind
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_a_row_without_an_end_is_what_the_definition_says(value):
-    weight = quantize(torch.randn(64, 64), "int8")
-    x = torch.randn(3, 64)
-    alone = cpu.linear(x, weight)
+def test_a_row_without_an_end_is_what_the_definition_says(value, kind, dtype):
+    weight = some_weight((64, 64), kind, dtype)
+    read, x = packed(weight), torch.randn(3, 64).to(dtype)
+    alone = cpu.linear(x, read)
     x[1, 5] = value
-    y = cpu.linear(x, weight)
+    y = cpu.linear(x, read)
     torch.testing.assert_close(y[1], reference.linear(x, weight)[1], equal_nan=True)
     assert torch.equal(y[[0, 2]], alone[[0, 2]])
 
