@@ -145,7 +145,9 @@ def test_numbers_at_an_end_of_their_dtype_are_quantised_as_others(
 
 @FORMATS
 def test_numbers_that_no_scale_holds_are_refused(format):
-    with pytest.raises(ValueError, match=r"numbers up to 1e\+300 are too great for scales in torch"):
+    with pytest.raises(
+        ValueError, match=r"numbers up to 1e\+300 are too great for scales in torch"
+    ):
         quantize(torch.full((2, 64), 1e300, dtype=torch.float64), format)
     with pytest.raises(ValueError, match=r"numbers up to 1e\+38 are .* in torch.float16"):
         quantize(torch.full((2, 64), 1e38), format, 32, torch.float16)
