@@ -9,7 +9,7 @@ Names are those of vLLM too: `prompts` is `prompt`, and `sampling_params` is `pa
 """
 
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gemcut.engine.requests.outputs import Delta, RequestOutput, ScoreOutput
@@ -125,14 +125,18 @@ class Calls:
 
     def astream(
         self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
+        prompt: Prompt | Sequence[Prompt],
+        params: Params = None,
         *,
-        sampling_params: SamplingParams | None = None,
-    ) -> AsyncIterator[Delta]:
-        """`stream` for `async for`."""
+        sampling_params: Params = None,
+    ) -> output_queues.AsyncStream:
+        """`stream` for `async for`, of one prompt or of a list of them.
+
+        A delta's `request_id` is that of one of the stream's `requests`, which have the prompts'
+        order.
+        """
         params = _either("params", params, "sampling_params", sampling_params)
-        return output_queues.astream(self._worker, self._sender, self._requests.one(prompt, params))
+        return self._astream(self._requests.batch(prompt, params)[0])
 
     @overload
     def chat(
@@ -224,11 +228,10 @@ class Calls:
         *,
         sampling_params: SamplingParams | None = None,
         **template: "Unpack[ChatTemplate]",
-    ) -> AsyncIterator[Delta]:
+    ) -> output_queues.AsyncStream:
         """`chat` with `stream`, for `async for`."""
         params = _either("params", params, "sampling_params", sampling_params)
-        request = _only(*self._requests.chats(messages, params, **template))
-        return output_queues.astream(self._worker, self._sender, request)
+        return self._astream([_only(*self._requests.chats(messages, params, **template))])
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
@@ -260,6 +263,9 @@ class Calls:
         """The request builder; RuntimeError once the engine is closed."""
         self._worker.check_open()
         return self._builder
+
+    def _astream(self, requests: list[Request]) -> output_queues.AsyncStream:
+        return output_queues.AsyncStream(self._worker, self._sender, requests)
 
     def _outputs(self, requests: list[Request], is_batch: bool, use_tqdm: bool | None) -> Any:
         output_queues.submit_and_wait(self._worker, requests, shows(use_tqdm, is_batch))

@@ -7,7 +7,7 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -82,6 +82,23 @@ def chat(args: argparse.Namespace) -> int:
     return int(refused and not on_terminal)
 
 
+def serve(args: argparse.Namespace) -> int:
+    """Serve a model until a signal; 0."""
+    try:
+        from gemcut.engine.openai_api import serve as server
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"gemcut serve needs the package {error.name}: pip install 'gemcut[serve]'"
+        ) from None
+    settings = server.settings_of(args)
+    with server.bind(args.host, args.port) as bound:
+        engine = _engine(args, max_batch_size=args.max_batch_size, max_waiting=args.max_waiting)
+        if args.warmup:
+            server.warm_up(engine)
+        server.run(engine, settings, bound, args.grace_period)
+    return 0
+
+
 def info(args: argparse.Namespace) -> int:
     """Print the facts of a model; 0, or 1 where --check has found a problem."""
     device = choose_device(args.device)
@@ -154,7 +171,12 @@ def _given(args: argparse.Namespace) -> SamplingParams:
     return _sampling_params(args, SamplingParams())
 
 
-def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
+def _engine(
+    args: argparse.Namespace,
+    *,
+    max_batch_size: int | Literal["auto"],
+    max_waiting: int | None = None,
+) -> Engine:
     """The engine that the arguments describe; what it warns of is a line on standard error each."""
     with warnings.catch_warnings(record=True) as found:
         engine = Engine.from_pretrained(
@@ -163,6 +185,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             dtype=args.dtype,
             kv_cache_dtype=args.kv_cache_dtype,
             max_batch_size=max_batch_size,
+            max_waiting=max_waiting,
             max_seq_len=args.max_seq_len,
             ops=args.ops,
             cuda_graphs=args.cuda_graphs,

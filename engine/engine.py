@@ -339,6 +339,11 @@ class Engine(Calls):
         """`metrics` in the text format that Prometheus scrapes."""
         return prometheus_text(self.metrics())
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it takes requests: it is not closed, and its device has not failed."""
+        return not self._worker.stopped and self._loop.fault is None
+
     def close(self) -> None:
         """End every request; later calls are refused."""
         self._stop()

@@ -21,7 +21,16 @@ RULES = {
 # the rooms of a folder in their order: a room may import those before it
 ROOMS = {
     "kernels": ["reference"],
-    "engine": ["config", "requests", "execution", "checkpoints", "serving", "transformers_api"],
+    "engine": [
+        "config",
+        "requests",
+        "execution",
+        "checkpoints",
+        "serving",
+        "transformers_api",
+        "openai_api",
+        "adapters",
+    ],
     "bench": ["measure", "ops", "engines", "report"],
     "tools": ["prediction", "tuning", "visit"],
 }
@@ -42,6 +51,8 @@ LATE |= {("tools/visit/block.py", "torch"), ("tools/visit/block.py", "gemcut.eng
 LATE |= {("engine/transformers_api/tokenizers/batch_encoding.py", "jax.numpy")}
 LATE |= {("tokenizer/json_vocabulary.py", "tokenizers")}
 LATE |= {("engine/checkpoints/gguf_header.py", "gguf")}
+# a server and its packages, where one is asked for
+LATE |= {("engine/commands.py", "gemcut.engine.openai_api")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

@@ -22,6 +22,10 @@ from gemcut.engine.requests.sequence import Request, TokenSequence
 from gemcut.tokenizer import Tokenizer, end_of_turn_ids
 
 
+class PromptTooLongError(ValueError):
+    """A slot has no room for a prompt and what is to come after it."""
+
+
 class RequestBuilder:
     """Checks prompts and settings against one model and the length of its slots.
 
@@ -132,15 +136,15 @@ def _spread(params: Any, count: int, what: str) -> list[SamplingParams | None]:
 
 
 def _check_length(count: int, min_tokens: int, max_seq_len: int, *, score: bool) -> None:
-    """Nothing, or ValueError where a slot has no room for a prompt of `count` tokens.
+    """Nothing, or PromptTooLongError where a slot has no room for a prompt of `count` tokens.
 
     Room is needed for `min_tokens` too and, unless the prompt is only scored, for one new token.
     """
     if count > max_seq_len - (not score):
         what = "tokens" if score else "tokens and one to generate"
-        raise ValueError(f"the prompt has {count} {what}, but a slot holds {max_seq_len}")
+        raise PromptTooLongError(f"the prompt has {count} {what}, but a slot holds {max_seq_len}")
     if count + min_tokens > max_seq_len:
-        raise ValueError(
+        raise PromptTooLongError(
             f"min_tokens {min_tokens} is more than a slot of {max_seq_len} tokens "
             f"has room for after a prompt of {count}"
         )
