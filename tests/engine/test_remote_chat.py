@@ -165,7 +165,7 @@ def failing(parts):
         ),
         pytest.param(failing([CUT]), "So far\n", "the connection broke off", id="cut"),
         pytest.param(failing([b"data: {", CUT]), "So far\n", "broke off", id="cut-in-an-event"),
-        pytest.param(failing([]), "So far\n", "broke off within the answer", id="no-done"),
+        pytest.param(failing([]), "So far\n", "without a finish_reason: it is cut", id="ended"),
         pytest.param(
             failing([event("[DONE]")]), "So far\n", "without a finish_reason", id="no-reason"
         ),
@@ -202,6 +202,11 @@ def test_a_failure_is_one_line_and_the_chat_goes_on(run, server, respond, shown,
     assert message in err
     assert err.count("\n") == 1
     assert server.answered[-1].body["messages"] == [{"role": "user", "content": "b"}]
+
+
+def test_a_stream_may_end_without_done(run, server):
+    server.respond = lambda asked: Reply(list(well(asked).parts)[:-1])
+    assert run("chat", "--url", server.url, stdin=b"Who?\n") == (0, "Who? ž☃!\n", "")
 
 
 def test_events_may_be_cut_anywhere(run, server):
