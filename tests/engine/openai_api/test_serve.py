@@ -35,6 +35,17 @@ class Served:
     def _address(self) -> str | None:
         return next(iter(re.findall(r"http://\S+(?=/v1$)", "\n".join(self.lines), re.M)), None)
 
+    @contextmanager
+    def stream(self, body: dict):
+        """The lines of an answer that has begun."""
+        with (
+            httpx.Client(base_url=self.url, timeout=60) as client,
+            client.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            lines = response.iter_lines()
+            next(lines)
+            yield lines
+
     def ended(self) -> int:
         """The exit code, once it has ended."""
         code = self.process.wait(PATIENCE)
@@ -81,16 +92,13 @@ def test_it_says_what_it_serves_and_ends_when_asked_to():
 def test_running_answers_end_and_new_ones_are_refused():
     with serve("--max-batch-size", "1", "--no-warmup") as process:
         served = Served(process)
-        with httpx.Client(base_url=served.url, timeout=60) as client:
-            with client.stream("POST", "/v1/completions", json=ASK | {"n": 4}) as response:
-                lines = response.iter_lines()
-                next(lines)
-                process.send_signal(signal.SIGTERM)
-                with httpx.Client(base_url=served.url, timeout=60) as other:
-                    wait_until(lambda: other.get("/health").status_code == 503)
-                    refused = other.post("/v1/completions", json=ASK)
-                assert refused.status_code == 503
-                rest = list(lines)
+        with served.stream(ASK | {"n": 4}) as lines:
+            process.send_signal(signal.SIGTERM)
+            with httpx.Client(base_url=served.url, timeout=60) as other:
+                wait_until(lambda: other.get("/health").status_code == 503)
+                refused = other.post("/v1/completions", json=ASK)
+            assert refused.status_code == 503
+            rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""]
         reasons = re.findall(r'"finish_reason":"(\w+)"', "\n".join(rest))
         assert reasons == ["length"] * 4
@@ -102,15 +110,12 @@ def test_answers_that_take_too_long_end_with_an_error(second):
     grace = "60" if second else "0.2"
     with serve("--max-batch-size", "1", "--no-warmup", "--grace-period", grace) as process:
         served = Served(process)
-        with httpx.Client(base_url=served.url, timeout=60) as client:
-            with client.stream("POST", "/v1/completions", json=ASK | {"max_tokens": 500, "n": 16}) as response:
-                lines = response.iter_lines()
-                next(lines)
+        with served.stream(ASK | {"max_tokens": 500, "n": 16}) as lines:
+            process.send_signal(signal.SIGINT)
+            if second:
+                time.sleep(0.3)
                 process.send_signal(signal.SIGINT)
-                if second:
-                    time.sleep(0.3)
-                    process.send_signal(signal.SIGINT)
-                rest = [line for line in lines if line]
+            rest = [line for line in lines if line]
         assert json.loads(rest[-2][6:])["error"]["message"] == "the server is shutting down"
         assert rest[-1] == "data: [DONE]"
         assert served.ended() == 0

@@ -1,6 +1,7 @@
 """Tool calls in an answer that streams: the same in pieces of any cut, and nothing is lost."""
 
 import json
+import sys
 import time
 from itertools import pairwise
 
@@ -243,6 +244,11 @@ def test_a_call_begun_anew_is_found():
     good = "<start_function_call>call:f{a:2}<end_function_call>"
     pieces = pieces_of("functiongemma", [broken + good])
     assert pieces == [broken, ToolCall("f", '{"a": 2}')]
+
+
+def test_a_number_beyond_floats_ends_where_they_do():
+    [(_, arguments)] = calls_of("plain", '{"name": "add", "parameters": {"a": -1e999}}')
+    assert arguments == {"a": -sys.float_info.max}
 
 
 def test_no_half_of_a_surrogate_pair_goes_out():
