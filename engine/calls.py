@@ -235,26 +235,34 @@ class Calls:
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
-        self, texts: Prompt, *, use_tqdm: bool | None = None
+        self, texts: Prompt, *, start: int = 1, use_tqdm: bool | None = None
     ) -> ScoreOutput: ...
 
     @overload
     def score(
-        self, texts: Sequence[Prompt], *, use_tqdm: bool | None = None
+        self,
+        texts: Sequence[Prompt],
+        *,
+        start: int | Sequence[int] = 1,
+        use_tqdm: bool | None = None,
     ) -> list[ScoreOutput]: ...
 
-    def score(self, texts, *, use_tqdm=None):
+    def score(self, texts, *, start=1, use_tqdm=None):
         """Log-probabilities of a text's tokens, each given those before it; a list for a list.
 
-        A string gets a BOS, which has no log-probability itself.  A text must fit a slot.
+        A string gets a BOS, which has no log-probability itself.  A text may have one token more
+        than a slot holds.  start: the first token that is scored, or one for each text; those
+        before it are context, which is reused where a slot holds it.
         """
-        requests, is_batch = self._requests.batch(texts, SamplingParams(), score=True)
+        requests, is_batch = self._requests.scores(texts, start)
         output_queues.submit_and_wait(self._worker, requests, shows(use_tqdm, is_batch))
         return _unpacked([request.score() for request in requests], is_batch)
 
-    async def ascore(self, texts: Prompt | Sequence[Prompt]) -> ScoreOutput | list[ScoreOutput]:
+    async def ascore(
+        self, texts: Prompt | Sequence[Prompt], *, start: int | Sequence[int] = 1
+    ) -> ScoreOutput | list[ScoreOutput]:
         """`score` in an event loop, which it does not block."""
-        requests, is_batch = self._requests.batch(texts, SamplingParams(), score=True)
+        requests, is_batch = self._requests.scores(texts, start)
         await output_queues.asubmit_and_wait(self._worker, self._sender, requests)
         return _unpacked([request.score() for request in requests], is_batch)
 

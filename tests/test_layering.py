@@ -58,6 +58,12 @@ LATE |= {("tokenizer/json_vocabulary.py", "tokenizers")}
 LATE |= {("engine/checkpoints/gguf_header.py", "gguf")}
 # a server and its packages, where one is asked for
 LATE |= {("engine/commands.py", "gemcut.engine.openai_api")}
+LATE |= {
+    ("bench/engines/served_steps.py", "gemcut.engine.openai_api"),
+    ("bench/engines/served_steps.py", "uvicorn"),
+}
+LATE |= {("engine/requests/grammars.py", "llguidance")}
+LATE |= {("engine/requests/grammar_probe.py", "llguidance")}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

@@ -13,6 +13,7 @@ from gemcut.engine.execution.pending_tokens import PendingTokens
 from gemcut.engine.execution.sampler import FULL, GREEDY, Features, run_processors
 from gemcut.engine.execution.slot_state import upload
 from gemcut.engine.execution.steps import NO_DRAFT, Steps
+from gemcut.engine.execution.token_masks import TokenMasks
 from gemcut.engine.requests.outputs import TokenLogprobs
 from gemcut.engine.requests.sequence import TokenSequence
 from gemcut.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ class Runner:
         # steps whose tokens may be unread while the next is started: a GPU computes beside the host
         self.depth = int(self.device.type == "cuda")
         self._batch: tuple[Sequence[int | None], Tensor] | None = None
+        self._masks = TokenMasks(self.device)
 
     def start_prefill(self, sequence: TokenSequence, count: int) -> PendingTokens | None:
         """Compute `count` more tokens of a prompt -> the first new token, if they are the last."""
@@ -42,9 +44,14 @@ class Runner:
         start, end = sequence.prefilled, sequence.prefilled + count
         prompt_ids = sequence.prompt_ids
         hidden = self.steps.prefill(prompt_ids[start:end], sequence.slot, start, len(prompt_ids))
-        following = upload(prompt_ids[start + 1 : end + 1], self.device)
-        if sequence.score_only:
-            sequence.scores[start:] = prompt_scores(self.model, hidden, following)
+        following_ids = prompt_ids[start + 1 : end + 1]
+        if sequence.score_from is not None and end == len(prompt_ids):
+            following_ids.append(sequence.next_id)
+        following = upload(following_ids, self.device)
+        if (first := sequence.score_from) is not None:
+            skipped = max(0, first - 1 - start)
+            scores = prompt_scores(self.model, hidden[skipped:], following[skipped:])
+            sequence.scores[max(0, start + 1 - first) :] = scores
         if (top := sequence.params.prompt_logprobs) is not None:
             entries = prompt_logprobs(self.model, hidden, following, top, self._shower(sequence))
             sequence.prompt_logprobs = (sequence.prompt_logprobs or [None])[: start + 1] + entries
@@ -130,7 +137,8 @@ class Runner:
     ) -> PendingTokens:
         """Sample from logits that the host may see and change: logits [B, V], slots [B]."""
         score = run_processors if scorer is None else lambda x, rows: scorer(rows, x)
-        ids = self.steps.sample(score(logits, sequences), slots, features)
+        scores = self._masks.mask(score(logits, sequences), sequences)
+        ids = self.steps.sample(scores, slots, features)
         logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
         for row, sequence in enumerate(sequences):
             if (top := sequence.params.logprobs) is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gemcut.engine.requests.bad_words import BadWords
+from gemcut.engine.requests.grammars import Grammar
 from gemcut.engine.requests.outputs import (
     CompletionOutput,
     Delta,
@@ -36,8 +37,11 @@ class TokenSequence:
     seed: int
     index: int = 0
     request_id: str = ""
-    score_only: bool = False  # only its prompt's log-probabilities are wanted, no token
+    # only the log-probabilities from this token on are wanted, up to `next_id` after the prompt
+    score_from: int | None = None
+    next_id: int = -1
     bad_words: Sequence[list[int]] = ()  # the ids of params.bad_words
+    grammar: Grammar | None = None  # of params.structured_outputs, after the tokens so far
     deliver: Callable[[Delta], object] = _drop  # called with each token's text
 
     slot: int | None = None
@@ -49,7 +53,7 @@ class TokenSequence:
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
+    scores: list[tuple[float, bool]] = field(default_factory=list)  # and whether it is likeliest
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
@@ -68,6 +72,8 @@ class TokenSequence:
         self._stops = StopStrings(self.params.stop_strings, include=self._includes_stop)
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
         eos_ids = frozenset() if self.params.ignore_eos else self.eos_ids
+        if self.grammar is not None:  # what it allows at an end is an end
+            eos_ids |= self.grammar.end_ids
         # tokens that end the sequence, and must not come before min_tokens
         self.end_ids = eos_ids | self._stop_token_ids
         room = self.max_seq_len - len(self.prompt_ids)
@@ -93,12 +99,18 @@ class TokenSequence:
     @property
     def may_reuse(self) -> bool:
         """Whether a prefix of the prompt may be skipped: not if its logprobs are wanted."""
-        return not self.score_only and self.params.prompt_logprobs is None
+        return self.params.prompt_logprobs is None
+
+    @property
+    def score_only(self) -> bool:
+        """Whether log-probabilities are wanted, and no token."""
+        return self.score_from is not None
 
     @property
     def needs_logits(self) -> bool:
         """Whether the host must see logits before, or along with, the choice."""
-        return self.params.logprobs is not None or bool(self.processors)
+        wants = self.params.logprobs is not None or bool(self.processors)
+        return wants or self.grammar is not None
 
     def draft(self, most: int) -> list[int]:
         """Tokens guessed to come next, `most` or fewer: what was asked, and there is room for."""
@@ -176,7 +188,8 @@ class TokenSequence:
             # as in vLLM, a stop string must end after the first min_tokens
             is_late = len(self.output_ids) > self.params.min_tokens
             text, self.stop_reason = self._push(token_id, search=is_late)
-            if self.stop_reason is not None:
+            is_complete = self.grammar is not None and self.grammar.take(token_id)
+            if self.stop_reason is not None or is_complete:
                 self.finish_reason = "stop"
             elif len(self.output_ids) >= self.max_tokens:
                 self.finish_reason = "length"
@@ -276,7 +289,9 @@ class Request:
     def score(self) -> ScoreOutput:
         """The output of a request that is scored."""
         (sequence,) = self.sequences
-        return ScoreOutput(self.prompt, sequence.prompt_ids, sequence.scores)
+        logprobs, is_greedy = ([*each] for each in zip(*sequence.scores, strict=True))
+        ids = [*sequence.prompt_ids, sequence.next_id]
+        return ScoreOutput(self.prompt, ids, logprobs, is_greedy)
 
     def _metrics(self) -> RequestMetrics:
         begun = [s for s in self.sequences if s.first_token_at is not None]
