@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-import torch
 from torch import Tensor
 
 from gemcut.engine.execution.model import Gemma
