@@ -25,6 +25,14 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} {shorten(value)} is neither True nor False")
 
 
+def check_text(name: str, text: Any) -> None:
+    """Nothing, or ValueError where `text` is no string that a text may hold."""
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{name} {shorten(text)} is not a string of at least one character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} {shorten(text)} holds half a surrogate pair: no text does")
+
+
 def check_number(
     name: str,
     value: Any,

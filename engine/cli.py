@@ -19,6 +19,7 @@ from gemcut.engine.cli_options import (
     add_model,
     add_sampling,
     add_server,
+    add_url,
     number_or_auto,
 )
 
@@ -34,10 +35,10 @@ Print the text with which the model goes on from a prompt, as it comes, and a ne
 itself is not printed, and nothing else is written to standard output.
 """
 CHAT = """\
-Talk with the model.  /reset forgets the conversation, /exit or Ctrl-D leaves; Ctrl-C stops an
-answer, and leaves at the prompt (exit code 130).  Where standard input or output is no terminal,
-each line read is a turn of the user, nothing but the answers is written to standard output, and the
-exit code is 1 if a turn was refused.
+Talk with the model, or with that of a server at --url.  /reset forgets the conversation, /exit or
+Ctrl-D leaves; Ctrl-C stops an answer, and leaves at the prompt (exit code 130).  Where standard
+input or output is no terminal, each line read is a turn of the user, nothing but the answers is
+written to standard output, and the exit code is 1 if a turn was refused.
 """
 SERVE = """\
 Serve a model to OpenAI's clients: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models,
@@ -82,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "chat" and args.url is not None:
+        # not `from gemcut.engine import`: that asks the package for its names, and so for torch
+        from gemcut.engine.remote_chat import chat
+
+        return chat(args)
     # Not at the top: this imports torch, which takes two seconds; --help and a typo must not wait.
     from gemcut.engine import commands
 
@@ -166,8 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     add_engine(generate)
 
     chat = command("chat", "talk with a model", CHAT)
-    add_model(chat, MODEL)
+    add_model(chat, MODEL, default=None)
     chat.add_argument("--system", metavar="TEXT", help="goes before your first turn")
+    add_url(chat)
     add_sampling(chat, max_tokens=None)
     add_engine(chat)
 

@@ -11,12 +11,31 @@ MODEL = (
 )
 
 
-def add_model(parser: argparse.ArgumentParser, text: str) -> None:
+# the options of add_sampling, as SamplingParams and requests to a server name them
+SAMPLING = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "prompt_lookup_num_tokens",
+    "stop",
+    "bad_words",
+    "ignore_eos",
+)
+
+
+def add_model(parser: argparse.ArgumentParser, text: str, default: str | None = "demo") -> None:
     """A model, as an argument or as an option."""
     either = parser.add_mutually_exclusive_group()
     # SUPPRESS: a MODEL that is not given must not undo --model
     either.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=text)
-    either.add_argument("--model", dest="model", default="demo", help="the same, as an option")
+    either.add_argument("--model", dest="model", default=default, help="the same, as an option")
 
 
 def add_sampling(
@@ -121,6 +140,28 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         dest="dependent_launches",
         action="store_false",
         help="begin each kernel of a step on a GPU only when the one before it has ended",
+    )
+
+
+def engine_defaults() -> dict[str, object]:
+    """The options of an engine that generates, by name, with what they are where not given."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_engine(parser)
+    return vars(parser.parse_args([]))
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    """A server that has the model, in place of an engine here."""
+    group = parser.add_argument_group(
+        "server",
+        "the model of any OpenAI-compatible server; MODEL is its name there (default: its only "
+        "one), and sampling is as the server has it, except for the options given",
+    )
+    group.add_argument("--url", metavar="URL", help="such as http://127.0.0.1:8000/v1")
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="its key; better in GEMCUT_API_KEY or OPENAI_API_KEY, since others can see arguments",
     )
 
 

@@ -2,10 +2,7 @@
 
 import argparse
 import json
-import re
-import sys
 import warnings
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
@@ -17,14 +14,20 @@ from gemcut.engine.engine import Engine
 from gemcut.engine.info import describe, find_model, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
+from gemcut.engine.terminal import (
+    RESET_HELP,
+    Messages,
+    note,
+    prepare_terminal,
+    read_prompt,
+    show,
+    talk,
+    until_ctrl_c,
+)
 from gemcut.tokenizer import encode_chat
 
 MAX_SLOTS = 8  # more completions than that take turns
 SEPARATOR = "\n---\n"
-WELCOME = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
-RESET_HELP = "/reset begins a new one"
-
-Messages = list[dict[str, str]]
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -32,12 +35,12 @@ def generate(args: argparse.Namespace) -> int:
     given = _given(args)
     if given.logprobs is not None and not args.json:
         raise ValueError("--logprobs has no place in plain text; add --json")
-    prompt = _read_prompt() if args.prompt in (None, "-") else args.prompt
+    prompt = read_prompt() if args.prompt in (None, "-") else args.prompt
     with _engine(args, max_batch_size=min(given.n, MAX_SLOTS)) as engine:
         params = _sampling_params(args, engine.get_default_sampling_params())
         if params.n == 1 and not (args.json or args.no_stream):
             for delta in engine.stream(prompt, params):
-                _show(delta.text)
+                show(delta.text)
             print()
             return 0
         output = engine.generate(prompt, params)
@@ -54,32 +57,14 @@ def generate(args: argparse.Namespace) -> int:
 def chat(args: argparse.Namespace) -> int:
     """Talk until the user leaves; 0, or 1 where a turn from a file or pipe was refused."""
     _given(args)
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if on_terminal:
-        with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401  # gives input() its line editing; writes to a pipe too
-    beginning: Messages = [{"role": "system", "content": args.system}] if args.system else []
-    messages = beginning
-    refused = False
+    if args.api_key is not None:
+        raise ValueError("--api-key is for a server: give its --url too")
+    if args.model is None:
+        args.model = "demo"
+    prepare_terminal()
     with _engine(args, max_batch_size=1) as engine:
         params = _sampling_params(args, engine.get_default_sampling_params())
-        if on_terminal:
-            _note(WELCOME)
-        while True:
-            try:
-                text = _ask() if on_terminal else _next_line()
-                if text is None or text == "/exit":
-                    break
-                if text == "/reset":
-                    messages = beginning
-                    _note("the conversation is forgotten")
-                elif text.strip():
-                    turn = {"role": "user", "content": text}
-                    messages = _converse(engine, [*messages, turn], params, on_terminal)
-            except ValueError as error:  # it concerns this turn only: the conversation goes on
-                _note(f"error: {error}")
-                refused = True
-    return int(refused and not on_terminal)
+        return talk(lambda messages: _answer(engine, messages, params), args.system)
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -145,11 +130,11 @@ def convert(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     if done.inferred is not None:
-        _note(f"no config: by its shapes, this is {done.inferred}")
+        note(f"no config: by its shapes, this is {done.inferred}")
     if done.left_aside:
-        _note(f"{done.left_aside} tensors left aside, which the language model does not need")
+        note(f"{done.left_aside} tensors left aside, which the language model does not need")
     for name in done.nonfinite:
-        _note(f"{name} holds a NaN or an infinity")
+        note(f"{name} holds a NaN or an infinity")
     kind = f"{done.config.dtype}, matrices in {args.quantization}"
     kind = kind if args.quantization is not None else done.config.dtype
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
@@ -196,17 +181,14 @@ def _engine(
             quantization=args.quantization,
         )
     for warning in found:
-        _note(f"warning: {' '.join(str(warning.message).split())}")
+        note(f"warning: {' '.join(str(warning.message).split())}")
     return engine
 
 
-def _converse(
-    engine: Engine, messages: Messages, params: SamplingParams, on_terminal: bool
-) -> Messages:
+def _answer(engine: Engine, messages: Messages, params: SamplingParams) -> Messages:
     """The conversation with the model's answer, which is printed as it is generated.
 
-    Ctrl-C on a terminal ends the answer at once.  ValueError where the conversation does not fit
-    the slot.
+    ValueError where the conversation does not fit the slot.
     """
     assert engine.tokenizer is not None
     length = len(encode_chat(engine.tokenizer, messages, merge_system=True))
@@ -216,64 +198,18 @@ def _converse(
             f"but a slot holds {engine.max_seq_len}; {RESET_HELP}"
         )
     answer, finish_reason = "", None
-    try:
+    with until_ctrl_c():
         for delta in engine.chat(messages, params, stream=True, merge_system=True):
-            _show(delta.text)
+            show(delta.text)
             answer += delta.text
             length += len(delta.token_ids)
             finish_reason = delta.finish_reason
-    except KeyboardInterrupt:
-        if not on_terminal:
-            raise
     print(flush=True)
     if length >= engine.max_seq_len:
-        _note(f"the conversation fills its slot of {length} tokens; {RESET_HELP}")
+        note(f"the conversation fills its slot of {length} tokens; {RESET_HELP}")
     elif finish_reason == "length":
-        _note(f"the answer was cut at --max-tokens {params.max_tokens}")
+        note(f"the answer was cut at --max-tokens {params.max_tokens}")
     return [*messages, {"role": "model", "content": answer}]
-
-
-def _read_prompt() -> str:
-    """Standard input without the one newline that echo and editors put at the end."""
-    if sys.stdin.isatty():
-        _note("reading the prompt; Ctrl-D ends it")
-    return _decode(sys.stdin.buffer.read())
-
-
-def _ask() -> str | None:
-    """A line typed at the prompt; None at Ctrl-D."""
-    try:
-        return input(">>> ")
-    except EOFError:
-        print()
-        return None
-
-
-def _next_line() -> str | None:
-    """The next line of standard input; None at its end."""
-    line = sys.stdin.buffer.readline()
-    return _decode(line) if line else None
-
-
-def _decode(data: bytes) -> str:
-    """The text of bytes from standard input; ValueError where they cannot be decoded."""
-    # Not sys.stdin.read(): in the C locale it accepts broken bytes, and it alters "\r\n".
-    try:
-        return re.sub(r"\r?\n\Z", "", data.decode(sys.stdin.encoding))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"standard input is not {error.encoding}: byte 0x{data[error.start]:02x} "
-            f"at position {error.start} ({error.reason})"
-        ) from None
-
-
-def _show(text: str) -> None:
-    if text:
-        print(text, end="", flush=True)
-
-
-def _note(text: str) -> None:
-    print(f"gemcut: {text}", file=sys.stderr, flush=True)
 
 
 def _print_json(values: dict[str, Any]) -> None:

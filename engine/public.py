@@ -13,6 +13,7 @@ from gemcut.engine.requests.outputs import (
 )
 from gemcut.engine.requests.prompts import TextPrompt, TokensPrompt
 from gemcut.engine.requests.sampling_params import SamplingParams
+from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 from gemcut.engine.serving.step_loop import EngineFault
 from gemcut.engine.serving.worker import QueueFullError
 from gemcut.engine.transformers_api import *
@@ -30,6 +31,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
 ]

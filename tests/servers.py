@@ -51,6 +51,7 @@ def serving(engine: Engine, **settings: Any) -> Iterator[RunningServer]:
     server = uvicorn.Server(server_config(app))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
     thread.start()
+    wait_until(lambda: server.started)
     try:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         yield RunningServer(url, app.state.service)

@@ -21,8 +21,8 @@ PUBLIC = {
         GemmaForSequenceClassification GemmaForTokenClassification GemmaModel
         GemmaTokenizer GemmaTokenizerFast GenerationConfig Logprob ModelConfig PUBLISHED
         QueueFullError RequestMetrics RequestOutput SamplingParams ScoreOutput
-        StaticCache TextGenerationPipeline TextPrompt TokensPrompt VaultGemmaConfig
-        VaultGemmaForCausalLM VaultGemmaModel pipeline
+        StaticCache StructuredOutputsParams TextGenerationPipeline TextPrompt TokensPrompt
+        VaultGemmaConfig VaultGemmaForCausalLM VaultGemmaModel pipeline
     """,
     "gemcut.engine.transformers_api": """
         AutoConfig AutoModel AutoModelForCausalLM AutoModelForSequenceClassification

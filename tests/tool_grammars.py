@@ -1,4 +1,4 @@
-"""Random answers that a grammar of llguidance allows, over the demo's vocabulary with tool tokens."""
+"""Random answers that a grammar of llguidance allows, in the demo's vocabulary with tool tokens."""
 
 import json
 from random import Random
@@ -20,7 +20,7 @@ _ENDINGS = ("}", "]", ",", ":", '"', *FUNCTION_GEMMA, *GEMMA4)
 
 
 def tool_tokenizer(*, special: bool) -> Tokenizer:
-    """The demo's vocabulary with FunctionGemma's and Gemma 4's tokens, which may be special ones."""
+    """The demo's vocabulary with FunctionGemma's and Gemma 4's tokens, special or not."""
     tokenizer = Tokenizer.from_file(hub.DEMO / "tokenizer.model")
     tokenizer.add_tokens([AddedToken(one, special=special) for one in (*FUNCTION_GEMMA, *GEMMA4)])
     return tokenizer
@@ -37,7 +37,8 @@ class GrammarWalks:
         self._matcher_of = LLTokenizer(
             llguidance.TokenizerWrapper(self), n_vocab=len(self.tokens), eos_token=tokenizer.eos_id
         )
-        self._endings = {i for i in map(tokenizer.id_of, _ENDINGS) if i is not None}
+        endings = {one.encode() for one in _ENDINGS}
+        self._endings = {i for i, token in enumerate(self.tokens) if token in endings}
 
     def __call__(self, text: str | bytes) -> list[int]:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
@@ -47,14 +48,15 @@ class GrammarWalks:
         """The text of one random answer under a StructuredOutputsParams."""
         if params.grammar is None:
             schema = params.json if isinstance(params.json, str) else json.dumps(params.json)
-            grammar = LLMatcher.grammar_from_json_schema(schema)
+            spaces: Any = {"whitespace_flexible": not params.disable_any_whitespace}
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=spaces)
         else:
             grammar = LLMatcher.grammar_from_lark(params.grammar)
         matcher = LLMatcher(self._matcher_of, grammar)
         assert not matcher.is_error(), matcher.get_error()
         ids: list[int] = []
         while not matcher.is_stopped():
-            assert len(ids) < most
+            assert len(ids) < most, self._tokenizer.decode(ids[-100:])
             allowed = self._allowed(matcher)
             hurried = [i for i in allowed if i in self._endings or i == self.eos_token_id]
             chosen = random.choice(hurried if hurried and random.random() < 0.5 else allowed)

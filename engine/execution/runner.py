@@ -13,6 +13,7 @@ from gemcut.engine.execution.pending_tokens import PendingTokens
 from gemcut.engine.execution.sampler import FULL, GREEDY, Features, run_processors
 from gemcut.engine.execution.slot_state import upload
 from gemcut.engine.execution.steps import NO_DRAFT, Steps
+from gemcut.engine.execution.token_masks import TokenMasks
 from gemcut.engine.requests.outputs import TokenLogprobs
 from gemcut.engine.requests.sequence import TokenSequence
 from gemcut.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ class Runner:
         # steps whose tokens may be unread while the next is started: a GPU computes beside the host
         self.depth = int(self.device.type == "cuda")
         self._batch: tuple[Sequence[int | None], Tensor] | None = None
+        self._masks = TokenMasks(self.device)
 
     def start_prefill(self, sequence: TokenSequence, count: int) -> PendingTokens | None:
         """Compute `count` more tokens of a prompt -> the first new token, if they are the last."""
@@ -135,7 +137,8 @@ class Runner:
     ) -> PendingTokens:
         """Sample from logits that the host may see and change: logits [B, V], slots [B]."""
         score = run_processors if scorer is None else lambda x, rows: scorer(rows, x)
-        ids = self.steps.sample(score(logits, sequences), slots, features)
+        scores = self._masks.mask(score(logits, sequences), sequences)
+        ids = self.steps.sample(scores, slots, features)
         logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
         for row, sequence in enumerate(sequences):
             if (top := sequence.params.logprobs) is not None:

@@ -32,6 +32,8 @@ REFUSED = {
         for kind in ("json", "regex", "choice", "grammar")
     },
 }
+# between the tokens of JSON: without a bound a weak model goes on with spaces to its length
+WHITESPACE = r"[ \t\r\n]{0,20}"
 SHARED = frozenset(field.name for field in fields(SamplingParams))
 
 
@@ -127,7 +129,7 @@ class SamplingFields(BaseModel):
         if self.structured_outputs is not None:
             return read_structured_outputs(self.structured_outputs)
         if kind == "json_object":
-            return StructuredOutputsParams(json_object=True)
+            return json_object_constraint()
         if kind == "json_schema":
             stated = self.response_format.json_schema  # type: ignore[union-attr]
             if stated is None or stated.json_schema is None:
@@ -137,13 +139,18 @@ class SamplingFields(BaseModel):
         return None
 
 
+def json_object_constraint() -> StructuredOutputsParams:
+    """Text that is a JSON object."""
+    return StructuredOutputsParams(json_object=True, whitespace_pattern=WHITESPACE)
+
+
 def schema_constraint(schema: Mapping[str, Any] | bool) -> StructuredOutputsParams:
     """Text that is JSON by this schema; `true` is any."""
     if isinstance(schema, bool):
         if not schema:
             raise ApiError(400, "the schema false allows no text")
         schema = {}
-    return StructuredOutputsParams(json=dict(schema))
+    return StructuredOutputsParams(json=dict(schema), whitespace_pattern=WHITESPACE)
 
 
 def read_structured_outputs(given: Mapping[str, Any]) -> StructuredOutputsParams:

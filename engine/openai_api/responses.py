@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.conversation import Conversation, read_tools
 from gemcut.engine.openai_api.errors import ApiError
-from gemcut.engine.openai_api.fields import schema_constraint
+from gemcut.engine.openai_api.fields import json_object_constraint, schema_constraint
 from gemcut.engine.openai_api.logprobs import chat_logprobs, check_top_logprobs
 from gemcut.engine.openai_api.response_input import ResponseRequest
 from gemcut.engine.openai_api.service import Service
@@ -233,7 +233,7 @@ class ResponseAnswer(Answer):
         if form is None or kind == "text":
             return None
         if kind == "json_object":
-            return StructuredOutputsParams(json_object=True)
+            return json_object_constraint()
         schema = form.get("schema")
         if kind != "json_schema" or not isinstance(schema, dict | bool):
             message = "text.format is neither text, json_object nor json_schema with a schema"

@@ -6,13 +6,11 @@ function calling with Gemma does it, and answer in JSON or Python.  Tools, choic
 those of OpenAI's chat completions; a choice may be a function's bare name too.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemcut.engine.openai_api.tool_calls import (
     MarkedCallParser,
@@ -29,10 +27,8 @@ from gemcut.engine.openai_api.tool_messages import (
     tool_message,
     with_results,
 )
+from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 from gemcut.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -40,6 +36,9 @@ Choice = str | Mapping[str, Any]
 
 # "essential" by Google's page on FunctionGemma: it turns function calling on
 _FUNCTION_GEMMA_SYSTEM = "You are a model that can do function calling with the following functions"
+
+# llguidance's options: spaces as in instructions and earlier calls
+_SPACING = {"item_separator": ", ", "key_separator": ": "}
 
 
 class ToolFormat(ABC):
@@ -78,8 +77,6 @@ class ToolFormat(ABC):
             functions = {named: functions[named]}
         if not functions:
             raise ValueError("tool_choice 'required' needs tools")
-        from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
-
         try:
             fields = self._forced(functions, several=parallel and named is None)
         except RecursionError as error:
@@ -247,7 +244,8 @@ class JsonFormat(ToolFormat):
             definitions["call"] = schema
             one = {"$ref": "#/$defs/call"}
             schema = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
-        return {"json": {**schema, "$defs": definitions}}
+        schema = {**schema, "$defs": definitions, "x-guidance": _SPACING}
+        return {"json": schema, "disable_any_whitespace": True}
 
 
 def choose_tool_format(tokenizer: Tokenizer, template: str | None) -> ToolFormat:

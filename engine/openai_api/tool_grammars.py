@@ -27,7 +27,8 @@ class ArgumentGrammar:
 
     def __init__(self, quote: str, quote_token: str) -> None:
         self._quote, self._token = quote, quote_token
-        self._not_quote = f"~/(?s:.*){re.escape(quote)}(?s:.*)/"
+        self._not_quote = f"~/(?s:.*){_escaped(quote)}(?s:.*)/"
+        self._named: dict[str, str] = {}
         self._rules = {
             "any": 'string | NUMBER | "true" | "false" | "null" | any_object | any_array',
             "any_object": '"{" (any_pair ("," any_pair)*)? "}"',
@@ -47,18 +48,22 @@ class ArgumentGrammar:
         return _Schema(self, schema).object_rule()
 
     def add(self, body: str, kind: str = "r") -> str:
-        """The name of a new rule, or of a terminal where `kind` is upper case."""
+        """The name of a rule, or of a terminal where `kind` is upper case; alike ones are one."""
+        if body in self._named:
+            return self._named[body]
         name = f"{kind}{len(self._rules)}"
         self._rules[name] = body
+        if body:
+            self._named[body] = name
         return name
 
     def define(self, name: str, body: str) -> None:
         self._rules[name] = body
 
     def literal(self, value: Any) -> str | None:
-        """The one way to write a JSON value; None for a string that holds the quote's text."""
+        """The one way to write a JSON value; None for a string that cannot stand in quotes."""
         if isinstance(value, str):
-            if self._quote in value:
+            if self._quote in value or re.search("[\ud800-\udfff]", value):
                 return None
             return " ".join([self._token, *([_quoted(value)] if value else []), self._token])
         if isinstance(value, dict):
@@ -86,8 +91,8 @@ class ArgumentGrammar:
 
     def other_key(self, names: Iterable[str]) -> str:
         """A key that is none of these."""
-        taken = "|".join(map(re.escape, names))
-        return self.add(f"KEY & ~/{taken.replace('/', chr(92) + '/')}/", "K") if taken else "KEY"
+        taken = "|".join(map(_escaped, names))
+        return self.add(f"KEY & ~/{taken}/", "K") if taken else "KEY"
 
 
 class _Schema:
@@ -247,11 +252,17 @@ def _ordered(properties: Iterable[str]) -> list[str]:
 
 
 def _key(name: str) -> str:
-    """A key and its colon; in JSON's quotes where bare it would end early."""
-    is_bare = re.fullmatch(r"[^\s:,{}\[\]\"'<>|]+", name)
-    return _quoted(f"{name if is_bare else json.dumps(name, ensure_ascii=False)}:")
+    """A key and its colon; in JSON's quotes where bare it would end early, and without markers."""
+    if not re.fullmatch(r"[^\s:,{}\[\]\"'<>|]+", name):
+        name = json.dumps(name, ensure_ascii=False).replace("<", "\\u003c")
+    return _quoted(f"{name}:")
 
 
 def _quoted(text: str) -> str:
-    """Text as a literal of Lark."""
-    return json.dumps(text, ensure_ascii=False)
+    """What matches just this text in Lark."""
+    return f'"{text}"' if re.fullmatch(r"[^\"\\\x00-\x1f\x7f]*", text) else f"/{_escaped(text)}/"
+
+
+def _escaped(text: str) -> str:
+    """The text as a regular expression of Rust's."""
+    return re.sub(r"[^A-Za-z0-9_ ]", lambda match: f"\\x{{{ord(match[0]):x}}}", text)

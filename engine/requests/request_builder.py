@@ -7,6 +7,7 @@ from typing import Any
 
 from gemcut.engine.checks import check_int, refuse_unknown, shorten
 from gemcut.engine.requests.bad_words import bad_word_ids
+from gemcut.engine.requests.grammars import GrammarCompiler
 from gemcut.engine.requests.prompts import (
     NO_TOKENIZER,
     ChatTemplate,
@@ -43,6 +44,7 @@ class RequestBuilder:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.eos_ids, self._max_seq_len = frozenset(eos_ids), max_seq_len
         self.defaults = defaults
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, self.eos_ids)
         self._numbers = itertools.count()
 
     def batch(self, prompt: Any, params: Any) -> tuple[list[Request], bool]:
@@ -108,6 +110,8 @@ class RequestBuilder:
         else:
             _check_scored(len(ids), score_from, self._max_seq_len)
             *ids, next_id = ids
+        structure = params.structured_outputs if score_from is None else None
+        grammar = None if structure is None else self._grammars.compile(structure)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         if request_id is not None and not isinstance(request_id, str):
             raise ValueError(f"request_id {shorten(request_id)} is not a string")
@@ -125,6 +129,7 @@ class RequestBuilder:
                 score_from=score_from,
                 next_id=next_id,
                 bad_words=bad_words,
+                grammar=None if grammar is None else grammar.copy(),
             )
             for index in range(params.n)
         ]

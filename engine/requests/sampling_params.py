@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gemcut.engine.checks import check_bool, check_int, check_number, shorten
+from gemcut.engine.checks import check_bool, check_int, check_number, check_text, shorten
+from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 
 # token ids generated so far, float32 logits [V] -> float32 logits [V]
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
@@ -71,6 +72,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True  # changes nothing: Gemma's tokens need no spaces
     logits_processors: Sequence[LogitsProcessor] | None = None
     prompt_lookup_num_tokens: int = 0  # guess so many from the text, verify them in one step
+    structured_outputs: StructuredOutputsParams | None = None  # the form that the text must have
 
     def __post_init__(self) -> None:
         check_int("n", self.n, 1, MAX_N)
@@ -101,12 +103,18 @@ class SamplingParams:
             check_number(name, getattr(self, name), above=-LIMIT, below=LIMIT)
         check_int("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 0, MAX_DRAFT)
         self._check_collections()
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputsParams):
+                found = shorten(self.structured_outputs)
+                raise ValueError(f"structured_outputs {found} is no StructuredOutputsParams")
+            self.structured_outputs = replace(self.structured_outputs)  # checked, and a copy
         if self.prompt_lookup_num_tokens and (
-            self.penalizes or self.logits_processors or self.bad_words
+            self.penalizes or self.logits_processors or self.bad_words or self.structured_outputs
         ):
             raise ValueError(
                 f"prompt_lookup_num_tokens {self.prompt_lookup_num_tokens} cannot be combined with "
-                f"penalties, bad_words or logits_processors: they need each token before the next"
+                f"penalties, bad_words, logits_processors or structured_outputs: they need each "
+                f"token before the next"
             )
 
     @classmethod
@@ -129,11 +137,11 @@ class SamplingParams:
             if value is not None:  # a copy: its owner may change it later
                 setattr(self, name, dict(value) if isinstance(value, Mapping) else list(value))
         for stop in self.stop_strings:
-            _check_text("stop", stop)
+            check_text("stop", stop)
         if self.stop_strings and not self.detokenize:
             raise ValueError(f"stop {shorten(self.stop)} needs detokenize=True: there is no text")
         for word in self.bad_words or ():
-            _check_text("bad_words", word)
+            check_text("bad_words", word)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty: no token is left; None allows all")
         if self.logit_bias is not None:
@@ -179,14 +187,6 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 check_int(name, value, -1, vocab_size)
-
-
-def _check_text(name: str, text: Any) -> None:
-    """Nothing, or ValueError where `text` is no string that a text may hold."""
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"{name} {shorten(text)} is not a string of at least one character")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{name} {shorten(text)} holds half a surrogate pair: no text does")
 
 
 def _by_id(bias: Mapping[Any, float]) -> dict[int, float]:

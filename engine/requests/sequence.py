@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gemcut.engine.requests.bad_words import BadWords
+from gemcut.engine.requests.grammars import Grammar
 from gemcut.engine.requests.outputs import (
     CompletionOutput,
     Delta,
@@ -40,6 +41,7 @@ class TokenSequence:
     score_from: int | None = None
     next_id: int = -1
     bad_words: Sequence[list[int]] = ()  # the ids of params.bad_words
+    grammar: Grammar | None = None  # of params.structured_outputs, after the tokens so far
     deliver: Callable[[Delta], object] = _drop  # called with each token's text
 
     slot: int | None = None
@@ -70,6 +72,8 @@ class TokenSequence:
         self._stops = StopStrings(self.params.stop_strings, include=self._includes_stop)
         self._stop_token_ids = frozenset(self.params.stop_token_ids or ())
         eos_ids = frozenset() if self.params.ignore_eos else self.eos_ids
+        if self.grammar is not None:  # what it allows at an end is an end
+            eos_ids |= self.grammar.end_ids
         # tokens that end the sequence, and must not come before min_tokens
         self.end_ids = eos_ids | self._stop_token_ids
         room = self.max_seq_len - len(self.prompt_ids)
@@ -105,7 +109,8 @@ class TokenSequence:
     @property
     def needs_logits(self) -> bool:
         """Whether the host must see logits before, or along with, the choice."""
-        return self.params.logprobs is not None or bool(self.processors)
+        wants = self.params.logprobs is not None or bool(self.processors)
+        return wants or self.grammar is not None
 
     def draft(self, most: int) -> list[int]:
         """Tokens guessed to come next, `most` or fewer: what was asked, and there is room for."""
@@ -183,7 +188,8 @@ class TokenSequence:
             # as in vLLM, a stop string must end after the first min_tokens
             is_late = len(self.output_ids) > self.params.min_tokens
             text, self.stop_reason = self._push(token_id, search=is_late)
-            if self.stop_reason is not None:
+            is_complete = self.grammar is not None and self.grammar.take(token_id)
+            if self.stop_reason is not None or is_complete:
                 self.finish_reason = "stop"
             elif len(self.output_ids) >= self.max_tokens:
                 self.finish_reason = "length"

@@ -60,7 +60,7 @@ TASKS = {
     "texts": (TEXTS, ROLLING),
     # the harness' API models truncate otherwise than its hf model, and do not look for a BOS
     "long": ([{"q": "", "a": LONG * 60}], ROLLING),
-    "bos": ([{"q": "<bos>It", "choices": [" was", "<bos>It was"], "a": 0}], CHOOSING),
+    "bos": ([{"q": "<bos>She", "choices": [" asked", "<bos>It was"], "a": 0}], CHOOSING),
 }
 
 

@@ -1,6 +1,7 @@
 """Tool calls in an answer that streams: the same in pieces of any cut, and nothing is lost."""
 
 import json
+import sys
 import time
 from itertools import pairwise
 
@@ -109,9 +110,10 @@ def test_any_text_passes_as_a_string(kind, value, cut):
 def test_calls_with_text_before_between_and_after(kind):
     text = marked(
         kind,
-        "One moment. <start_function_call>call:f{a:<escape>x<escape>,n:-3,r:2.5e3}<end_function_call>\n"
-        " <start_function_call>call:g{}<end_function_call> and <start_function_call>"
-        "call:no-tool.at_all{l:[1,[true,null]],o:{k:{}}}<end_function_call> done.<end_of_turn>",
+        "One moment. <start_function_call>call:f{a:<escape>x<escape>,n:-3,r:2.5e3}"
+        "<end_function_call>\n <start_function_call>call:g{}<end_function_call> and "
+        "<start_function_call>call:no-tool.at_all{l:[1,[true,null]],o:{k:{}}}"
+        "<end_function_call> done.<end_of_turn>",
     )
     assert pieces_of(kind, [text]) == [
         "One moment. ",
@@ -169,6 +171,8 @@ CONTENT = {
         "<start_function_call>call:f{a:1}}<end_function_call>",
         "<start_function_call>call:f{a:[1}<end_function_call>",
         "<start_function_call>call:{a:1}<end_function_call>",
+        f"<start_function_call>call:f{{a:{'[' * 70}{']' * 70}}}<end_function_call>",
+        f"<start_function_call>call:f{{a:{'9' * 400}}}<end_function_call>",
         "<end_function_call> \n",
         " \n ",
     ],
@@ -188,6 +192,8 @@ CONTENT = {
         "[add(a=1), 3]",
         "```json\n",
         "add('\\",
+        "add(a=1e999)",
+        f'{{"name": "add", "parameters": {{"a": {"[" * 70}{"]" * 70}}}}}',
     ],
 }  # fmt: skip
 
@@ -197,6 +203,30 @@ CONTENT = {
 )
 def test_what_is_no_call_is_content(kind, text):
     assert pieces_of(kind, [text]) == [text]
+
+
+CUT = {
+    "plain": [
+        'add(a="""b")c""") and\n add(\'\'\'(\'"\\\'\'\'\', "") .',
+        '```json\n{"name": "add"} ,\n\n {"name": "add"}\n```\n ',
+    ],
+    "functiongemma": [
+        " <start_function_call>call:f{a:<escape>}<end_function_call><escape>}<end_function_call>\n "
+        "<start_function_call>call:g{}<end_function_call> <start_function_call",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(kind, text) for kind, texts in CUT.items() for text in texts]
+)
+def test_every_cut_in_three(kind, text):
+    """In three quotes, markers, and the spaces between two calls."""
+    whole = pieces_of(kind, [text])
+    assert sum(isinstance(piece, ToolCall) for piece in whole) == 2
+    for first in range(len(text)):
+        for second in range(first, min(first + 12, len(text))):
+            assert pieces_of(kind, [text[:first], text[first:second], text[second:]]) == whole
 
 
 def test_content_is_not_held_back_without_need():
@@ -214,6 +244,11 @@ def test_a_call_begun_anew_is_found():
     good = "<start_function_call>call:f{a:2}<end_function_call>"
     pieces = pieces_of("functiongemma", [broken + good])
     assert pieces == [broken, ToolCall("f", '{"a": 2}')]
+
+
+def test_a_number_beyond_floats_ends_where_they_do():
+    [(_, arguments)] = calls_of("plain", '{"name": "add", "parameters": {"a": -1e999}}')
+    assert arguments == {"a": -sys.float_info.max}
 
 
 def test_no_half_of_a_surrogate_pair_goes_out():
