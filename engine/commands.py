@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from gemcut.engine.engine import Engine
 from gemcut.engine.info import describe, find_model, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
+from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 from gemcut.tokenizer import encode_chat
 
 MAX_SLOTS = 8  # more completions than that take turns
@@ -29,6 +31,9 @@ Messages = list[dict[str, str]]
 
 def generate(args: argparse.Namespace) -> int:
     """Print the completions of the prompt; 0."""
+    if args.json_schema is not None or args.regex is not None:
+        schema = None if args.json_schema is None else _read_schema(args.json_schema)
+        args.structured_outputs = StructuredOutputsParams(json=schema, regex=args.regex)
     given = _given(args)
     if given.logprobs is not None and not args.json:
         raise ValueError("--logprobs has no place in plain text; add --json")
@@ -208,6 +213,13 @@ def _converse(
     elif finish_reason == "length":
         _note(f"the answer was cut at --max-tokens {params.max_tokens}")
     return [*messages, {"role": "model", "content": answer}]
+
+
+def _read_schema(file_or_text: str) -> str:
+    """A JSON schema: the text itself where it is an object, else that of the file it names."""
+    if file_or_text.lstrip().startswith("{"):
+        return file_or_text
+    return Path(file_or_text).read_text(encoding="utf-8")
 
 
 def _read_prompt() -> str:
