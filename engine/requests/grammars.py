@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ CACHED = 32  # compiled grammars that are kept
 HARMLESS = 4096  # characters of a schema, regex or choice that compile in a second in any case
 PROBE_SECONDS = 1  # of a processor, for any other grammar
 PATIENCE = 5  # seconds, where other programs use the processors too
-MANY = 4  # texts whose masks are filled in threads; fewer are done sooner without
+SOON = 0.001  # seconds; masks that are not filled by then are filled in threads
 MOST = 180  # characters of a reason
 PLACE = re.compile(r"(at )?\d+\(\d+\): ")  # in a Lark grammar
 STUCK = "the text cannot go on in its grammar"
@@ -72,17 +73,25 @@ class MaskFiller:
     def fill(
         self, grammars: Sequence[Grammar], address: int, nbytes: int
     ) -> list[ValueError | None]:
-        """Fill masks of `nbytes` each, one after the other from an address -> what is wrong."""
-        matchers = [grammar.matcher for grammar in grammars]
-        if len(matchers) < MANY:
-            for place, matcher in enumerate(matchers):
-                matcher.unsafe_compute_mask_ptr(address + place * nbytes, nbytes)
-        else:
-            if self._executor is None or self._process != os.getpid():
-                self._executor, self._process = _llguidance().LLExecutor(), os.getpid()
-            places = [(matcher, place) for place, matcher in enumerate(matchers)]
-            self._executor.unsafe_compute_mask_ptr(places, address, nbytes, len(matchers))
+        """Fill masks of `nbytes` each, one after the other from an address -> what is wrong.
+
+        Most take microseconds, which waking a thread does not repay.
+        """
+        matchers = [(grammar.matcher, place) for place, grammar in enumerate(grammars)]
+        began = time.perf_counter()
+        for matcher, place in matchers:
+            if time.perf_counter() - began > SOON and place + 1 < len(matchers):
+                self._threads().unsafe_compute_mask_ptr(
+                    matchers[place:], address, nbytes, len(matchers)
+                )
+                break
+            matcher.unsafe_compute_mask_ptr(address + place * nbytes, nbytes)
         return [grammar.error for grammar in grammars]
+
+    def _threads(self) -> "LLExecutor":
+        if self._executor is None or self._process != os.getpid():
+            self._executor, self._process = _llguidance().LLExecutor(), os.getpid()
+        return self._executor
 
 
 class GrammarCompiler:
