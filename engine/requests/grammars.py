@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemcut.engine.checks import shorten
 from gemcut.engine.requests import grammar_probe
@@ -197,7 +197,7 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     options: JsonCompileOptions = {"whitespace_flexible": not params.disable_any_whitespace}
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
-    schema = params.json if params.json is not None else '{"type": "object"}'
+    schema: Any = params.json if params.json is not None else '{"type": "object"}'
     try:
         return matcher.grammar_from_json_schema(schema, overrides=options)
     except ValueError as error:
