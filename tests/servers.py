@@ -39,8 +39,9 @@ class RunningServer:
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.text.split("\n\n") if line]
-        assert lines[-1] == "data: [DONE]"
-        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+        if path != "/v1/responses":
+            assert lines.pop() == "data: [DONE]"
+        return [json.loads(line.split("data: ", 1)[1]) for line in lines]
 
 
 @contextmanager
@@ -67,3 +68,16 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.01)
+
+
+def check_error(response: Any, status: int, named: str) -> None:
+    """An error of OpenAI's shape, in one line that names `named` and nothing of the machine."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    message = error["message"]
+    assert named in message
+    assert 0 < len(message) <= 300
+    assert "\n" not in message
+    assert not any(leak in message for leak in ("Traceback", "0x", "/root", "site-packages"))

@@ -6,7 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from openai.types import Model
 from starlette.exceptions import HTTPException as RouteError
 from starlette.middleware.cors import CORSMiddleware
@@ -15,6 +21,7 @@ from gemcut.engine.engine import Engine
 from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.chat import ChatAnswer, ChatRequest
 from gemcut.engine.openai_api.completions import CompletionAnswer, CompletionRequest
+from gemcut.engine.openai_api.described import ErrorBody
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.guards import Guard
 from gemcut.engine.openai_api.response_input import ResponseRequest
@@ -40,7 +47,10 @@ OF_PAGE = (
 def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
     """An ASGI application that serves an engine, whose owner closes it."""
     service = Service(engine, ServerSettings() if settings is None else settings)
-    app = FastAPI(title="gemcut", docs_url=None, redoc_url=None)
+    refused: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": "Refused"} for status in ("4XX", "5XX")
+    }
+    app = FastAPI(title="gemcut", docs_url=None, redoc_url=None, responses=refused)
     app.state.service = service
     _add_answers(app, service)
     _add_others(app, service)
@@ -59,18 +69,19 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     """The paths that generate text."""
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=streams)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Text that goes on from a prompt."""
         return await _answered(request, CompletionAnswer(service, body, _log(request)), body.stream)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=streams)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """The answer to a conversation."""
         return await _answered(request, ChatAnswer(service, body, _log(request)), body.stream)
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", responses=streams)
     async def responses(request: Request, body: ResponseRequest) -> Response:
         """The answer to a conversation, as output items."""
         return await _answered(request, ResponseAnswer(service, body, _log(request)), body.stream)
@@ -109,7 +120,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
             raise ApiError(503, "the device has failed; the server must be started again")
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counts and times for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -4,7 +4,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from openai.types.chat import (
     ChatCompletion,
@@ -26,25 +26,27 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 
 from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.conversation import Conversation, read_tools
+from gemcut.engine.openai_api.described import ChatTool, Message, within
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.fields import SamplingFields
 from gemcut.engine.openai_api.generation import event
-from gemcut.engine.openai_api.logprobs import chat_logprobs, check_top_logprobs
+from gemcut.engine.openai_api.logprobs import MAX_TOP_LOGPROBS, chat_logprobs, check_top_logprobs
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.openai_api.tool_calls import ToolCall
 from gemcut.engine.requests.outputs import Delta, TokenLogprobs
+from gemcut.engine.requests.sampling_params import INT64_MAX
 from gemcut.engine.serving.output_queues import AsyncStream
 
 
 class ChatRequest(SamplingFields):
     """The body of a request."""
 
-    messages: list[dict[str, Any]]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    messages: list[Message]
+    max_tokens: Annotated[int | None, within(1, INT64_MAX)] = None
+    max_completion_tokens: Annotated[int | None, within(1, INT64_MAX)] = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    top_logprobs: Annotated[int | None, within(0, MAX_TOP_LOGPROBS)] = None
+    tools: list[ChatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None

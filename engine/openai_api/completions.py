@@ -2,19 +2,25 @@
 
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
 from gemcut.engine.openai_api.answer import Answer
+from gemcut.engine.openai_api.described import within
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.fields import SamplingFields
 from gemcut.engine.openai_api.generation import event
-from gemcut.engine.openai_api.logprobs import completion_logprobs
+from gemcut.engine.openai_api.logprobs import (
+    MAX_TOP_LOGPROBS,
+    check_top_logprobs,
+    completion_logprobs,
+)
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.requests.outputs import TokenLogprobs
 from gemcut.engine.requests.prompts import split_prompts
+from gemcut.engine.requests.sampling_params import INT64_MAX
 from gemcut.engine.serving.output_queues import AsyncStream
 
 MAX_TOKENS = 16  # OpenAI's default
@@ -24,9 +30,9 @@ class CompletionRequest(SamplingFields):
     """The body of a request; a prompt is text or token ids."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, within(0, INT64_MAX)] = None
     echo: bool | None = None  # the prompt goes before the text, and with logprobs its tokens too
-    logprobs: int | None = None  # that many likeliest tokens in each place
+    logprobs: Annotated[int | None, within(0, MAX_TOP_LOGPROBS)] = None  # likeliest in each place
 
 
 class CompletionAnswer(Answer):
@@ -39,6 +45,7 @@ class CompletionAnswer(Answer):
         self._model = service.model_name(request.model)
         self._ends: dict[int, int] = {}  # characters of each choice's tokens so far
         log["ignored"] = request.check(service.settings.max_n)
+        check_top_logprobs(request.logprobs, "logprobs")
         if request.max_tokens == 0 and not request.echo:
             raise ApiError(400, "max_tokens 0 needs echo", param="max_tokens")
 

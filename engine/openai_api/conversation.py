@@ -65,7 +65,7 @@ def _name(index: int, tool: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
         what = "a function's name is 1 to 64 letters, digits, dots, - and _"
         raise ApiError(400, f"{where}: {what}", param=where)
-    if not isinstance(function.get("parameters", {}), dict):
+    if not isinstance(function.get("parameters"), dict | None):
         raise ApiError(400, f"{where}: parameters is no JSON schema", param=where)
     return name
 

@@ -56,7 +56,7 @@ def as_api_error(error: Exception) -> ApiError:
         case PromptTooLongError():
             return ApiError(400, str(error), code="context_length_exceeded")
         case RequestValidationError():
-            return _of_validation(error.errors())
+            return of_validation(error.errors())
         case ValidationError():  # of an answer: a ValueError too, and no fault of the client's
             return ApiError(500, INTERNAL)
         case ValueError():
@@ -73,7 +73,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(500, INTERNAL)
 
 
-def _of_validation(problems: Sequence[Any]) -> ApiError:
+def of_validation(problems: Sequence[Any]) -> ApiError:
     """The first thing that pydantic found in a body."""
     first = problems[0]
     where = [str(part) for part in first["loc"] if part != "body"]

@@ -7,12 +7,20 @@ refused.
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gemcut.engine.openai_api.described import StructuredOutputs, within
 from gemcut.engine.openai_api.errors import ApiError
-from gemcut.engine.requests.sampling_params import SamplingParams
+from gemcut.engine.requests.sampling_params import (
+    INT64_MAX,
+    LIMIT,
+    MAX_DRAFT,
+    MAX_MIN_TOKENS,
+    MAX_N,
+    SamplingParams,
+)
 from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 
 # fields that would change the answer: what to do instead
@@ -68,27 +76,27 @@ class SamplingFields(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
+    n: Annotated[int | None, within(1, MAX_N)] = None
+    temperature: Annotated[float | None, within(0, LIMIT)] = None
+    top_p: Annotated[float | None, within(0, 1)] = None
+    top_k: Annotated[int | None, within(-1, INT64_MAX)] = None
+    min_p: Annotated[float | None, within(0, 1)] = None
+    seed: Annotated[int | None, within(-INT64_MAX - 1, INT64_MAX)] = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    min_tokens: Annotated[int | None, within(0, MAX_MIN_TOKENS)] = None
+    presence_penalty: Annotated[float | None, within(-LIMIT, LIMIT)] = None
+    frequency_penalty: Annotated[float | None, within(-LIMIT, LIMIT)] = None
+    repetition_penalty: Annotated[float | None, within(0, LIMIT)] = None
     logit_bias: dict[str, float] | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
-    prompt_lookup_num_tokens: int | None = None
+    prompt_lookup_num_tokens: Annotated[int | None, within(0, MAX_DRAFT)] = None
     response_format: ResponseFormat | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def check(self, max_n: int) -> list[str]:
         """The names of fields that are not known; ApiError for one that is refused."""

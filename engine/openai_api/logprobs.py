@@ -11,7 +11,7 @@ from gemcut.engine.requests.outputs import TokenLogprobs
 from gemcut.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # JSON has no infinity
-MAX_TOP_LOGPROBS = 20  # OpenAI's limit in chats and responses
+MAX_TOP_LOGPROBS = 20  # OpenAI's limit in chats and responses, vLLM's everywhere
 
 
 def completion_logprobs(
@@ -66,11 +66,10 @@ def chat_logprobs(
     ]
 
 
-def check_top_logprobs(top: int | None) -> None:
-    """Nothing, or ApiError where a chat asks for more than it may."""
+def check_top_logprobs(top: int | None, name: str = "top_logprobs") -> None:
+    """Nothing, or ApiError where a request asks for more than it may."""
     if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
-        message = f"top_logprobs {top} is outside 0..{MAX_TOP_LOGPROBS}"
-        raise ApiError(400, message, param="top_logprobs")
+        raise ApiError(400, f"{name} {top} is outside 0..{MAX_TOP_LOGPROBS}", param=name)
 
 
 def _likeliest(entry: TokenLogprobs, top: int) -> list[int]:

@@ -1,10 +1,13 @@
 """The body of a /v1/responses request, and the messages of a chat that its input stands for."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from gemcut.engine.openai_api.described import Item, ResponseTool, within
 from gemcut.engine.openai_api.errors import ApiError
+from gemcut.engine.openai_api.logprobs import MAX_TOP_LOGPROBS
+from gemcut.engine.requests.sampling_params import INT64_MAX, LIMIT
 
 # what would change the answer and is not there
 REFUSED = {
@@ -26,20 +29,20 @@ class ResponseRequest(BaseModel):
     """The body of a request; None is the model's own setting."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
-    input: str | list[dict[str, Any]]
+    input: str | list[Item]
     model: str | None = None
     instructions: str | None = None
     stream: bool | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_logprobs: int | None = None
+    max_output_tokens: Annotated[int | None, within(1, INT64_MAX)] = None
+    temperature: Annotated[float | None, within(0, LIMIT)] = None
+    top_p: Annotated[float | None, within(0, 1)] = None
+    top_logprobs: Annotated[int | None, within(0, MAX_TOP_LOGPROBS)] = None
     include: list[str] | None = None
     text: TextFormat | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[ResponseTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     truncation: str | None = None
 
     def check(self) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any
 from openai.types import responses as types
 from openai.types.responses import response_output_text, response_usage
 from openai.types.responses.response import IncompleteDetails
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.conversation import Conversation, read_tools
-from gemcut.engine.openai_api.errors import ApiError
+from gemcut.engine.openai_api.errors import ApiError, of_validation
 from gemcut.engine.openai_api.fields import json_object_constraint, schema_constraint
 from gemcut.engine.openai_api.logprobs import chat_logprobs, check_top_logprobs
 from gemcut.engine.openai_api.response_input import ResponseRequest
@@ -29,6 +29,8 @@ LOGPROBS = "message.output_text.logprobs"  # what `include` names
 class ResponseAnswer(Answer):
     """One request for a response."""
 
+    end = ""  # the last event says that it is
+
     def __init__(self, service: Service, request: ResponseRequest, log: dict[str, Any]) -> None:
         super().__init__(service, log)
         self._request = request
@@ -41,6 +43,10 @@ class ResponseAnswer(Answer):
         self._conversation = Conversation(service, tools)
         self._output: list[Item] = []  # complete items
         self._numbers = 0  # events so far
+        try:
+            self._response(None)
+        except ValidationError as error:  # in what it repeats of the request
+            raise of_validation(error.errors()) from None
 
     def build(self) -> AsyncStream:
         request, defaults = self._request, self.service.defaults
@@ -203,8 +209,8 @@ class ResponseAnswer(Answer):
             "output": [item.model_dump() for item in self._output],
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "temperature": _or(request.temperature, defaults.temperature),
-            "tool_choice": request.tool_choice or "auto",
-            "tools": request.tools or [],
+            "tool_choice": self._tool_choice(),
+            "tools": [{"parameters": None, "strict": None} | tool for tool in request.tools or []],
             "top_p": _or(request.top_p, defaults.top_p),
             "max_output_tokens": request.max_output_tokens,
             "previous_response_id": None,
@@ -212,6 +218,13 @@ class ResponseAnswer(Answer):
             "truncation": "disabled",
         }
         return types.Response.model_validate(fields | ended)
+
+    def _tool_choice(self) -> Any:
+        """The choice in OpenAI's one form: `read_tools` takes that of chats too."""
+        choice = self._request.tool_choice
+        if isinstance(choice, dict):
+            return {"type": "function", "name": choice.get("function", choice)["name"]}
+        return _or(choice, "auto")
 
     def _usage(self) -> response_usage.ResponseUsage:
         usage = self.generation.usage()

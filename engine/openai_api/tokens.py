@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from gemcut.engine.checks import check_int
+from gemcut.engine.openai_api.described import ChatTool, Message
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.requests.prompts import encode_conversation
@@ -16,11 +17,11 @@ class TokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None
     add_special_tokens: bool = True  # of a text: BOS
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    tools: list[dict[str, Any]] | None = None
+    tools: list[ChatTool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 

@@ -219,6 +219,18 @@ def test_a_streamed_response(client):
     )
 
 
+@pytest.mark.parametrize("given", [{}, {"parameters": None, "strict": None}], ids=["left", "null"])
+@pytest.mark.parametrize("choice", [{"type": "function"}, {}], ids=["responses", "chats"])
+def test_a_response_repeats_a_tool_that_takes_nothing(client, given, choice):
+    tool = {"type": "function", "name": "now", **given}
+    choice = {**choice, "name": "now"} if choice else {"function": {"name": "now"}}
+    answer = client.responses.create(model="demo", input="x", tools=[tool], tool_choice=choice)
+    (call,) = answer.output
+    assert (call.type, call.name, call.arguments) == ("function_call", "now", "{}")
+    assert answer.tools[0].to_dict() == tool | {"parameters": None, "strict": None}
+    assert answer.tool_choice.to_dict() == {"type": "function", "name": "now"}
+
+
 def test_the_async_client(server):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
