@@ -45,7 +45,6 @@ class CompletionAnswer(Answer):
         self._model = service.model_name(request.model)
         self._ends: dict[int, int] = {}  # characters of each choice's tokens so far
         log["ignored"] = request.check(service.settings.max_n)
-        check_top_logprobs("logprobs", request.logprobs)
         check_top_logprobs(request.logprobs, "logprobs")
         if request.max_tokens == 0 and not request.echo:
             raise ApiError(400, "max_tokens 0 needs echo", param="max_tokens")
