@@ -4,6 +4,7 @@
     gemcut-bench decode --model demo --threads 1
     gemcut-bench prefill --random gemma-2-2b --tokens 512 4096
     gemcut-bench serve-sim --rate 4 --requests 64
+    gemcut-bench serve --url http://127.0.0.1:8000/v1
     gemcut-bench host-work --batch 1 16
     gemcut-bench compare A.json B.json
     gemcut-bench report *.json --out page
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from gemcut.bench.engines import decode, host_work, prefill, serve_sim
+from gemcut.bench.engines import decode, host_work, prefill, serve, serve_sim
 from gemcut.bench.measure.report_file import INTERRUPTED
 from gemcut.bench.ops import kernels
 from gemcut.bench.report.compare import THRESHOLD, run_compare
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "decode": (decode, "tokens a second, beside other stacks"),
     "prefill": (prefill, "time to the first token by prompt length"),
     "serve-sim": (serve_sim, "latencies of one engine under a trace of arrivals"),
+    "serve": (serve, "latencies of OpenAI-compatible servers, side by side"),
     "host-work": (host_work, "what the host does in a step whose device takes no time"),
 }
 
@@ -63,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(benchmark)
-        _add_shared_arguments(benchmark)
+        if module is not serve:  # it has no engine
+            _add_shared_arguments(benchmark)
         benchmark.set_defaults(run=module.run)
 
     compare = commands.add_parser("compare", help="two reports of the same cases")

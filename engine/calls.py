@@ -9,7 +9,7 @@ Names are those of vLLM too: `prompts` is `prompt`, and `sampling_params` is `pa
 """
 
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gemcut.engine.requests.outputs import Delta, RequestOutput, ScoreOutput
@@ -125,14 +125,18 @@ class Calls:
 
     def astream(
         self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
+        prompt: Prompt | Sequence[Prompt],
+        params: Params = None,
         *,
-        sampling_params: SamplingParams | None = None,
-    ) -> AsyncIterator[Delta]:
-        """`stream` for `async for`."""
+        sampling_params: Params = None,
+    ) -> output_queues.AsyncStream:
+        """`stream` for `async for`, of one prompt or of a list of them.
+
+        A delta's `request_id` is that of one of the stream's `requests`, which have the prompts'
+        order.
+        """
         params = _either("params", params, "sampling_params", sampling_params)
-        return output_queues.astream(self._worker, self._sender, self._requests.one(prompt, params))
+        return self._astream(self._requests.batch(prompt, params)[0])
 
     @overload
     def chat(
@@ -224,34 +228,41 @@ class Calls:
         *,
         sampling_params: SamplingParams | None = None,
         **template: "Unpack[ChatTemplate]",
-    ) -> AsyncIterator[Delta]:
+    ) -> output_queues.AsyncStream:
         """`chat` with `stream`, for `async for`."""
         params = _either("params", params, "sampling_params", sampling_params)
-        request = _only(*self._requests.chats(messages, params, **template))
-        return output_queues.astream(self._worker, self._sender, request)
+        return self._astream([_only(*self._requests.chats(messages, params, **template))])
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
-        self, texts: Prompt, *, use_tqdm: bool | None = None
+        self, texts: Prompt, *, start: int | Sequence[int] = 1, use_tqdm: bool | None = None
     ) -> ScoreOutput: ...
 
     @overload
     def score(
-        self, texts: Sequence[Prompt], *, use_tqdm: bool | None = None
+        self,
+        texts: Sequence[Prompt],
+        *,
+        start: int | Sequence[int] = 1,
+        use_tqdm: bool | None = None,
     ) -> list[ScoreOutput]: ...
 
-    def score(self, texts, *, use_tqdm=None):
+    def score(self, texts, *, start: int | Sequence[int] = 1, use_tqdm=None):
         """Log-probabilities of a text's tokens, each given those before it; a list for a list.
 
-        A string gets a BOS, which has no log-probability itself.  A text must fit a slot.
+        A string gets a BOS, which has no log-probability itself.  A text may have one token more
+        than a slot holds.  start: the first token that is scored, or one for each text; those
+        before it are context, which is reused where a slot holds it.
         """
-        requests, is_batch = self._requests.batch(texts, SamplingParams(), score=True)
+        requests, is_batch = self._requests.scores(texts, start)
         output_queues.submit_and_wait(self._worker, requests, shows(use_tqdm, is_batch))
         return _unpacked([request.score() for request in requests], is_batch)
 
-    async def ascore(self, texts: Prompt | Sequence[Prompt]) -> ScoreOutput | list[ScoreOutput]:
+    async def ascore(
+        self, texts: Prompt | Sequence[Prompt], *, start: int | Sequence[int] = 1
+    ) -> ScoreOutput | list[ScoreOutput]:
         """`score` in an event loop, which it does not block."""
-        requests, is_batch = self._requests.batch(texts, SamplingParams(), score=True)
+        requests, is_batch = self._requests.scores(texts, start)
         await output_queues.asubmit_and_wait(self._worker, self._sender, requests)
         return _unpacked([request.score() for request in requests], is_batch)
 
@@ -260,6 +271,9 @@ class Calls:
         """The request builder; RuntimeError once the engine is closed."""
         self._worker.check_open()
         return self._builder
+
+    def _astream(self, requests: list[Request]) -> output_queues.AsyncStream:
+        return output_queues.AsyncStream(self._worker, self._sender, requests)
 
     def _outputs(self, requests: list[Request], is_batch: bool, use_tqdm: bool | None) -> Any:
         output_queues.submit_and_wait(self._worker, requests, shows(use_tqdm, is_batch))

@@ -2,13 +2,10 @@
 
 import argparse
 import json
-import re
-import sys
 import warnings
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,14 +16,20 @@ from gemcut.engine.info import describe, find_model, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
 from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
+from gemcut.engine.terminal import (
+    RESET_HELP,
+    Messages,
+    note,
+    prepare_terminal,
+    read_prompt,
+    show,
+    talk,
+    until_ctrl_c,
+)
 from gemcut.tokenizer import encode_chat
 
 MAX_SLOTS = 8  # more completions than that take turns
 SEPARATOR = "\n---\n"
-WELCOME = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
-RESET_HELP = "/reset begins a new one"
-
-Messages = list[dict[str, str]]
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -37,12 +40,12 @@ def generate(args: argparse.Namespace) -> int:
     given = _given(args)
     if given.logprobs is not None and not args.json:
         raise ValueError("--logprobs has no place in plain text; add --json")
-    prompt = _read_prompt() if args.prompt in (None, "-") else args.prompt
+    prompt = read_prompt() if args.prompt in (None, "-") else args.prompt
     with _engine(args, max_batch_size=min(given.n, MAX_SLOTS)) as engine:
         params = _sampling_params(args, engine.get_default_sampling_params())
         if params.n == 1 and not (args.json or args.no_stream):
             for delta in engine.stream(prompt, params):
-                _show(delta.text)
+                show(delta.text)
             print()
             return 0
         output = engine.generate(prompt, params)
@@ -59,32 +62,31 @@ def generate(args: argparse.Namespace) -> int:
 def chat(args: argparse.Namespace) -> int:
     """Talk until the user leaves; 0, or 1 where a turn from a file or pipe was refused."""
     _given(args)
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if on_terminal:
-        with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401  # gives input() its line editing; writes to a pipe too
-    beginning: Messages = [{"role": "system", "content": args.system}] if args.system else []
-    messages = beginning
-    refused = False
+    if args.api_key is not None:
+        raise ValueError("--api-key is for a server: give its --url too")
+    if args.model is None:
+        args.model = "demo"
+    prepare_terminal()
     with _engine(args, max_batch_size=1) as engine:
         params = _sampling_params(args, engine.get_default_sampling_params())
-        if on_terminal:
-            _note(WELCOME)
-        while True:
-            try:
-                text = _ask() if on_terminal else _next_line()
-                if text is None or text == "/exit":
-                    break
-                if text == "/reset":
-                    messages = beginning
-                    _note("the conversation is forgotten")
-                elif text.strip():
-                    turn = {"role": "user", "content": text}
-                    messages = _converse(engine, [*messages, turn], params, on_terminal)
-            except ValueError as error:  # it concerns this turn only: the conversation goes on
-                _note(f"error: {error}")
-                refused = True
-    return int(refused and not on_terminal)
+        return talk(lambda messages: _answer(engine, messages, params), args.system)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve a model until a signal; 0."""
+    try:
+        from gemcut.engine.openai_api import serve as server
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"gemcut serve needs the package {error.name}: pip install 'gemcut[serve]'"
+        ) from None
+    settings = server.settings_of(args)
+    with server.bind(args.host, args.port) as bound:
+        engine = _engine(args, max_batch_size=args.max_batch_size, max_waiting=args.max_waiting)
+        if args.warmup:
+            server.warm_up(engine)
+        server.run(engine, settings, bound, args.grace_period)
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:
@@ -133,11 +135,11 @@ def convert(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     if done.inferred is not None:
-        _note(f"no config: by its shapes, this is {done.inferred}")
+        note(f"no config: by its shapes, this is {done.inferred}")
     if done.left_aside:
-        _note(f"{done.left_aside} tensors left aside, which the language model does not need")
+        note(f"{done.left_aside} tensors left aside, which the language model does not need")
     for name in done.nonfinite:
-        _note(f"{name} holds a NaN or an infinity")
+        note(f"{name} holds a NaN or an infinity")
     kind = f"{done.config.dtype}, matrices in {args.quantization}"
     kind = kind if args.quantization is not None else done.config.dtype
     files = f"{len(done.files)} file{'s' if len(done.files) > 1 else ''}"
@@ -159,7 +161,12 @@ def _given(args: argparse.Namespace) -> SamplingParams:
     return _sampling_params(args, SamplingParams())
 
 
-def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
+def _engine(
+    args: argparse.Namespace,
+    *,
+    max_batch_size: int | Literal["auto"],
+    max_waiting: int | None = None,
+) -> Engine:
     """The engine that the arguments describe; what it warns of is a line on standard error each."""
     with warnings.catch_warnings(record=True) as found:
         engine = Engine.from_pretrained(
@@ -168,6 +175,7 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             dtype=args.dtype,
             kv_cache_dtype=args.kv_cache_dtype,
             max_batch_size=max_batch_size,
+            max_waiting=max_waiting,
             max_seq_len=args.max_seq_len,
             ops=args.ops,
             cuda_graphs=args.cuda_graphs,
@@ -178,17 +186,14 @@ def _engine(args: argparse.Namespace, *, max_batch_size: int) -> Engine:
             quantization=args.quantization,
         )
     for warning in found:
-        _note(f"warning: {' '.join(str(warning.message).split())}")
+        note(f"warning: {' '.join(str(warning.message).split())}")
     return engine
 
 
-def _converse(
-    engine: Engine, messages: Messages, params: SamplingParams, on_terminal: bool
-) -> Messages:
+def _answer(engine: Engine, messages: Messages, params: SamplingParams) -> Messages:
     """The conversation with the model's answer, which is printed as it is generated.
 
-    Ctrl-C on a terminal ends the answer at once.  ValueError where the conversation does not fit
-    the slot.
+    ValueError where the conversation does not fit the slot.
     """
     assert engine.tokenizer is not None
     length = len(encode_chat(engine.tokenizer, messages, merge_system=True))
@@ -198,20 +203,17 @@ def _converse(
             f"but a slot holds {engine.max_seq_len}; {RESET_HELP}"
         )
     answer, finish_reason = "", None
-    try:
+    with until_ctrl_c():
         for delta in engine.chat(messages, params, stream=True, merge_system=True):
-            _show(delta.text)
+            show(delta.text)
             answer += delta.text
             length += len(delta.token_ids)
             finish_reason = delta.finish_reason
-    except KeyboardInterrupt:
-        if not on_terminal:
-            raise
     print(flush=True)
     if length >= engine.max_seq_len:
-        _note(f"the conversation fills its slot of {length} tokens; {RESET_HELP}")
+        note(f"the conversation fills its slot of {length} tokens; {RESET_HELP}")
     elif finish_reason == "length":
-        _note(f"the answer was cut at --max-tokens {params.max_tokens}")
+        note(f"the answer was cut at --max-tokens {params.max_tokens}")
     return [*messages, {"role": "model", "content": answer}]
 
 
@@ -220,49 +222,6 @@ def _read_schema(file_or_text: str) -> str:
     if file_or_text.lstrip().startswith("{"):
         return file_or_text
     return Path(file_or_text).read_text(encoding="utf-8")
-
-
-def _read_prompt() -> str:
-    """Standard input without the one newline that echo and editors put at the end."""
-    if sys.stdin.isatty():
-        _note("reading the prompt; Ctrl-D ends it")
-    return _decode(sys.stdin.buffer.read())
-
-
-def _ask() -> str | None:
-    """A line typed at the prompt; None at Ctrl-D."""
-    try:
-        return input(">>> ")
-    except EOFError:
-        print()
-        return None
-
-
-def _next_line() -> str | None:
-    """The next line of standard input; None at its end."""
-    line = sys.stdin.buffer.readline()
-    return _decode(line) if line else None
-
-
-def _decode(data: bytes) -> str:
-    """The text of bytes from standard input; ValueError where they cannot be decoded."""
-    # Not sys.stdin.read(): in the C locale it accepts broken bytes, and it alters "\r\n".
-    try:
-        return re.sub(r"\r?\n\Z", "", data.decode(sys.stdin.encoding))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"standard input is not {error.encoding}: byte 0x{data[error.start]:02x} "
-            f"at position {error.start} ({error.reason})"
-        ) from None
-
-
-def _show(text: str) -> None:
-    if text:
-        print(text, end="", flush=True)
-
-
-def _note(text: str) -> None:
-    print(f"gemcut: {text}", file=sys.stderr, flush=True)
 
 
 def _print_json(values: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from gemcut.engine.checkpoints.gguf_model import write_tokenizer
 from gemcut.engine.checkpoints.hub import SMALL_FILES, check_holds_model, resolve_checkpoint
 from gemcut.engine.checkpoints.load import (
     expected_layouts,
+    load_cache_scales,
     load_checkpoint,
     load_config,
     load_settings,
@@ -36,7 +37,13 @@ from gemcut.engine.execution.runner import Runner
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.memory import Build
-from gemcut.engine.placement import choose_device, choose_dtype, choose_ops, in_temporary_thread
+from gemcut.engine.placement import (
+    choose_device,
+    choose_dtype,
+    choose_ops,
+    in_temporary_thread,
+    release_freed_memory,
+)
 from gemcut.engine.requests.outputs import Delta
 from gemcut.engine.requests.prompts import Prompt
 from gemcut.engine.requests.request_builder import RequestBuilder
@@ -181,7 +188,8 @@ class Engine(Calls):
         model's own limit, or less if free memory holds less; with skip_tokenizer_init the engine
         takes ids alone.  quantization: "int8", "int4" or "fp8" quantises the matrices of a plain
         checkpoint while they are read; one that is quantised needs nothing.  kv_cache_dtype:
-        "fp8" halves the cache's bytes, see `Engine`.
+        "fp8" halves the cache's bytes, see `Engine`; the scales are those of a checkpoint that has
+        some for e4m3.
 
         generation_config: the file that publishes the settings of a call that gives none: "auto" is
         the model's generation_config.json, a folder has one of its own, and with "none" only the
@@ -235,10 +243,16 @@ class Engine(Calls):
         slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
         if folder.is_dir():
             folder = fetch()  # with the weights
+        kv_scales = load_cache_scales(folder, config, target) if kv_cache_dtype == "fp8" else None
 
         def load() -> Engine:
             weights = load_checkpoint(
-                folder, config, device=target, dtype=weights_dtype, quantization=quantization
+                folder,
+                config,
+                device=target,
+                dtype=weights_dtype,
+                quantization=quantization,
+                has_cache_scales=kv_scales is not None,
             )
             if op_table is cpu:
                 weights.pack_()
@@ -255,11 +269,14 @@ class Engine(Calls):
                 cuda_graphs=cuda_graphs,
                 dependent_launches=dependent_launches,
                 kv_cache_dtype=kv_cache_dtype,
+                kv_scales=kv_scales,
             )
             engine._folder = folder
             return engine
 
-        return in_temporary_thread(load) if target.type == "cpu" else load()
+        engine = in_temporary_thread(load) if target.type == "cpu" else load()
+        release_freed_memory()
+        return engine
 
     # The step interface, for a caller that makes the steps itself
 
@@ -338,6 +355,11 @@ class Engine(Calls):
     def prometheus(self) -> str:
         """`metrics` in the text format that Prometheus scrapes."""
         return prometheus_text(self.metrics())
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it takes requests: it is not closed, and its device has not failed."""
+        return not self._worker.stopped and self._loop.fault is None
 
     def close(self) -> None:
         """End every request; later calls are refused."""

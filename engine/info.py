@@ -15,6 +15,7 @@ from gemcut.engine.checkpoints.hub import CONFIG_FILES, check_holds_model, resol
 from gemcut.engine.checkpoints.load import (
     expected_layouts,
     find_nonfinite,
+    load_cache_scales,
     load_checkpoint,
     load_config,
     open_tokenizer,
@@ -34,9 +35,11 @@ from gemcut.engine.memory import (
     free_bytes,
     is_auto,
     readable,
+    tokenizer_bytes,
 )
 from gemcut.kernels import cpu
 from gemcut.tokenizer.chat import check_template
+from gemcut.tokenizer.tokenizer_files import JSON_FILE, MODEL_FILE
 
 BATCH_SIZES = (1, 8)
 KINDS = {
@@ -91,6 +94,7 @@ class ModelInfo:
     room: Room
     quantized_rooms: list[Room]  # where a plain checkpoint is quantised on load
     engine: EngineSize
+    tokenizer_bytes: int  # of the host's memory, about
 
 
 def find_config(model: str) -> ModelConfig:
@@ -161,7 +165,13 @@ def describe(
             _room(replace(build_of(name), dtype=quantized_dtype or dtype), name) for name in formats
         ],
         engine=_engine_size(build, max_batch_size, max_seq_len),
+        tokenizer_bytes=tokenizer_bytes(config.vocab_size, _has_json_alone(path)),
     )
+
+
+def _has_json_alone(path: Path | None) -> bool:
+    """Whether the tokenizer at `path` is a tokenizer.json: a tokenizer.model comes first."""
+    return path is not None and (path / JSON_FILE).is_file() and not (path / MODEL_FILE).is_file()
 
 
 def _stored_formats(config: ModelConfig, stored: Layouts) -> list[str]:
@@ -244,6 +254,7 @@ def lines(model: str, config: ModelConfig, info: ModelInfo) -> Iterator[tuple[st
         fits = slots if room.longest_slot[1] else "does not fit"
         yield f"in {room.quantization}", f"{readable(room.weight_bytes)} for weights, {fits}"
     yield from _engine_lines(info.engine)
+    yield "", f"and of the host about {readable(info.tokenizer_bytes)} for its tokenizer"
 
 
 def _room_lines(room: Room, limit: int) -> Iterator[tuple[str, str]]:
@@ -303,6 +314,7 @@ def _weight_problems(folder: Path, config: ModelConfig) -> Iterator[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             load_checkpoint(folder, config, device="meta", dtype=torch.bfloat16)
+            load_cache_scales(folder, config, torch.device("cpu"))
     except ValueError as error:
         yield str(error)
     try:

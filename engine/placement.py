@@ -1,6 +1,8 @@
 """The choice of device, dtype and op table; "auto" takes what suits the machine."""
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,18 @@ def in_temporary_thread(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
+
+
+def release_freed_memory() -> None:
+    """Give the system what the C library keeps of memory that was freed; glibc alone does so.
+
+    Loading frees the pieces that it converts, and much of that is kept for later: 133 MB after
+    Gemma 3 270M of a GGUF file, 55 MB after its safetensors.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 _THREAD = threading.local()

@@ -91,8 +91,8 @@ def rope_and_store_(
     heads = qkv.view(-1, HQ + 2 * HK, K)
     qk, v = heads.split_with_sizes([HQ + HK, HK], dim=1)  # `split` is Python, and costs 2 us more
     if q_norm_weight is not None and k_norm_weight is not None:
-        q, k = qk.split_with_sizes([HQ, HK], dim=1)
-        qk = torch.cat([rmsnorm(q, q_norm_weight, eps), rmsnorm(k, k_norm_weight, eps)], dim=1)
+        norm_weight = torch.cat([q_norm_weight.expand(HQ, K), k_norm_weight.expand(HK, K)])
+        qk = rmsnorm(qk, norm_weight, eps)
     qk = widened(qk)
     qk = torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin)
     q, k = qk.split_with_sizes([HQ, HK], dim=1)

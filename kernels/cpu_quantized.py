@@ -60,9 +60,14 @@ class PackedInt4:
         """Columns that share a scale."""
         return 2 * self.values.shape[1] // self.scales.shape[0]
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether it is the sum of two halves."""
+        return 2 * self.values.shape[1] != self.columns
+
     def product(self, x: Tensor) -> Tensor:
         """Rows [M, D] in bfloat16 times it -> [M, N]."""
-        if 2 * self.values.shape[1] != self.columns:
+        if self.has_halves:
             x = torch.cat([x, x], 1)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), self.values, self.group_size, self.scales

@@ -17,7 +17,9 @@ score takes two instructions, a product and tanh: 31 of 503 in a pass of 16 scor
 
 Scores and softmax are float32; p is rounded to v's dtype for the second product, and y once.  Of a
 cache in fp8 the keys' scale is a factor of the scores and the values' scale one of y; keys take q's
-dtype, values and p float16, which holds e4m3 exactly and takes fewer instructions.
+dtype, values and p float16, which holds e4m3 exactly and takes fewer instructions.  Where the
+product reads its operands from registers, sm_89 and sm_120, they are loaded in pairs and joined as
+float16: of e4m3 the compiler would read that operand from shared memory byte by byte.
 
 A chunk's first row and length are known on the device alone, so the grid is the most tiles that M
 rows in B chunks can need: chunk b owns the tiles from cu_seqlens[b] // BLOCK_M + b on.  The tiles
@@ -42,6 +44,7 @@ from gemcut.kernels.attention_tiles import (
     MAX_POSITION,
     NO_MAXIMUM,
     check_attention,
+    even_and_odd,
     ring_tile,
     softmax_tile,
 )
@@ -50,6 +53,7 @@ from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import tuned
 
+IN_PAIRS = ("sm_89", "sm_120", "interpreter")
 NEVER = tl.constexpr(2**30)  # a position beyond all of a tile, which fit 32 bits
 
 
@@ -82,6 +86,7 @@ def attention_prefill_kernel(
     GROUP_SIZE: tl.constexpr,
     IS_LOCAL: tl.constexpr,
     FAST_TANH: tl.constexpr,
+    IN_PAIRS: tl.constexpr,  # values of fp8 are loaded so
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -130,6 +135,8 @@ def attention_prefill_kernel(
         scale = SCALE * tl.load(k_scale_ptr + head // GROUP_SIZE)
     is_wide: tl.constexpr = k_scale_ptr is None or q.dtype == tl.float32
     p_dtype: tl.constexpr = q.dtype if is_wide else tl.float16
+    if IN_PAIRS:
+        v_head_ptr = v_head_ptr.to(tl.pointer_type(tl.int16))
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -150,8 +157,19 @@ def attention_prefill_kernel(
             k_head_ptr, first, begin + BLOCK_N, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
         )
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-        v = ring_tile(v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K)
-        acc = tl.dot(p, v.to(p_dtype), acc * alpha[:, None], input_precision="ieee")
+        if IN_PAIRS:
+            v = ring_tile(
+                v_head_ptr, first, begin, num_keys, C, HEAD_DIM // 2,
+                IS_LOCAL, BLOCK_N, BLOCK_K // 2,
+            )  # fmt: skip
+            even, odd = even_and_odd(v, p_dtype, FAST_TANH)
+            v = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K)
+        else:
+            v = ring_tile(
+                v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
+            )
+            v = v.to(p_dtype)
+        acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
     l_i = tl.where(is_unknown, float("nan"), l_i)
@@ -224,7 +242,8 @@ def attention_prefill(
 
     y = torch.empty((M, HQ, K), device=q.device, dtype=q.dtype)
     if M:
-        rule = _tile(K, q.itemsize, arch_of(q.device))
+        arch = arch_of(q.device)
+        rule = _tile(K, q.itemsize, arch)
         tile = rule | tuned("attention_prefill", q, HQ, HK, K)
         attention_prefill_kernel[(HQ, triton.cdiv(M, tile["BLOCK_M"]) + B)](
             q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, y_ptr=y,
@@ -237,6 +256,7 @@ def attention_prefill(
             SCALE=scale, SOFTCAP=softcap, HEAD_DIM=K, GROUP_SIZE=HQ // HK,
             IS_LOCAL=sliding_window is not None,
             FAST_TANH=not INTERPRETED and q.dtype != torch.float32,
+            IN_PAIRS=k_scale is not None and q.itemsize == 2 and arch in IN_PAIRS,
             BLOCK_K=max(16, triton.next_power_of_2(K)), **tile,
         )  # fmt: skip
     return y

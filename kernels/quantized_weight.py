@@ -29,6 +29,7 @@ PAIR = 64  # columns that share 32 bytes in int4
 BITS = {"int8": 8, "fp8": 8, "int4": 4}  # of a value
 GREATEST = {"int8": 127, "fp8": 448, "int4": 7}  # in both signs
 WHOLE = {"int8": (-127, 127), "int4": (-8, 7)}  # values that `quantize` makes
+FARTHEST = {"int8": 127, "fp8": 448, "int4": 8}  # of them from 0
 # Steps of int4 from 0 to the greatest number of a group, which may be cut: four halve the loss that
 # 7 alone has in bits per byte, eight gain no more (bench/NOTES.md)
 RANGES = 7.0, 7.5, 8.0, 8.5
@@ -171,7 +172,8 @@ def quantize(
     group_size: None for a scale a row.  Scales are above 0; float32 by row, and in weight's dtype
     by group, unless `scales_dtype` is given.  int8 and fp8 give a group's greatest number the
     greatest of the format.  int4, whose steps are coarse, takes of the scales of `RANGES`, each
-    then fitted to the values that it gives, the one with the least squared error.
+    then fitted to the values that it gives, the one with the least squared error.  ValueError
+    where finite numbers are too great for a scale; others, and NaN, show in theirs.
 
     Some rows at a time, so that it needs little memory beside the result.
     """
@@ -199,8 +201,7 @@ def _quantized(
     groups = weight.float().unflatten(1, (-1, group_size))
     greatest = groups.abs().amax(-1, keepdim=True)
     scales = _fitted_scales(groups, greatest) if format == "int4" else greatest / GREATEST[format]
-    scales = scales.to(scales_dtype)
-    scales = scales.masked_fill(scales == 0, 1)
+    scales = _held(scales, greatest, weight, format, scales_dtype)
     values = groups / scales.float()
     if format == "fp8":
         values = values.clamp_(-GREATEST[format], GREATEST[format]).to(torch.float8_e4m3fn)
@@ -210,12 +211,36 @@ def _quantized(
     return pack_int4(values) if format == "int4" else values, scales.squeeze(-1)
 
 
+def _held(
+    scales: Tensor, greatest: Tensor, weight: Tensor, format: str, dtype: torch.dtype
+) -> Tensor:
+    """Scales [N, G, 1] rounded to a dtype: above 0, and each value times its scale is finite.
+
+    ValueError where one would be infinite though its numbers are not.
+    """
+    info, most = torch.finfo(dtype), torch.finfo(weight.dtype).max
+    most = min(most, torch.finfo(torch.float32).max) / FARTHEST[format] * (1 - info.eps)
+    least = max(info.tiny * info.eps, 2**-149)  # in float32 too
+    scales = scales.to(dtype)
+    if not scales.isfinite().all():
+        groups = weight.unflatten(1, (scales.shape[1], -1))
+        beyond = ~scales.isfinite() & groups.isfinite().all(-1, keepdim=True)
+        if beyond.any():
+            numbers = groups.abs().amax(-1, keepdim=True)[beyond].max().item()
+            raise ValueError(f"numbers up to {numbers:.2g} are too great for scales in {dtype}")
+    fitting = scales.clamp(least, min(most, info.max)).masked_fill(greatest == 0, 1)
+    return fitting.where(scales.isfinite(), scales)  # nothing hides a NaN or an infinity
+
+
 def _fitted_scales(groups: Tensor, greatest: Tensor) -> Tensor:
     """Scales of int4 with little squared error: [N, G, group_size], [N, G, 1] -> [N, G, 1].
 
     With values q the best scale of numbers w is (w . q) / (q . q), and what it takes off the square
-    of w is (w . q)^2 / (q . q).
+    of w is (w . q)^2 / (q . q).  Numbers are in units of a power of two near the greatest, so that
+    no square is 0 or infinite.
     """
+    unit = greatest.clamp(2.0**-126, 2.0**127).log2().floor().exp2()
+    groups, greatest = groups / unit, greatest / unit
     best, most = torch.zeros_like(greatest), torch.zeros_like(greatest)
     for steps in RANGES:
         inverse = (steps / greatest).masked_fill_(greatest == 0, 0)
@@ -225,4 +250,4 @@ def _fitted_scales(groups: Tensor, greatest: Tensor) -> Tensor:
         taken = products * products / squares
         best = torch.where(taken > most, products / squares, best)
         most = torch.maximum(taken, most)
-    return best.where(greatest.isfinite(), greatest)  # nothing hides a NaN or an infinity
+    return (best * unit).where(greatest.isfinite(), greatest)

@@ -86,8 +86,12 @@ def save_compressed(
     schemes: dict[str, tuple[str, ...]],
     ignore: tuple[str, ...] = ("lm_head",),
     dtype: torch.dtype = torch.float32,
+    cache_scheme: dict[str, Any] | None = None,
 ) -> None:
-    """Save a model with what `schemes` names of SCHEMES for its targets, scales by min and max."""
+    """Save a model with what `schemes` names of SCHEMES for its targets, scales by min and max.
+
+    cache_scheme: that of `calibrate_cache_`.
+    """
     from compressed_tensors.quantization import QuantizationConfig
 
     model.to(dtype).save_pretrained(folder)
@@ -102,8 +106,9 @@ def save_compressed(
             for i, (name, targets) in enumerate(schemes.items())
         },
         "ignore": list(ignore),
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
+        "kv_cache_scheme": cache_scheme,
     }
     config = QuantizationConfig.model_validate(values)
     plain = load_file(folder / "model.safetensors")
@@ -117,6 +122,53 @@ def save_compressed(
     file = folder / "config.json"
     dumped = json.loads(config.model_dump_json())
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": dumped}))
+
+
+def calibrate_cache_(model: PreTrainedModel, strategy: str, ids: Tensor) -> dict[str, Any]:
+    """Give a model the package's cache in fp8, with scales that a text just fits: its scheme.
+
+    strategy: tensor or attn_head.  From then on the model's keys and values are rounded so.
+    """
+    from compressed_tensors.modeling.kvcache import QuantizedKVCache
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+    from compressed_tensors.quantization.lifecycle.initialize import initialize_attn_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    values = {"num_bits": 8, "type": "float", "strategy": strategy}
+    args = QuantizationArgs.model_validate(values)
+    scheme = QuantizationScheme(targets=["LlamaAttention"], input_activations=args)
+    axes = (0, 2, 3) if strategy == "attn_head" else (0, 1, 2, 3)
+
+    def quantised(module: Any, positional: Any, named: dict[str, Any]) -> Any:
+        module.kv_cache.add_past_key_values(named["cache"])  # as the package does it
+        return positional, named | {"cache": module.kv_cache}
+
+    def scale_of(states: Tensor) -> Tensor:
+        return calculate_qparams(states.amin(axes), states.amax(axes), args)[0]
+
+    def calibrate(cache: Any, positional: tuple[Tensor, Tensor, Any]) -> None:
+        module, (keys, values) = cache.attn_module(), positional[:2]
+        module.k_scale.data = scale_of(keys).view_as(module.k_scale)
+        module.v_scale.data = scale_of(values).view_as(module.v_scale)
+
+    hooks = []
+    for layer in model.base_model.layers:
+        attention = layer.self_attn
+        attention.quantization_scheme = scheme
+        attention.quantization_status = QuantizationStatus.FROZEN
+        attention.kv_cache = QuantizedKVCache(model.config, attention)
+        initialize_attn_qparams(attention, scheme, force_zero_point=False)
+        attention.register_forward_pre_hook(quantised, with_kwargs=True)
+        hooks.append(attention.kv_cache.register_forward_pre_hook(calibrate))
+    with torch.inference_mode():
+        model(input_ids=ids[None], use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    return values
 
 
 def _targeted(model: PreTrainedModel, config: Any) -> list[tuple[str, torch.nn.Module]]:

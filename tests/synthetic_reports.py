@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gemcut.bench.engines.served import BY_REQUEST, BY_ROUND, by_percentile
 from gemcut.bench.measure.report_file import OK, REQUIRED, SCHEMA, metric
 
 GPU = {
@@ -152,3 +153,29 @@ def save(folder, **reports):
     for name, content in reports.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
+
+
+def server_record(name, *, rounds, rate=4.0, concurrency=None, **values):
+    """A record of `serve`; `rounds` are milliseconds to the first token, by round and request."""
+    load = f"rate={rate:g}" if rate else f"concurrency={concurrency}"
+    facts = {"model": "demo", "rate": rate, "concurrency": concurrency, "requests": len(rounds[0])}
+    one = record(f"demo/{load}", name, **facts, client_cpu_share=0.1, **values)
+    for metric_name in BY_REQUEST:
+        slow_is_low = metric_name.endswith("_per_second")
+        one[metric_name] = by_percentile(rounds, slow_is_low=slow_is_low)
+    rates = [1000 / np.mean(times) for times in rounds]
+    return one | {name: metric(rates) for name in BY_ROUND}
+
+
+def servers_report(loads=(2.0, 8.0)):
+    """Two servers under several rates, the second half as fast, and one that lost a stream."""
+    rounds = [[10.0, 20.0, 30.0], [20.0, 30.0, 40.0]]
+    slow = [[2 * value for value in one] for one in rounds]
+    records = [
+        server_record(name, rounds=values, rate=rate)
+        for rate in loads
+        for name, values in (("fast", rounds), ("slow", slow))
+    ]
+    lost = {"status": "failed", "detail": "of 6 requests 1 lost; the first: cut"}
+    records.append(server_record("lossy", rounds=rounds, rate=loads[0], **lost))
+    return report("serve", records)

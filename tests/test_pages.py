@@ -73,9 +73,10 @@ def test_the_tests_that_pages_and_sources_name_are_there():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_file_stands_in_its_tree(folder):
-    """In the README of its folder, by its room where it has one."""
-    text = (ROOT / folder / "README.md").read_text()
+    """In the README of its folder or of its room."""
     for file in (ROOT / folder).rglob("*.py"):
+        pages = [ROOT / folder / "README.md", file.parent / "README.md"]
+        text = "".join(page.read_text() for page in pages if page.exists())
         if file.name != "__init__.py":
             assert re.search(rf"\b{file.name}\b", text), f"{file.relative_to(ROOT)}"
 

@@ -14,6 +14,7 @@ Exits with 1 where a rule is broken:
     shared memory       within what one block may have on that arch
     tensor cores        in whatever multiplies matrices; HGMMA in prefill attention on sm_90
     wide loads          16 bytes at a time in whatever memory bounds
+    no byte loads       from shared memory in attention, whose cache may be in fp8
     chain on sm_90      at most 75 KB of shared memory in whatever a decode step launches
     weights             enough of them in flight, asynchronous and 16 bytes wide (weight_stream.py)
     64-bit addresses    no 32-bit product of two values that are not known at compile time
@@ -71,6 +72,7 @@ WORDS_CONSTANTS = not triton.__version__.startswith("3.6.")  # in the key of a c
 COUNTED = {
     "tensor_core": r"\bHMMA|HGMMA|UTC\w*MMA",
     "hgmma": r"HGMMA",
+    "byte_loads": r"\bLDS\.[US]8",
     "wide_loads": r"\bLDG\.E[\w.]*\.128|LDGSTS[\w.]*\.128|UTMALDG|UBLKCP",
 }
 
@@ -116,6 +118,9 @@ class Cell:
             yield "no HGMMA"
         if self.kernel not in SMALL and not self.instructions["wide_loads"]:
             yield "no 16-byte loads"
+        by_bytes = self.instructions.get("byte_loads", 0)
+        if self.kernel.startswith("attention") and by_bytes:
+            yield f"{by_bytes} loads of a byte from shared memory"
         for line in self.narrow_products:
             yield f"a 32-bit product: {line}"
         yield from self.waits

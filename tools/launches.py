@@ -173,6 +173,7 @@ def step_launches(
     context: int,
     features: Features = GREEDY,
     quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> list[Made]:
     """What a decode step launches, in order: `batch` rows in a cache of `context` tokens.
 
@@ -182,14 +183,7 @@ def step_launches(
     made: list[Made] = []
     with recorded(arch, made):
         model = Gemma(config, fake_weights(config, device, dtype, quantization), kernels)
-        cache = KVCache(
-            config,
-            num_slots=batch,
-            max_seq_len=context,
-            prefill_chunk=PREFILL_CHUNK,
-            device=device,
-            dtype=dtype,
-        )
+        cache = _cache(config, batch, context, device, dtype, kv_cache_dtype)
         slots = torch.empty(batch, dtype=torch.int64, device=device)
         steps = Steps(model, cache, SlotState(batch, config.vocab_size, device))
         made.clear()  # what filled the cache
@@ -228,18 +222,31 @@ def _steps_of_six_layers(
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
     model = Gemma(config, fake_weights(config, device, dtype, quantization), kernels)
+    max_seq_len = min(max_seq_len, config.context_length)
+    cache = _cache(config, num_slots, max_seq_len, device, dtype, kv_cache_dtype)
+    return Steps(model, cache, SlotState(num_slots, config.vocab_size, device))
+
+
+def _cache(
+    config: ModelConfig,
+    num_slots: int,
+    max_seq_len: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_cache_dtype: str,
+) -> KVCache:
+    """A cache without data, as an engine makes it."""
     scale = torch.empty(config.num_kv_heads, dtype=torch.float32, device=device)
-    scales = (scale, torch.empty_like(scale))
-    cache = KVCache(
+    scales = [(scale, torch.empty_like(scale))] * config.num_layers
+    return KVCache(
         config,
         num_slots=num_slots,
-        max_seq_len=min(max_seq_len, config.context_length),
+        max_seq_len=max_seq_len,
         prefill_chunk=PREFILL_CHUNK,
         device=device,
         dtype=choose_cache_dtype(kv_cache_dtype, dtype, device),
-        scales=None if kv_cache_dtype == "auto" else [scales] * config.num_layers,
+        scales=None if kv_cache_dtype == "auto" else scales,
     )
-    return Steps(model, cache, SlotState(num_slots, config.vocab_size, device))
 
 
 def _run(

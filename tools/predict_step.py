@@ -3,6 +3,7 @@
     python -P -m gemcut.tools.predict_step --models gemma-2-2b --batch 1 --context 1024
     python -P -m gemcut.tools.predict_step --markdown               every published model
     python -P -m gemcut.tools.predict_step --quantization int8 int4 fp8 --markdown      beside bf16
+    python -P -m gemcut.tools.predict_step --kv-cache-dtype fp8      half the bytes of k and v
     python -P -m gemcut.tools.predict_step --json                   its last line: share and step_us
     python -P -m gemcut.tools.predict_step --fit FOLDER/breakdown.json
     python -P -m gemcut.tools.predict_step --set bandwidth=4.1e12 ghz=1.7
@@ -75,7 +76,7 @@ def markdown(steps: Sequence[PredictedStep], machine: Machine) -> str:
     for step in steps:
         launches, us = sum(step.counts.values()), step.step_us(machine)
         lines.append(
-            f"| {step.model} | {step.batch} | {step.context} | {step.step_bytes / 1e6:.0f} "
+            f"| {step.name} | {step.batch} | {step.context} | {step.step_bytes / 1e6:.0f} "
             f"| {launches} | {us:.0f} | {step.share(machine):.2f} "
             f"| {1e6 * step.step_bytes / GOAL / us:.2f} | |"
         )
@@ -170,17 +171,17 @@ def run(arguments: argparse.Namespace) -> int:
         longest = PUBLISHED[model].context_length
         check_int(f"context of {model}", arguments.context, 2, longest)
 
-    wanted = [(p.model, p.batch, p.context, None) for p in profiles]
     quantizations = arguments.quantization or [None]
     if arguments.markdown and arguments.quantization:
         quantizations = [None, *quantizations]
-    wanted += [
+    wanted = [
         (model, arguments.batch, arguments.context, quantization)
         for model in models
         for quantization in quantizations
     ]
-    steps = predict_steps(wanted, ARCH, arguments.jobs)
-    fitting, steps = steps[: len(profiles)], steps[len(profiles) :]
+    measured = [(p.model, p.batch, p.context, None) for p in profiles]
+    fitting = predict_steps(measured, ARCH, arguments.jobs)
+    steps = predict_steps(wanted, ARCH, arguments.jobs, arguments.kv_cache_dtype)
     pairs = list(zip(profiles, fitting, strict=True))
     pairs += [pair(products, ARCH, arguments.jobs, machine) for products in lists]
     if pairs:
@@ -216,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a row")
     parser.add_argument(
         "--quantization", nargs="+", choices=QUANTIZATIONS, help="of the weights; default: none"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="of keys and values"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of machine.py")

@@ -37,6 +37,8 @@ from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import GREEDY
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
+from gemcut.engine.placement import choose_cache_dtype
+from gemcut.kernels.checks import FP8
 
 WARM_UP = 3  # steps before the profile
 ROUNDS = 10  # of timed steps
@@ -84,22 +86,29 @@ def break_down(spans: Iterable[Span], steps: int) -> list[Line]:
 class DecodeStep:
     """A decode step as the engine makes it: the greedy choice of each row begins the next step."""
 
-    def __init__(self, model: Gemma, batch: int, context: int, room: int) -> None:
+    def __init__(
+        self, model: Gemma, batch: int, context: int, room: int, kv_cache_dtype: str = "auto"
+    ) -> None:
         """Rows at the end of `context` tokens of random keys; `room` steps fit after these."""
         config, device = model.config, model.device
         # capacities that 16 divides get other variants of the kernels than those it does not
         capacity = -(-(context + room) // 16) * 16
+        scale = torch.full((config.num_kv_heads,), 2.0**-6, device=device)
         self.cache = KVCache(
             config,
             num_slots=batch,
             max_seq_len=capacity,
             prefill_chunk=PREFILL_CHUNK,
             device=device,
-            dtype=model.dtype,
+            dtype=choose_cache_dtype(kv_cache_dtype, model.dtype, device),
+            scales=[(scale, scale)] * config.num_layers if kv_cache_dtype == "fp8" else None,
         )
         for layer in self.cache.layers:
-            layer.k.normal_()
-            layer.v.normal_()
+            for x in (layer.k, layer.v):
+                if x.dtype == FP8:
+                    x.view(torch.uint8).random_(0, 127)  # any number above 0; 127 is a NaN
+                else:
+                    x.normal_()
         self.state = SlotState(batch, config.vocab_size, device)
         self.state.limits.fill_(capacity + 1)
         self.steps = Steps(model, self.cache, self.state)
@@ -117,12 +126,14 @@ class DecodeStep:
         return self.steps.decode(self.slots, GREEDY)
 
 
-def make_step(setup: Setup, batch: int, context: int, room: int) -> DecodeStep:
+def make_step(
+    setup: Setup, batch: int, context: int, room: int, kv_cache_dtype: str = "auto"
+) -> DecodeStep:
     """A step of the model asked for; on a CPU its ops are seen by the profiler."""
     model = setup.model
     if setup.device.type != "cuda":
         model = Gemma(setup.config, model.weights, _spanned(model.ops))
-    return DecodeStep(model, batch, context, room)
+    return DecodeStep(model, batch, context, room, kv_cache_dtype)
 
 
 def _spanned(ops: ModuleType) -> Any:

@@ -14,12 +14,14 @@ import asyncio
 import statistics
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from gemcut.bench.engines.case_runner import report_settings
 from gemcut.bench.engines.peers import GEMCUT
+from gemcut.bench.engines.served_steps import time_serve
 from gemcut.bench.engines.setup import Setup, add_model_arguments, choose_setup
 from gemcut.bench.measure.machine import gemcut_version
 from gemcut.bench.measure.report_file import INTERRUPTED, OK, Record, Results, metric, print_table
@@ -83,6 +85,8 @@ CALLERS: dict[str, Callable[[Engine, int, int], float]] = {
     "generate": time_generate,
     "astream": time_astream,
 }
+if find_spec("fastapi") is not None:  # the extra `serve`
+    CALLERS["serve"] = time_serve
 
 
 def _prompts(batch: int) -> list[list[int]]:

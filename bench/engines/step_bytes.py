@@ -62,11 +62,13 @@ def decode_bytes(
     dtype: torch.dtype,
     weight_bits: int | None = None,
     quantization: str | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> StepBytes:
     """The bytes of a step of `batch` sequences whose new token sees `context`, itself included.
 
     `context` may be a fraction, as a mean over steps is.  `quantization` is the engine's, with its
-    scales; `weight_bits` the size of a weight that another quantises, without them.
+    scales; `weight_bits` the size of a weight that another quantises, without them.  `cache_dtype`
+    is that of keys and values, by default the others'.
     """
     sizes = dict.fromkeys(StepBytes.__dataclass_fields__, 0)
     layouts = {} if quantization is None else made_layouts(config, quantization)
@@ -79,7 +81,8 @@ def decode_bytes(
             bits = weight_bits if weight_bits and len(tensor.shape) == 2 else 8 * dtype.itemsize
             sizes[kind] += math.prod(tensor.shape) * bits // 8
     # rows of a quantised embedding count as floats: they are nothing beside the rest
-    a_token = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # of one layer
+    item_bytes = (cache_dtype or dtype).itemsize
+    a_token = 2 * config.num_kv_heads * config.head_dim * item_bytes  # of one layer
     seen = sum(min(context, window_of(config, layer)) for layer in range(config.num_layers))
     sizes |= {
         "embedding": batch * config.hidden_size * dtype.itemsize,

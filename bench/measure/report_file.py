@@ -1,6 +1,6 @@
 """The report of a benchmark run: one JSON object, printed as the last line and kept in a file.
 
-    benchmark       "kernels" | "decode" | "prefill" | "serve-sim" | "host-work"
+    benchmark       "kernels" | "decode" | "prefill" | "serve-sim" | "serve" | "host-work"
     arguments       what was asked for
     machine         where it ran (machine.py)
     ceilings        read_gbps, copy_gbps, matmul_tflops, measured in the same run (ceilings.py)

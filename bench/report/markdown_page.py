@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemcut.bench.report.load import CEILINGS, Report, device_of, figures, on_gpu, read_report
 from gemcut.bench.report.plots import make_plots
+from gemcut.bench.report.serving import server_tables
 from gemcut.bench.report.tables import (
     cpu_decode_summary,
     decode_summary,
@@ -34,6 +35,7 @@ SECTIONS = {
     "Decoding": decode_tables,
     "Prefill": prefill_tables,
     "Serving": serving_table,
+    "Servers": server_tables,
     "Work of the host": host_work_table,
     "Not measured": failures_table,
 }

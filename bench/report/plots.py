@@ -5,6 +5,7 @@
     attention           TFLOP/s of prefill attention by length
     decode              the share of read bandwidth that decoding reaches, by model
     latency             milliseconds from token to token by batch
+    serve-MODEL         latencies of servers, one figure by trace and one by load (serving.py)
 
 Gemcut is blue everywhere, and each peer has one colour, one mark and one hatch throughout.  A plot
 of which nothing was measured is not made.
@@ -41,6 +42,7 @@ from gemcut.bench.report.load import (
     spread_of,
 )
 from gemcut.bench.report.roofline import roofline
+from gemcut.bench.report.serving import server_figures
 
 # Okabe and Ito's palette: told apart by the colour-blind
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
@@ -101,6 +103,11 @@ def make_plots(reports: Sequence[Report], folder: Path) -> list[Path]:
         for view in _views(reports):
             for name, figure in _figures(view):
                 files.append(folder / f"{_slug(f'{view.device} {view.dtype} {name}')}.png")
+                figure.savefig(files[-1])
+        for device in dict.fromkeys(map(device_of, reports)):
+            own = [report for report in reports if device_of(report) == device]
+            for name, figure in server_figures(list(cases(own, "serve")), device):
+                files.append(folder / f"{_slug(f'{device} {name}')}.png")
                 figure.savefig(files[-1])
     return files
 

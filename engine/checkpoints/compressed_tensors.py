@@ -79,7 +79,7 @@ class QuantizedHeader:
         width = math.ceil(D * scheme.num_bits / 32) if scheme.is_packed else D
         dtype = "I32" if scheme.is_packed else _DTYPES[scheme.format]
         _check_header(self.values, dtype, (N, width))
-        _check_floats(self.scales)
+        check_floats(self.scales)
         try:
             self.layout.groups(D)
         except ValueError as error:
@@ -204,7 +204,8 @@ def _scale_shape(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
     return math.ceil(shape[0] / rows), math.ceil(shape[1] / columns)
 
 
-def _check_floats(header: TensorHeader) -> None:
+def check_floats(header: TensorHeader) -> None:
+    """Nothing, or ValueError unless a tensor holds floats."""
     if header.dtype not in FLOATS:
         raise ValueError(f"{header} is {header.dtype}, must be {', '.join(FLOATS)}")
 

@@ -13,6 +13,7 @@ from gemcut.engine.checkpoints.gguf_weights import dequantized_types, stored_wei
 from gemcut.engine.checkpoints.stored_tensors import name_of, pieces
 from gemcut.engine.checkpoints.stored_weights import StoredWeight, refuse_quantized
 from gemcut.engine.checks import warn_caller
+from gemcut.engine.config.generation_file import settings_of
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weight_layouts import Layouts
 from gemcut.engine.execution.weights import fused_layouts, made_layouts
@@ -44,13 +45,17 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
 
 
 def gguf_settings(path: Path) -> dict[str, Any]:
-    """What a generation_config.json would say of sampling; empty where the file says nothing."""
+    """What a generation_config.json would say of sampling; empty where the file says nothing.
+
+    ValueError names a value out of range by its key in the file.
+    """
     header, settings = read_header(path), {}
     for name, key in _SAMPLING.items():
         kind = int if name == "top_k" else float
         value = header.get(f"general.sampling.{key}", kind)
         if value is not None:
             settings[name] = value if kind is int else as_decimal(value)
+    settings_of(settings, lambda name: f"{path}: general.sampling.{_SAMPLING[name]}")
     return {"do_sample": True} | settings if settings else {}
 
 

@@ -60,6 +60,11 @@ def open_tensors(path: Path) -> list[TensorHeader]:
     return list(found.values())
 
 
+def open_named(path: Path, config: ModelConfig) -> dict[str, TensorHeader]:
+    """The tensors of the language model in the folder's files, by the names of this package."""
+    return _by_model_name(open_tensors(path), config)
+
+
 def match_tensors(
     path: Path, opened: list[TensorHeader], config: ModelConfig
 ) -> dict[str, StoredTensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcut.engine.checkpoints.compressed_cache import stored_scales
 from gemcut.engine.checkpoints.compressed_tensors import config_layouts
 from gemcut.engine.checkpoints.gguf_choice import is_gguf
 from gemcut.engine.checkpoints.gguf_model import (
@@ -23,13 +24,20 @@ from gemcut.engine.checkpoints.gguf_model import (
     gguf_weights,
     nonfinite_in_gguf,
 )
-from gemcut.engine.checkpoints.huggingface import match_weights, open_tensors, require_files
+from gemcut.engine.checkpoints.huggingface import (
+    match_weights,
+    open_named,
+    open_tensors,
+    require_files,
+)
 from gemcut.engine.checkpoints.safetensor_headers import open_file
 from gemcut.engine.checkpoints.stored_tensors import pieces
 from gemcut.engine.checkpoints.stored_weights import check_quantization, fill_weights
 from gemcut.engine.checks import warn_caller
 from gemcut.engine.config.generation_file import published_settings, settings_of
 from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.config.quantization_config import CACHE_NOTE
+from gemcut.engine.execution.cache_scales import Scales
 from gemcut.engine.execution.weight_layouts import Layouts
 from gemcut.engine.execution.weights import Weights, checkpoint_tensors, made_layouts, plain
 from gemcut.tokenizer import Tokenizer
@@ -61,6 +69,20 @@ def expected_layouts(
     return config_layouts(config) if quantization is None else made_layouts(config, quantization)
 
 
+def load_cache_scales(path: Path, config: ModelConfig, device: torch.device) -> Scales | None:
+    """The scales of a KV cache in fp8 that a checkpoint holds, checked; None where it has none."""
+    if config.quantization is None or config.quantization.cache_strategy is None:
+        return None
+    scales = stored_scales(open_named(path, config), config, config.quantization.cache_strategy)
+    if scales is None:
+        warn_caller(
+            f"{path}: kv_cache_scheme is there, but no scales of keys and values: those of "
+            "the weights take their place"
+        )
+        return None
+    return [(keys.to(device), values.to(device)) for keys, values in scales]
+
+
 def load_checkpoint(
     path: str | Path,
     config: ModelConfig,
@@ -71,6 +93,7 @@ def load_checkpoint(
     dequantize: bool = False,
     any_head: bool = False,
     new_head: Callable[[str, Tensor], object] | None = None,
+    has_cache_scales: bool = False,
 ) -> Weights:
     """The weights at `path`, on `device` in `dtype`; ValueError names what is at fault.
 
@@ -80,6 +103,7 @@ def load_checkpoint(
     Expects exactly the tensors of `config`.  Left aside are rotary buffers of old files, and what
     belongs to the vision part of a multimodal Gemma 3; with `any_head`, for models that stop at
     hidden states, heads too.  `new_head` fills a classifier's tensors where the files have none.
+    With `has_cache_scales` those are in use, and no warning says that they are left aside.
     """
     if dtype == torch.float16:
         raise ValueError("dtype float16 is refused: Gemma's activations overflow it; use bfloat16")
@@ -93,7 +117,8 @@ def load_checkpoint(
     else:
         stored = match_weights(folder, open_tensors(folder), config, any_head or may_lack, may_lack)
     for note in () if config.quantization is None else config.quantization.notes:
-        warn_caller(f"{folder}: {note}")
+        if note != CACHE_NOTE or not has_cache_scales:
+            warn_caller(f"{folder}: {note}")
     weights = fill_weights(
         config,
         stored,

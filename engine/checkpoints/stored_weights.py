@@ -49,7 +49,7 @@ def check_quantization(quantization: str | None, config: ModelConfig) -> None:
     if quantization not in QUANTIZATIONS:
         known = ", ".join(QUANTIZATIONS)
         raise ValueError(f"quantization {shorten(quantization)} is unknown; there are {known}")
-    if config.quantization is not None:
+    if config.quantization is not None and config.quantization.schemes:
         raise ValueError(
             f"quantization {quantization!r} is for plain checkpoints, and this one is quantised "
             f"already; leave it out"

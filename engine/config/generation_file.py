@@ -10,7 +10,7 @@ An Engine takes from it, where a call gives no settings of its own:
     eos_token_id         ends a text, beside the ids of config.json
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,12 @@ def published_settings(path: str | Path) -> dict[str, Any]:
     return settings_of(read_generation_config(path))
 
 
-def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(
+    values: Mapping[str, Any], place: Callable[[str], str] = f"{FILE}: {{}}".format
+) -> dict[str, Any]:
     """What a generation_config.json says, by the names of SamplingParams.
+
+    `place` gives the file and the name there of a value, for messages.
 
     Where it says how to sample, temperature, top_k, top_p and min_p are all there.  ValueError
     names a value out of range, and one warning what is not acted upon.
@@ -104,17 +108,17 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     _warn_of_the_rest(values)
     do_sample = values.get("do_sample")
     if do_sample is not None:
-        check_bool(f"{FILE}: do_sample", do_sample)
+        check_bool(place("do_sample"), do_sample)
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if name in values:
             low = {"at_least": 0} if name in ("temperature", "min_p") else {"above": 0}
-            check_number(f"{FILE}: {name}", values[name], **low, below=1e30)
+            check_number(place(name), values[name], **low, below=1e30)
             if name in ("top_p", "min_p") and values[name] > 1:
-                raise ValueError(f"{FILE}: {name} {shorten(values[name])} must be at most 1")
+                raise ValueError(f"{place(name)} {shorten(values[name])} must be at most 1")
     if "top_k" in values:
-        check_int(f"{FILE}: top_k", values["top_k"], 0, 2**63 - 1)
+        check_int(place("top_k"), values["top_k"], 0, 2**63 - 1)
     if "max_new_tokens" in values:
-        check_int(f"{FILE}: max_new_tokens", values["max_new_tokens"], 1, 2**63 - 1)
+        check_int(place("max_new_tokens"), values["max_new_tokens"], 1, 2**63 - 1)
 
     settings = {}
     if do_sample is not None or SAMPLING.keys() & values.keys():

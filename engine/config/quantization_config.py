@@ -51,6 +51,7 @@ INSTEAD = (
 # A pattern is matched with every name: one that goes back and forth takes longer than anyone waits
 _REPEATED_GROUP, _REPEATED = re.compile(r"\)[*+{]"), re.compile(r"(?<!\\)[*+]|\{\d*,")
 MOST_REPEATED, LONGEST_PATTERN = 4, 1000
+CACHE_NOTE = "the scales of its KV cache are left aside"
 # Names that a module of the language model has in checkpoints of several kinds
 _PREFIXES = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 
@@ -80,6 +81,7 @@ class QuantizationConfig:
     schemes: tuple[Scheme, ...]
     ignore: tuple[str, ...]
     notes: tuple[str, ...]  # what is left aside, in words
+    cache_strategy: str | None  # tensor or attn_head, which share a scale of a KV cache in fp8
     values: Mapping[str, Any] = field(hash=False)  # as config.json has it
 
     def scheme_of(self, name: str) -> Scheme | None:
@@ -114,7 +116,8 @@ def read_quantization(values: Any) -> QuantizationConfig | None:
         raise ValueError(f"quantization_config {shorten(values)} is not an object")
     _check_method(values)
     groups = values.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    of_cache = values.get("kv_cache_scheme")
+    if not isinstance(groups, Mapping) or not (groups or of_cache):
         raise ValueError(f"config_groups {shorten(groups)} is not an object with entries")
     notes: list[str] = []
     schemes = []
@@ -125,10 +128,11 @@ def read_quantization(values: Any) -> QuantizationConfig | None:
             schemes.append(_read_scheme(str(name), group, values.get("format")))
         if group.get("input_activations") or group.get("output_activations"):
             notes.append("activations are not quantised here")
-    if values.get("kv_cache_scheme"):
-        notes.append("the scales of its KV cache are left aside")
+    if of_cache:
+        notes.append(CACHE_NOTE)
     ignore = _read_names("ignore", values.get("ignore") or ())
-    return QuantizationConfig(tuple(schemes), ignore, tuple(dict.fromkeys(notes)), dict(values))
+    noted, strategy = tuple(dict.fromkeys(notes)), _read_cache_strategy(of_cache)
+    return QuantizationConfig(tuple(schemes), ignore, noted, strategy, dict(values))
 
 
 def _check_method(values: Mapping[str, Any]) -> None:
@@ -216,6 +220,19 @@ def _read_strategy(name: str, weights: Mapping[str, Any]) -> tuple[str, tuple[in
         f"config_groups: strategy {shorten(strategy)} of {name} is not read; tensor, channel, "
         f"group and block are; {INSTEAD}"
     )
+
+
+def _read_cache_strategy(scheme: Any) -> str | None:
+    """What shares a scale of keys and of values; None where they are no scales of e4m3."""
+    if not scheme:
+        return None
+    if not isinstance(scheme, Mapping):
+        raise ValueError(f"kv_cache_scheme {shorten(scheme)} is not an object")
+    is_fp8 = (scheme.get("num_bits", 8), scheme.get("type", "int")) == (8, "float")
+    strategy = scheme.get("strategy") or "tensor"
+    if not is_fp8 or scheme.get("dynamic") or scheme.get("symmetric") is False:
+        return None
+    return strategy if strategy in ("tensor", "attn_head") else None
 
 
 def _read_names(what: str, names: Any) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-import torch
 from torch import Tensor
 
 from gemcut.engine.execution.model import Gemma
@@ -55,10 +54,16 @@ def _texts(tokenizer: Tokenizer | None, token_ids: Sequence[int]) -> Sequence[st
     return [texts[i] if i < size else "" for i in token_ids]
 
 
-def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[float]:
-    """The log-probability of the token after each state: hidden [T, D], following [T or T - 1]."""
-    scores = [token_logprobs(logits, ids) for logits, ids in _blocks(model, hidden, following)]
-    return torch.cat(scores).tolist() if scores else []
+def prompt_scores(model: Gemma, hidden: Tensor, following: Tensor) -> list[tuple[float, bool]]:
+    """The log-probability of the token after each state, and whether it is the likeliest.
+
+    hidden [T, D], following [T].
+    """
+    scores: list[tuple[float, bool]] = []
+    for logits, ids in _blocks(model, hidden, following):
+        is_likeliest = (logits.argmax(-1) == ids).tolist()
+        scores += zip(token_logprobs(logits, ids).tolist(), is_likeliest, strict=True)
+    return scores
 
 
 def prompt_logprobs(

@@ -44,9 +44,14 @@ class Runner:
         start, end = sequence.prefilled, sequence.prefilled + count
         prompt_ids = sequence.prompt_ids
         hidden = self.steps.prefill(prompt_ids[start:end], sequence.slot, start, len(prompt_ids))
-        following = upload(prompt_ids[start + 1 : end + 1], self.device)
-        if sequence.score_only:
-            sequence.scores[start:] = prompt_scores(self.model, hidden, following)
+        following_ids = prompt_ids[start + 1 : end + 1]
+        if sequence.score_from is not None and end == len(prompt_ids):
+            following_ids.append(sequence.next_id)
+        following = upload(following_ids, self.device)
+        if (first := sequence.score_from) is not None:
+            skipped = max(0, first - 1 - start)
+            scores = prompt_scores(self.model, hidden[skipped:], following[skipped:])
+            sequence.scores[max(0, start + 1 - first) :] = scores
         if (top := sequence.params.prompt_logprobs) is not None:
             entries = prompt_logprobs(self.model, hidden, following, top, self._shower(sequence))
             sequence.prompt_logprobs = (sequence.prompt_logprobs or [None])[: start + 1] + entries

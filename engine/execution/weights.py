@@ -226,12 +226,17 @@ def empty_weights(
 def made_layouts(config: ModelConfig, quantization: str) -> Layouts:
     """The layouts that `quantization` gives the matrices of a model; norms and scores stay plain.
 
-    Beside int4, embedding and head have 8 bits: they are most of a small model's quality.
+    Embedding and head are int8 in every format, with which a small model's quality suffers least:
+    fp8 takes the same bytes and costs eight times the squared error (bench/NOTES.md).
     """
-    by_row = Layout("fp8" if quantization == "fp8" else "int8", 0, torch.float32)
-    in_layers = Layout("int4", FEWEST, torch.bfloat16) if quantization == "int4" else by_row
+    int8 = Layout("int8", 0, torch.float32)
+    in_layers = {
+        "int8": int8,
+        "fp8": Layout("fp8", 0, torch.float32),
+        "int4": Layout("int4", FEWEST, torch.bfloat16),
+    }[quantization]
     made: Layouts = {
-        (tensor.layer, tensor.field): by_row if tensor.layer is None else in_layers
+        (tensor.layer, tensor.field): int8 if tensor.layer is None else in_layers
         for tensor in checkpoint_tensors(config)
         if len(tensor.shape) == 2 and tensor.field != "score"
     }

@@ -111,11 +111,13 @@ class ScoreOutput:
 
     prompt: str | None
     token_ids: list[int]
-    logprobs: list[float] = field(repr=False)  # of token_ids[1:], each given those before; natural
+    # of the last tokens, from `start` on: each given all before it; natural
+    logprobs: list[float] = field(repr=False)
+    is_greedy: list[bool] = field(repr=False)  # whether each is the likeliest there
 
     @property
     def total(self) -> float:
-        """The log-probability of all but the first token."""
+        """The log-probability of the scored tokens together."""
         return math.fsum(self.logprobs)
 
     @property

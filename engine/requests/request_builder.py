@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gemcut.engine.checks import refuse_unknown, shorten
+from gemcut.engine.checks import check_int, refuse_unknown, shorten
 from gemcut.engine.requests.bad_words import bad_word_ids
 from gemcut.engine.requests.grammars import GrammarCompiler
 from gemcut.engine.requests.prompts import (
@@ -21,6 +21,10 @@ from gemcut.engine.requests.prompts import (
 from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
 from gemcut.engine.requests.sequence import Request, TokenSequence
 from gemcut.tokenizer import Tokenizer, end_of_turn_ids
+
+
+class PromptTooLongError(ValueError):
+    """A slot has no room for a prompt and what is to come after it."""
 
 
 class RequestBuilder:
@@ -43,11 +47,22 @@ class RequestBuilder:
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self.eos_ids)
         self._numbers = itertools.count()
 
-    def batch(self, prompt: Any, params: Any, *, score: bool = False) -> tuple[list[Request], bool]:
+    def batch(self, prompt: Any, params: Any) -> tuple[list[Request], bool]:
         """The requests of a prompt or of a list of prompts, and whether it was a list."""
         prompts, is_batch = split_prompts(prompt)
         each = zip(prompts, _spread(params, len(prompts), "prompts"), strict=True)
-        return [self.one(one, settings, score=score) for one, settings in each], is_batch
+        return [self.one(one, settings) for one, settings in each], is_batch
+
+    def scores(self, texts: Any, start: Any) -> tuple[list[Request], bool]:
+        """Requests for the log-probabilities of a text, or of texts, each from `start` on."""
+        prompts, is_batch = split_prompts(texts)
+        starts = start if isinstance(start, list | tuple) else [start] * len(prompts)
+        if len(starts) != len(prompts):
+            raise ValueError(f"{len(starts)} starts for {len(prompts)} texts")
+        for first in starts:
+            check_int("start", first, 1, INT64_MAX)
+        each = zip(prompts, starts, strict=True)
+        return [self.one(one, SamplingParams(), score_from=first) for one, first in each], is_batch
 
     def chats(self, messages: Any, params: Any, **template: Any) -> tuple[list[Request], bool]:
         """Requests for the answers to a conversation or a list of them, and whether it was a list.
@@ -75,10 +90,13 @@ class RequestBuilder:
         params: SamplingParams | None,
         *,
         eos_ids: frozenset[int] | None = None,
-        score: bool = False,
+        score_from: int | None = None,
         request_id: str | None = None,
     ) -> Request:
-        """The request of a single prompt, with its n sequences."""
+        """The request of a single prompt, with its n sequences.
+
+        score_from: no token is wanted, but the log-probabilities from this one on.
+        """
         params = self.defaults if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
@@ -86,9 +104,14 @@ class RequestBuilder:
         params.check_token_ids(self._vocab_size)
         bad_words = self._bad_words(params)
         text, ids = encode_prompt(prompt, self._tokenizer, self._vocab_size)
-        _check_length(len(ids), params.min_tokens, self._max_seq_len, score=score)
-        structure = params.structured_outputs
-        grammar = None if structure is None or score else self._grammars.compile(structure)
+        next_id = -1
+        if score_from is None:
+            _check_length(len(ids), params.min_tokens, self._max_seq_len)
+        else:
+            _check_scored(len(ids), score_from, self._max_seq_len)
+            *ids, next_id = ids
+        structure = params.structured_outputs if score_from is None else None
+        grammar = None if structure is None else self._grammars.compile(structure)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         if request_id is not None and not isinstance(request_id, str):
             raise ValueError(f"request_id {shorten(request_id)} is not a string")
@@ -103,7 +126,8 @@ class RequestBuilder:
                 seed=(int(seed) + index) & INT64_MAX,
                 index=index,
                 request_id=request_id,
-                score_only=score,
+                score_from=score_from,
+                next_id=next_id,
                 bad_words=bad_words,
                 grammar=None if grammar is None else grammar.copy(),
             )
@@ -136,18 +160,31 @@ def _spread(params: Any, count: int, what: str) -> list[SamplingParams | None]:
     return list(params)
 
 
-def _check_length(count: int, min_tokens: int, max_seq_len: int, *, score: bool) -> None:
-    """Nothing, or ValueError where a slot has no room for a prompt of `count` tokens.
+def _check_length(count: int, min_tokens: int, max_seq_len: int) -> None:
+    """Nothing, or PromptTooLongError where a slot has no room for a prompt of `count` tokens.
 
-    Room is needed for `min_tokens` too and, unless the prompt is only scored, for one new token.
+    Room is needed for `min_tokens` too, and for one new token.
     """
-    if count > max_seq_len - (not score):
-        what = "tokens" if score else "tokens and one to generate"
-        raise ValueError(f"the prompt has {count} {what}, but a slot holds {max_seq_len}")
+    if count > max_seq_len - 1:
+        raise PromptTooLongError(
+            f"the prompt has {count} tokens and one to generate, but a slot holds {max_seq_len}"
+        )
     if count + min_tokens > max_seq_len:
-        raise ValueError(
+        raise PromptTooLongError(
             f"min_tokens {min_tokens} is more than a slot of {max_seq_len} tokens "
             f"has room for after a prompt of {count}"
         )
-    if score and count < 2:
+
+
+def _check_scored(count: int, start: int, max_seq_len: int) -> None:
+    """Nothing, or ValueError where a text of `count` tokens cannot be scored from `start` on.
+
+    The last one is only looked up among what follows the others, which a slot must hold.
+    """
+    if count > max_seq_len + 1:
+        raise PromptTooLongError(
+            f"the text has {count} tokens, but a slot of {max_seq_len} scores {max_seq_len + 1}"
+        )
+    if count < 2:
         raise ValueError("a score needs at least two tokens: the first has none before it")
+    check_int("start", start, 1, count - 1)

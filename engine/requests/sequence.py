@@ -37,7 +37,9 @@ class TokenSequence:
     seed: int
     index: int = 0
     request_id: str = ""
-    score_only: bool = False  # only its prompt's log-probabilities are wanted, no token
+    # only the log-probabilities from this token on are wanted, up to `next_id` after the prompt
+    score_from: int | None = None
+    next_id: int = -1
     bad_words: Sequence[list[int]] = ()  # the ids of params.bad_words
     grammar: Grammar | None = None  # of params.structured_outputs, after the tokens so far
     deliver: Callable[[Delta], object] = _drop  # called with each token's text
@@ -51,7 +53,7 @@ class TokenSequence:
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
+    scores: list[tuple[float, bool]] = field(default_factory=list)  # and whether it is likeliest
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
@@ -97,7 +99,12 @@ class TokenSequence:
     @property
     def may_reuse(self) -> bool:
         """Whether a prefix of the prompt may be skipped: not if its logprobs are wanted."""
-        return not self.score_only and self.params.prompt_logprobs is None
+        return self.params.prompt_logprobs is None
+
+    @property
+    def score_only(self) -> bool:
+        """Whether log-probabilities are wanted, and no token."""
+        return self.score_from is not None
 
     @property
     def needs_logits(self) -> bool:
@@ -282,7 +289,9 @@ class Request:
     def score(self) -> ScoreOutput:
         """The output of a request that is scored."""
         (sequence,) = self.sequences
-        return ScoreOutput(self.prompt, sequence.prompt_ids, sequence.scores)
+        logprobs, is_greedy = ([*each] for each in zip(*sequence.scores, strict=True))
+        ids = [*sequence.prompt_ids, sequence.next_id]
+        return ScoreOutput(self.prompt, ids, logprobs, is_greedy)
 
     def _metrics(self) -> RequestMetrics:
         begun = [s for s in self.sequences if s.first_token_at is not None]

@@ -5,8 +5,9 @@ A consumer that pauses lets its queue grow and delays no other; one that leaves 
 
 import asyncio
 import queue
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -81,23 +82,59 @@ async def asubmit_and_wait(
         _leave(worker, requests)
 
 
-async def astream(
-    worker: Worker, sender: "AsyncioSender", request: Request
-) -> AsyncIterator[Delta]:
-    """`stream` without blocking the event loop."""
-    arrived: asyncio.Queue[Delta | None] = asyncio.Queue()
-    put = sender.putter(arrived)
-    for sequence in request.sequences:
-        sequence.deliver = put
-    request.ended = lambda _: put(None)
-    try:
-        worker.add([request])
-        while (delta := await arrived.get()) is not None:
-            yield delta
-        if request.error is not None:
-            raise request.error
-    finally:
-        _leave(worker, [request])
+class AsyncStream:
+    """The deltas of requests for `async for`, without blocking the event loop.
+
+    It queues them when the first delta is asked for, or at `start`.  Closing it, dropping it, or
+    cancelling the task that waits for a delta cancels them.
+    """
+
+    def __init__(
+        self, worker: Worker, sender: "AsyncioSender", requests: Sequence[Request]
+    ) -> None:
+        self.requests = requests
+        self._worker, self._sender = worker, sender
+        self._arrived: asyncio.Queue[Delta | Request] | None = None
+        self._running = set(requests)
+
+    def start(self) -> None:
+        """Queue the requests, all or none; QueueFullError where they do not fit."""
+        if self._arrived is not None:
+            return
+        self._arrived = asyncio.Queue()
+        put = self._sender.putter(self._arrived)
+        for request in self.requests:
+            request.ended = put
+            for sequence in request.sequences:
+                sequence.deliver = put
+        self._worker.add(self.requests)
+        weakref.finalize(self, _leave, self._worker, self.requests).atexit = False
+
+    def __aiter__(self) -> "AsyncStream":
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next delta of any of the requests; the first error ends them all and is raised."""
+        self.start()
+        assert self._arrived is not None
+        try:
+            while self._running:
+                arrived = await self._arrived.get()
+                if isinstance(arrived, Delta):
+                    return arrived
+                if arrived.error is not None:
+                    raise arrived.error
+                self._running.discard(arrived)
+            raise StopAsyncIteration
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """End the requests that run; their slots are free before the next step."""
+        self._running.clear()
+        if self._arrived is not None:
+            _leave(self._worker, self.requests)
 
 
 class StepInterface:

@@ -96,7 +96,7 @@ class Scheduler:
         if self._reuse_prefixes and sequence.may_reuse:
             held = self._free | {number: s.held() for number, s in self._running.items()}
             lengths = {
-                number: one.reusable(sequence.prompt_ids, self._ring)
+                number: one.reusable(sequence.prompt_ids[: sequence.score_from], self._ring)
                 for number, one in held.items()
             }
             best = max(lengths, key=lambda number: lengths[number])  # a free one, if equal

@@ -29,6 +29,10 @@ class EngineFault(RuntimeError):
     """The device has failed, and with it every request; only a new process helps."""
 
 
+class EngineClosedError(RuntimeError):
+    """The engine was closed, before a call or while it ran."""
+
+
 class StepLoop:
     """A scheduler, a runner, and the requests under way; `step` is called again and again."""
 
@@ -60,7 +64,7 @@ class StepLoop:
     def close(self) -> None:
         """End every request."""
         self._collector.clear()
-        self._fail(self.scheduler.all(), RuntimeError("the engine was closed"))
+        self._fail(self.scheduler.all(), EngineClosedError("the engine was closed"))
 
     @property
     def is_busy(self) -> bool:

@@ -26,10 +26,9 @@ import torch
 from gemcut.engine.execution.cuda_stream import StepStream
 from gemcut.engine.placement import without_autocast
 from gemcut.engine.requests.sequence import Request
-from gemcut.engine.serving.step_loop import StepLoop
+from gemcut.engine.serving.step_loop import EngineClosedError, StepLoop
 
 T = TypeVar("T")
-CLOSED = "the engine is closed"
 
 
 class QueueFullError(RuntimeError):
@@ -82,7 +81,7 @@ class Worker:
         if self._process != os.getpid():
             self._enter_child_process()
         if self.stopped:
-            raise RuntimeError(CLOSED)
+            raise EngineClosedError("the engine is closed")
         if self._is_left_behind:
             raise RuntimeError(
                 "this process was forked while the engine made a step; make an engine of its own"

@@ -160,7 +160,7 @@ def test_a_quantised_weight_is_read_with_its_scales(quantization):
         assert case.cost.read_bytes == read + own[name].nbytes, case.name
         assert case.cost.written_bytes == written
         is_head = case.op == "lm_head_argmax"
-        wanted = "int8" if is_head and quantization == "int4" else quantization
+        wanted = "int8" if is_head else quantization
         assert own[name].format == wanted
         assert own[name].nbytes < plain[name].nbytes / (3.9 if wanted != "int4" else 6)
 

@@ -13,6 +13,7 @@ from synthetic_reports import (
     prefill_report,
     report,
     save,
+    servers_report,
     serving_report,
 )
 
@@ -36,6 +37,7 @@ def written(tmp_path_factory):
         c=decode_report(),
         d=serving_report(),
         e=prefill_report(),
+        f=servers_report(),
     )
     (folder / "other.json").write_text('{"benchmarks": []}')
     out = folder / "page" / "new"
@@ -55,6 +57,7 @@ def test_plots_are_made_and_linked(written, page):
     names = ("roofline-gemma-3-1b", "roofline-gemma-2-9b", "kernels", "attention")
     names += ("decode", "latency")
     expected = {f"nvidia-test-bfloat16-{name}.png" for name in names}
+    expected |= {"nvidia-test-serve-demo.png", "nvidia-test-serve-demo-by-rate.png"}
     assert set(files) == {*expected, "test-epyc-float32-decode.png"}
     for name, (width, height) in files.items():
         assert width == 1500
@@ -96,6 +99,19 @@ def test_plots_are_made_and_linked(written, page):
             "| gemma-2-2b | 8.00 | 200 | gemcut | 41.0 / 52.0 / 63.0 | 41.0 / 52.0 / 63.0 "
             "| 961 (961 - 961) |",
             id="serving",
+        ),
+        pytest.param(
+            "| 8 requests/s | slow | 50.0 / 70.0 / 79.0 | 50.0 / 70.0 / 79.0 | 50.0 / 70.0 / 79.0 "
+            "| 50.0 / 30.0 / 21.0 | 20.8 (16.7 - 25.0) | 20.8 (16.7 - 25.0) |",
+            id="servers",
+        ),
+        pytest.param(
+            "| 2 requests/s | slow | fast | 2.00 (2.00 - 2.00) / 2.00 (2.00 - 2.00)",
+            id="ratio-of-servers",
+        ),
+        pytest.param(
+            "| serve | demo/rate=2 | lossy | failed | of 6 requests 1 lost; the first: cut |",
+            id="server-that-lost-a-stream",
         ),
         pytest.param("| 4 | 6 | 5.00 (3.00 - 5.50) | gemma-3-1b, batch 1,", id="goal-on-a-gpu"),
         pytest.param(

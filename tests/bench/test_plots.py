@@ -11,11 +11,14 @@ from synthetic_reports import (
     kernel_record,
     prefill_report,
     report,
+    servers_report,
     serving_report,
 )
 
+from gemcut.bench.report.load import cases
 from gemcut.bench.report.plots import OTHER, STYLES, make_plots
 from gemcut.bench.report.roofline import roofline
+from gemcut.bench.report.serving import server_figures
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,9 @@ from gemcut.bench.report.roofline import roofline
             [report("kernels", [kernel_record("embed", us=[1.0], flops=0)])],
             ["kernels"],
             id="no-operations",
+        ),
+        pytest.param(
+            [report("serve", servers_report()["rows"][-1:])], [], id="no-server-served-all"
         ),
         pytest.param(
             [report("decode", [decode_record("gemma-2-2b", rate=[1.0], batch=16)])],
@@ -43,6 +49,28 @@ from gemcut.bench.report.roofline import roofline
 def test_no_plot_without_data(reports, names, tmp_path):
     files = [file.name for file in make_plots(reports, tmp_path)]
     assert files == [f"nvidia-test-bfloat16-{name}.png" for name in names]
+
+
+def test_servers_have_a_plot_by_trace_and_one_by_load(tmp_path):
+    files = [file.name for file in make_plots([servers_report()], tmp_path)]
+    assert files == ["nvidia-test-serve-demo.png", "nvidia-test-serve-demo-by-rate.png"]
+    alone = [file.name for file in make_plots([servers_report(loads=(2.0,))], tmp_path)]
+    assert alone == ["nvidia-test-serve-demo.png"]
+
+
+def test_a_curve_of_latencies_goes_through_its_percentiles():
+    found = list(cases([servers_report(loads=(2.0,))], "serve"))
+    ((_, figure),) = server_figures(found, "device")
+    axes = figure.axes[0]
+    curves, marks = axes.lines[::2], axes.lines[1::2]
+    assert len(curves) == len(marks) == 2
+    assert curves[0].get_color() != curves[1].get_color()
+    for curve, mark, factor in zip(curves, marks, (1, 2), strict=True):
+        x, y = np.asarray(curve.get_data())
+        assert (x[0], x[-1], y[0], y[-1]) == (10 * factor, 40 * factor, 0, 1)
+        marked = np.asarray(mark.get_data())
+        assert marked[0][0] == 25 * factor  # the median of 10 20 20 30 30 40
+        assert np.interp(marked[1], y, x) == pytest.approx(marked[0])
 
 
 def test_contestants_of_one_plot_look_different():

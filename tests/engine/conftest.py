@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from engines import run_as_on_a_gpu, save_random_model
 from random_models import MODEL_TYPES
+from terminals import Terminal
 from transformers import AutoModelForCausalLM
 from twins import poison
 
@@ -57,3 +58,17 @@ def run(capsys, monkeypatch):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def terminal():
+    """A function that starts `gemcut` on a terminal; each is killed at the end of the test."""
+    opened = []
+
+    def open_terminal(*arguments: str) -> Terminal:
+        opened.append(Terminal(*arguments))
+        return opened[-1]
+
+    yield open_terminal
+    for each in opened:
+        each.close()

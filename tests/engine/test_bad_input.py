@@ -54,10 +54,19 @@ def test_bad_prompt_is_refused_when_a_stream_is_asked_for(engine, name):
     assert_serves(engine)
 
 
-def test_a_text_to_score_may_fill_the_slot_but_no_more(engine):
-    assert len(engine.score([5] * 128).logprobs) == 127
-    with pytest.raises(ValueError, match="129 tokens, but a slot holds 128"):
-        engine.score([5] * 129)
+def test_a_text_to_score_may_fill_the_slot_and_have_one_token_more(engine):
+    assert len(engine.score([5] * 129).logprobs) == 128
+    with pytest.raises(ValueError, match="130 tokens, but a slot of 128 scores 129"):
+        engine.score([5] * 130)
+    assert_serves(engine)
+
+
+@pytest.mark.parametrize("start", [0, 4, -1, True, 1.5, "1", None, [1, 1]], ids=str)
+def test_a_bad_start_of_a_score_is_refused(engine, start):
+    with pytest.raises(ValueError, match="start"):
+        engine.score([5, 6, 7, 8], start=start)
+    with pytest.raises(ValueError, match="2 starts for 1 texts"):
+        engine.score([[5, 6, 7]], start=[1, 2])
     assert_serves(engine)
 
 

@@ -87,7 +87,14 @@ def test_info_for_people(run, set_free):
         "an engine     8 x 1976 tokens take 48.00 GB\n"
         "              36.97 GB weights, 10.88 GB KV cache, 23.04 MB sampling state, "
         "127.93 MB activations\n"
+        "              and of the host about 105.47 MB for its tokenizer\n"
     )
+
+
+@pytest.mark.parametrize(("name", "size"), [("tokenizer.model", 412), ("tokenizer.json", 606)])
+def test_a_tokenizer_s_share_depends_on_its_file(folder, run, name, size):
+    (folder / "tokenizer.model").rename(folder / name)
+    assert json.loads(run("info", str(folder), "--json")[1])["tokenizer_bytes"] == 3072 * size
 
 
 @pytest.mark.skipif(

@@ -1,12 +1,17 @@
 """The memory of an engine: the estimate counts every tensor, and the sizes chosen fit it."""
 
+import json
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from allocations import SIZES, estimate_of, make_engine, tensor_bytes
 from engines import save_random_model
+from processes import gemcut
 from random_models import MODEL_TYPES
+from real_models import real_file, real_folder
 
 from gemcut import kernels
 from gemcut.engine import PUBLISHED, Engine, SamplingParams, memory
@@ -263,3 +268,45 @@ def test_free_memory_of_a_cpu_counts_what_the_page_cache_gives_back(monkeypatch,
     assert memory.free_bytes(CPU) == 500 * 1024
     meminfo.unlink()
     assert memory.free_bytes(CPU) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# The whole process, with a real model
+
+GROWTH = """
+import sys
+from pathlib import Path
+import gemcut.engine
+from gemcut.engine import Engine, SamplingParams
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmRSS"))
+    return 1024 * int(line.split()[1])
+
+Engine.from_pretrained("demo", dtype="bfloat16", max_seq_len=16).generate("It was")
+before = resident()
+engine = Engine.from_pretrained(sys.argv[1], dtype="bfloat16", max_seq_len=512, max_batch_size=1)
+engine.generate("The capital of France is", SamplingParams(max_tokens=2))
+print(resident() - before)
+"""
+SIZED = ("--dtype", "bfloat16", "--max-seq-len", "512", "--max-batch-size", "1", "--json")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.parametrize(
+    "find",
+    [
+        pytest.param(lambda: real_file("gemma-3-270m-q4_k_m.gguf"), id="gguf"),
+        pytest.param(lambda: real_folder("gemma-3-270m"), id="safetensors"),
+        pytest.param(lambda: real_folder("gemma-3-270m-json"), id="tokenizer.json"),
+    ],
+)
+def test_a_process_grows_by_what_info_says(find, run):
+    """Its engine and its tokenizer, and nothing that loading has left."""
+    path = find()
+    info = json.loads(run("info", str(path), *SIZED)[1])
+    meant = info["engine"]["bytes"]["total"] + info["tokenizer_bytes"]
+    command = (sys.executable, "-P", "-W", "ignore", "-c", GROWTH)
+    code, out, err = gemcut(path, command=command)
+    assert code == 0, err
+    assert abs(int(out) - meant) <= SHARE * meant, f"{int(out) / 1e6:.0f} MB, not {meant / 1e6:.0f}"

@@ -127,6 +127,20 @@ def test_scales_that_bfloat16_rounds_do_not_hide_the_greatest_logit():
 
 
 @by_dtype
+@pytest.mark.parametrize("vocabulary", [1024, 1023, 520], ids=["runs", "odd", "short-runs"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_row_without_an_end_does_not_change_the_choice_of_others(value, vocabulary, dtype):
+    weight, x = torch.randn(vocabulary, 64).to(dtype), torch.randn(3, 64).to(dtype)
+    alone = cpu.lm_head_argmax(x, packed_head(weight), None)
+    x[1, 5] = value
+    scores, ids = cpu.lm_head_argmax(x, packed_head(weight), None)
+    meant, places = reference.lm_head_argmax(x, weight, None)
+    assert torch.equal(ids[:, [0, 2]], alone[1][:, [0, 2]])
+    assert torch.equal(ids, places)
+    torch.testing.assert_close(scores, meant, equal_nan=True)
+
+
+@by_dtype
 @by_kind
 def test_embeddings_are_those_of_the_definition(kind, dtype):
     table, ids = some_weight(SHAPE, kind, dtype), torch.tensor([5, 0, 191, 5])
@@ -208,13 +222,15 @@ def test_digits_hold_what_float32_holds():
     assert y[3].isnan().all()
 
 
+@by_dtype
+@by_kind
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_a_row_without_an_end_is_what_the_definition_says(value):
-    weight = quantize(torch.randn(64, 64), "int8")
-    x = torch.randn(3, 64)
-    alone = cpu.linear(x, weight)
+def test_a_row_without_an_end_is_what_the_definition_says(value, kind, dtype):
+    weight = some_weight((64, 64), kind, dtype)
+    read, x = packed(weight), torch.randn(3, 64).to(dtype)
+    alone = cpu.linear(x, read)
     x[1, 5] = value
-    y = cpu.linear(x, weight)
+    y = cpu.linear(x, read)
     torch.testing.assert_close(y[1], reference.linear(x, weight)[1], equal_nan=True)
     assert torch.equal(y[[0, 2]], alone[[0, 2]])
 

@@ -114,6 +114,45 @@ def test_what_is_no_number_shows_in_its_scale(format, value):
     assert (~scales.isfinite()).nonzero().tolist() == [[1, 1]]
 
 
+EXTREMES = {
+    "greatest": lambda info: info.max,
+    "least-normal": lambda info: info.tiny,
+    "least": lambda info: info.tiny * info.eps,
+}
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_numbers_at_an_end_of_their_dtype_are_quantised_as_others(
+    extreme, group_size, dtype, format
+):
+    """With errors of half a step, or of a whole one at the end, or of the least scale."""
+    torch.manual_seed(0)
+    size = EXTREMES[extreme](torch.finfo(dtype))
+    weight = (torch.rand(4, 64, dtype=torch.float64) * 2 - 1) * size
+    weight[0, 0], weight[1, 1], weight[2] = size, -size, 0
+    weight = weight.to(dtype)
+    found = quantize(weight, format, group_size)
+    assert (found.scales.isfinite() & (found.scales > 0)).all()
+    stored = dequantized(found)
+    assert stored.isfinite().all()
+    info = torch.finfo(found.scales.dtype)
+    step = max(size * {"int8": 1 / 127, "int4": 1 / 7, "fp8": 1 / 8}[format], info.tiny * info.eps)
+    assert ((stored.double() - weight.double()).abs() <= step).all()
+
+
+@FORMATS
+def test_numbers_that_no_scale_holds_are_refused(format):
+    with pytest.raises(
+        ValueError, match=r"numbers up to 1e\+300 are too great for scales in torch"
+    ):
+        quantize(torch.full((2, 64), 1e300, dtype=torch.float64), format)
+    with pytest.raises(ValueError, match=r"numbers up to 1e\+38 are .* in torch.float16"):
+        quantize(torch.full((2, 64), 1e38), format, 32, torch.float16)
+
+
 BAD = {
     "values are torch.int32": {"values": torch.zeros(2, 64, dtype=torch.int32)},
     r"values are \[2, 64\], must be \[N, 65\]": {"columns": 65},

@@ -56,15 +56,30 @@ def test_the_kernels_of_quantised_weights_keep_them_too(tmp_path):
     assert {cell["spill_bytes"] for cell in cells} == {0}
 
 
+PREFILL_ALONE = (
+    "import gemcut.tools.compile_report as c\n"
+    "launches = c.launches\n"
+    "c.launches = lambda *a, **k: {l for l in launches(*a, **k) if 'prefill' in l.kernel}\n"
+)
+
+
+def test_a_cache_in_fp8_is_not_read_byte_by_byte():
+    """Of sm_89, whose tensor cores take registers; without pairs of values it is a broken rule."""
+    arguments = ("--archs", "sm_89", "--kv-cache-dtype", "fp8")
+    run = report(*arguments, before=PREFILL_ALONE)
+    assert run.returncode == 0, run.stdout + run.stderr
+    singly = "from gemcut.kernels import prefill_attention as p; p.IN_PAIRS = ()\n"
+    run = report(*arguments, before=PREFILL_ALONE + singly)
+    assert run.returncode == 1, run.stderr
+    assert "loads of a byte from shared memory" in run.stdout
+
+
 def test_a_tile_that_spills_is_reported():
     """Prefill attention with a quarter of its warps: 128 x 256 sums do not fit their registers."""
-    before = (
+    before = PREFILL_ALONE + (
         "from gemcut.kernels import prefill_attention as p, tiles\n"
         "tiles.TUNED.clear()\n"  # what was measured would be laid over it
         "p._tile = lambda *_: dict(BLOCK_M=128, BLOCK_N=64, num_warps=2, num_stages=2)\n"
-        "import gemcut.tools.compile_report as c\n"
-        "launches = c.launches\n"
-        "c.launches = lambda *a, **k: {l for l in launches(*a, **k) if 'prefill' in l.kernel}\n"
     )
     run = report(before=before)
     assert run.returncode == 1, run.stderr
@@ -79,6 +94,10 @@ def test_a_tile_that_spills_is_reported():
         ({"arch": "sm_89", "shared_bytes": 101_377}, "101377 bytes of shared memory > 101376"),
         ({"instructions": {"tensor_core": 8, "hgmma": 0, "wide_loads": 8}}, "no HGMMA"),
         ({"instructions": {"tensor_core": 8, "hgmma": 8, "wide_loads": 0}}, "no 16-byte loads"),
+        (
+            {"instructions": GOOD.instructions | {"byte_loads": 32}},
+            "32 loads of a byte from shared memory",
+        ),
         ({"narrow_products": ["%a * %b"]}, "a 32-bit product: %a * %b"),
         ({"waits": ["2 waits for the kernel before"]}, "2 waits for the kernel before"),
         (

@@ -16,10 +16,9 @@ from visit_blocks import seconds_of
 from gemcut.bench.measure import report_file
 from gemcut.bench.report.load import CEILINGS
 from gemcut.bench.report.markdown_page import load_reports
-from gemcut.kernels import launch_switch
 from gemcut.tools import gpu_visit
 from gemcut.tools.gpu_visit import BLOCKS, LIMIT, RESERVE
-from gemcut.tools.visit import bits, ops, report, waits
+from gemcut.tools.visit import bits, report
 
 # where the children find visit_blocks.py, and what this process was given
 SEARCHED = os.pathsep.join(
@@ -293,71 +292,11 @@ def test_a_small_visit_to_a_cpu(tmp_path):
     for op in ("attention_decode", "attention_prefill", "linear_geglu", "sample", "penalize"):
         assert any(case.startswith(op) for case in checked)
     assert "drafts/demo" in checked
+    on_fp8 = {record["case"] for record in report.records(out, "quantized")}
+    assert "rows of attention_decode/demo/batch=3/context=24/local/fp8" in on_fp8
+    timed = {record["case"] for record in report.records(out, "steps")}
+    assert "demo/context=24, cache in fp8" in timed
     assert (out / "breakdown-demo-b1.json").exists()
-
-
-class Found(list):
-    """A visit that notes its records."""
-
-    on_gpu, device = False, torch.device("cpu")
-
-    def check(self, case, passed, detail, **facts):
-        self.append((case, passed, detail))
-
-    def add(self, case, status="ok", **facts):
-        self.append((case, status == "ok", ""))
-
-
-@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off")
-def test_a_row_that_depends_on_its_company_is_seen(monkeypatch):
-    from gemcut import kernels
-
-    found, plain = Found(), kernels.add_rmsnorm_
-    shapes = ops.shapes_of("demo", found.device)
-    cases = [c for c in ops.company_cases(found, shapes) if c.op == "add_rmsnorm_"]
-    assert all(ops.same_bits(case, 0, 1) for case in cases)
-
-    def leaning(residual, *args, **kwargs):
-        y = plain(residual, *args, **kwargs)
-        return y * (1 + y.shape[0] / 100)
-
-    monkeypatch.setattr(kernels, "add_rmsnorm_", leaning)
-    assert not any(ops.same_bits(case, 0, 1) for case in cases)
-
-
-def test_a_replay_that_differs_is_seen():
-    found, calls = Found(), iter(range(9))
-    bits.compare_replays(found, "moving", lambda: torch.full((3,), float(next(calls))), 2)
-    bits.compare_replays(found, "still", lambda: torch.full((3,), torch.nan), 2)
-    assert found == [
-        ("moving", False, "1 of 1 replays differ from the eager call"),
-        ("still", True, "0 of 1 replays differ from the eager call"),
-    ]
-
-
-class Stale:
-    """Two steps, whose second kernel reads what the first one wrote in the replay before."""
-
-    def __init__(self, late):
-        self.begins = [torch.zeros(2), torch.ones(2)]
-        self.given, self.written, self.late = torch.zeros(2), torch.zeros(2), late
-
-    def run(self, name):
-        if not launch_switch.is_on() or not self.late:
-            self.written.copy_(self.given)
-        read = self.written.clone()
-        self.written.copy_(self.given)
-        return [read]
-
-
-def test_a_kernel_that_does_not_wait_is_seen():
-    found = Found()
-    waits.compare(found, "right", Stale(late=False), "greedy")
-    waits.compare(found, "stale", Stale(late=True), "greedy")
-    assert found == [
-        ("right, dependent", True, "0 of 2 replays differ from plain launches"),
-        ("stale, dependent", False, "2 of 2 replays differ from plain launches"),
-    ]
 
 
 # What is launched among late kernels: name, whether it waits, whether it is launched dependently

@@ -147,6 +147,25 @@ def test_quantised_steps_stand_beside_plain_ones(step, monkeypatch, capsys):
     assert found["share"] < 0.6 * plain
 
 
+def test_a_cache_in_fp8_has_half_the_bytes(step, capsys):
+    """The name says so, of the bytes those of keys and values are halved, and the rest stays."""
+    options = {"batch": 1, "context": 1024, "dtype": torch.bfloat16}
+    plain = decode_bytes(PUBLISHED["gemma-2-2b"], **options)
+    halved = replace(step, kv_cache_dtype="fp8", quantization="int8")
+    assert halved.name == "gemma-2-2b int8 fp8 cache"
+    less = step.step_bytes - replace(step, kv_cache_dtype="fp8").step_bytes
+    assert less == (plain.kv_read + plain.kv_written) / 2
+
+
+def test_the_command_predicts_a_cache_in_fp8():
+    """Attention reads half the bytes, and converts them."""
+    command = ["-m", "gemcut.tools.predict_step", "--models", "gemma-3-270m", "--jobs", "1"]
+    run = uninterpreted(*command, "--kv-cache-dtype", "fp8", "--context", "2048", "--json")
+    assert run.returncode == 0, run.stderr
+    assert list(json.loads(run.stdout.splitlines()[-1])) == ["gemma-3-270m fp8 cache"]
+    assert "attention_decode global" in run.stdout
+
+
 def test_constants_can_be_set(step, capsys):
     for setting in ([], ["--set", "bandwidth=2e12", "launch_gap_us=3"]):
         assert predict_step.main(["--models", "gemma-2-2b", "--json", *setting]) == 0

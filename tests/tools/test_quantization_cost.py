@@ -4,6 +4,7 @@ import re
 
 import pytest
 from held_out import HELD_OUT, bits_per_byte
+from real_models import real_file
 
 from gemcut.engine import Engine
 from gemcut.tools import quantization_cost
@@ -39,3 +40,22 @@ def test_speed_of_every_format(capsys):
     assert quantization_cost.main(arguments) == 0
     names = re.findall(r"^gemcut (\w+) +[-\d.]+ tokens/s$", capsys.readouterr().out, re.MULTILINE)
     assert names == ["bfloat16", "int8", "fp8", "int4"]
+
+
+def test_llama_cpp_scores_the_same_tokens(tmp_path):
+    """It rounds activations to 8 bits; windows without a BOS would differ by far more."""
+    pytest.importorskip("llama_cpp")
+    file = str(real_file("gemma-3-270m-q4_k_m.gguf"))
+    text = HELD_OUT[:600]
+    own, _ = quantization_cost.cost(file, None, text, 64)
+    found, _ = quantization_cost.cost_in_llama_cpp(file, text, 64, 1)
+    assert found == pytest.approx(own, rel=0.01)
+    run = quantization_cost.of_llama_cpp(file, 1)
+    assert [len(run(count)) for count in (1, 5)] == [1, 5]
+
+
+def test_without_llama_cpp_a_file_for_it_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(quantization_cost, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit):
+        quantization_cost.main(["--gguf", "a.gguf"])
+    assert "--gguf compares with llama.cpp, by the package llama-cpp" in capsys.readouterr().err

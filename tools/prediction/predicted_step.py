@@ -12,6 +12,7 @@ import torch
 
 from gemcut.bench.engines.step_bytes import decode_bytes
 from gemcut.engine.config.model_config import PUBLISHED
+from gemcut.kernels.checks import FP8
 from gemcut.tools.compile_report import Cell, compile_launch
 from gemcut.tools.launches import Launch, Made, step_launches
 from gemcut.tools.machine import Machine
@@ -48,11 +49,13 @@ class PredictedStep:
     counts: dict[Made, int]
     cells: Cells
     quantization: str | None = None  # of its matrices
+    kv_cache_dtype: str = "auto"  # the engine's
 
     @property
     def name(self) -> str:
-        """The model, and how its weights are quantised."""
-        return f"{self.model} {self.quantization}" if self.quantization else self.model
+        """The model, and how its weights and its cache are quantised."""
+        cache = "" if self.kv_cache_dtype == "auto" else f"{self.kv_cache_dtype} cache"
+        return " ".join(filter(None, (self.model, self.quantization, cache)))
 
     def made(self) -> Iterator[tuple[int, Made]]:
         """The distinct launches with how many there are of each, in the order of the step."""
@@ -96,6 +99,7 @@ class PredictedStep:
             context=self.context,
             dtype=torch.bfloat16,
             quantization=self.quantization,
+            cache_dtype=FP8 if self.kv_cache_dtype == "fp8" else None,
         ).total
 
     def share(self, machine: Machine) -> float:
@@ -124,18 +128,26 @@ def _format(made: Made) -> str:
 
 
 def predict_steps(
-    wanted: Sequence[tuple[str, int, int, str | None]], arch: str, jobs: int
+    wanted: Sequence[tuple[str, int, int, str | None]],
+    arch: str,
+    jobs: int,
+    kv_cache_dtype: str = "auto",
 ) -> list[PredictedStep]:
     """Steps of (model, batch, context, quantization), each launch compiled once."""
     steps = []
     for model, batch, context, quantization in wanted:
         made = step_launches(
-            PUBLISHED[model], arch, batch=batch, context=context, quantization=quantization
+            PUBLISHED[model],
+            arch,
+            batch=batch,
+            context=context,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
         )
         steps.append((model, batch, context, dict(Counter(in_turn(made))), quantization))
     cells = compile_all((made for _, _, _, counts, _ in steps for made in counts), jobs)
     return [
-        PredictedStep(model, batch, context, counts, cells, quantization)
+        PredictedStep(model, batch, context, counts, cells, quantization, kv_cache_dtype)
         for model, batch, context, counts, quantization in steps
     ]
 

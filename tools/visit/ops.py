@@ -256,7 +256,7 @@ def results(case: Case, arguments: Arguments, begin: int, end: int, rows: slice)
 
 def bits(x: Tensor) -> Tensor:
     """A tensor's bits, in which NaN equals itself."""
-    whole = {2: torch.int16, 4: torch.int32}
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32}
     return x.contiguous().view(whole[x.itemsize]) if x.is_floating_point() else x
 
 

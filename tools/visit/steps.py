@@ -1,7 +1,7 @@
 """The time of a decode step, by events around replays of one graph, and its longest kernels.
 
 The step is the engine's own, with its choice of a token (profile_step.py), over random weights.  It
-is timed by plain launches too.
+is timed by plain launches too, and of one model at a longer context with a cache in fp8.
 A share is how much of its time moving its bytes would take at the bandwidth of reading that the
 visit measured.
 """
@@ -20,6 +20,7 @@ from gemcut.engine.checkpoints.hub import DEMO
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.weights import empty_weights
+from gemcut.kernels.gpu_arch import converts_fp8
 from gemcut.kernels.launch_switch import dependent_launches
 from gemcut.tools.launches import Launch, recorded
 from gemcut.tools.profile_step import (
@@ -39,6 +40,7 @@ CASES = (("vaultgemma-1b", (1,)), ("gemma-2-2b", (1,)), ("gemma-2-9b", (1, 16)))
 CASES += (("gemma-3-1b", (1,)),)
 CPU_CASES = (("demo", (1, 2)),)
 CPU_CONTEXT, CPU_STEPS = 24, 2
+FP8_MODEL, FP8_CONTEXT = "gemma-2-9b", 8000  # a tenth of its bytes are keys and values
 RECORDED_LAYERS = 6  # Gemma 3 has a global one in six
 DESCRIBED = 3  # kernels that the table names
 ROOM = 10.0  # seconds that a model takes at most; with less left it is not begun
@@ -62,12 +64,15 @@ def record(arch: str) -> set[Launch]:
     found: set[Launch] = set()
     cases = [(model, batch, CONTEXT, STEPS + WARM_UP) for model, each in CASES for batch in each]
     cases.append((bits.MODEL, bits.BATCH, bits.CONTEXT - 1, 1))
-    for (model, batch, context, room), dependent in product(cases, (True, False)):
+    cases = [(*case, "auto") for case in cases]
+    for cache in ("auto", "fp8")[: 1 if arch == "sm_80" else 2]:
+        cases.append((FP8_MODEL, 1, FP8_CONTEXT, STEPS + WARM_UP, cache))
+    for (model, batch, context, room, cache), dependent in product(cases, (True, False)):
         config = published_config(model, RECORDED_LAYERS)
         with recorded(arch) as launches, dependent_launches(dependent):
             device = torch.device("cuda", 0)
             weights = empty_weights(config, device=device, dtype=torch.bfloat16)
-            step = DecodeStep(Gemma(config, weights, kernels), batch, context, room)
+            step = DecodeStep(Gemma(config, weights, kernels), batch, context, room, cache)
             step.run()
             step.steps.logits(step.slots)
             found |= launches
@@ -95,19 +100,34 @@ def measure_model(visit: Visit, model: str, batches: tuple[int, ...]) -> None:
             visit.add(case, **facts, line=f"{case}: {describe(profile, visit.read_gbps)}")
             visit.add(f"{case}, its kernels", line=f"    {longest(profile)}")
             if visit.on_gpu:
-                plain, own = plain_us(setup, batch, context, steps), Spread.of(profile.step_us)
-                line = (
-                    f"    {plain.median:.0f} us by plain launches ({own.median / plain.median:.3f})"
-                )
-                visit.add(f"{case}, plain launches", step_us=plain.median, line=line)
+                with dependent_launches(False):
+                    plain = step_us(setup, batch, context, steps).median
+                own = Spread.of(profile.step_us).median
+                line = f"    {plain:.0f} us by plain launches ({own / plain:.3f})"
+                visit.add(f"{case}, plain launches", step_us=plain, line=line)
+    if model in (FP8_MODEL, "demo") and converts_fp8(visit.device):
+        compare_caches(visit, setup, FP8_CONTEXT if visit.on_gpu else CPU_CONTEXT, steps)
+
+
+def compare_caches(visit: Visit, setup: Setup, context: int, steps: int) -> None:
+    """Keep a record: a step of one row with a cache of floats and with one in fp8."""
+    case = f"{setup.name}/context={context}, cache in fp8"
+    with visit.attempt(case):
+        plain, fp8 = (
+            step_us(setup, 1, context, steps, kv_cache_dtype).median
+            for kv_cache_dtype in ("auto", "fp8")
+        )
+        line = f"{case}: {fp8:.0f} us, of floats {plain:.0f} us ({fp8 / plain:.3f})"
+        visit.add(case, step_us=fp8, plain_us=plain, line=line)
 
 
 @torch.inference_mode()
-def plain_us(setup: Setup, batch: int, context: int, steps: int) -> Spread:
-    """Microseconds of the same step on a GPU, none of whose launches is a dependent one."""
-    with dependent_launches(False):
-        step = make_step(setup, batch, context, room=steps + WARM_UP)
-        replay = capture([step.run]).replay
+def step_us(
+    setup: Setup, batch: int, context: int, steps: int, kv_cache_dtype: str = "auto"
+) -> Spread:
+    """Microseconds of a step, on a GPU one of a graph's replays; nothing is profiled."""
+    step = make_step(setup, batch, context, steps + WARM_UP, kv_cache_dtype)
+    replay = capture([step.run]).replay if setup.device.type == "cuda" else step.run
     step.reset()
     replay()
     return Spread.of(time_replays(replay, steps, ROUNDS, setup.device, step.reset))

@@ -15,7 +15,7 @@ from foreign_files import Harmful, save_ckpt, small_model
 from processes import COMMAND, ENVIRONMENT, gemcut
 from safetensors.torch import load_file, save_file
 
-from gemcut.engine import cli, commands
+from gemcut.engine import cli, cli_options, commands
 from gemcut.engine.checkpoints import hub
 from gemcut.engine.cli import main
 
@@ -97,7 +97,7 @@ def test_every_option_reaches_the_conversion(monkeypatch):
     ("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("300", 300), ("2k", 2000)]
 )
 def test_sizes(text, size):
-    assert cli._size(text) == size
+    assert cli_options._size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "GB", "5XB", "1e9", "9" * 99, "0.0001KB", "nan"])

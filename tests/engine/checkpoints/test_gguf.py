@@ -1,6 +1,7 @@
 """GGUF files where a model's name stands: engines, the commands, conversion."""
 
 import json
+import re
 import shutil
 import warnings
 
@@ -185,6 +186,19 @@ def test_published_settings_of_sampling(tmp_path, tokenizer_file, run):
         assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.7, 64, 0.95, 0)
     with Engine.from_pretrained(path, ops="reference", generation_config="none") as engine:
         assert engine.get_default_sampling_params() == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("temp", -0.5), ("top_p", 1.5), ("min_p", 2.0), ("penalty_repeat", 0.0)]
+)
+def test_a_bad_setting_of_sampling_is_named_by_its_key(tmp_path, tokenizer_file, run, key, value):
+    path, key = tmp_path / "model.gguf", f"general.sampling.{key}"
+    write_gguf(path, model_for_gguf("gemma"), "F32", tokenizer_file, **{key: value})
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {key} {value} must be")) as error:
+        Engine.from_pretrained(path, ops="reference")
+    assert "\n" not in str(error.value)
+    code, _, err = run("convert", str(path), str(tmp_path / "new"))
+    assert (code, f"{path}: {key} {value} must be" in err) == (1, True)
 
 
 def test_nonfinite_values_are_found(file, run, tmp_path):

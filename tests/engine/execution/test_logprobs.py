@@ -27,6 +27,25 @@ def test_score_is_transformers_log_probabilities(engine, theirs):
     assert engine.score(PROMPTS[0]).token_ids == engine.tokenizer.encode(PROMPTS[0])
 
 
+def test_score_says_whether_a_token_is_the_likeliest(engine):
+    answer = engine.generate("Once", GREEDY)
+    text = answer.prompt_token_ids + answer.token_ids
+    other = [*text[:-1], (text[-1] + 1) % 90]
+    as_chosen, one_changed = engine.score([text, other], start=len(answer.prompt_token_ids))
+    assert as_chosen.is_greedy == [True] * 20
+    assert one_changed.is_greedy == [True] * 19 + [False]
+
+
+@pytest.mark.parametrize("start", [1, 2, 63, 64, 65, 66, 127, 128])
+def test_score_from_a_token_on_is_the_end_of_the_whole(engine, start):
+    text = [2, *(5 + i * i % 80 for i in range(128))]
+    whole = engine.score(text)
+    part = engine.score(text, start=start)
+    assert part.token_ids == text
+    assert part.is_greedy == whole.is_greedy[start - 1 :]
+    assert part.logprobs == pytest.approx(whole.logprobs[start - 1 :], abs=1e-5)
+
+
 def test_score_never_holds_the_logits_of_a_long_text(folder, monkeypatch):
     rows = []
     lm_head = cpu.lm_head
@@ -38,8 +57,10 @@ def test_score_never_holds_the_logits_of_a_long_text(folder, monkeypatch):
     monkeypatch.setattr(cpu, "lm_head", spy)
     with Engine.from_pretrained(folder, dtype="float32") as engine:
         engine.score([[2] + [9] * 127])
-    assert sum(rows) == 127
-    assert max(rows) <= LOGITS_ROWS
+        assert sum(rows) == 127
+        assert max(rows) <= LOGITS_ROWS
+        engine.score([[2] + [9] * 127], start=120)
+    assert sum(rows) == 127 + 8
 
 
 def test_logprobs_are_those_of_transformers(engine, theirs):

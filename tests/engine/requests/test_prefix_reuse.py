@@ -144,6 +144,21 @@ def test_what_must_see_the_whole_prompt_reuses_nothing(engine):
     assert torch.tensor(logprobs).isfinite().all()
 
 
+def test_the_context_of_a_score_is_reused(engine):
+    context = [2, *range(30, 50)]
+    endings = [[7], [8], [7, 9], [11, 12, 13]]
+    before = engine.metrics()["reused_tokens"]
+    scored = engine.score([context + ending for ending in endings], start=len(context))
+    reused = engine.metrics()["reused_tokens"] - before
+    # the state of the context's last token is computed anew, for what follows it
+    assert reused == 3 * (len(context) - 1)
+    with Engine(engine.model, engine.tokenizer, reuse_prefixes=False) as anew:
+        for one, ending in zip(scored, endings, strict=True):
+            expected = anew.score(context + ending)
+            assert one.logprobs == pytest.approx(expected.logprobs[-len(ending) :], abs=1e-5)
+            assert one.is_greedy == expected.is_greedy[-len(ending) :]
+
+
 def test_of_a_prompt_that_failed_whole_chunks_are_of_use(engine, monkeypatch):
     """Chunks of 8: the third fails in its last layer."""
     prompt = [2, *range(30, 60)]

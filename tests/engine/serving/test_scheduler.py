@@ -15,6 +15,7 @@ class Stub:
     prompt_ids: list[int]
     answer: list[int] = field(default_factory=list)
     may_reuse: bool = True
+    score_from: int | None = None
     slot: int | None = None
     reused: int = 0
     written: int = 0

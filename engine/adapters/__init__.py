@@ -1,0 +1,1 @@
+"""Adapters: gemcut under other programs' own commands, by their public extension points."""

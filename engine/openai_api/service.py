@@ -1,0 +1,83 @@
+"""What the requests of one server share: the engine, its settings, and what runs."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from gemcut.engine.engine import Engine
+from gemcut.engine.openai_api.errors import ApiError, as_api_error
+from gemcut.engine.openai_api.generation import Generation
+from gemcut.engine.openai_api.server_metrics import ServerMetrics
+from gemcut.engine.openai_api.settings import ServerSettings
+from gemcut.engine.openai_api.tool_formats import choose_tool_format
+from gemcut.engine.serving.output_queues import AsyncStream
+from gemcut.tokenizer import Tokenizer
+from gemcut.tokenizer.chat import default_template
+
+T = TypeVar("T")
+server_log = logging.getLogger("gemcut.server")
+
+
+class ClientLeft(Exception):
+    """The client has closed the connection: there is nobody to answer."""
+
+
+class Service:
+    """An engine behind a server."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        if engine.tokenizer is None:
+            raise ValueError("a server needs an engine with a tokenizer")
+        self.engine, self.settings = engine, settings
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self.defaults = engine.get_default_sampling_params()
+        self.metrics = ServerMetrics(engine.metrics)
+        self.started = int(time.time())
+        self.is_draining = False  # new requests are refused while those that run end
+        self.open_requests = 0
+        self.template = settings.chat_template or default_template(engine.tokenizer)
+        self.tool_format = choose_tool_format(engine.tokenizer, self.template)
+
+    def model_name(self, wanted: str | None) -> str:
+        """The name in an answer; ApiError for a model that is not served."""
+        names = self.settings.model_names
+        if wanted is None or wanted in names:
+            return wanted or names[0]
+        message = f"the model {wanted[:100]!r} is not served here; {names[0]!r} is"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def open(self, build: Callable[[], AsyncStream], log: dict[str, Any]) -> Generation:
+        """Queue what `build` makes, in a thread, as it encodes text and compiles grammars."""
+        return Generation(await asyncio.to_thread(build), self.metrics, log)
+
+    def explain(self, error: Exception, line: dict[str, Any]) -> ApiError:
+        """What a client is told of an error; the log has what it is not told."""
+        told = as_api_error(error)
+        line["error"] = told.message
+        if told.status_code == 500:
+            server_log.error("request %s failed", line["id"], exc_info=error)
+        return told
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` returns; ClientLeft, and the work cancelled, once the client is gone."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft
+        return working.result()
+    finally:
+        watching.cancel()
+        working.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,115 @@
+"""Many clients at once: none lost, each as alone; those that vanish or dawdle disturb nobody."""
+
+import asyncio
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from servers import wait_until
+
+PROMPTS = [f"{first} {second}" for first in ("It was", "She", "There", "A") for second in "abcd"]
+LONG = {"prompt": "It was", "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+async def read(client: httpx.AsyncClient, body: dict) -> tuple[str, str | None]:
+    """The text and the end of a streamed completion."""
+    text, reason, last = "", None, ""
+    async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            last = line or last
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line[6:])["choices"]
+                text, reason = text + choice["text"], choice["finish_reason"] or reason
+    assert last == "data: [DONE]"
+    return text, reason
+
+
+def test_64_streams_at_once_are_what_each_is_alone(server):
+    bodies = [
+        {"prompt": prompt, "max_tokens": 8 + number, "temperature": number % 2, "seed": number}
+        for number, prompt in enumerate(PROMPTS * 4)
+    ]
+
+    async def ask(at_once: int) -> list[tuple[str, str | None]]:
+        gate = asyncio.Semaphore(at_once)
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+
+            async def one(body):
+                async with gate:
+                    return await read(client, body)
+
+            return await asyncio.gather(*map(one, bodies))
+
+    together, alone = asyncio.run(ask(64)), asyncio.run(ask(1))
+    assert together == alone
+    wait_until(lambda: server.service.open_requests == 0)
+
+
+def test_clients_that_vanish_leave_no_slot(server, slow_steps):
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps(LONG).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    for number in range(20):
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            if number % 2:  # half of them leave before their first token
+                raw.recv(1000)
+    wait_until(lambda: server.service.open_requests == 0)
+    wait_until(lambda: server.engine.metrics()["running"] == 0)
+    assert server.engine.metrics()["waiting"] == 0
+
+
+def test_a_client_that_vanishes_frees_its_slot_within_a_step(server, demo, slow_steps):
+    """Its tokens stop: those counted after it has left are of the steps under way."""
+    with server.client() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
+        next(response.iter_lines())
+    wait_until(lambda: server.service.open_requests == 0)
+    before = demo.metrics()["generated_tokens"]
+    wait_until(lambda: demo.metrics()["running"] == 0)
+    assert demo.metrics()["generated_tokens"] - before <= 1
+
+
+def test_a_whole_answer_is_not_made_for_a_client_that_left(server, demo, slow_steps):
+    before = demo.metrics()["ended"].get("abort", 0)
+    with server.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json=LONG | {"stream": False}, timeout=0.2)
+    wait_until(lambda: demo.metrics()["ended"].get("abort", 0) == before + 1)
+
+
+def test_a_slow_reader_delays_nobody(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps(LONG | {"n": 2}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        slow.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        started = time.perf_counter()
+        quick = server.post("/v1/completions", {"prompt": "She", "max_tokens": 8})
+        assert quick.status_code == 200
+        # the slow one has not read a byte, and its text is complete all the same
+        wait_until(lambda: server.engine.metrics()["running"] == 0)
+        assert time.perf_counter() - started < 60
+
+
+def test_an_error_after_the_first_token_is_the_last_event(server, demo, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("a secret of /root/engine.py")
+
+    from gemcut.engine.openai_api import completions
+
+    original = completions.CompletionAnswer._choice
+    calls = []
+
+    def second_fails(self, *args):
+        calls.append(1)
+        return breaks() if len(calls) == 3 else original(self, *args)
+
+    monkeypatch.setattr(completions.CompletionAnswer, "_choice", second_fails)
+    *_, last = server.events("/v1/completions", LONG)
+    assert set(last) == {"error"}
+    assert "secret" not in json.dumps(last)
+    wait_until(lambda: demo.metrics()["running"] == 0)
