@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import re
+import select
+import signal
 import threading
 from dataclasses import replace
 
@@ -309,6 +311,9 @@ def test_a_fork_fills_masks_with_threads_of_its_own(monkeypatch):
             os.write(writing, b"same" if again == texts else b"others")
             os._exit(0)
         os.close(writing)
+        is_answered, _, _ = select.select([reading], [], [], 60)
+        if not is_answered:
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         with open(reading, "rb") as answer:
             assert answer.read() == b"same"
-        os.waitpid(child, 0)
