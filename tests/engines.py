@@ -81,6 +81,21 @@ def dictate(token_ids: Sequence[int]):
     return [processor]
 
 
+class Dictation:
+    """A logits processor, of an engine's default_params, that makes it write a text set later."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+
+    def set(self, tokenizer: Tokenizer, text: str) -> None:
+        """The next answers are this text, special tokens included, and EOS."""
+        ids = tokenizer.encode(text, add_bos=False, parse_special=True)
+        self.token_ids = [*ids, tokenizer.eos_id]
+
+    def __call__(self, generated: list[int], logits: Tensor) -> Tensor:
+        return dictate(self.token_ids)[0](generated, logits)
+
+
 def assert_serves(engine: Engine) -> None:
     """The engine answers, and every slot is free."""
     assert len(engine.generate("Once").token_ids) > 0
