@@ -6,7 +6,6 @@ from typing import Any
 
 from openai.types import CompletionUsage
 from openai.types.completion_usage import PromptTokensDetails
-from pydantic import BaseModel
 
 from gemcut.engine.openai_api.server_metrics import ServerMetrics
 from gemcut.engine.requests.outputs import CompletionOutput, Delta
@@ -99,8 +98,3 @@ class Generation:
         prompt, cached, completion = self._counts()
         self._log |= {"prompt_tokens": prompt, "cached_tokens": cached}
         self._log["completion_tokens"] = completion
-
-
-def event(body: BaseModel) -> str:
-    """A server-sent event; what was not set is not said."""
-    return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
