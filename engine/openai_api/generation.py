@@ -101,6 +101,11 @@ class Generation:
         self._log["completion_tokens"] = completion
 
 
+def wire(body: BaseModel) -> str:
+    """The JSON of an answer, by OpenAI's names; what was not set is not said."""
+    return body.model_dump_json(exclude_unset=True, by_alias=True, serialize_as_any=True)
+
+
 def event(body: BaseModel) -> str:
-    """A server-sent event; what was not set is not said."""
-    return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
+    """A server-sent event."""
+    return f"data: {wire(body)}\n\n"
