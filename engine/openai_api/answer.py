@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from gemcut.engine.openai_api.errors import ApiError
+from gemcut.engine.openai_api.events import wire
 from gemcut.engine.openai_api.generation import Generation
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.serving.output_queues import AsyncStream
@@ -45,7 +46,7 @@ class Answer(ABC):
         """The JSON of the whole answer."""
         await self.begin()
         await self.generation.finish()
-        return self.body().model_dump_json(exclude_unset=True)
+        return wire(self.body())
 
     async def stream(self) -> AsyncIterator[str]:
         """The events, the last of them an error where one came between."""

@@ -64,6 +64,10 @@ class ChatAnswer(Answer):
         self._id, self._created = f"chatcmpl-{log['id']}", int(time.time())
         self._model = service.model_name(request.model)
         log["ignored"] = request.check(service.settings.max_n)
+        others = request.model_extra or {}
+        for name in ("echo", "add_special_tokens"):
+            if others.get(name):
+                raise ApiError(400, f"{name}: the template alone makes the prompt", param=name)
         if request.modalities not in (None, ["text"]):
             raise ApiError(400, "modalities: the model answers in text", param="modalities")
         if request.top_logprobs is not None and not request.logprobs:
@@ -99,10 +103,11 @@ class ChatAnswer(Answer):
             pieces = self._conversation.push(index, one.text, is_last=True)
             calls = [_call(piece) for piece in pieces if isinstance(piece, ToolCall)]
             content = "".join(piece for piece in pieces if isinstance(piece, str))
-            message = ChatCompletionMessage(role="assistant", content=content)
+            if calls and not content.strip():
+                content = None
+            message = ChatCompletionMessage(role="assistant", content=content, refusal=None)
             if calls:
-                content = content.strip() or None
-                message = ChatCompletionMessage(role="assistant", content=content, tool_calls=calls)
+                message.tool_calls = calls
             choices.append(
                 Choice(
                     index=index,
@@ -185,7 +190,8 @@ class ChatAnswer(Answer):
         if not entries:
             return None
         top = self._request.top_logprobs or 0
-        return {"content": chat_logprobs(self.service.tokenizer, token_ids, entries, top)}
+        content = chat_logprobs(self.service.tokenizer, token_ids, entries, top)
+        return {"content": content, "refusal": None}
 
 
 def _call(call: ToolCall) -> ChatCompletionMessageToolCallUnion:

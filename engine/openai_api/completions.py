@@ -46,6 +46,9 @@ class CompletionAnswer(Answer):
         self._ends: dict[int, int] = {}  # characters of each choice's tokens so far
         log["ignored"] = request.check(service.settings.max_n)
         check_top_logprobs(request.logprobs, "logprobs")
+        if (request.model_extra or {}).get("add_special_tokens") is False:
+            what = "a text begins with BOS: send token ids for a prompt without"
+            raise ApiError(400, f"add_special_tokens: {what}", param="add_special_tokens")
         if request.max_tokens == 0 and not request.echo:
             raise ApiError(400, "max_tokens 0 needs echo", param="max_tokens")
 

@@ -1,4 +1,4 @@
-"""Server-sent events of typed objects."""
+"""Answers as JSON and as server-sent events."""
 
 import json
 from collections.abc import Callable
@@ -8,9 +8,14 @@ from pydantic import BaseModel
 MARK = "\0text\0"  # in place of a text that is to come
 
 
+def wire(body: BaseModel) -> str:
+    """The JSON of an answer, by OpenAI's names; what was not set is not said."""
+    return body.model_dump_json(exclude_unset=True, by_alias=True, serialize_as_any=True)
+
+
 def event(body: BaseModel) -> str:
-    """An event; what was not set is not said."""
-    return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
+    """A server-sent event."""
+    return f"data: {wire(body)}\n\n"
 
 
 class TextEvents:

@@ -35,6 +35,14 @@ REFUSED = {
     "logits_processors": "a server runs no code of its clients",
     "chat_template": "the server is started with one: --chat-template",
     "documents": "put them into a message",
+    "prompt_embeds": "a prompt is text or token ids",
+    "prompt_logprobs": "completions with echo and logprobs have them",
+    "logprob_token_ids": "only the likeliest tokens are named",
+    "return_token_ids": "/tokenize tells them",
+    "return_tokens_as_token_ids": "tokens are named by their text",
+    "return_prompt_text": "/tokenize tells the prompt's tokens",
+    "cache_salt": "prefixes are shared by all clients",
+    "repetition_detection": "use the penalties",
     **{
         f"guided_{kind}": f"use structured_outputs, with {kind}"
         for kind in ("json", "regex", "choice", "grammar")

@@ -6,8 +6,15 @@ from pydantic import BaseModel, ConfigDict
 
 from gemcut.engine.openai_api.described import Item, ResponseTool, within
 from gemcut.engine.openai_api.errors import ApiError
+from gemcut.engine.openai_api.fields import (
+    SamplingFields,
+    json_object_constraint,
+    read_structured_outputs,
+    schema_constraint,
+)
 from gemcut.engine.openai_api.logprobs import MAX_TOP_LOGPROBS
-from gemcut.engine.requests.sampling_params import INT64_MAX, LIMIT
+from gemcut.engine.requests.sampling_params import INT64_MAX
+from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 
 # what would change the answer and is not there
 REFUSED = {
@@ -25,17 +32,12 @@ class TextFormat(BaseModel):
     format: dict[str, Any] | None = None
 
 
-class ResponseRequest(BaseModel):
+class ResponseRequest(SamplingFields):
     """The body of a request; None is the model's own setting."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
     input: str | list[Item]
-    model: str | None = None
     instructions: str | None = None
-    stream: bool | None = None
     max_output_tokens: Annotated[int | None, within(1, INT64_MAX)] = None
-    temperature: Annotated[float | None, within(0, LIMIT)] = None
-    top_p: Annotated[float | None, within(0, 1)] = None
     top_logprobs: Annotated[int | None, within(0, MAX_TOP_LOGPROBS)] = None
     include: list[str] | None = None
     text: TextFormat | None = None
@@ -44,16 +46,43 @@ class ResponseRequest(BaseModel):
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
     truncation: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
-    def check(self) -> list[str]:
+    def check(self, max_n: int) -> list[str]:
         """The names of fields that are not known; ApiError for one that is refused."""
         unknown = dict(self.model_extra or {})
+        if self.n not in (None, 1):
+            raise ApiError(400, "n: a response is one answer", param="n")
+        if self.response_format is not None:
+            raise ApiError(400, "response_format: use text.format", param="response_format")
         for name, reason in REFUSED.items():
             if unknown.get(name) not in (None, False):
                 raise ApiError(400, f"{name} is not supported: {reason}", param=name)
         if self.truncation not in (None, "disabled"):
             raise ApiError(400, "truncation: a prompt is never cut", param="truncation")
-        return sorted(unknown)
+        return super().check(max_n)
+
+    def form(self) -> dict[str, Any]:
+        """The form of the text, as the request says it."""
+        form = None if self.text is None else self.text.format
+        return {"type": "text"} if form is None else form
+
+    def constraint(self) -> StructuredOutputsParams | None:
+        """What the answer's text must be, of the two ways to say it."""
+        form = self.form()
+        kind = form.get("type")
+        if kind == "text":
+            given = self.structured_outputs
+            return None if given is None else read_structured_outputs(given)
+        if self.structured_outputs is not None:
+            raise ApiError(400, "text.format and structured_outputs are two forms of an answer")
+        if kind == "json_object":
+            return json_object_constraint()
+        schema = form.get("schema")
+        if kind != "json_schema" or not isinstance(schema, dict | bool):
+            message = "text.format is neither text, json_object nor json_schema with a schema"
+            raise ApiError(400, message, param="text.format")
+        return schema_constraint(schema)
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as a chat has it."""

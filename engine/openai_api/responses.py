@@ -3,7 +3,6 @@
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from typing import Any
 
 from openai.types import responses as types
@@ -14,16 +13,22 @@ from pydantic import BaseModel, ValidationError
 from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.conversation import Conversation, read_tools
 from gemcut.engine.openai_api.errors import ApiError, of_validation
-from gemcut.engine.openai_api.fields import json_object_constraint, schema_constraint
+from gemcut.engine.openai_api.events import wire
 from gemcut.engine.openai_api.logprobs import chat_logprobs, check_top_logprobs
 from gemcut.engine.openai_api.response_input import ResponseRequest
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.openai_api.tool_calls import ToolCall
-from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 from gemcut.engine.serving.output_queues import AsyncStream
 
 Item = types.ResponseOutputMessage | types.ResponseFunctionToolCall
 LOGPROBS = "message.output_text.logprobs"  # what `include` names
+
+
+class _Response(types.Response):
+    """A response whose times are integers: the type has floats, and the API does not."""
+
+    created_at: int  # type: ignore[assignment]
+    completed_at: int | None = None  # type: ignore[assignment]
 
 
 class ResponseAnswer(Answer):
@@ -35,8 +40,8 @@ class ResponseAnswer(Answer):
         super().__init__(service, log)
         self._request = request
         self._model = service.model_name(request.model)
-        self._created = time.time()
-        log["ignored"] = request.check()
+        self._created = int(time.time())
+        log["ignored"] = request.check(service.settings.max_n)
         check_top_logprobs(top := request.top_logprobs)
         self._wants_logprobs = LOGPROBS in (request.include or []) or bool(top)
         tools = read_tools(request.chat_tools(), request.tool_choice, request.parallel_tool_calls)
@@ -49,17 +54,15 @@ class ResponseAnswer(Answer):
             raise of_validation(error.errors()) from None
 
     def build(self) -> AsyncStream:
-        request, defaults = self._request, self.service.defaults
-        given = {
-            "max_tokens": request.max_output_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "structured_outputs": self._constraint(),
-            "logprobs": (request.top_logprobs or 0) if self._wants_logprobs else None,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        params = replace(defaults, n=1, **given)
-        return self._conversation.stream(request.messages(), params)
+        request = self._request
+        params = request.sampling_params(
+            self.service.defaults,
+            n=1,
+            max_tokens=request.max_output_tokens,
+            logprobs=(request.top_logprobs or 0) if self._wants_logprobs else None,
+        )
+        template = {"chat_template_kwargs": request.chat_template_kwargs}
+        return self._conversation.stream(request.messages(), params, **template)
 
     def body(self) -> types.Response:
         ((index, one),) = self.generation.outputs()
@@ -71,6 +74,9 @@ class ResponseAnswer(Answer):
             if isinstance(item, types.ResponseOutputMessage):
                 item.status = "completed"
                 _text_of(item).logprobs = self._logprobs(one.token_ids, one.logprobs)
+        last = self._output[-1]
+        if one.finish_reason != "stop" and isinstance(last, types.ResponseOutputMessage):
+            last.status = "incomplete"
         return self._response(one.finish_reason)
 
     async def events(self) -> AsyncIterator[str]:
@@ -94,7 +100,8 @@ class ResponseAnswer(Answer):
                 else:
                     for one in [*self._close_message(-2), *self._call_events(item)]:
                         yield one
-        for one in self._close_message(-1):
+        status = "completed" if reason == "stop" else "incomplete"
+        for one in self._close_message(-1, status):
             yield one
         ended = self._response(reason)
         kind = types.ResponseCompletedEvent
@@ -133,13 +140,13 @@ class ResponseAnswer(Answer):
             types.ResponseTextDeltaEvent, "output_text.delta", delta=text, logprobs=given, **part
         )
 
-    def _close_message(self, place: int) -> Iterator[str]:
+    def _close_message(self, place: int, status: Any = "completed") -> Iterator[str]:
         """The events that end a message, if that is what the item at this place is."""
         if len(self._output) < -place or not isinstance(
             item := self._output[place], types.ResponseOutputMessage
         ):
             return
-        item.status = "completed"
+        item.status = status
         where = {"output_index": len(self._output) + place}
         part, text = {**where, "item_id": item.id, "content_index": 0}, _text_of(item)
         yield self._event(
@@ -174,7 +181,7 @@ class ResponseAnswer(Answer):
         """A typed event, with the number that orders it."""
         number, self._numbers = self._numbers, self._numbers + 1
         named = kind(type=f"response.{name}", sequence_number=number, **fields)
-        return f"event: response.{name}\ndata: {named.model_dump_json(exclude_unset=True)}\n\n"
+        return f"event: response.{name}\ndata: {wire(named)}\n\n"
 
     def error_event(self, error: ApiError) -> str:
         named = types.ResponseErrorEvent(
@@ -193,7 +200,7 @@ class ResponseAnswer(Answer):
         ended: dict[str, Any] = {}
         if finish_reason is not None:
             ended["usage"] = self._usage()
-            ended["completed_at"] = time.time()
+            ended["completed_at"] = int(time.time())
         if status == "incomplete":
             ended["incomplete_details"] = IncompleteDetails(reason="max_output_tokens")
         fields = {
@@ -203,10 +210,11 @@ class ResponseAnswer(Answer):
             "status": status,
             "error": None,
             "incomplete_details": None,
+            "background": False,
             "instructions": request.instructions,
             "metadata": request.metadata or {},
             "model": self._model,
-            "output": [item.model_dump() for item in self._output],
+            "output": [item.model_dump(exclude_unset=True, by_alias=True) for item in self._output],
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "temperature": _or(request.temperature, defaults.temperature),
             "tool_choice": self._tool_choice(),
@@ -215,9 +223,10 @@ class ResponseAnswer(Answer):
             "max_output_tokens": request.max_output_tokens,
             "previous_response_id": None,
             "store": False,
+            "text": {"format": request.form()},
             "truncation": "disabled",
         }
-        return types.Response.model_validate(fields | ended)
+        return _Response.model_validate(fields | ended)
 
     def _tool_choice(self) -> Any:
         """The choice in OpenAI's one form: `read_tools` takes that of chats too."""
@@ -238,20 +247,6 @@ class ResponseAnswer(Answer):
             output_tokens_details=response_usage.OutputTokensDetails(reasoning_tokens=0),
             total_tokens=usage.total_tokens,
         )
-
-    def _constraint(self) -> StructuredOutputsParams | None:
-        """What the answer's text must be, by `text.format`."""
-        form = self._request.text.format if self._request.text is not None else None
-        kind = "text" if form is None else form.get("type")
-        if form is None or kind == "text":
-            return None
-        if kind == "json_object":
-            return json_object_constraint()
-        schema = form.get("schema")
-        if kind != "json_schema" or not isinstance(schema, dict | bool):
-            message = "text.format is neither text, json_object nor json_schema with a schema"
-            raise ApiError(400, message, param="text.format")
-        return schema_constraint(schema)
 
     def _logprobs(self, token_ids: list[int], entries: Any) -> list[Any]:
         if not entries or not self._wants_logprobs:

@@ -75,6 +75,15 @@ CASES = [
     ("responses", {"input": [{"type": "image"}]}, 400, "input.0 is of type 'image'"),
     ("responses", {"input": "x", "text": {"format": {"type": "json_schema"}}}, 400, "text.format"),
     ("responses", {"input": "x", "truncation": "auto"}, 400, "a prompt is never cut"),
+    # fields of vLLM's that would change the answer
+    ("completions", {"prompt": "x", "add_special_tokens": False}, 400, "send token ids"),
+    ("completions", {"prompt": "x", "prompt_logprobs": 2}, 400, "echo and logprobs"),
+    ("completions", {"prompt": "x", "cache_salt": "a"}, 400, "cache_salt is not supported"),
+    ("chat", CHAT | {"echo": True}, 400, "echo: the template alone makes the prompt"),
+    ("chat", CHAT | {"return_token_ids": True}, 400, "/tokenize tells them"),
+    ("responses", {"input": "x", "n": 2}, 400, "n: a response is one answer"),
+    ("responses", {"input": "x", "response_format": {"type": "text"}}, 400, "use text.format"),
+    ("responses", {"input": "x", "stop": [""]}, 400, "stop"),
     # what a response repeats of its request must be what a response can say
     ("responses", {"input": "x", "metadata": {"a": 1}}, 400, "metadata.a"),
     ("responses", {"input": "x", "tools": [TOOL | {"strict": [1]}]}, 400, "strict"),

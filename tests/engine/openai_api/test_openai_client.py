@@ -219,6 +219,21 @@ def test_a_streamed_response(client):
     )
 
 
+def test_a_response_takes_the_settings_of_a_chat(client):
+    """Beyond OpenAI's, those that vLLM takes there."""
+    settings = {"seed": 5, "top_k": 40, "stop": ["e"], "frequency_penalty": 0.5, "min_p": 0.01}
+    chat = client.chat.completions.create(
+        model="demo", messages=MESSAGES, max_tokens=20, extra_body=settings
+    )
+    response = client.responses.create(
+        model="demo", input=MESSAGES, max_output_tokens=20, extra_body=settings
+    )
+    assert response.output_text == chat.choices[0].message.content != ""
+    form = {"structured_outputs": {"choice": ["yes"]}}
+    answer = client.responses.create(model="demo", input="Is it?", extra_body=form)
+    assert answer.output_text == "yes"
+
+
 @pytest.mark.parametrize("given", [{}, {"parameters": None, "strict": None}], ids=["left", "null"])
 @pytest.mark.parametrize("choice", [{"type": "function"}, {}], ids=["responses", "chats"])
 def test_a_response_repeats_a_tool_that_takes_nothing(client, given, choice):
