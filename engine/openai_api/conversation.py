@@ -81,9 +81,11 @@ class Conversation:
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **template: Any
     ) -> AsyncStream:
         """The engine's request; ValueError says what is wrong with the messages."""
-        messages = [
-            {**one, "role": "system"} if one.get("role") == "developer" else one for one in messages
-        ]
+        if "developer" not in (self._service.template or ""):  # FunctionGemma's knows that role
+            messages = [
+                {**one, "role": "system"} if one.get("role") == "developer" else one
+                for one in messages
+            ]
         form, tools = self._service.tool_format, self._tools
         functions = () if tools is None else tools.functions
         if tools is not None or any("tool_calls" in m or m.get("role") == "tool" for m in messages):
