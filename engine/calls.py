@@ -235,7 +235,7 @@ class Calls:
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str]
-        self, texts: Prompt, *, start: int = 1, use_tqdm: bool | None = None
+        self, texts: Prompt, *, start: int | Sequence[int] = 1, use_tqdm: bool | None = None
     ) -> ScoreOutput: ...
 
     @overload
@@ -247,7 +247,7 @@ class Calls:
         use_tqdm: bool | None = None,
     ) -> list[ScoreOutput]: ...
 
-    def score(self, texts, *, start=1, use_tqdm=None):
+    def score(self, texts, *, start: int | Sequence[int] = 1, use_tqdm=None):
         """Log-probabilities of a text's tokens, each given those before it; a list for a list.
 
         A string gets a BOS, which has no log-probability itself.  A text may have one token more

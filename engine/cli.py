@@ -169,6 +169,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="with --json, the log-probabilities of each token and of the K likeliest in its place",
     )
+    sampling.add_argument(
+        "--json-schema",
+        metavar="FILE_OR_TEXT",
+        help="write a JSON document of this schema; needs pip install llguidance",
+    )
+    sampling.add_argument(
+        "--regex", help="write a text that this regular expression matches as a whole; the same"
+    )
     add_engine(generate)
 
     chat = command("chat", "talk with a model", CHAT)

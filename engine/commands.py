@@ -4,6 +4,7 @@ import argparse
 import json
 import warnings
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from gemcut.engine.engine import Engine
 from gemcut.engine.info import describe, find_model, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
 from gemcut.engine.requests.sampling_params import SamplingParams
+from gemcut.engine.requests.structured_outputs import StructuredOutputsParams
 from gemcut.engine.terminal import (
     RESET_HELP,
     Messages,
@@ -32,6 +34,9 @@ SEPARATOR = "\n---\n"
 
 def generate(args: argparse.Namespace) -> int:
     """Print the completions of the prompt; 0."""
+    if args.json_schema is not None or args.regex is not None:
+        schema = None if args.json_schema is None else _read_schema(args.json_schema)
+        args.structured_outputs = StructuredOutputsParams(json=schema, regex=args.regex)
     given = _given(args)
     if given.logprobs is not None and not args.json:
         raise ValueError("--logprobs has no place in plain text; add --json")
@@ -210,6 +215,13 @@ def _answer(engine: Engine, messages: Messages, params: SamplingParams) -> Messa
     elif finish_reason == "length":
         note(f"the answer was cut at --max-tokens {params.max_tokens}")
     return [*messages, {"role": "model", "content": answer}]
+
+
+def _read_schema(file_or_text: str) -> str:
+    """A JSON schema: the text itself where it is an object, else that of the file it names."""
+    if file_or_text.lstrip().startswith("{"):
+        return file_or_text
+    return Path(file_or_text).read_text(encoding="utf-8")
 
 
 def _print_json(values: dict[str, Any]) -> None:

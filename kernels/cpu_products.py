@@ -267,7 +267,8 @@ def _near_the_greatest(rounded: Tensor) -> tuple[Tensor, Tensor]:
     greatest, least = of_runs.amax(-1, keepdim=True), rounded.amin(-1, keepdim=True)
     bound = greatest - 2 * ROUNDING * torch.maximum(greatest, -least)
     if not bound.isfinite().all():
-        return (torch.empty(0, dtype=torch.int64, device=rounded.device),) * 2
+        none = torch.empty(0, dtype=torch.int64, device=rounded.device)
+        return none, none
     near, run = (of_runs >= bound).nonzero().unbind(-1)
     some, column = (runs[near, run] >= bound[near]).nonzero().unbind(-1)
     return near[some], run[some] * runs.shape[-1] + column

@@ -36,10 +36,15 @@ def run_blocks(page: Path) -> tuple[dict[str, object], int]:
     return names, ran
 
 
-def test_its_python_runs_from_top_to_bottom(capsys):
+def test_its_python_runs_from_top_to_bottom():
     """One program, except what needs a GPU."""
     names, ran = run_blocks(README)
     assert ran >= len(blocks_of(README)) - 1
+    names["engine"].close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_python_of_the_step_interface_runs(capsys):
+    names, _ = run_blocks(ROOT / "engine" / "README.md")
     lines = capsys.readouterr().out.splitlines()
     ends = [line.split()[:2] for line in lines if re.match(r"[abc] (stop|length|abort) ", line)]
     assert sorted(name for name, _ in ends) == ["a", "b", "c"]

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.text is not None:
         text = args.text.read_bytes()[: args.bytes].decode(errors="ignore")
         base = cost(args.model, None, text, args.window)
-        costs = {
+        costs: dict[str, Callable[[], tuple[float, float]]] = {
             name or "plain": partial(cost, args.model, name, text, args.window) for name in FORMATS
         }
         costs["plain"] = lambda: base

@@ -15,6 +15,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -33,6 +34,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from gemcut.engine.checks import check_int, refuse_unknown
 from gemcut.engine.engine import Engine
+from gemcut.engine.requests.prompts import Prompt
 from gemcut.engine.requests.sampling_params import SamplingParams
 
 # the texts, for the harness' cache, or None; the ids of context and continuation
@@ -71,13 +73,16 @@ class GemcutLM(TemplateLM):
         self._name = str(pretrained)
         self.max_length, self.max_gen_toks = self.engine.max_seq_len, max_gen_toks
         self._adds_bos = add_bos_token
-        tokens = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        if (eos := self.tokenizer.eos_token_id) is None:
+            raise ValueError(f"{pretrained} has a tokenizer without EOS, which the harness needs")
+        self._eos = eos
+        tokens = (prefix_token_id, self.tokenizer.bos_token_id, eos)
         self._prefix = next(token for token in tokens if token is not None)
         check_int("prefix_token_id", self._prefix, 0, self.engine.config.vocab_size - 1)
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        return self._eos
 
     @property
     def prefix_token_id(self) -> int:
@@ -104,11 +109,13 @@ class GemcutLM(TemplateLM):
         """Of each continuation the log-probability, and whether greedy decoding would choose it."""
         if not requests:
             return []
-        texts, starts = [], []
+        texts: list[Prompt] = []
+        starts = []
         for _texts, context, continuation in requests:
             check_int("tokens of a continuation", len(continuation), 1, self.max_length)
-            texts.append(self._shortened(context + continuation, self.max_length + 1))
-            starts.append(len(texts[-1]) - len(continuation))
+            ids = self._shortened(context + continuation, self.max_length + 1)
+            texts.append(ids)
+            starts.append(len(ids) - len(continuation))
         scored = self.engine.score(texts, start=starts, use_tqdm=not disable_tqdm)
         answers = [(one.total, all(one.is_greedy)) for one in scored]
         for (key, *_ids), answer in zip(requests, answers, strict=True):
@@ -185,19 +192,20 @@ class GemcutLM(TemplateLM):
 
         Without a template the turns are Gemma's own.
         """
-        options = {
-            "tokenize": False,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
+        render = partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
         try:
-            return self.tokenizer.apply_chat_template(chat_history, **options)
+            return render(chat_history)
         except ValueError as error:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
             _logger.warning("the system message is left out: %s", error)
-            return self.tokenizer.apply_chat_template(others, **options)
+            return render(others)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside the results."""

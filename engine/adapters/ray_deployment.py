@@ -2,10 +2,10 @@
 
     serve run gemcut.engine.adapters.ray_deployment:app model=demo num_replicas=2
 
-A request goes to the front, which passes it to a replica, and what the replica answers back to the
-client as it comes.  The beginning of its prompt chooses the replica, so that requests that begin
-alike find their prefix in a slot; once that replica's slots are taken, the least busy one.  Requests
-beyond all slots wait at the front.  Where a replica dies, streams on it end with an error event of
+A request goes to the front, which passes it to a replica, and what that answers back to the client
+as it comes.  The beginning of its prompt chooses the replica, so that requests that begin alike
+find their prefix in a slot; once that replica's slots are taken, the least busy one.  More requests
+than slots wait at the front.  Where a replica dies, streams on it end with an error event of
 OpenAI's shape, answers that have not begun with status 503, and Ray starts another; all others go
 on.  A client that leaves frees its slot.  `x-gemcut-replica` in an answer names the replica.
 """
@@ -126,7 +126,7 @@ class Replica:
 
     async def respond(self, request: Passed) -> AsyncIterator[tuple[int, Headers] | bytes]:
         """The application's status and headers, then its body in pieces, as they come."""
-        sent: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        sent: asyncio.Queue[Any] = asyncio.Queue()  # messages, and None at the end
         asked = [{"type": "http.request", "body": request.body, "more_body": False}]
 
         async def receive() -> dict[str, Any]:

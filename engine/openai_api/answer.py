@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from gemcut.engine.openai_api.errors import ApiError
-from gemcut.engine.openai_api.generation import Generation, wire
+from gemcut.engine.openai_api.events import wire
+from gemcut.engine.openai_api.generation import Generation
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.serving.output_queues import AsyncStream
 

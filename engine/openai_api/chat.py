@@ -28,8 +28,8 @@ from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.conversation import Conversation, read_tools
 from gemcut.engine.openai_api.described import ChatTool, Message, within
 from gemcut.engine.openai_api.errors import ApiError
+from gemcut.engine.openai_api.events import TextEvents, event
 from gemcut.engine.openai_api.fields import SamplingFields
-from gemcut.engine.openai_api.generation import event
 from gemcut.engine.openai_api.logprobs import MAX_TOP_LOGPROBS, chat_logprobs, check_top_logprobs
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.openai_api.tool_calls import ToolCall
@@ -76,6 +76,9 @@ class ChatAnswer(Answer):
         tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
         self._conversation = Conversation(service, tools)
         self._calls: Counter[int] = Counter()  # of each choice so far
+        self._write = TextEvents(
+            lambda choice, text: self._chunk(choice, ChoiceDelta(content=text))
+        )
 
     def build(self) -> AsyncStream:
         request = self._request
@@ -135,10 +138,14 @@ class ChatAnswer(Answer):
 
     def _chunks(self, index: int, delta: Delta) -> Iterator[str]:
         """The events of one token: none where it completes nothing that can be shown."""
+        running = self._request.wants_running_usage
         is_last = delta.finish_reason is not None
         pieces = self._conversation.push(index, delta.text, is_last=is_last)
         logprobs = self._logprobs(delta.token_ids, delta.logprobs)
         for piece in pieces:
+            if logprobs is None and isinstance(piece, str) and not running:
+                yield self._write(index, piece)
+                continue
             yield self._chunk(index, self._delta(index, piece), logprobs=logprobs)
             logprobs = None  # they are those of the token, and stand once
         if is_last or logprobs is not None:

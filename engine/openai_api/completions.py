@@ -10,8 +10,8 @@ from openai.types.completion_choice import Logprobs
 from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.described import within
 from gemcut.engine.openai_api.errors import ApiError
+from gemcut.engine.openai_api.events import TextEvents, event
 from gemcut.engine.openai_api.fields import SamplingFields
-from gemcut.engine.openai_api.generation import event
 from gemcut.engine.openai_api.logprobs import (
     MAX_TOP_LOGPROBS,
     check_top_logprobs,
@@ -80,7 +80,14 @@ class CompletionAnswer(Answer):
 
     async def events(self) -> AsyncIterator[str]:
         request = self._request
+        is_plain = request.logprobs is None and not request.echo
+        is_plain = is_plain and not request.wants_running_usage
+        write = TextEvents(lambda index, text: event(self._completion([_piece(index, text)])))
         async for index, one in self.generation.deltas():
+            if is_plain and one.finish_reason is None:
+                if one.text:
+                    yield write(index, one.text)
+                continue
             choice = self._choice(index, one.text, one.token_ids, one.logprobs, one.finish_reason)
             if choice.text or choice.finish_reason or choice.logprobs:
                 running = {"usage": self.generation.usage()} if request.wants_running_usage else {}
@@ -125,7 +132,13 @@ class CompletionAnswer(Answer):
             named, self._ends[index] = completion_logprobs(
                 tokenizer, token_ids, entries, request.logprobs, start
             )
-        # `construct`: the type has no None for the reason of a piece that is not the last
-        return CompletionChoice.construct(
-            index=index, text=text, logprobs=named, finish_reason=finish_reason
-        )
+        return _piece(index, text, named, finish_reason)
+
+
+def _piece(
+    index: int, text: str, logprobs: Logprobs | None = None, finish_reason: str | None = None
+) -> CompletionChoice:
+    # `construct`: the type has no None for the reason of a piece that is not the last
+    return CompletionChoice.construct(
+        index=index, text=text, logprobs=logprobs, finish_reason=finish_reason
+    )

@@ -5,7 +5,7 @@ fields of their own, and named in the access log; one that would change the answ
 refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
@@ -48,6 +48,8 @@ REFUSED = {
         for kind in ("json", "regex", "choice", "grammar")
     },
 }
+# entries of what is looked at again for each token
+LONGEST = {"stop": 64, "stop_token_ids": 1024, "bad_words": 1024}
 # between the tokens of JSON: without a bound a weak model goes on with spaces to its length
 WHITESPACE = r"[ \t\r\n]{0,20}"
 SHARED = frozenset(field.name for field in fields(SamplingParams))
@@ -109,6 +111,10 @@ class SamplingFields(BaseModel):
     def check(self, max_n: int) -> list[str]:
         """The names of fields that are not known; ApiError for one that is refused."""
         unknown = dict(self.model_extra or {})
+        for name, most in LONGEST.items():
+            value = getattr(self, name)
+            if isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
+                raise ApiError(400, f"{name} has {len(value)} entries, above {most}", param=name)
         for name, value in unknown.items():
             if name in REFUSED and value not in (None, False, [], {}):
                 raise ApiError(400, f"{name} is not supported: {REFUSED[name]}", param=name)

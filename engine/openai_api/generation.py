@@ -6,7 +6,6 @@ from typing import Any
 
 from openai.types import CompletionUsage
 from openai.types.completion_usage import PromptTokensDetails
-from pydantic import BaseModel
 
 from gemcut.engine.openai_api.server_metrics import ServerMetrics
 from gemcut.engine.requests.outputs import CompletionOutput, Delta
@@ -99,13 +98,3 @@ class Generation:
         prompt, cached, completion = self._counts()
         self._log |= {"prompt_tokens": prompt, "cached_tokens": cached}
         self._log["completion_tokens"] = completion
-
-
-def wire(body: BaseModel) -> str:
-    """The JSON of an answer, by OpenAI's names; what was not set is not said."""
-    return body.model_dump_json(exclude_unset=True, by_alias=True, serialize_as_any=True)
-
-
-def event(body: BaseModel) -> str:
-    """A server-sent event."""
-    return f"data: {wire(body)}\n\n"

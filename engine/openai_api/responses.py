@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.conversation import Conversation, read_tools
 from gemcut.engine.openai_api.errors import ApiError, of_validation
-from gemcut.engine.openai_api.generation import wire
+from gemcut.engine.openai_api.events import wire
 from gemcut.engine.openai_api.logprobs import chat_logprobs, check_top_logprobs
 from gemcut.engine.openai_api.response_input import ResponseRequest
 from gemcut.engine.openai_api.service import Service

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -105,6 +106,7 @@ def server_config(app: FastAPI) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        headers=[("Server", f"gemcut/{version('gemcut')}")],
         proxy_headers=False,
         h11_max_incomplete_event_size=MAX_HEADERS,
         timeout_graceful_shutdown=5,

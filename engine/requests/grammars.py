@@ -14,10 +14,11 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemcut.engine.checks import shorten
 from gemcut.engine.requests import grammar_probe
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 
 CACHED = 32  # compiled grammars that are kept
 HARMLESS = 4096  # characters of a schema, regex or choice that compile in a second in any case
+MULTIPLY = ("pattern", "allOf")  # keywords of a schema whose regexes meet one another
+TOO_MUCH = "it takes too much time or memory to compile"
 PROBE_SECONDS = 1  # of a processor, for any other grammar
 PATIENCE = 5  # seconds, where other programs use the processors too
-MANY = 4  # texts whose masks are filled in threads; fewer are done sooner without
+SOON = 0.001  # seconds; masks that are not filled by then are filled in threads
 MOST = 180  # characters of a reason
 PLACE = re.compile(r"(at )?\d+\(\d+\): ")  # in a Lark grammar
 STUCK = "the text cannot go on in its grammar"
@@ -53,7 +56,7 @@ class Grammar:
         """Go on after a token -> whether the text is complete, and nothing more may come."""
         matcher = self.matcher
         matcher.consume_token(token_id)
-        return matcher.is_stopped() and matcher.is_accepting() and not matcher.is_error()
+        return matcher.is_stopped() and not matcher.is_error()
 
     @property
     def error(self) -> ValueError | None:
@@ -72,17 +75,25 @@ class MaskFiller:
     def fill(
         self, grammars: Sequence[Grammar], address: int, nbytes: int
     ) -> list[ValueError | None]:
-        """Fill masks of `nbytes` each, one after the other from an address -> what is wrong."""
-        matchers = [grammar.matcher for grammar in grammars]
-        if len(matchers) < MANY:
-            for place, matcher in enumerate(matchers):
-                matcher.unsafe_compute_mask_ptr(address + place * nbytes, nbytes)
-        else:
-            if self._executor is None or self._process != os.getpid():
-                self._executor, self._process = _llguidance().LLExecutor(), os.getpid()
-            places = [(matcher, place) for place, matcher in enumerate(matchers)]
-            self._executor.unsafe_compute_mask_ptr(places, address, nbytes, len(matchers))
+        """Fill masks of `nbytes` each, one after the other from an address -> what is wrong.
+
+        Most take microseconds, which waking a thread does not repay.
+        """
+        matchers = [(grammar.matcher, place) for place, grammar in enumerate(grammars)]
+        began = time.perf_counter()
+        for matcher, place in matchers:
+            if time.perf_counter() - began > SOON and place + 1 < len(matchers):
+                self._threads().unsafe_compute_mask_ptr(
+                    matchers[place:], address, nbytes, len(matchers)
+                )
+                break
+            matcher.unsafe_compute_mask_ptr(address + place * nbytes, nbytes)
         return [grammar.error for grammar in grammars]
+
+    def _threads(self) -> "LLExecutor":
+        if self._executor is None or self._process != os.getpid():
+            self._executor, self._process = _llguidance().LLExecutor(), os.getpid()
+        return self._executor
 
 
 class GrammarCompiler:
@@ -117,7 +128,7 @@ class GrammarCompiler:
         self, params: StructuredOutputsParams, text: str, vocabulary: "LLTokenizer"
     ) -> Grammar:
         llguidance = _llguidance()
-        if params.grammar is not None or len(text) > HARMLESS:
+        if not _is_harmless(params, text):
             _probe(params, text)
         limits = llguidance.LLParserLimits(verbose_errors=False)
         matcher = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=limits)
@@ -186,11 +197,20 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     options: JsonCompileOptions = {"whitespace_flexible": not params.disable_any_whitespace}
     if params.whitespace_pattern is not None:
         options["whitespace_pattern"] = params.whitespace_pattern
-    schema = params.json if params.json is not None else '{"type": "object"}'
+    schema: Any = params.json if params.json is not None else '{"type": "object"}'
     try:
         return matcher.grammar_from_json_schema(schema, overrides=options)
     except ValueError as error:
         raise ValueError(_refusal(params, _reason(str(error)))) from None
+
+
+def _is_harmless(params: StructuredOutputsParams, text: str) -> bool:
+    """Whether it is compiled within a second or so, or refused.
+
+    Rules of a grammar, and patterns that a text must match all at once, multiply.
+    """
+    multiplies = params.json is not None and any(name in text for name in MULTIPLY)
+    return params.grammar is None and len(text) <= HARMLESS and not multiplies
 
 
 def _probe(params: StructuredOutputsParams, text: str) -> None:
@@ -205,14 +225,14 @@ def _probe(params: StructuredOutputsParams, text: str) -> None:
     except subprocess.TimeoutExpired:
         is_fine = False
     if not is_fine:
-        raise ValueError(_refusal(params, "it takes too much time or memory to compile"))
+        raise ValueError(_refusal(params, TOO_MUCH))
 
 
 def _problem(matcher: "LLMatcher", dead_end: str) -> str | None:
     """Why a text cannot go on; None where it can, or is complete."""
-    if not matcher.is_stopped() or (matcher.is_accepting() and not matcher.is_error()):
+    if not matcher.is_error():
         return None
-    message = matcher.get_error() or matcher.stop_reason()
+    message = matcher.get_error()
     return dead_end if message.startswith("NoExtension") else _reason(message)
 
 
@@ -225,6 +245,8 @@ def _refusal(params: StructuredOutputsParams, reason: str) -> str:
 
 def _reason(message: str) -> str:
     """A message of llguidance in one line, without excerpts of the grammar and of its state."""
+    if "limits." in message:  # advice for a caller of llguidance
+        return TOO_MUCH
     lines = [line.strip() for line in message.split("\n<", 1)[0].splitlines() if line.strip()]
     if not lines:
         return "llguidance gives no reason"

@@ -27,10 +27,9 @@ def test_a_row_for_each_batch_and_kind_of_caller(capsys, tmp_path, monkeypatch):
     assert json.loads(file.read_text()) == report
     assert not report["interrupted"]
     assert [row["case"] for row in report["rows"]] == [
-        "demo/batch=1/generate",
-        "demo/batch=1/astream",
-        "demo/batch=3/generate",
-        "demo/batch=3/astream",
+        f"demo/batch={batch}/{caller}"
+        for batch in (1, 3)
+        for caller in ("generate", "astream", "serve")
     ]
     for row in report["rows"]:
         assert len(row["step_us"]["all"]) == 2

@@ -96,6 +96,11 @@ def test_latencies_count_from_the_arrival():
     assert "status" not in record
 
 
+def test_a_wait_for_the_end_of_the_text_is_a_gap():
+    record = measured([[reply(times=(1.0, 1.5), finished=4.0)]])
+    assert record["longest_gap_ms"]["all"] == [2500]
+
+
 def test_pieces_that_come_together_have_a_gap_above_zero():
     record = measured([[reply(times=(1.0, 1.0), finished=1.0)]])
     assert record["longest_gap_ms"]["low"] > 0

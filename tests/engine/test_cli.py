@@ -25,7 +25,7 @@ def test_version(run):
     "arguments",
     [
         pytest.param([], id="no-command"),
-        pytest.param(["serve"], id="not-there-yet"),
+        pytest.param(["serve", "--port", "http"], id="no-port"),
         pytest.param(["generate", "a", "--temprature", "1"], id="unknown-option"),
         pytest.param(["generate", "a", "--temp", "1"], id="abbreviation"),
         pytest.param(["generate", "a", "--max-tokens", "many"], id="no-number"),

@@ -199,3 +199,35 @@ def test_graphs_and_dependent_launches_can_be_left_out(run, monkeypatch, command
     for options in ([], [f"--no-{choice.replace('_', '-')}"]):
         assert run(command, *options)[0] == 1
     assert asked == [True, False]
+
+
+SCHEMA = '{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 2}'
+
+
+@pytest.mark.parametrize("kind", ["text", "file", "regex"])
+def test_generate_writes_the_form_that_was_asked_for(run, tmp_path, kind):
+    pytest.importorskip("llguidance")
+    file = tmp_path / "schema.json"
+    file.write_text(SCHEMA)
+    options = {
+        "text": ["--json-schema", SCHEMA],
+        "file": ["--json-schema", str(file)],
+        "regex": ["--regex", r"\[[0-9]{2}\]"],
+    }
+    code, out, err = run("generate", "It was", "--max-tokens", "60", *GREEDY, *options[kind])
+    assert (code, err) == (0, "")
+    assert json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(["--regex", "("], "unclosed group", id="regex"),
+        pytest.param(["--json-schema", "nowhere.json"], "nowhere.json", id="no file"),
+        pytest.param(["--json-schema", '{"type": '], "is no JSON schema", id="JSON"),
+        pytest.param(["--json-schema", "{}", "--regex", "a"], "not json and regex", id="both"),
+    ],
+)
+def test_a_form_that_cannot_be_used_is_one_line(run, options, message):
+    pytest.importorskip("llguidance")
+    assert message in error_line(run("generate", "It was", *options))

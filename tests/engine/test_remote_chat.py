@@ -111,6 +111,15 @@ def test_the_key_goes_with_every_request(run, server, monkeypatch, given, enviro
     assert [one.headers.get("Authorization") for one in server.asked] == [expected] * 2
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_takes_the_key_nowhere(run, server, status):
+    with FakeServer() as other:
+        server.models = lambda: Reply([b""], status, headers={"Location": f"{other.url}/models"})
+        message = error_line(run("chat", "--url", server.url, "--api-key", "k", stdin=b"a\n"))
+        assert f"{server.url}/models: {status} " in message
+        assert other.asked == []
+
+
 @pytest.mark.parametrize("arguments", [["m"], ["--model", "m"]], ids=["argument", "option"])
 def test_a_model_that_is_named_is_asked_without_a_list(run, server, arguments):
     server.models = lambda: fake.error(404, "no such page")

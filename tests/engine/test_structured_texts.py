@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import re
+import select
+import signal
 import threading
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ import torch
 from engines import dictate, one_line, run_as_on_a_gpu
 
 from gemcut.engine import Engine, SamplingParams, StructuredOutputsParams
+from gemcut.engine.requests import grammars
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -288,17 +291,29 @@ def test_a_text_beside_grammars_is_what_it_is_alone(request, name):
     assert [o.token_ids for o in together] == alone
 
 
+@pytest.mark.parametrize("soon", [-1, 9], ids=["in-threads", "one-by-one"])
+def test_masks_are_the_same_in_threads(engine, monkeypatch, soon):
+    params = replace(GREEDY, structured_outputs=WORD, max_tokens=4)
+    alone = [engine.generate(prompt, params).text for prompt in PROMPTS[:6]]
+    monkeypatch.setattr(grammars, "SOON", soon)
+    assert [output.text for output in engine.generate(PROMPTS[:6], params)] == alone
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
-def test_a_fork_fills_masks_with_threads_of_its_own():
+def test_a_fork_fills_masks_with_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(grammars, "SOON", -1)  # in threads, all of them
     with Engine.from_pretrained("demo", device="cpu", max_seq_len=64) as engine:
         params = replace(GREEDY, structured_outputs=WORD, max_tokens=4)
-        texts = [o.text for o in engine.generate(PROMPTS[:8], params)]
+        texts = [output.text for output in engine.generate(PROMPTS[:6], params)]
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
-            again = [o.text for o in engine.generate(PROMPTS[:8], params)]
+            again = [output.text for output in engine.generate(PROMPTS[:6], params)]
             os.write(writing, b"same" if again == texts else b"others")
             os._exit(0)
         os.close(writing)
+        is_answered, _, _ = select.select([reading], [], [], 60)
+        if not is_answered:
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         with open(reading, "rb") as answer:
             assert answer.read() == b"same"
-        os.waitpid(child, 0)

@@ -2,8 +2,8 @@
 
 For each format the products of gemma-2-9b: each is held to its oracle on the same weights in
 float64 (bench/ops/op_check.py), its rows to the bits that they have alone, and is timed as
-gemcut-bench kernels times it.  int4 has the head in int8.  So are the ops that write and read a
-cache in fp8; decode attention is timed on one.
+gemcut-bench kernels times it.  fp8 and int4 have the head in int8.  The ops that write and read a
+cache in fp8 are checked too, and decode attention is timed on one.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,10 @@
 """The harness' scores on the engine are those of its hf model; a task is local files."""
 
 import json
+import random
 import subprocess
 import sys
+import threading
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.tasks import TaskManager
 
+from gemcut.engine import Engine
 from gemcut.engine.adapters.lm_eval_model import GemcutLM
 from gemcut.engine.checkpoints.hub import DEMO
 
@@ -32,14 +35,16 @@ CHOICES = [
     {"q": "It was a bright", "choices": [" cold morning", " river", " of of"], "a": 0},
     {"q": "The children", "choices": [" walked", " sang of the summer."], "a": 1},
     {"q": "a space at the end ", "choices": ["yes", "no, never"], "a": 0},
-    {"q": "", "choices": ["It was", "<bos>It was"], "a": 0},
+    {"q": "", "choices": ["It was", "The children"], "a": 0},
     {"q": "It was the river. " * 40, "choices": [" A", " B", " C", " D"], "a": 2},
 ]
+CHOOSING = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}"}
 QUESTIONS = [{"q": q, "a": "x"} for q in ("It was", "The children were", "She asked", "In 1984")]
 LONG = "The children walked to the river and sang of the summer. "
-TEXTS = [{"q": "", "a": text} for text in ("It was", "x", LONG * 60, "a <start_of_turn> user\n\n")]
+TEXTS = [{"q": "", "a": text} for text in ("It was", "x", LONG, "a <start_of_turn> user\n\n")]
+ROLLING = {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}]}
 TASKS = {
-    "choices": (CHOICES, {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}"}),
+    "choices": (CHOICES, CHOOSING),
     "answers": (
         QUESTIONS,
         {
@@ -53,10 +58,10 @@ TASKS = {
             },
         },
     ),
-    "texts": (
-        TEXTS,
-        {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}]},
-    ),
+    "texts": (TEXTS, ROLLING),
+    # the harness' API models truncate otherwise than its hf model, and do not look for a BOS
+    "long": ([{"q": "", "a": LONG * 60}], ROLLING),
+    "bos": ([{"q": "<bos>She", "choices": [" asked", "<bos>It was"], "a": 0}], CHOOSING),
 }
 
 
@@ -94,7 +99,7 @@ def tasks(tmp_path_factory) -> Path:
 def published(tmp_path_factory, tokenizer_file, twin) -> Path:
     """A random Gemma 3 with the tokenizer and chat template of a published checkpoint."""
     folder = tmp_path_factory.mktemp("gemma3")
-    save_random_model(folder, tokenizer_file, "gemma3_text", max_position_embeddings=256)
+    save_random_model(folder, tokenizer_file, "gemma3_text", max_position_embeddings=512)
     twin.chat_template = TEMPLATE
     twin.save_pretrained(folder)
     file = folder / "tokenizer.json"
@@ -109,13 +114,13 @@ def published(tmp_path_factory, tokenizer_file, twin) -> Path:
     return folder
 
 
-def evaluated(model: str, tasks: Path, **options) -> dict:
+def evaluated(model: str, tasks: Path, names=tuple(TASKS), **options) -> dict:
     arguments = options.pop("model_args")
     return lm_eval.simple_evaluate(
         model=model,
         model_args={"dtype": "float32"} | arguments,
         device="cpu",
-        tasks=list(TASKS),
+        tasks=list(names),
         task_manager=TaskManager(include_path=str(tasks)),
         bootstrap_iters=0,
         **options,
@@ -123,12 +128,12 @@ def evaluated(model: str, tasks: Path, **options) -> dict:
 
 
 def assert_equal_scores(ours: dict, theirs: dict) -> None:
-    for task in TASKS:
+    for task in theirs["samples"]:
         for name, score in theirs["results"][task].items():
             if isinstance(score, float):
                 assert ours["results"][task][name] == pytest.approx(score, rel=1e-4), name
         for one, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
-            assert one["arguments"] == other["arguments"]
+            assert one["doc"] == other["doc"]
             for (answer,), (expected,) in zip(one["resps"], other["resps"], strict=True):
                 if isinstance(expected, str):
                     assert answer == expected
@@ -146,9 +151,18 @@ def test_scores_are_those_of_the_hf_model_on_the_demo(tasks):
     assert_equal_scores(ours, evaluated("hf", tasks, model_args=theirs))
 
 
-@pytest.mark.parametrize("options", [{}, {"add_bos_token": False, "max_length": 100}], ids=str)
-def test_scores_are_those_of_the_hf_model_on_a_published_folder(tasks, published, options):
-    arguments = {"pretrained": str(published)} | options
+@pytest.fixture(scope="module")
+def scores(tasks, published) -> dict:
+    return evaluated("gemcut", tasks, model_args={"pretrained": str(published)})
+
+
+def test_scores_are_those_of_the_hf_model_on_a_published_folder(scores, tasks, published):
+    theirs = evaluated("hf", tasks, model_args={"pretrained": str(published)})
+    assert_equal_scores(scores, theirs)
+
+
+def test_texts_without_bos_in_short_windows_score_as_in_the_hf_model(tasks, published):
+    arguments = {"pretrained": str(published), "add_bos_token": False, "max_length": 100}
     ours = evaluated("gemcut", tasks, model_args=arguments)
     assert_equal_scores(ours, evaluated("hf", tasks, model_args=arguments))
 
@@ -162,9 +176,50 @@ def test_chats_are_those_of_the_hf_model(tasks, published):
         "num_fewshot": 2,
         "system_instruction": "Be brief.",
     }
-    ours, theirs = (evaluated(model, tasks, **dict(options)) for model in ("gemcut", "hf"))
+    names = ("choices", "answers")
+    ours, theirs = (evaluated(model, tasks, names, **options) for model in ("gemcut", "hf"))
     assert_equal_scores(ours, theirs)
     assert "<start_of_turn>model\\n" in str(ours["samples"]["answers"][0]["arguments"])
+
+
+@pytest.fixture(scope="module")
+def url(published):
+    """A server of the published folder, in a thread."""
+    pytest.importorskip("fastapi")
+    import uvicorn
+
+    from gemcut.engine.openai_api.app import create_app
+    from gemcut.engine.openai_api.serve import bind, server_config
+
+    with Engine.from_pretrained(published, dtype="float32") as engine:
+        server = uvicorn.Server(server_config(create_app(engine)))
+        with bind("127.0.0.1", 0) as bound:
+            thread = threading.Thread(target=server.run, args=([bound],))
+            thread.start()
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+            server.should_exit = True
+            thread.join()
+
+
+def test_local_completions_of_the_harness_get_the_same_scores(scores, tasks, published, url):
+    """Prompts are batches of ids, whose log-probabilities are echoed."""
+    names = ("choices", "answers", "texts")
+    arguments = {"model": "demo", "base_url": f"{url}/completions", "tokenizer": str(published)}
+    arguments |= {"tokenizer_backend": "huggingface", "add_bos_token": True, "max_length": 512}
+    theirs = evaluated("local-completions", tasks, names, model_args=arguments, batch_size=4)
+    assert_equal_scores(scores, theirs)
+
+
+def test_local_chat_completions_of_the_harness_get_the_same_answers(tasks, published, url):
+    options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 2}
+    ours = evaluated(
+        "gemcut", tasks, ["answers"], model_args={"pretrained": str(published)}, **options
+    )
+    arguments = {"model": "demo", "base_url": f"{url}/chat/completions"}
+    theirs = evaluated(
+        "local-chat-completions", tasks, ["answers"], model_args=arguments, **options
+    )
+    assert_equal_scores(ours, theirs)
 
 
 def requests_of(kind: str, *arguments: tuple) -> list[Instance]:
@@ -187,7 +242,7 @@ def test_a_question_is_computed_once_for_all_its_answers(model):
 
 def test_random_answers_follow_the_seed_of_the_harness(model):
     def answers(seed: int) -> list[str]:
-        lm_eval.evaluator.random.seed(seed)
+        random.seed(seed)  # as the harness does
         settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12, "top_p": 0.9}
         asked = requests_of("generate_until", *[("It was", settings)] * 4)
         return model.generate_until(asked, disable_tqdm=True)

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
 pytest.importorskip("fastapi")
-openai = pytest.importorskip("openai")
 
 import httpx
+import openai
+import ray
+from openai.types.responses import ResponseErrorEvent
 from ray import serve
 
 from gemcut.engine import Engine, SamplingParams
@@ -243,8 +244,7 @@ def test_the_beginning_of_a_prompt(body, expected):
 def test_the_error_event_of_responses_is_their_own():
     event = error_event("/v1/responses", 7)
     assert event.startswith("event: error\ndata: ")
-    types = pytest.importorskip("openai.types.responses")
-    found = types.ResponseErrorEvent.model_validate_json(event.partition("data: ")[2])
+    found = ResponseErrorEvent.model_validate_json(event.partition("data: ")[2])
     assert (found.type, found.sequence_number) == ("error", 7)
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-serve_backends = pytest.importorskip("sglang.cli.serve_backends", exc_type=ImportError)
+pytest.importorskip("sglang.cli.serve_backends", exc_type=ImportError)
 pytest.importorskip("fastapi")
-tomllib = pytest.importorskip("tomllib")
+pytest.importorskip("tomllib")
 
 import httpx
+import tomllib
+from sglang.cli import serve_backends
 
 from gemcut.engine.adapters.sglang_backend import arguments, create_backend
 

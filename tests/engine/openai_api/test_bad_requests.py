@@ -39,6 +39,8 @@ CASES = [
     ("completions", {"prompt": "x", "logprobs": 21}, 400, "logprobs 21 is outside 0..20"),
     ("completions", {"prompt": "x", "logprobs": -1}, 400, "logprobs -1 is outside 0..20"),
     ("completions", {"prompt": "x", "stop": [""]}, 400, "stop"),
+    ("completions", {"prompt": "x", "stop": ["y"] * 65}, 400, "stop has 65 entries, above 64"),
+    ("completions", {"prompt": "x", "bad_words": ["y"] * 1025}, 400, "bad_words has 1025"),
     ("completions", {"prompt": "x", "seed": 2**70}, 400, "seed"),
     ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
     ("completions", {"prompt": "x", "logit_bias": {"999999": 1}}, 400, "logit_bias"),

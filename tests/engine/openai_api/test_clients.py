@@ -4,6 +4,8 @@ import json
 
 import pytest
 from processes import GREEDY
+from servers import wait_until
+from terminals import PROMPT
 
 from gemcut.bench import cli as bench
 
@@ -41,3 +43,14 @@ def test_every_stream_of_the_trace_is_whole(server, capsys, chat):
     for record in report["rows"]:
         assert (record["served"], record["tokens_counted_by"]) == (24, "usage")
         assert record["model"] == server.service.settings.model_names[0]
+
+
+def test_ctrl_c_frees_the_slot(server, demo, slow_steps, terminal):
+    chat = terminal("chat", "--url", f"{server.url}/v1", "--ignore-eos")
+    chat.expect(PROMPT)
+    chat.type(b"Who?\n")
+    chat.expect(rb"\?\r\n.*\w")
+    assert demo.metrics()["running"] == 1
+    chat.type(b"\x03")
+    chat.expect(rb"\^C\r\n>>> $")
+    wait_until(lambda: demo.metrics()["running"] == 0)

@@ -9,6 +9,8 @@ import httpx
 import pytest
 from servers import wait_until
 
+from gemcut.engine.openai_api.generation import Generation
+
 PROMPTS = [f"{first} {second}" for first in ("It was", "She", "There", "A") for second in "abcd"]
 LONG = {"prompt": "It was", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
@@ -96,20 +98,16 @@ def test_a_slow_reader_delays_nobody(server):
 
 
 def test_an_error_after_the_first_token_is_the_last_event(server, demo, monkeypatch):
-    def breaks(*_):
-        raise RuntimeError("a secret of /root/engine.py")
+    observe = Generation._observe
 
-    from gemcut.engine.openai_api import completions
+    def breaks(self, choice):
+        observe(self, choice)
+        if self.usage().completion_tokens > 2:
+            raise RuntimeError("a secret of /root/engine.py")
 
-    original = completions.CompletionAnswer._choice
-    calls = []
-
-    def second_fails(self, *args):
-        calls.append(1)
-        return breaks() if len(calls) == 3 else original(self, *args)
-
-    monkeypatch.setattr(completions.CompletionAnswer, "_choice", second_fails)
-    *_, last = server.events("/v1/completions", LONG)
+    monkeypatch.setattr(Generation, "_observe", breaks)
+    first, *_, last = server.events("/v1/completions", LONG)
+    assert first["choices"][0]["text"]
     assert set(last) == {"error"}
     assert "secret" not in json.dumps(last)
     wait_until(lambda: demo.metrics()["running"] == 0)

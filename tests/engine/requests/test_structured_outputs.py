@@ -133,6 +133,11 @@ REFUSED = {
     "deep schema": ({"json": nested(900)}, "recursion limit"),
     "chain of references": ({"json": chain(1900)}, "too much time or memory"),
     "2 ** 14": ({"json": both(*EITHER)}, "too large"),
+    "regex of many": ({"regex": ".?" * 2000}, "too much time or memory"),
+    "patterns at once": (
+        {"json": both(*({"type": "string", "pattern": f"(.*a{i}.*)"} for i in range(60)))},
+        "too much time or memory",
+    ),
     "broken whitespace": ({"json": {}, "whitespace_pattern": "("}, "cannot be used"),
 }
 

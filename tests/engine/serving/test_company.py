@@ -6,6 +6,7 @@ that an example is the same in every run.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from engines import run_as_on_a_gpu, save_random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemcut.engine import Engine, SamplingParams
+from gemcut.engine import Engine, SamplingParams, StructuredOutputsParams
 
 SLOTS, CHUNK = 3, 7
 TEXT = [2, *range(40, 60)]  # what most prompts begin with
@@ -31,6 +32,10 @@ SETTINGS = [
     {"seed": 6, "allowed_token_ids": list(range(9, 400, 7))},
     {"seed": 7, "top_k": 20, "bad_words": ["a", "the", "It was"]},
 ]
+if find_spec("llguidance") is not None:
+    SETTINGS.append(
+        {"seed": 8, "structured_outputs": StructuredOutputsParams(regex="[a-zA-Z ]{500,}")}
+    )
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,18 @@ KeyboardInterrupt at the n-th line that it executes inside the engine, for one n
 
 import gc
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from engines import assert_serves
 
-from gemcut.engine import Engine, SamplingParams
+from gemcut.engine import Engine, SamplingParams, StructuredOutputsParams
 
 FOLDER = Path(sys.modules["gemcut.engine"].__file__).parent
 NAMES = """
     serving/step_loop serving/scheduler execution/runner execution/pending_tokens
-    execution/slot_state execution/cache requests/sequence
+    execution/slot_state execution/cache execution/token_masks requests/sequence requests/grammars
 """
 FILES = {str(FOLDER / f"{name}.py") for name in NAMES.split()}
 PLACING = {"admit", "place", "_prefill", "copy_prefix"}  # where a slot and its tokens change hands
@@ -26,6 +27,9 @@ SETTINGS = {
     "stopped": {"seed": 5, "logit_bias": {9: 2.0}, "stop": ["zzz"], "min_tokens": 4},
     "guessed": {"temperature": 0, "prompt_lookup_num_tokens": 4},
 }
+if find_spec("llguidance") is not None:
+    form = StructuredOutputsParams(regex="([a-z]{2} ){500}")
+    SETTINGS["structured"] = {"seed": 7, "structured_outputs": form}
 
 
 class InterruptAt:
