@@ -221,14 +221,14 @@ def test_a_result_is_a_turn_of_the_user(plain, dictation):
 
 def test_the_output_of_a_response_is_input_again(plain, dictation):
     """Its text and its calls are one turn of the model, as they were."""
-    dictation.set(plain.service.tokenizer, f"First:\n{JSON_PARIS}\n{JSON_NOW}")
-    tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    dictation.set(plain.service.tokenizer, f"First:\n{JSON_NOW}\n{JSON_NOW}")
+    tools = [{"type": "function", **tool["function"]} for tool in TOOLS[1:]]
     body = {"tools": tools, "tool_choice": "auto"}
     user = {"role": "user", "content": USER["content"]}
     output = plain.post("/v1/responses", body | {"input": [user]}).json()["output"]
     assert [one["type"] for one in output] == ["message", "function_call", "function_call"]
     results = [
-        {"type": "function_call_output", "call_id": one["call_id"], "output": '{"sky": "fair"}'}
+        {"type": "function_call_output", "call_id": one["call_id"], "output": "6"}
         for one in output[1:]
     ]
     dictation.set(plain.service.tokenizer, "Fair.")
@@ -241,7 +241,7 @@ def test_the_output_of_a_response_is_input_again(plain, dictation):
         {"role": "assistant", "content": text, "tool_calls": calls},
         *({"role": "tool", "tool_call_id": r["call_id"], "content": r["output"]} for r in results),
     ]
-    chat_prompt = plain.post("/tokenize", {"messages": chat, "tools": TOOLS}).json()
+    chat_prompt = plain.post("/tokenize", {"messages": chat, "tools": TOOLS[1:]}).json()
     assert again.json()["usage"]["input_tokens"] == chat_prompt["count"]
     assert again.json()["output"][0]["content"][0]["text"] == "Fair."
 
