@@ -84,9 +84,11 @@ class Conversation:
 
         ValueError says what is wrong with them.
         """
-        messages = [
-            {**one, "role": "system"} if one.get("role") == "developer" else one for one in messages
-        ]
+        if "developer" not in (self._service.template or ""):  # FunctionGemma's knows that role
+            messages = [
+                {**one, "role": "system"} if one.get("role") == "developer" else one
+                for one in messages
+            ]
         form, tools = self._service.tool_format, self._tools
         functions = () if tools is None else tools.functions
         if tools is not None or any("tool_calls" in m or m.get("role") == "tool" for m in messages):
