@@ -219,6 +219,33 @@ def test_a_result_is_a_turn_of_the_user(plain, dictation):
     assert whole(plain, {"messages": messages}) == ("Fair.", [], "stop")
 
 
+def test_the_output_of_a_response_is_input_again(plain, dictation):
+    """Its text and its calls are one turn of the model, as they were."""
+    dictation.set(plain.service.tokenizer, f"First:\n{JSON_NOW}\n{JSON_NOW}")
+    tools = [{"type": "function", **tool["function"]} for tool in TOOLS[1:]]
+    body = {"tools": tools, "tool_choice": "auto"}
+    user = {"role": "user", "content": USER["content"]}
+    output = plain.post("/v1/responses", body | {"input": [user]}).json()["output"]
+    assert [one["type"] for one in output] == ["message", "function_call", "function_call"]
+    results = [
+        {"type": "function_call_output", "call_id": one["call_id"], "output": "6"}
+        for one in output[1:]
+    ]
+    dictation.set(plain.service.tokenizer, "Fair.")
+    again = plain.post("/v1/responses", body | {"input": [user, *output, *results]})
+    assert again.status_code == 200, again.text
+    calls = [{"id": o["call_id"], "type": "function", "function": o} for o in output[1:]]
+    text = output[0]["content"][0]["text"]
+    chat = [
+        USER,
+        {"role": "assistant", "content": text, "tool_calls": calls},
+        *({"role": "tool", "tool_call_id": r["call_id"], "content": r["output"]} for r in results),
+    ]
+    chat_prompt = plain.post("/tokenize", {"messages": chat, "tools": TOOLS[1:]}).json()
+    assert again.json()["usage"]["input_tokens"] == chat_prompt["count"]
+    assert again.json()["output"][0]["content"][0]["text"] == "Fair."
+
+
 def spelt(server, *calls):
     """Calls as the model of this server writes them."""
     opening, closing, quote = MARKS[server.service.tool_format.name]
