@@ -4,6 +4,7 @@ import json
 from itertools import product
 
 import pytest
+from pydantic import ValidationError
 from servers import check_error, wait_until
 
 from gemcut.engine.openai_api.chat import ChatRequest
@@ -29,10 +30,9 @@ WRONG = [
 def test_the_first_errors_of_a_field_are_enough(request_type):
     """4 MB of them took 49 seconds and 5 GB, while every other stream stood still."""
     for name, wrong in product(request_type.model_fields, WRONG):
-        try:
-            request_type.model_validate({name: wrong})
-        except ValueError as error:
-            assert error.error_count() < 100, name
+        with pytest.raises(ValidationError) as refused:
+            request_type.model_validate({name: wrong, "model": 1})
+        assert refused.value.error_count() < 100, name
 
 
 def test_numbers_of_a_large_object_are_all_read(server):
