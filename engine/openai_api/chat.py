@@ -26,7 +26,7 @@ from openai.types.chat.chat_completion_message_function_tool_call import (
 
 from gemcut.engine.openai_api.answer import Answer
 from gemcut.engine.openai_api.conversation import Conversation, read_tools
-from gemcut.engine.openai_api.described import ChatTool, Message, within
+from gemcut.engine.openai_api.described import ArrayOf, ChatTool, Message, within
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.events import TextEvents, event
 from gemcut.engine.openai_api.fields import SamplingFields
@@ -41,18 +41,18 @@ from gemcut.engine.serving.output_queues import AsyncStream
 class ChatRequest(SamplingFields):
     """The body of a request."""
 
-    messages: list[Message]
+    messages: ArrayOf[Message]
     max_tokens: Annotated[int | None, within(1, INT64_MAX)] = None
     max_completion_tokens: Annotated[int | None, within(1, INT64_MAX)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, within(0, MAX_TOP_LOGPROBS)] = None
-    tools: list[ChatTool] | None = None
+    tools: ArrayOf[ChatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: ArrayOf[str] | None = None
 
 
 class ChatAnswer(Answer):

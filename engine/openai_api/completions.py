@@ -8,7 +8,7 @@ from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
 from gemcut.engine.openai_api.answer import Answer
-from gemcut.engine.openai_api.described import within
+from gemcut.engine.openai_api.described import ArrayOf, within
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.events import TextEvents, event
 from gemcut.engine.openai_api.fields import SamplingFields
@@ -29,7 +29,7 @@ MAX_TOKENS = 16  # OpenAI's default
 class CompletionRequest(SamplingFields):
     """The body of a request; a prompt is text or token ids."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | ArrayOf[int] | ArrayOf[str] | ArrayOf[ArrayOf[int]]
     max_tokens: Annotated[int | None, within(0, INT64_MAX)] = None
     echo: bool | None = None  # the prompt goes before the text, and with logprobs its tokens too
     logprobs: Annotated[int | None, within(0, MAX_TOP_LOGPROBS)] = None  # likeliest in each place

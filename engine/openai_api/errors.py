@@ -33,7 +33,7 @@ class ApiError(HTTPException):
     ) -> None:
         self.message = _one_line(message)
         super().__init__(status, self.message)
-        self.param, self.code = param, code
+        self.param, self.code = param and _one_line(param), code
 
     def body(self) -> dict[str, Any]:
         """The JSON object that OpenAI's clients read."""
@@ -79,6 +79,8 @@ def of_validation(problems: Sequence[Any]) -> ApiError:
     where = [str(part) for part in first["loc"] if part != "body"]
     if first["type"].startswith("json_invalid"):
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
+    if first["type"] == "model_attributes_type" and not where:
+        return ApiError(400, "the body is no JSON object, or its Content-Type is not that of JSON")
     param = ".".join(where) or None
     what = re.sub(r"^Value error, ", "", first["msg"])
     return ApiError(400, f"{param}: {what}" if param else f"the body: {what}", param=param)

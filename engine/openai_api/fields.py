@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gemcut.engine.openai_api.described import StructuredOutputs, within
+from gemcut.engine.openai_api.described import ArrayOf, MapOf, StructuredOutputs, within
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.requests.sampling_params import (
     INT64_MAX,
@@ -50,6 +50,7 @@ REFUSED = {
 }
 # entries of what is looked at again for each token
 LONGEST = {"stop": 64, "stop_token_ids": 1024, "bad_words": 1024}
+MOST_NAMED = 32  # fields of a request in the access log
 # between the tokens of JSON: without a bound a weak model goes on with spaces to its length
 WHITESPACE = r"[ \t\r\n]{0,20}"
 SHARED = frozenset(field.name for field in fields(SamplingParams))
@@ -92,17 +93,17 @@ class SamplingFields(BaseModel):
     top_k: Annotated[int | None, within(-1, INT64_MAX)] = None
     min_p: Annotated[float | None, within(0, 1)] = None
     seed: Annotated[int | None, within(-INT64_MAX - 1, INT64_MAX)] = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | ArrayOf[str] | None = None
+    stop_token_ids: ArrayOf[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int | None, within(0, MAX_MIN_TOKENS)] = None
     presence_penalty: Annotated[float | None, within(-LIMIT, LIMIT)] = None
     frequency_penalty: Annotated[float | None, within(-LIMIT, LIMIT)] = None
     repetition_penalty: Annotated[float | None, within(0, LIMIT)] = None
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    logit_bias: MapOf[float] | None = None
+    bad_words: ArrayOf[str] | None = None
+    allowed_token_ids: ArrayOf[int] | None = None
     skip_special_tokens: bool | None = None
     prompt_lookup_num_tokens: Annotated[int | None, within(0, MAX_DRAFT)] = None
     response_format: ResponseFormat | None = None
@@ -124,7 +125,7 @@ class SamplingFields(BaseModel):
             raise ApiError(400, f"n {self.n} is more than the {max_n} of this server", param="n")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream", param="stream_options")
-        return sorted(unknown)
+        return _shown(sorted(unknown))
 
     @property
     def wants_usage(self) -> bool:
@@ -159,6 +160,13 @@ class SamplingFields(BaseModel):
                 raise ApiError(400, f"{where} is missing", param=where)
             return schema_constraint(stated.json_schema)
         return None
+
+
+def _shown(names: list[str]) -> list[str]:
+    """Names for a line of the log, however many a client sends and however long they are."""
+    shown = [name if len(name) <= 64 else f"{name[:61]}..." for name in names[:MOST_NAMED]]
+    more = len(names) - len(shown)
+    return [*shown, f"and {more} more"] if more else shown
 
 
 def json_object_constraint() -> StructuredOutputsParams:

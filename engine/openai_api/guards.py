@@ -136,7 +136,7 @@ class _Exchange:
         facts: Mapping[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "client": client[0],
-            "method": self.scope["method"],
+            "method": self.scope["method"][:20],
             "path": self.scope["path"][:200],
             "status": self._status,
             "ms": round(1e3 * seconds, 1),

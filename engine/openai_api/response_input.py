@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from gemcut.engine.openai_api.described import Item, ResponseTool, within
+from gemcut.engine.openai_api.described import ArrayOf, Item, MapOf, ResponseTool, within
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.fields import (
     SamplingFields,
@@ -35,16 +35,16 @@ class TextFormat(BaseModel):
 class ResponseRequest(SamplingFields):
     """The body of a request; None is the model's own setting."""
 
-    input: str | list[Item]
+    input: str | ArrayOf[Item]
     instructions: str | None = None
     max_output_tokens: Annotated[int | None, within(1, INT64_MAX)] = None
     top_logprobs: Annotated[int | None, within(0, MAX_TOP_LOGPROBS)] = None
-    include: list[str] | None = None
+    include: ArrayOf[str] | None = None
     text: TextFormat | None = None
-    tools: list[ResponseTool] | None = None
+    tools: ArrayOf[ResponseTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: MapOf[str] | None = None
     truncation: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gemcut.engine.checks import check_int
 from gemcut.engine.openai_api.conversation import Conversation, read_tools
-from gemcut.engine.openai_api.described import ChatTool, Message
+from gemcut.engine.openai_api.described import ArrayOf, ChatTool, Message
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.requests.prompts import encode_conversation
@@ -18,11 +18,11 @@ class TokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: ArrayOf[Message] | None = None
     add_special_tokens: bool = True  # of a text: BOS
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    tools: list[ChatTool] | None = None
+    tools: ArrayOf[ChatTool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
@@ -32,7 +32,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     model: str | None = None
-    tokens: list[int]
+    tokens: ArrayOf[int]
 
 
 def tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any]:
