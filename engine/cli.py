@@ -25,6 +25,12 @@ from gemcut.engine.cli_options import (
 
 INTERRUPTED = 128 + 2  # a shell's exit codes for a program killed by SIGINT or SIGPIPE
 PIPE_CLOSED = 128 + 13
+OTHER_NAMES = {  # in other servers' commands
+    "--max-model-len": "--max-seq-len",
+    "--ctx-size": "--max-seq-len",
+    "--max-num-seqs": "--max-batch-size",
+    "--parallel": "--max-batch-size",
+}
 
 EPILOG = """\
 exit codes: 0 fine, 1 an error (one line on standard error), 2 wrong usage, 130 after Ctrl-C,
@@ -65,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     try:
         try:
-            return _run(_parser().parse_args(argv))
+            return _run(_parse(argv))
         finally:
             sys.stdout.flush()  # here, not at the interpreter's exit, so that a failure is seen
     except KeyboardInterrupt:
@@ -80,6 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gemcut: error: {reason}", file=sys.stderr)
         _drop_output()
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; unknown ones end the process with the usage of their own command."""
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        hint = f"; it is {OTHER_NAMES[name]} here" if name in OTHER_NAMES else ""
+        args.refuse(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -132,9 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, summary: str, description: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+        added = commands.add_parser(
             name, help=summary, description=description, epilog=EPILOG, allow_abbrev=False
         )
+        added.set_defaults(refuse=added.error)
+        return added
 
     generate = command("generate", "continue a prompt", GENERATE)
     generate.add_argument(

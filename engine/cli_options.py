@@ -95,7 +95,7 @@ def add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--dtype",
         default="auto",
-        help="bfloat16, float32 (default: bfloat16 on cuda, else float32)",
+        help="bfloat16, float32 (default: bfloat16 on cuda and of quantised weights, else float32)",
     )
     group.add_argument(
         "--quantization",
@@ -181,7 +181,8 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         "--served-model-name",
         action="append",
         metavar="NAME",
-        help="what requests call the model; may be given several times (default: MODEL)",
+        help="what requests call the model; may be given several times (default: MODEL, of a path "
+        "its last part)",
     )
     group.add_argument(
         "--allowed-origin",

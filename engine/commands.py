@@ -82,6 +82,7 @@ def serve(args: argparse.Namespace) -> int:
         ) from None
     settings = server.settings_of(args)
     with server.bind(args.host, args.port) as bound:
+        note(f"loading {args.model}")
         engine = _engine(args, max_batch_size=args.max_batch_size, max_waiting=args.max_waiting)
         if args.warmup:
             server.warm_up(engine)

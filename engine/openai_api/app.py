@@ -111,6 +111,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
         """The text of ids."""
         return JSONResponse(await asyncio.to_thread(detokenize, service, body))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """200 while requests are taken."""
@@ -127,6 +128,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
 
     page = files("gemcut.engine.openai_api").joinpath("page.html").read_text()
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def chat_page() -> HTMLResponse:
         """A page to chat on."""

@@ -8,6 +8,7 @@ from typing import Any
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.openai_api.tool_calls import ToolCall, ToolCallParser
+from gemcut.engine.requests.request_builder import PromptTooLongError
 from gemcut.engine.requests.sampling_params import SamplingParams
 from gemcut.engine.serving.output_queues import AsyncStream
 
@@ -100,7 +101,7 @@ class Conversation:
         if given.get("continue_final_message"):
             given.setdefault("add_generation_prompt", False)
         given["chat_template"] = settings.chat_template
-        given["merge_system"] = settings.merge_system
+        given["merge_system"] = self._service.merges_system
         return messages, given
 
     def stream(
@@ -110,7 +111,16 @@ class Conversation:
         messages, given = self.prepare(messages, **template)
         if self._tools is not None:
             params = self._with_tools(params, self._tools)
-        return self._service.engine.achat_stream(messages, params, **given)
+        try:
+            return self._service.engine.achat_stream(messages, params, **given)
+        except PromptTooLongError:
+            raise
+        except ValueError as error:
+            is_refused = any(one.get("role") == "system" for one in messages)
+            if self._service.merges_system or not is_refused:
+                raise
+            hint = "where it is the system message, start the server with --merge-system"
+            raise ValueError(f"{error}; {hint}") from error
 
     def _with_tools(self, params: SamplingParams, tools: Tools) -> SamplingParams:
         """Settings that show calls as they are written, and force them where they must be."""

@@ -51,8 +51,6 @@ REFUSED = {
 # entries of what is looked at again for each token
 LONGEST = {"stop": 64, "stop_token_ids": 1024, "bad_words": 1024}
 MOST_NAMED = 32  # fields of a request in the access log
-# between the tokens of JSON: without a bound a weak model goes on with spaces to its length
-WHITESPACE = r"[ \t\r\n]{0,20}"
 SHARED = frozenset(field.name for field in fields(SamplingParams))
 
 
@@ -152,7 +150,7 @@ class SamplingFields(BaseModel):
         if self.structured_outputs is not None:
             return read_structured_outputs(self.structured_outputs)
         if kind == "json_object":
-            return json_object_constraint()
+            return StructuredOutputsParams(json_object=True)
         if kind == "json_schema":
             stated = self.response_format.json_schema  # type: ignore[union-attr]
             if stated is None or stated.json_schema is None:
@@ -169,18 +167,13 @@ def _shown(names: list[str]) -> list[str]:
     return [*shown, f"and {more} more"] if more else shown
 
 
-def json_object_constraint() -> StructuredOutputsParams:
-    """Text that is a JSON object."""
-    return StructuredOutputsParams(json_object=True, whitespace_pattern=WHITESPACE)
-
-
 def schema_constraint(schema: Mapping[str, Any] | bool) -> StructuredOutputsParams:
     """Text that is JSON by this schema; `true` is any."""
     if isinstance(schema, bool):
         if not schema:
             raise ApiError(400, "the schema false allows no text")
         schema = {}
-    return StructuredOutputsParams(json=dict(schema), whitespace_pattern=WHITESPACE)
+    return StructuredOutputsParams(json=dict(schema))
 
 
 def read_structured_outputs(given: Mapping[str, Any]) -> StructuredOutputsParams:

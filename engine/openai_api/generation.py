@@ -23,6 +23,7 @@ class Generation:
         self._places = {one.request_id: place for place, one in enumerate(stream.requests)}
         self._started = time.perf_counter()
         self._last: dict[int, float] = {}  # when a choice got its last token
+        self._told = 0  # tokens of the deltas so far; the engine may be further
         self._first: list[Delta] = []  # a delta that `begin` has taken
         stream.start()
 
@@ -48,6 +49,7 @@ class Generation:
             async for delta in self._all():
                 choice = self._places[delta.request_id] * self._n + delta.index
                 if delta.token_ids:
+                    self._told += len(delta.token_ids)
                     self._observe(choice)
                 yield choice, delta
         finally:
@@ -77,12 +79,8 @@ class Generation:
 
     def _counts(self) -> tuple[int, int, int]:
         firsts = [request.sequences[0] for request in self._stream.requests]
-        sequences = [one for request in self._stream.requests for one in request.sequences]
-        return (
-            sum(len(first.prompt_ids) for first in firsts),
-            sum(first.reused for first in firsts),
-            sum(len(one.output_ids) for one in sequences),
-        )
+        asked = sum(len(first.prompt_ids) for first in firsts)
+        return asked, sum(first.reused for first in firsts), self._told
 
     def _observe(self, choice: int) -> None:
         now = time.perf_counter()

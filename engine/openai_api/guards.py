@@ -20,6 +20,7 @@ from gemcut.engine.openai_api.service import ClientLeft, Service
 
 OPEN_PATHS = ("/", "/health", "/favicon.ico")  # asked for without a key
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+WATCHED = ("/health", "/metrics")  # asked for all the time: logged where they fail
 CLIENT_LEFT = 499  # as nginx logs it
 access_log = logging.getLogger("gemcut.access")
 
@@ -141,5 +142,7 @@ class _Exchange:
             "status": self._status,
             "ms": round(1e3 * seconds, 1),
         }
+        if self._status == 200 and path in WATCHED:
+            return
         told = {name: value for name, value in self.line.items() if value not in (None, [])}
         access_log.info(json.dumps({**facts, **told}))

@@ -8,7 +8,6 @@ from gemcut.engine.openai_api.described import ArrayOf, Item, MapOf, ResponseToo
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.fields import (
     SamplingFields,
-    json_object_constraint,
     read_structured_outputs,
     schema_constraint,
 )
@@ -77,7 +76,7 @@ class ResponseRequest(SamplingFields):
         if self.structured_outputs is not None:
             raise ApiError(400, "text.format and structured_outputs are two forms of an answer")
         if kind == "json_object":
-            return json_object_constraint()
+            return StructuredOutputsParams(json_object=True)
         schema = form.get("schema")
         if kind != "json_schema" or not isinstance(schema, dict | bool):
             message = "text.format is neither text, json_object nor json_schema with a schema"

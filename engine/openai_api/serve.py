@@ -19,6 +19,8 @@ from gemcut.engine.openai_api.app import create_app
 from gemcut.engine.openai_api.service import Service
 from gemcut.engine.openai_api.settings import ServerSettings
 from gemcut.engine.placement import in_temporary_thread
+from gemcut.engine.requests.sampling_params import INT64_MAX
+from gemcut.engine.terminal import note
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_HEADERS = 64 * 1024  # bytes of a request's line and headers
@@ -34,6 +36,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service, self._grace = service, grace
         self._deadline = float("inf")
+        self._said = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -42,6 +45,9 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         service = self._service
+        if service.is_draining and not self._said:
+            self._said = True
+            note(f"shutting down; open requests: {service.open_requests}")
         if service.is_draining and service.open_requests == 0:
             self.should_exit = True
         if time.monotonic() >= self._deadline:
@@ -52,6 +58,7 @@ class DrainingServer(uvicorn.Server):
 
 def settings_of(args: argparse.Namespace) -> ServerSettings:
     """The settings of the command line; ValueError names a bad one."""
+    check_int("max_waiting", args.max_waiting, 0, INT64_MAX)  # before a model is loaded
     key = os.environ.get("GEMCUT_API_KEY")
     template = args.chat_template
     name = Path(args.model).name if Path(args.model).exists() else args.model
@@ -87,9 +94,9 @@ def run(engine: Engine, settings: ServerSettings, bound: socket.socket, grace: f
     _log_to_standard_error()
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    _note(f"{', '.join(settings.model_names)}: {_sizes(engine)}; {address}")
+    note(f"{', '.join(settings.model_names)}: {_sizes(engine)}; {address}")
     if host not in LOOPBACK and not settings.api_keys:
-        _note(f"warning: whoever reaches {host} may use this server; --api-key asks for a key")
+        note(f"warning: whoever reaches {host} may use this server; --api-key asks for a key")
     try:
         DrainingServer(server_config(app), app.state.service, grace).run([bound])
     finally:
@@ -141,7 +148,3 @@ def _log_to_standard_error() -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logging.getLogger("gemcut.access").setLevel(logging.INFO)
-
-
-def _note(text: str) -> None:
-    print(f"gemcut: {text}", file=sys.stderr, flush=True)

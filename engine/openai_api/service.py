@@ -40,6 +40,8 @@ class Service:
         self.is_draining = False  # new requests are refused while those that run end
         self.open_requests = 0
         self.template = settings.chat_template or default_template(engine.tokenizer)
+        # Gemma's own turns, of checkpoints without a template, have no place for a system message
+        self.merges_system = settings.merge_system or self.template is None
         self.tool_format = choose_tool_format(engine.tokenizer, self.template)
 
     def model_name(self, wanted: str | None) -> str:

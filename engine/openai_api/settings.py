@@ -27,7 +27,7 @@ class ServerSettings:
             for text in getattr(self, name):
                 if not isinstance(text, str) or not text.strip() or not text.isprintable():
                     shown = "" if name == "api_keys" else f" {shorten(text)}"
-                    raise ValueError(f"{name}: a value{shown} is not a line of text")
+                    raise ValueError(f"{name}: a value{shown} is empty or no line of text")
         check_int("max_body_bytes", self.max_body_bytes, 1024, INT64_MAX)
         check_int("max_streams", self.max_streams, 1, INT64_MAX)
         check_int("max_n", self.max_n, 1, MAX_N)

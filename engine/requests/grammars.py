@@ -36,6 +36,8 @@ TOO_MUCH = "it takes too much time or memory to compile"
 PROBE_SECONDS = 1  # of a processor, for any other grammar
 PATIENCE = 5  # seconds, where other programs use the processors too
 SOON = 0.001  # seconds; masks that are not filled by then are filled in threads
+# between the tokens of JSON: without a bound a weak model finds no end of it
+WHITESPACE = r"( |\n[ \t]{0,16})?"
 MOST = 180  # characters of a reason
 PLACE = re.compile(r"(at )?\d+\(\d+\): ")  # in a Lark grammar
 STUCK = "the text cannot go on in its grammar"
@@ -173,10 +175,10 @@ class _Tokens:
 def _llguidance():
     try:
         import llguidance
-    except ImportError as error:
+    except ImportError:
         raise ValueError(
             "structured_outputs needs the package llguidance: pip install llguidance"
-        ) from error
+        ) from None
     return llguidance
 
 
@@ -194,9 +196,10 @@ def _grammar_text(params: StructuredOutputsParams) -> str:
     if params.choice is not None:  # as a terminal: any number of them is one symbol
         texts = " | ".join(map(json.dumps, dict.fromkeys(params.choice)))
         return matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
-    options: JsonCompileOptions = {"whitespace_flexible": not params.disable_any_whitespace}
-    if params.whitespace_pattern is not None:
-        options["whitespace_pattern"] = params.whitespace_pattern
+    options: JsonCompileOptions = {"whitespace_flexible": False}
+    if not params.disable_any_whitespace:
+        pattern = params.whitespace_pattern
+        options = {"whitespace_pattern": WHITESPACE if pattern is None else pattern}
     schema: Any = params.json if params.json is not None else '{"type": "object"}'
     try:
         return matcher.grammar_from_json_schema(schema, overrides=options)
@@ -209,7 +212,8 @@ def _is_harmless(params: StructuredOutputsParams, text: str) -> bool:
 
     Rules of a grammar, and patterns that a text must match all at once, multiply.
     """
-    multiplies = params.json is not None and any(name in text for name in MULTIPLY)
+    schema = params.json if isinstance(params.json, str) else ""
+    multiplies = params.whitespace_pattern is not None or any(name in schema for name in MULTIPLY)
     return params.grammar is None and len(text) <= HARMLESS and not multiplies
 
 

@@ -25,7 +25,8 @@ class StructuredOutputsParams:
     grammar: str | None = None  # Lark's syntax, with llguidance's additions, or GBNF
     json_object: bool | None = None  # any JSON object
     disable_any_whitespace: bool = False  # JSON without spaces and newlines between its tokens
-    whitespace_pattern: str | None = None  # or with what this regular expression matches
+    whitespace_pattern: str | None = None  # or with what this regular expression matches; without
+    # either, one space, or a newline and an indentation
 
     def __post_init__(self) -> None:
         if self.json_object is not None:

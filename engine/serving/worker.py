@@ -88,10 +88,19 @@ class Worker:
             )
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Queue all of these, or none: QueueFullError where they do not fit."""
+        """Queue all of these, or none.
+
+        QueueFullError where they do not fit now, ValueError where they never would.
+        """
         self.check_open()
         count = sum(len(request.sequences) for request in requests)
         with self._lock:
+            slots = self._loop.scheduler.num_slots
+            if self._max_waiting is not None and count > slots + self._max_waiting:
+                raise ValueError(
+                    f"{count} completions at once are more than the {slots} slots and "
+                    f"max_waiting {self._max_waiting} ever have room for"
+                )
             room = self._loop.scheduler.free_slots - self.waiting
             if self._max_waiting is not None and count > room + self._max_waiting:
                 raise QueueFullError(

@@ -38,6 +38,15 @@ def test_wrong_usage_exits_with_2(run, arguments):
     assert err.startswith("usage: gemcut")
 
 
+def test_an_unknown_option_shows_its_command_and_what_it_is_called_here(run):
+    code, out, err = run("serve", "demo", "--max-model-len", "512")
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: gemcut serve ")
+    assert err.endswith(
+        "error: unrecognized arguments: --max-model-len 512; it is --max-seq-len here\n"
+    )
+
+
 def test_help_names_the_defaults_and_does_not_wait_for_torch():
     code = (
         "import sys; from gemcut.engine.cli import main\n"

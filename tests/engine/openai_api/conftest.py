@@ -16,7 +16,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def server(demo):
-    with serving(demo, merge_system=True) as server:
+    with serving(demo) as server:
         yield server
 
 

@@ -4,7 +4,7 @@ import json
 import socket
 
 import pytest
-from servers import check_error, wait_until
+from servers import check_error, serving, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 PATHS = {
@@ -27,6 +27,7 @@ CASES = [
     ("completions", {"prompt": [-1]}, 400, "token id -1"),
     ("completions", {"prompt": [10**30]}, 400, "prompt"),
     ("completions", {"prompt": ["x"] * 65}, 400, "65 prompts are more than the 64"),
+    ("completions", {"prompt": ["x"] * 64, "n": 5}, 400, "320 completions at once are more than"),
     ("completions", {"prompt": "x " * 600}, 400, "a slot holds"),
     ("completions", {"prompt": "x", "model": "gpt"}, 404, "the model 'gpt' is not served here"),
     ("completions", {"prompt": "x", "max_tokens": -1}, 400, "max_tokens -1"),
@@ -153,3 +154,18 @@ def test_headers_are_bounded(server):
             answer = b""
     assert not answer or b" 400 " in answer or b" 431 " in answer
     assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_template_that_refuses_a_system_message_says_what_helps(demo):
+    template = """
+        {%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}
+        {{- messages[0]['content'] }}
+    """
+    messages = [{"role": "system", "content": "Be short."}, *CHAT["messages"]]
+    for merges, status in ((False, 400), (True, 200)):
+        with serving(demo, chat_template=template, merge_system=merges) as server:
+            response = server.post("/v1/chat/completions", CHAT | {"messages": messages})
+            assert response.status_code == status, response.text
+            if not merges:
+                check_error(response, 400, "no system role")
+                assert "--merge-system" in response.text

@@ -73,7 +73,8 @@ def test_it_says_what_it_serves_and_ends_when_asked_to():
     arguments = ("--served-model-name", "small", "--max-batch-size", "2", "--no-warmup")
     with serve(*arguments, GEMCUT_API_KEY="secret") as process:
         served = Served(process)
-        (line,) = served.lines
+        loading, line = served.lines
+        assert loading == "gemcut: loading demo\n"
         assert re.fullmatch(
             r"gemcut: small: 4 million parameters, float32 on cpu, 2 slots of 512 tokens, "
             r"0\.\d\d GB; http://127\.0\.0\.1:\d+/v1\n",
@@ -86,7 +87,9 @@ def test_it_says_what_it_serves_and_ends_when_asked_to():
             assert client.post("/v1/completions", json=asked, headers=key).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert served.ended() == 0
-        assert [json.loads(line)["status"] for line in served.lines[1:]] == [401, 200]
+        *answers, last = served.lines[2:]
+        assert [json.loads(line)["status"] for line in answers] == [401, 200]
+        assert last == "gemcut: shutting down; open requests: 0\n"
 
 
 def test_running_answers_end_and_new_ones_are_refused():
@@ -137,7 +140,7 @@ def test_an_address_in_use_is_found_before_the_model_is_loaded(run):
         (("--port", "70000"), "port 70000 is outside 0..65535"),
         (("--max-n", "0"), "max_n 0 is outside 1..1024"),
         (("--max-streams", "-1"), "max_streams -1 is outside"),
-        (("--api-key", " "), "api_keys: a value is not a line of text"),
+        (("--api-key", " "), "api_keys: a value is empty or no line of text"),
         (("--host", "not an address"), "not an address"),
         (("--chat-template", "/nowhere/x.jinja"), "/nowhere/x.jinja"),
         (("--max-waiting", "-1", "--port", "0"), "max_waiting -1 is outside"),
