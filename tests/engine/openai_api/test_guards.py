@@ -24,6 +24,16 @@ def test_a_key_is_asked_for(demo):
         assert client.get("/health").status_code == 200
 
 
+def test_a_key_may_have_any_letters(demo):
+    """A browser writes them in Latin-1, and others in UTF-8."""
+    with serving(demo, api_keys=("schlüssel",)) as server, server.client() as client:
+        for coding in ("utf-8", "latin-1"):
+            headers = [(b"authorization", "Bearer schlüssel".encode(coding))]
+            assert client.get("/v1/models", headers=headers).status_code == 200
+        wrong = [(b"authorization", b"Bearer schl\xffssel")]
+        assert client.get("/v1/models", headers=wrong).status_code == 401
+
+
 def test_other_sites_may_not_ask_unless_they_are_named(server, demo):
     preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
     with server.client() as client:
