@@ -3,6 +3,7 @@
 Plain ASGI: nothing is put between a stream and its socket.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -46,7 +47,7 @@ class Guard:
         if scope["method"] != "OPTIONS" and path not in OPEN_PATHS:
             self._check_key(headers)
         limit = service.settings.max_body_bytes
-        limited = _Limited(receive, limit, exchange.line)
+        limited = _Limited(receive, limit, service.settings.max_body_seconds, exchange.line)
         length = headers.get("content-length", "0")
         if not length.isdigit() or len(length) > 18 or int(length) > limit:
             raise ApiError(413, f"the body is larger than the {limit} bytes of this server")
@@ -79,14 +80,27 @@ class Guard:
 
 
 class _Limited:
-    """`receive` that refuses a body as soon as it is too large; the log gets its size."""
+    """`receive` that refuses a body as soon as it is too large or too late; the log has its size.
 
-    def __init__(self, receive: Receive, limit: int, line: dict[str, Any]) -> None:
+    A client that sends half a body and stays would hold one of the places for ever.
+    """
+
+    def __init__(self, receive: Receive, limit: int, seconds: float, line: dict[str, Any]) -> None:
         self._receive, self._limit, self._line = receive, limit, line
+        self._seconds, self._deadline = seconds, time.monotonic() + seconds
+        self._is_complete = False
         line["body_bytes"] = 0
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        if self._is_complete:  # what comes is the client's leave
+            return await self._receive()
+        try:
+            left = self._deadline - time.monotonic()
+            message = await asyncio.wait_for(self._receive(), max(left, 0))
+        except TimeoutError:
+            what = f"the body did not arrive within the {self._seconds:g} seconds of this server"
+            raise ApiError(408, what) from None
+        self._is_complete = not message.get("more_body", False)
         if message["type"] == "http.request":
             self._line["body_bytes"] += len(message.get("body", b""))
             if self._line["body_bytes"] > self._limit:
