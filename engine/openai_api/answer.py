@@ -21,6 +21,7 @@ class Answer(ABC):
 
     generation: Generation
     end = DONE  # what follows the last event
+    compiles: bool  # whether a grammar is compiled for it
 
     def __init__(self, service: Service, log: dict[str, Any]) -> None:
         self.service, self.log = service, log
@@ -39,7 +40,7 @@ class Answer(ABC):
 
     async def begin(self) -> None:
         """Queue it, and wait for the first token: what fails before has a status of its own."""
-        self.generation = await self.service.open(self.build, self.log)
+        self.generation = await self.service.open(self.build, self.log, compiles=self.compiles)
         await self.generation.begin()
 
     async def whole(self) -> str:

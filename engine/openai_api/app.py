@@ -1,6 +1,5 @@
 """The FastAPI application: paths, and what stands behind each."""
 
-import asyncio
 from importlib.resources import files
 from typing import Any
 
@@ -102,14 +101,16 @@ def _add_others(app: FastAPI, service: Service) -> None:
         return JSONResponse(_model(service, service.model_name(name)))
 
     @app.post("/tokenize")
-    async def tokenized(body: TokenizeRequest) -> JSONResponse:
+    async def tokenized(request: Request, body: TokenizeRequest) -> JSONResponse:
         """The ids of a text or a conversation."""
-        return JSONResponse(await asyncio.to_thread(tokenize, service, body))
+        return JSONResponse(await service.in_thread(lambda: tokenize(service, body), _log(request)))
 
     @app.post("/detokenize")
-    async def detokenized(body: DetokenizeRequest) -> JSONResponse:
+    async def detokenized(request: Request, body: DetokenizeRequest) -> JSONResponse:
         """The text of ids."""
-        return JSONResponse(await asyncio.to_thread(detokenize, service, body))
+        return JSONResponse(
+            await service.in_thread(lambda: detokenize(service, body), _log(request))
+        )
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

@@ -75,6 +75,7 @@ class ChatAnswer(Answer):
         check_top_logprobs(request.top_logprobs)
         tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
         self._conversation = Conversation(service, tools)
+        self.compiles = request.has_form or (tools is not None and tools.is_forced)
         self._calls: Counter[int] = Counter()  # of each choice so far
         self._write = TextEvents(
             lambda choice, text: self._chunk(choice, ChoiceDelta(content=text))

@@ -44,6 +44,7 @@ class CompletionAnswer(Answer):
         self._id, self._created = f"cmpl-{log['id']}", int(time.time())
         self._model = service.model_name(request.model)
         self._ends: dict[int, int] = {}  # characters of each choice's tokens so far
+        self.compiles = request.has_form
         log["ignored"] = request.check(service.settings.max_n)
         check_top_logprobs(request.logprobs, "logprobs")
         if (request.model_extra or {}).get("add_special_tokens") is False:

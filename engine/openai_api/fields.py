@@ -142,6 +142,12 @@ class SamplingFields(BaseModel):
         given = {name: value for name, value in (given | others).items() if value is not None}
         return replace(defaults, **given)
 
+    @property
+    def has_form(self) -> bool:
+        """Whether the answer's text must be of a form."""
+        form = self.response_format
+        return self.structured_outputs is not None or (form is not None and form.type != "text")
+
     def constraint(self) -> StructuredOutputsParams | None:
         """What the answer's text must be, of the two ways to say it."""
         kind = "text" if self.response_format is None else self.response_format.type

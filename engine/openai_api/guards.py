@@ -3,6 +3,7 @@
 Plain ASGI: nothing is put between a stream and its socket.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -30,7 +31,9 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
-        self._keys = [key.encode() for key in service.settings.api_keys]
+        # as curl sends them, and as a browser does
+        spelt = ((key, code) for key in service.settings.api_keys for code in ("utf-8", "latin-1"))
+        self._keys = [key.encode(code, "backslashreplace") for key, code in spelt]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -45,11 +48,12 @@ class Guard:
         if scope["method"] != "OPTIONS" and path not in OPEN_PATHS:
             self._check_key(headers)
         limit = service.settings.max_body_bytes
+        limited = _Limited(receive, limit, service.settings.max_body_seconds, exchange.line)
         length = headers.get("content-length", "0")
         if not length.isdigit() or len(length) > 18 or int(length) > limit:
             raise ApiError(413, f"the body is larger than the {limit} bytes of this server")
         if path not in GENERATING:
-            await self._app(scope, _Limited(receive, limit), exchange.send)
+            await self._app(scope, limited, exchange.send)
             return
         if service.is_draining:
             raise ApiError(503, "the server is shutting down")
@@ -59,7 +63,7 @@ class Guard:
         service.open_requests += 1
         service.metrics.open_requests.inc()
         try:
-            await self._app(scope, _Limited(receive, limit), exchange.send)
+            await self._app(scope, limited, exchange.send)
         finally:
             service.open_requests -= 1
             service.metrics.open_requests.dec()
@@ -71,22 +75,36 @@ class Guard:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
-        spelt = given.strip().encode()
+        spelt = given.strip(" \t").encode("latin-1")
         if not any(hmac.compare_digest(spelt, key) for key in self._keys):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
 
 class _Limited:
-    """`receive` that refuses a body as soon as it is too large."""
+    """`receive` that refuses a body as soon as it is too large or too late; the log has its size.
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive, self._left, self._limit = receive, limit, limit
+    A client that sends half a body and stays would hold one of the places for ever.
+    """
+
+    def __init__(self, receive: Receive, limit: int, seconds: float, line: dict[str, Any]) -> None:
+        self._receive, self._limit, self._line = receive, limit, line
+        self._seconds, self._deadline = seconds, time.monotonic() + seconds
+        self._is_complete = False
+        line["body_bytes"] = 0
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        if self._is_complete:  # what comes is the client's leave
+            return await self._receive()
+        try:
+            left = self._deadline - time.monotonic()
+            message = await asyncio.wait_for(self._receive(), max(left, 0))
+        except TimeoutError:
+            what = f"the body did not arrive within the {self._seconds:g} seconds of this server"
+            raise ApiError(408, what) from None
+        self._is_complete = not message.get("more_body", False)
         if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            if self._left < 0:
+            self._line["body_bytes"] += len(message.get("body", b""))
+            if self._line["body_bytes"] > self._limit:
                 raise ApiError(
                     413, f"the body is larger than the {self._limit} bytes of this server"
                 )

@@ -66,6 +66,10 @@ class ResponseRequest(SamplingFields):
         form = None if self.text is None else self.text.format
         return {"type": "text"} if form is None else form
 
+    @property
+    def has_form(self) -> bool:
+        return self.structured_outputs is not None or self.form().get("type") != "text"
+
     def constraint(self) -> StructuredOutputsParams | None:
         """What the answer's text must be, of the two ways to say it."""
         form = self.form()

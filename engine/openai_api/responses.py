@@ -46,6 +46,7 @@ class ResponseAnswer(Answer):
         self._wants_logprobs = LOGPROBS in (request.include or []) or bool(top)
         tools = read_tools(request.chat_tools(), request.tool_choice, request.parallel_tool_calls)
         self._conversation = Conversation(service, tools)
+        self.compiles = request.has_form or (tools is not None and tools.is_forced)
         self._output: list[Item] = []  # complete items
         self._numbers = 0  # events so far
         try:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -19,6 +20,7 @@ from gemcut.tokenizer import Tokenizer
 from gemcut.tokenizer.chat import default_template
 
 T = TypeVar("T")
+LARGE = 64 * 1024  # bytes of a body whose text takes tens of milliseconds to encode
 server_log = logging.getLogger("gemcut.server")
 
 
@@ -39,6 +41,9 @@ class Service:
         self.started = int(time.time())
         self.is_draining = False  # new requests are refused while those that run end
         self.open_requests = 0
+        # for what takes seconds: small requests go past it, and a token waits for Python's lock
+        # behind two threads, not behind six (16 ms, not 320, while six texts of 4 MB are encoded)
+        self._heavy = ThreadPoolExecutor(2, "gemcut-heavy")
         self.template = settings.chat_template or default_template(engine.tokenizer)
         # Gemma's own turns, of checkpoints without a template, have no place for a system message
         self.merges_system = settings.merge_system or self.template is None
@@ -52,9 +57,18 @@ class Service:
         message = f"the model {wanted[:100]!r} is not served here; {names[0]!r} is"
         raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def open(self, build: Callable[[], AsyncStream], log: dict[str, Any]) -> Generation:
-        """Queue what `build` makes, in a thread, as it encodes text and compiles grammars."""
-        return Generation(await asyncio.to_thread(build), self.metrics, log)
+    async def open(
+        self, build: Callable[[], AsyncStream], log: dict[str, Any], *, compiles: bool
+    ) -> Generation:
+        """Queue what `build` makes: it encodes text, and where it `compiles`, a grammar."""
+        return Generation(await self.in_thread(build, log, heavy=compiles), self.metrics, log)
+
+    async def in_thread(
+        self, work: Callable[[], T], log: dict[str, Any], *, heavy: bool = False
+    ) -> T:
+        """What `work` returns; heavy work, and that of a large body, waits its turn."""
+        thread = self._heavy if heavy or log["body_bytes"] > LARGE else None
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
     def explain(self, error: Exception, line: dict[str, Any]) -> ApiError:
         """What a client is told of an error; the log has what it is not told."""

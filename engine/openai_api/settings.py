@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from gemcut.engine.checks import check_bool, check_int, shorten
-from gemcut.engine.requests.sampling_params import INT64_MAX, MAX_N
+from gemcut.engine.checks import check_bool, check_int, check_number, shorten
+from gemcut.engine.requests.sampling_params import INT64_MAX, LIMIT, MAX_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()  # one of them is asked for, if there are any
     allowed_origins: tuple[str, ...] = ()  # of pages on other sites; "*" is any
     max_body_bytes: int = 4 * 1024 * 1024
+    max_body_seconds: float = 60  # from a request's headers to the end of its body
     max_streams: int = 256  # requests that run or wait at once; more get 429
     max_n: int = 16  # completions of one prompt
     max_prompts: int = 64  # prompts of one request
@@ -29,6 +30,7 @@ class ServerSettings:
                     shown = "" if name == "api_keys" else f" {shorten(text)}"
                     raise ValueError(f"{name}: a value{shown} is empty or no line of text")
         check_int("max_body_bytes", self.max_body_bytes, 1024, INT64_MAX)
+        check_number("max_body_seconds", self.max_body_seconds, above=0, below=LIMIT)
         check_int("max_streams", self.max_streams, 1, INT64_MAX)
         check_int("max_n", self.max_n, 1, MAX_N)
         check_int("max_prompts", self.max_prompts, 1, INT64_MAX)

@@ -1,6 +1,7 @@
 """What stands before the application: keys, origins, ids, limits, the log and the metrics."""
 
 import json
+import socket
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,6 +23,16 @@ def test_a_key_is_asked_for(demo):
                 assert client.post("/v1/completions", json=ASK, headers=headers).status_code == 200
         assert client.get("/metrics").status_code == 401
         assert client.get("/health").status_code == 200
+
+
+def test_a_key_may_have_any_letters(demo):
+    """A browser writes them in Latin-1, and others in UTF-8."""
+    with serving(demo, api_keys=("schlüssel",)) as server, server.client() as client:
+        for coding in ("utf-8", "latin-1"):
+            headers = [(b"authorization", "Bearer schlüssel".encode(coding))]
+            assert client.get("/v1/models", headers=headers).status_code == 200
+        wrong = [(b"authorization", b"Bearer schl\xffssel")]
+        assert client.get("/v1/models", headers=wrong).status_code == 401
 
 
 def test_other_sites_may_not_ask_unless_they_are_named(server, demo):
@@ -64,6 +75,19 @@ def test_a_server_answers_so_many_requests_at_once(demo, slow_steps):
             assert server.post("/tokenize", {"prompt": "x"}).status_code == 200
         wait_until(lambda: server.service.open_requests == 0)
         assert server.post("/v1/completions", ASK).status_code == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"prompt": '])
+def test_half_a_body_does_not_hold_a_place(demo, sent):
+    with serving(demo, max_streams=1, max_body_seconds=0.3) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=10) as silent:
+            silent.sendall(head + sent)
+            wait_until(lambda: server.service.open_requests == 1)
+            assert silent.recv(100).startswith(b"HTTP/1.1 408 ")
+            wait_until(lambda: server.service.open_requests == 0)
+            assert server.post("/v1/completions", ASK).status_code == 200
 
 
 def test_a_draining_server_refuses_and_says_so(demo):

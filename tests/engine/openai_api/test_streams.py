@@ -3,13 +3,16 @@
 import asyncio
 import json
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from servers import wait_until
 
 from gemcut.engine.openai_api.generation import Generation
+from gemcut.engine.requests.request_builder import RequestBuilder
 
 PROMPTS = [f"{first} {second}" for first in ("It was", "She", "There", "A") for second in "abcd"]
 LONG = {"prompt": "It was", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -95,6 +98,34 @@ def test_a_slow_reader_delays_nobody(server):
         # the slow one has not read a byte, and its text is complete all the same
         wait_until(lambda: server.engine.metrics()["running"] == 0)
         assert time.perf_counter() - started < 60
+
+
+@pytest.mark.parametrize(
+    "heavy", [{"structured_outputs": {"choice": ["a"]}}, {"prompt": "x " * 100_000}]
+)
+def test_heavy_requests_are_built_two_at_once_and_small_ones_go_past_them(
+    server, monkeypatch, heavy
+):
+    one, building, may_go = RequestBuilder.one, [], threading.Event()
+
+    def slow(self, prompt, params, **others):
+        if params.max_tokens == 2:
+            building.append(1)
+            may_go.wait(60)
+        return one(self, prompt, params, **others)
+
+    monkeypatch.setattr(RequestBuilder, "one", slow)
+    body = {"prompt": "x", "max_tokens": 2} | heavy
+    with ThreadPoolExecutor(40) as pool:
+        asked = [pool.submit(server.post, "/v1/completions", body) for _ in range(40)]
+        try:
+            wait_until(lambda: server.service.open_requests == 40)
+            small = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+            assert small.status_code == 200
+            assert len(building) == 2
+        finally:
+            may_go.set()
+        assert {one.result().status_code for one in asked} <= {200, 400}
 
 
 def test_an_error_after_the_first_token_is_the_last_event(server, demo, monkeypatch):
