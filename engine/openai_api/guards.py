@@ -97,7 +97,7 @@ class _Limited:
         try:
             left = self._deadline - time.monotonic()
             message = await asyncio.wait_for(self._receive(), max(left, 0))
-        except TimeoutError:
+        except asyncio.TimeoutError:  # another one in Python 3.10
             what = f"the body did not arrive within the {self._seconds:g} seconds of this server"
             raise ApiError(408, what) from None
         self._is_complete = not message.get("more_body", False)
