@@ -26,7 +26,7 @@ access_log = logging.getLogger("gemcut.access")
 
 
 class Guard:
-    """The outermost application: every request passes it, and gets a line of the access log."""
+    """Every request passes it, and gets a line of the access log; but not questions by CORS."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
