@@ -77,32 +77,40 @@ class Conversation:
         self._service, self._tools = service, tools
         self._parsers: dict[int, ToolCallParser] = {}
 
-    def stream(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **template: Any
-    ) -> AsyncStream:
-        """The engine's request; ValueError says what is wrong with the messages."""
-        messages = [
-            {**one, "role": "system"} if one.get("role") == "developer" else one for one in messages
-        ]
+    def prepare(
+        self, messages: Sequence[Mapping[str, Any]], **template: Any
+    ) -> tuple[Sequence[Mapping[str, Any]], dict[str, Any]]:
+        """The messages with their tools and what else makes a prompt of them, as engines take it.
+
+        ValueError says what is wrong with them.
+        """
+        if "developer" not in (self._service.template or ""):  # FunctionGemma's knows that role
+            messages = [
+                {**one, "role": "system"} if one.get("role") == "developer" else one
+                for one in messages
+            ]
         form, tools = self._service.tool_format, self._tools
         functions = () if tools is None else tools.functions
         if tools is not None or any("tool_calls" in m or m.get("role") == "tool" for m in messages):
             messages = form.prepare(messages, functions, "none" if tools is None else tools.choice)
-        if tools is not None:
-            params = self._with_tools(params, tools)
-            if self._service.template is not None:
-                template["tools"] = functions
+        if tools is not None and self._service.template is not None:
+            template["tools"] = functions
         settings = self._service.settings
         given = {name: value for name, value in template.items() if value is not None}
         if given.get("continue_final_message"):
             given.setdefault("add_generation_prompt", False)
-        return self._service.engine.achat_stream(
-            messages,
-            params,
-            chat_template=settings.chat_template,
-            merge_system=settings.merge_system,
-            **given,
-        )
+        given["chat_template"] = settings.chat_template
+        given["merge_system"] = settings.merge_system
+        return messages, given
+
+    def stream(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **template: Any
+    ) -> AsyncStream:
+        """The engine's request; ValueError says what is wrong with the messages."""
+        messages, given = self.prepare(messages, **template)
+        if self._tools is not None:
+            params = self._with_tools(params, self._tools)
+        return self._service.engine.achat_stream(messages, params, **given)
 
     def _with_tools(self, params: SamplingParams, tools: Tools) -> SamplingParams:
         """Settings that show calls as they are written, and force them where they must be."""

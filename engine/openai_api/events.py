@@ -1,4 +1,4 @@
-"""Answers as JSON and as server-sent events."""
+"""Typed objects on the wire: JSON and server-sent events."""
 
 import json
 from collections.abc import Callable

@@ -97,8 +97,8 @@ class ResponseRequest(SamplingFields):
         for index, item in enumerate(self.input):
             message = _message(index, item)
             before = messages[-1] if messages else {}
-            if message.get("tool_calls") and before.get("tool_calls"):  # several of one answer
-                before["tool_calls"] += message["tool_calls"]
+            if message.get("tool_calls") and before.get("role") == "assistant":  # of one answer
+                before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
             else:
                 messages.append(message)
         return messages

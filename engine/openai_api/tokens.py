@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from gemcut.engine.checks import check_int
+from gemcut.engine.openai_api.conversation import Conversation, read_tools
 from gemcut.engine.openai_api.described import ArrayOf, ChatTool, Message
 from gemcut.engine.openai_api.errors import ApiError
 from gemcut.engine.openai_api.service import Service
@@ -45,16 +46,14 @@ def tokenize(service: Service, request: TokenizeRequest) -> dict[str, Any]:
             request.prompt, add_bos=request.add_special_tokens, parse_special=True
         )
     else:
-        ids = encode_conversation(
-            tokenizer,
-            request.messages,
-            chat_template=service.settings.chat_template,
+        conversation = Conversation(service, read_tools(request.tools, None, None))
+        messages, template = conversation.prepare(
+            request.messages or (),
             chat_template_kwargs=request.chat_template_kwargs,
-            tools=request.tools,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
-            merge_system=service.settings.merge_system,
         )
+        ids = encode_conversation(tokenizer, messages, **template)
     strings = [tokenizer.piece(one) for one in ids] if request.return_token_strs else None
     limit = service.engine.max_seq_len
     return {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings}

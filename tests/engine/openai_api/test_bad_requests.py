@@ -105,6 +105,7 @@ def test_the_server_answers_after_all_of_them(server):
 def test_bad_tokens(server, path):
     check_error(server.post(path, {}), 400, "")
     check_error(server.post(path, {"tokens": [-1], "prompt": 5}), 400, "")
+    check_error(server.post("/detokenize", {"tokens": [3072]}), 400, "id 3072 is outside 0..3071")
 
 
 def test_other_paths_and_methods(server):

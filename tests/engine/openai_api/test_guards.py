@@ -68,8 +68,10 @@ def test_an_answer_and_the_log_have_the_id_of_the_request(server, caplog):
     assert response.json()["id"] == "cmpl-mine-1"
     own = server.post("/v1/completions", ASK | {"temperature": -1}, **{"x-request-id": "bad\tid"})
     assert own.headers["x-request-id"].isalnum()
-    wait_until(lambda: len(caplog.records) == 2)  # a line is written after its answer
-    good, bad = (json.loads(record.message) for record in caplog.records)
+    ids = ("mine-1", own.headers["x-request-id"])
+    wait_until(lambda: all(f'"id": "{one}"' in caplog.text for one in ids))
+    lines = {line["id"]: line for line in map(json.loads, caplog.messages)}
+    good, bad = (lines[one] for one in ids)
     assert (good["id"], good["status"], good["path"]) == ("mine-1", 200, "/v1/completions")
     assert (good["prompt_tokens"], good["completion_tokens"]) == (3, 3)
     assert good["ms"] >= good["first_token_ms"] > 0

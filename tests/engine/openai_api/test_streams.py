@@ -129,11 +129,12 @@ def test_heavy_requests_are_built_two_at_once_and_small_ones_go_past_them(
 
 
 def test_an_error_after_the_first_token_is_the_last_event(server, demo, monkeypatch):
-    observe = Generation._observe
+    observe, seen = Generation._observe, []
 
     def breaks(self, choice):
         observe(self, choice)
-        if self.usage().completion_tokens > 2:
+        seen.append(choice)
+        if len(seen) > 2:
             raise RuntimeError("a secret of /root/engine.py")
 
     monkeypatch.setattr(Generation, "_observe", breaks)

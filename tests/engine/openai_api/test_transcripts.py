@@ -80,6 +80,14 @@ EXCHANGES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "responses",
         {"input": "How is it?", "instructions": "Be brief.", "metadata": {"a": "b"}},
     ),
+    "response_schema": (
+        '{"city": "Paris"}',
+        "responses",
+        {
+            "input": "Where?",
+            "text": {"format": {"type": "json_schema", "name": "city", "schema": CITY}},
+        },
+    ),
     "response_stream": ("Fair, I hear.", "responses", {"input": [USER], "max_output_tokens": 2}),
     "response_tool_stream": (
         f"So:\n{CALL}",
