@@ -55,14 +55,15 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     _add_others(app, service)
     for kind in (RequestValidationError, RouteError, ValueError, RuntimeError):
         app.add_exception_handler(kind, _refuse)
+    app.add_middleware(Guard, service=service)
     if settings is not None and settings.allowed_origins:
-        app.add_middleware(
+        app.add_middleware(  # outermost: a page may read the guard's errors too
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Guard, service=service)
     return app
 
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from gemcut.engine.requests.request_builder import PromptTooLongError
 from gemcut.engine.serving.step_loop import EngineClosedError, EngineFault
-from gemcut.engine.serving.worker import QueueFullError
+from gemcut.engine.serving.worker import QueueFullError, QueueTooSmallError
 
 MAX_MESSAGE = 300  # characters
 TYPES = {
@@ -60,6 +60,8 @@ def as_api_error(error: Exception) -> ApiError:
         case ValidationError():  # of an answer: a ValueError too, and no fault of the client's
             return ApiError(500, INTERNAL)
         case ValueError():
+            return ApiError(400, str(error))
+        case QueueTooSmallError():  # no later try would help
             return ApiError(400, str(error))
         case QueueFullError():
             return ApiError(429, str(error), code="queue_full")

@@ -58,8 +58,8 @@ class StreamOptions(BaseModel):
     """What a stream says beside its text."""
 
     model_config = ConfigDict(extra="allow")
-    include_usage: bool = False  # a last event with the numbers of tokens
-    continuous_usage_stats: bool = False  # the numbers so far in each event
+    include_usage: bool | None = False  # a last event with the numbers of tokens
+    continuous_usage_stats: bool | None = False  # the numbers so far in each event
 
 
 class JsonSchemaFormat(BaseModel):
@@ -128,7 +128,7 @@ class SamplingFields(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def wants_running_usage(self) -> bool:

@@ -27,7 +27,7 @@ access_log = logging.getLogger("gemcut.access")
 
 
 class Guard:
-    """The outermost application: every request passes it, and gets a line of the access log."""
+    """Every request passes it, and gets a line of the access log; but not questions by CORS."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -98,7 +98,7 @@ class _Limited:
         try:
             left = self._deadline - time.monotonic()
             message = await asyncio.wait_for(self._receive(), max(left, 0))
-        except TimeoutError:
+        except asyncio.TimeoutError:  # another one in Python 3.10
             what = f"the body did not arrive within the {self._seconds:g} seconds of this server"
             raise ApiError(408, what) from None
         self._is_complete = not message.get("more_body", False)

@@ -35,6 +35,10 @@ class QueueFullError(RuntimeError):
     """More completions wait for a slot than the engine was told to let wait."""
 
 
+class QueueTooSmallError(QueueFullError):
+    """More completions are asked for at once than would fit into an engine that is idle."""
+
+
 class Worker:
     """Owns a step loop.  Its thread begins when it is first needed and ends with `stop`."""
 
@@ -90,17 +94,18 @@ class Worker:
     def add(self, requests: Sequence[Request]) -> None:
         """Queue all of these, or none.
 
-        QueueFullError where they do not fit now, ValueError where they never would.
+        QueueFullError where they do not fit now, QueueTooSmallError where they never would.
         """
         self.check_open()
         count = sum(len(request.sequences) for request in requests)
-        with self._lock:
-            slots = self._loop.scheduler.num_slots
-            if self._max_waiting is not None and count > slots + self._max_waiting:
-                raise ValueError(
-                    f"{count} completions at once are more than the {slots} slots and "
-                    f"max_waiting {self._max_waiting} ever have room for"
+        if self._max_waiting is not None:
+            most = self._loop.scheduler.num_slots + self._max_waiting
+            if count > most:
+                raise QueueTooSmallError(
+                    f"{count} completions at once are more than the {most} that have a slot or may "
+                    f"wait for one (max_waiting {self._max_waiting})"
                 )
+        with self._lock:
             room = self._loop.scheduler.free_slots - self.waiting
             if self._max_waiting is not None and count > room + self._max_waiting:
                 raise QueueFullError(

@@ -120,6 +120,12 @@ def test_a_prompt_that_is_too_long_has_its_code(server):
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_what_never_fits_is_refused_and_not_asked_for_again(server):
+    """The queue holds 100 and there are 4 slots: 429 would have clients try it for ever."""
+    body = {"prompt": ["x"] * 35, "n": 3, "max_tokens": 1}
+    check_error(server.post("/v1/completions", body), 400, "105 completions at once are more than")
+
+
 def test_unknown_fields_are_accepted_and_named_in_the_log(server, caplog):
     caplog.set_level("INFO", "gemcut.access")
     body = {"prompt": "x", "max_tokens": 1, "user": "me", "metadata": {}, "sparkles": 3}

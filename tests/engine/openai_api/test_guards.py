@@ -47,6 +47,20 @@ def test_other_sites_may_not_ask_unless_they_are_named(server, demo):
         assert "access-control-allow-origin" not in asked.headers
 
 
+def test_a_page_that_may_ask_reads_why_it_is_refused(demo):
+    site = "https://a.example"
+    with serving(demo, allowed_origins=(site,), api_keys=("secret",)) as server:
+        for body, headers, status in (
+            (ASK, {}, 401),
+            ({}, {"x-api-key": "secret"}, 400),
+            (b"x" * (5 << 20), {"x-api-key": "secret"}, 413),
+        ):
+            refused = server.post("/v1/completions", body, origin=site, **headers)
+            assert refused.status_code == status
+            assert refused.headers["access-control-allow-origin"] == site
+            assert "access-control-allow-credentials" not in refused.headers
+
+
 def test_an_answer_and_the_log_have_the_id_of_the_request(server, caplog):
     caplog.set_level("INFO", "gemcut.access")
     response = server.post("/v1/completions", ASK, **{"x-request-id": "mine-1"})

@@ -143,3 +143,8 @@ def test_an_error_after_the_first_token_is_the_last_event(server, demo, monkeypa
     assert set(last) == {"error"}
     assert "secret" not in json.dumps(last)
     wait_until(lambda: demo.metrics()["running"] == 0)
+
+
+def test_a_stream_option_may_be_null(server):
+    body = {"prompt": "x", "max_tokens": 2, "stream_options": {"include_usage": None}}
+    assert all("usage" not in event for event in server.events("/v1/completions", body))
