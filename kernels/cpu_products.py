@@ -240,7 +240,9 @@ def lm_head_argmax(
             some = head.plain[ids]
             exact = some.float() if isinstance(some, Tensor) else dequantized(some, torch.float32)
             logits = exact.new_full((len(x), len(ids)), -torch.inf)
-            logits[near, torch.arange(len(ids))] = torch.linalg.vecdot(x[near].float(), exact)
+            logits[near, torch.arange(len(ids), device=x.device)] = torch.linalg.vecdot(
+                x[near].float(), exact
+            )
             best = logits.max(-1)
             return _capped(best.values, softcap).unsqueeze(0), ids[best.indices].unsqueeze(0)
     logits = lm_head(x, weight, softcap)

@@ -64,19 +64,42 @@ class AddedToken:
 
 
 class Literals:
-    """Finds the tokens of a text: of those that begin first, the longest."""
+    """Finds the tokens of a text: of those that begin first, the longest.
+
+    Normalised ones are sought in what lies between the others, each part by itself: whether a word
+    ends is seen from the part alone.
+    """
 
     def __init__(self, tokens: Mapping[int, AddedToken]) -> None:
-        self._tokens: dict[str, tuple[int, AddedToken]] = {}
+        exact: dict[str, tuple[int, AddedToken]] = {}
+        normalized: dict[str, tuple[int, AddedToken]] = {}
         for token_id, token in tokens.items():
-            self._tokens[token.content] = (token_id, token)
+            found = normalized if token.normalized else exact
+            found[token.content] = (token_id, token)
             if token.normalized:
-                self._tokens.setdefault(token.content.replace(" ", "▁"), (token_id, token))
-                self._tokens.setdefault(token.content.replace("▁", " "), (token_id, token))
-        self._pattern = re.compile(any_of(self._tokens))
+                found.setdefault(token.content.replace(" ", "▁"), (token_id, token))
+                found.setdefault(token.content.replace("▁", " "), (token_id, token))
+        self._exact, self._normalized = _Finder(exact), _Finder(normalized)
 
     def find(self, text: str) -> Iterator[tuple[int, int, int]]:
         """Start, end and id of each token in a text, whitespace that it takes included."""
+        begin = 0
+        for found in self._exact.find(text, 0):
+            yield from self._normalized.find(text[begin : found[0]], begin)
+            yield found
+            begin = found[1]
+        yield from self._normalized.find(text[begin:], begin)
+
+
+class _Finder:
+    """Finds tokens by their literals."""
+
+    def __init__(self, tokens: Mapping[str, tuple[int, AddedToken]]) -> None:
+        self._tokens = tokens
+        self._pattern = re.compile(any_of(tokens))
+
+    def find(self, text: str, offset: int) -> Iterator[tuple[int, int, int]]:
+        """Start, end and id of each token in a part that begins at `offset` of a text."""
         begin = 0
         for match in self._pattern.finditer(text):
             token_id, token = self._tokens[match.group()]
@@ -89,7 +112,8 @@ class Literals:
                 start -= 1
             while token.rstrip and end < len(text) and token.takes(text[end]):
                 end += 1
-            yield start, end, token_id  # which may begin in the whitespace that the last one took
+            # which may begin in the whitespace that the last one took
+            yield offset + start, offset + end, token_id
             begin = end
 
 

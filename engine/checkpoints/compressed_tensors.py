@@ -226,8 +226,10 @@ def _expanded(stored: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
         return stored.expand(N, 1)
     if scheme.strategy == "block":
         height, width = scheme.block
-        starts = torch.arange(0, D, math.gcd(width, D))
-        return stored[torch.arange(N).div(height, rounding_mode="floor")][:, starts // width]
+        starts = torch.arange(0, D, math.gcd(width, D), device="cpu")
+        return stored[torch.arange(N, device="cpu").div(height, rounding_mode="floor")][
+            :, starts // width
+        ]
     return stored
 
 

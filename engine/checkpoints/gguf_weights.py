@@ -148,7 +148,7 @@ def _load_quantized(header: GgufHeader, tensor: GgufTensor, dtype: torch.dtype) 
     if tensor.type.name == "Q8_0":
         values = codes.contiguous().view(torch.int8).flatten(1)
     else:
-        values = torch.empty(rows, packed_width(columns), dtype=torch.uint8)
+        values = torch.empty(rows, packed_width(columns), dtype=torch.uint8, device="cpu")
         for part in row_ranges(tensor.shape, PIECE):
             values[part] = _in_pairs(codes[part])
     return QuantizedWeight(values, scales, None, columns, dtype)
@@ -166,7 +166,7 @@ def _in_pairs(codes: Tensor) -> Tensor:
 def _load_others(header: GgufHeader, tensor: GgufTensor, dtype: torch.dtype) -> Tensor:
     """A matrix that the gguf package dequantises."""
     package, raw = gguf_package(), header.bytes_of(tensor)
-    target = torch.empty(tensor.shape, dtype=dtype)
+    target = torch.empty(tensor.shape, dtype=dtype, device="cpu")
     for part in row_ranges(tensor.shape, PIECE):
         target[part] = torch.from_numpy(package.dequantize(raw[part], tensor.type))
     return target

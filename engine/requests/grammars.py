@@ -46,13 +46,18 @@ STUCK = "the text cannot go on in its grammar"
 class Grammar:
     """Where a text stands in its grammar."""
 
-    def __init__(self, matcher: "LLMatcher", end_ids: frozenset[int]) -> None:
-        self.matcher = matcher
+    def __init__(self, matcher: "LLMatcher", tokens: "_Tokens", end_ids: frozenset[int]) -> None:
+        self.matcher, self._tokens = matcher, tokens
         self.end_ids = end_ids  # tokens that end a text where the grammar lets it end
 
     def copy(self) -> "Grammar":
         """The same grammar for another text, from here on."""
-        return Grammar(self.matcher.deep_copy(), self.end_ids)
+        return Grammar(self.matcher.deep_copy(), self._tokens, self.end_ids)
+
+    def raise_interrupt(self) -> None:
+        """Nothing, or the KeyboardInterrupt that came while llguidance asked for ids."""
+        if self._tokens.interrupts:
+            raise self._tokens.interrupts.pop()
 
     def take(self, token_id: int) -> bool:
         """Go on after a token -> whether the text is complete, and nothing more may come."""
@@ -90,6 +95,8 @@ class MaskFiller:
                 )
                 break
             matcher.unsafe_compute_mask_ptr(address + place * nbytes, nbytes)
+        for grammar in grammars:
+            grammar.raise_interrupt()
         return [grammar.error for grammar in grammars]
 
     def _threads(self) -> "LLExecutor":
@@ -108,7 +115,7 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos_ids = frozenset(eos_ids)
         self._lock = threading.Lock()
-        self._vocabulary: LLTokenizer | None = None
+        self._vocabulary: tuple[LLTokenizer, _Tokens] | None = None
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()  # the latest used last
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
@@ -127,31 +134,39 @@ class GrammarCompiler:
         return grammar
 
     def _compile(
-        self, params: StructuredOutputsParams, text: str, vocabulary: "LLTokenizer"
+        self,
+        params: StructuredOutputsParams,
+        text: str,
+        vocabulary: "tuple[LLTokenizer, _Tokens]",
     ) -> Grammar:
         llguidance = _llguidance()
+        tokenizer, tokens = vocabulary
         if not _is_harmless(params, text):
             _probe(params, text)
         limits = llguidance.LLParserLimits(verbose_errors=False)
-        matcher = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=limits)
+        matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # each text begins with it: all of them find it done
         if (reason := _problem(matcher, "no text satisfies it")) is not None:
             raise ValueError(_refusal(params, reason))
-        return Grammar(matcher, frozenset(vocabulary.eos_tokens))
+        grammar = Grammar(matcher, tokens, frozenset(tokenizer.eos_tokens))
+        grammar.raise_interrupt()
+        return grammar
 
-    def _read_vocabulary(self) -> "LLTokenizer":
+    def _read_vocabulary(self) -> "tuple[LLTokenizer, _Tokens]":
         if (tokenizer := self._tokenizer) is None:
             raise ValueError("structured_outputs needs the engine's tokenizer, and there is none")
         llguidance = _llguidance()
         with self._lock:
             if self._vocabulary is None:
                 ends = self._eos_ids | end_of_turn_ids(tokenizer) | {tokenizer.eos_id}
-                self._vocabulary = llguidance.LLTokenizer(
-                    llguidance.TokenizerWrapper(_Tokens(tokenizer, self._vocab_size)),
+                tokens = _Tokens(tokenizer, self._vocab_size)
+                read = llguidance.LLTokenizer(
+                    llguidance.TokenizerWrapper(tokens),
                     n_vocab=self._vocab_size,
                     eos_token=sorted(ends),
                 )
+                self._vocabulary = read, tokens
         return self._vocabulary
 
 
@@ -161,15 +176,21 @@ class _Tokens:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.interrupts: list[KeyboardInterrupt] = []  # that llguidance would drop
         self.special_token_ids = sorted(tokenizer.special_ids | tokenizer.marker_ids)
         size = len(tokenizer)
         # rows of the embedding past the vocabulary are no tokens
         self.tokens = [tokenizer.token_bytes(i) if i < size else b"" for i in range(vocab_size)]
 
     def __call__(self, text: str) -> Sequence[int]:
+        """Ids of a text; a Ctrl-C that comes meanwhile is kept, as llguidance would drop it."""
         if isinstance(text, bytes):
             raise TypeError("a str is wanted")  # so that llguidance gives one
-        return self._tokenizer.encode(text, add_bos=False)
+        try:
+            return self._tokenizer.encode(text, add_bos=False)
+        except KeyboardInterrupt as error:
+            self.interrupts.append(error)
+            return self._tokenizer.encode(text, add_bos=False)
 
 
 def _llguidance():

@@ -15,6 +15,8 @@ from engines import dictate, one_line, run_as_on_a_gpu
 
 from gemcut.engine import Engine, SamplingParams, StructuredOutputsParams
 from gemcut.engine.requests import grammars
+from gemcut.engine.requests.grammars import MaskFiller
+from gemcut.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -317,3 +319,26 @@ def test_a_fork_fills_masks_with_threads_of_its_own(monkeypatch):
         os.waitpid(child, 0)
         with open(reading, "rb") as answer:
             assert answer.read() == b"same"
+
+
+def test_ctrl_c_while_llguidance_asks_for_ids_is_not_lost(engine, monkeypatch):
+    compiler = engine._builder._grammars
+    encode, pressed = Tokenizer.encode, []
+
+    def interrupted(self, text, **kwargs):
+        if not pressed:
+            pressed.append(text)
+            raise KeyboardInterrupt
+        return encode(self, text, **kwargs)
+
+    form = StructuredOutputsParams(regex="(forced text of some words){3}")
+    params = SamplingParams(structured_outputs=form, temperature=0)
+    whole = engine.generate([2, 300], params).text
+    grammar = compiler.compile(form).copy()
+    monkeypatch.setattr(Tokenizer, "encode", interrupted)
+    bits = torch.zeros(-(-engine.config.vocab_size // 32), dtype=torch.int32)
+    with pytest.raises(KeyboardInterrupt):
+        MaskFiller().fill([grammar], bits.data_ptr(), 4 * len(bits))
+    assert pressed
+    MaskFiller().fill([grammar], bits.data_ptr(), 4 * len(bits))
+    assert engine.generate([2, 300], params).text == whole

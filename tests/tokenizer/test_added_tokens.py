@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizer_texts import transformers_differs
 from tokenizers import AddedToken as TheirToken
@@ -68,6 +68,8 @@ def test_a_single_word_ends_where_theirs_does(ours, theirs):
 
 
 @given(mixed)
+@example("<|imuser")  # a normalised token beside one that is not
+@example("user<|im_end|>user walkeduser")
 def test_ids_offsets_and_text_are_transformers(ours, theirs, text):
     if transformers_differs(text):
         return

@@ -134,7 +134,7 @@ def test_bad_widths(value):
     ],
 )
 def test_what_needs_each_token_excludes_drafts(other):
-    with pytest.raises(ValueError, match="cannot be combined with penalties, bad_words or"):
+    with pytest.raises(ValueError, match="cannot be combined with penalties, bad_words, "):
         SamplingParams(prompt_lookup_num_tokens=3, **other)
 
 
