@@ -206,10 +206,10 @@ def _answer(engine: Engine, messages: Messages, params: SamplingParams) -> Messa
     answer, finish_reason = "", None
     with until_ctrl_c():
         for delta in engine.chat(messages, params, stream=True, merge_system=True):
-            show(delta.text)
-            answer += delta.text
+            answer += delta.text  # before it is shown: Ctrl-C may come between
             length += len(delta.token_ids)
             finish_reason = delta.finish_reason
+            show(delta.text)
     print(flush=True)
     if length >= engine.max_seq_len:
         note(f"the conversation fills its slot of {length} tokens; {RESET_HELP}")

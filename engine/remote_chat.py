@@ -87,8 +87,8 @@ def _answer(url: str, key: str | None, settings: dict[str, Any], messages: Messa
         with until_ctrl_c(), closing(_stream(f"{url}/chat/completions", key, body)) as choices:
             for choice in choices:
                 text = text_of(choice)
+                answer += text  # before it is shown: Ctrl-C may come between
                 show(text)
-                answer += text
                 finish_reason = choice.get("finish_reason") or finish_reason
             if finish_reason is None:
                 raise ValueError("the server ended the answer without a finish_reason: it is cut")

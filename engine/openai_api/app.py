@@ -15,6 +15,7 @@ from fastapi.responses import (
 from openai.types import Model
 from starlette.exceptions import HTTPException as RouteError
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from gemcut.engine.engine import Engine
 from gemcut.engine.openai_api.answer import Answer
@@ -143,7 +144,21 @@ async def _answered(request: Request, answer: Answer, stream: bool | None) -> Re
         whole = await unless_gone(request, answer.whole())
         return Response(whole, media_type="application/json")
     await unless_gone(request, answer.begin())
-    return StreamingResponse(answer.stream(), media_type="text/event-stream", headers=EVENTS)
+    return EventStream(answer)
+
+
+class EventStream(StreamingResponse):
+    """The events of an answer; once it ends, however it does, its slots are free."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.stream(), media_type="text/event-stream", headers=EVENTS)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # a client may leave between two events, while nothing waits for the engine
+            await self._answer.generation.close()
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

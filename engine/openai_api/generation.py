@@ -56,6 +56,10 @@ class Generation:
             await self._stream.aclose()
             self._write_log()
 
+    async def close(self) -> None:
+        """End the choices that run; their slots are free before the next step."""
+        await self._stream.aclose()
+
     async def finish(self) -> None:
         """Wait for the end of all choices."""
         async for _ in self.deltas():
