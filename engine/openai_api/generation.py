@@ -53,12 +53,12 @@ class Generation:
                     self._observe(choice)
                 yield choice, delta
         finally:
-            await self._stream.aclose()
-            self._write_log()
+            await self.close()
 
     async def close(self) -> None:
         """End the choices that run; their slots are free before the next step."""
         await self._stream.aclose()
+        self._write_log()
 
     async def finish(self) -> None:
         """Wait for the end of all choices."""

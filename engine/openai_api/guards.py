@@ -151,6 +151,8 @@ class _Exchange:
         self._service.metrics.requests.labels(path, str(self._status)).inc()
         if path in GENERATING:
             self._service.metrics.request_time.observe(seconds)
+        if self._status == 200 and path in WATCHED:
+            return
         client = self.scope.get("client") or ("", 0)
         facts: Mapping[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -160,7 +162,5 @@ class _Exchange:
             "status": self._status,
             "ms": round(1e3 * seconds, 1),
         }
-        if self._status == 200 and path in WATCHED:
-            return
         told = {name: value for name, value in self.line.items() if value not in (None, [])}
         access_log.info(json.dumps({**facts, **told}))

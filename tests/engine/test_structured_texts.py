@@ -115,6 +115,16 @@ def test_whitespace_is_as_it_was_asked_for(engine):
         assert all(re.fullmatch(whitespace, part) for part in parts), output.text
 
 
+def test_whitespace_of_json_ends_where_a_model_would_never_end_it(engine):
+    blanks = {i: 99.0 for i, text in enumerate(spellings(engine.tokenizer)) if text.isspace()}
+    params = replace(GREEDY, logit_bias=blanks, max_tokens=240)
+    output = engine.generate("Once", structured(params, json=an_object(a={"const": 1})))
+    assert json.loads(output.text) == {"a": 1}
+    parts = re.findall(r"\s+", output.text)
+    assert len(parts) == 4  # beside braces, name and colon
+    assert all(re.fullmatch(r" |\n[ \t]{0,16}", part) for part in parts), output.text
+
+
 def test_json_object(engine):
     ends = {i: 9.0 for i, text in enumerate(spellings(engine.tokenizer)) if text in b'"}]'}
     params = structured(replace(SAMPLED, seed=1, logit_bias=ends), json_object=True)

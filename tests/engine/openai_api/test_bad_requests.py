@@ -175,3 +175,13 @@ def test_a_template_that_refuses_a_system_message_says_what_helps(demo):
             if not merges:
                 check_error(response, 400, "no system role")
                 assert "--merge-system" in response.text
+
+
+def test_a_developer_stays_one_where_the_template_knows_that_role(demo):
+    """As FunctionGemma's does; for other templates it is the system."""
+    messages = [{"role": "developer", "content": "x"}]
+    for comment, role in (("developer", "developer"), ("", "system")):
+        template = "{# " + comment + " #}{{ messages[0]['role'] }}"
+        with serving(demo, chat_template=template) as server:
+            ids = server.post("/tokenize", {"messages": messages}).json()["tokens"]
+            assert server.post("/detokenize", {"tokens": ids}).json() == {"prompt": role}

@@ -156,3 +156,12 @@ def test_tokens_go_there_and_back(server, body, text):
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
     assert found["max_model_len"] == server.engine.max_seq_len
     assert server.post("/detokenize", {"tokens": found["tokens"]}).json() == {"prompt": text}
+
+
+def test_probes_ask_by_head_and_leave_no_line(server, caplog):
+    caplog.set_level("INFO", "gemcut.access")
+    with server.client() as client:
+        assert client.head("/health").status_code == client.get("/health").status_code == 200
+        assert client.get("/metrics").status_code == client.head("/").status_code == 200
+    wait_until(lambda: caplog.messages)
+    assert [json.loads(line)["path"] for line in caplog.messages] == ["/"]

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from servers import wait_until
 
+from gemcut.engine import SamplingParams
 from gemcut.engine.openai_api.generation import Generation
 from gemcut.engine.requests.request_builder import RequestBuilder
 
@@ -68,14 +69,28 @@ def test_clients_that_vanish_leave_no_slot(server, slow_steps):
     assert server.engine.metrics()["waiting"] == 0
 
 
-def test_a_client_that_vanishes_frees_its_slot_within_a_step(server, demo, slow_steps):
+def test_a_client_that_vanishes_frees_its_slot_within_a_step(server, demo, slow_steps, caplog):
     """Its tokens stop: those counted after it has left are of the steps under way."""
+    caplog.set_level("INFO", "gemcut.access")
     with server.client() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
         next(response.iter_lines())
     wait_until(lambda: server.service.open_requests == 0)
     before = demo.metrics()["generated_tokens"]
     wait_until(lambda: demo.metrics()["running"] == 0)
     assert demo.metrics()["generated_tokens"] - before <= 1
+    wait_until(lambda: caplog.messages)
+    assert 1 <= json.loads(caplog.messages[0])["completion_tokens"] < LONG["max_tokens"]
+
+
+def test_tokens_are_counted_as_they_are_told_not_as_they_are_made(server, demo):
+    async def counts() -> list[int]:
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        generation = Generation(demo.astream("It was", params), server.service.metrics, {})
+        while demo.metrics()["running"] or demo.metrics()["waiting"]:
+            await asyncio.sleep(0.01)  # the engine has made them all before one is told
+        return [generation.usage().completion_tokens async for _ in generation.deltas()]
+
+    assert asyncio.run(counts()) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_whole_answer_is_not_made_for_a_client_that_left(server, demo, slow_steps):
@@ -135,7 +150,7 @@ def test_an_error_after_the_first_token_is_the_last_event(server, demo, monkeypa
         observe(self, choice)
         seen.append(choice)
         if len(seen) > 2:
-            raise RuntimeError("a secret of /root/engine.py")
+            raise RuntimeError("a secret of the engine")
 
     monkeypatch.setattr(Generation, "_observe", breaks)
     first, *_, last = server.events("/v1/completions", LONG)
