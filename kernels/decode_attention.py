@@ -233,6 +233,7 @@ def attention_decode(
     sliding_window: int | None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens: q [B, T, HQ, K] -> new tensor of the same shape.
 
@@ -240,6 +241,7 @@ def attention_decode(
     positions[b] + t, and its key is in the cache.  T is 1 to 8.  ValueError for shapes and numbers
     that no kernel takes.
     """
+    require(block_tables is None, "block_tables are not read yet")
     require(q.dim() == 4, f"q is {list(q.shape)}, must be [B, T, HQ, K]")
     check_attention(q, k_cache, v_cache, scale, softcap, sliding_window, k_scale, v_scale)
     check_tensors(q, slots=slots, positions=positions)

@@ -224,6 +224,7 @@ def attention_prefill(
     sliding_window: int | None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks over the cache: q [M, HQ, K] -> new tensor [M, HQ, K].
 
@@ -231,6 +232,7 @@ def attention_prefill(
     sequence b, whose first token has position starts[b] and whose keys are in slots[b].  slots,
     starts [B], cu_seqlens [B + 1].  ValueError for shapes and numbers that no kernel takes.
     """
+    require(block_tables is None, "block_tables are not read yet")
     require(q.dim() == 3, f"q is {list(q.shape)}, must be [M, HQ, K]")
     check_attention(q, k_cache, v_cache, scale, softcap, sliding_window, k_scale, v_scale)
     check_tensors(q, slots=slots, starts=starts, cu_seqlens=cu_seqlens)

@@ -157,12 +157,15 @@ def linear_rope_and_store_(
     eps: float = 1e-6,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """Few rows' queries, rotated, and their keys and values in the cache: x [M, D] -> [M, HQ, K].
 
     weight [(HQ + 2 HK) K, D], bias [(HQ + 2 HK) K]; the rest as in `rope_and_store_`.  A slot
     outside the cache gives NaN and stores nothing.
     """
+    if block_tables is not None:
+        raise ValueError("block_tables are not read yet")
     check_linear(x, weight, bias)
     num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale)
     check_tensors(x, slots=slots, positions=positions, cos=cos, sin=sin)

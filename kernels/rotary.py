@@ -250,6 +250,7 @@ def rope_and_store_(
     eps: float = 1e-6,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
@@ -260,6 +261,7 @@ def rope_and_store_(
     A negative position stores nothing.  A slot outside the cache stores nothing and yields NaN:
     the host cannot check it without stopping the device.
     """
+    require(block_tables is None, "block_tables are not read yet")
     require(qkv.dim() in (2, 3), f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
     x = qkv if qkv.dim() == 2 else cos
     num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale)
