@@ -25,24 +25,28 @@ NO_MAXIMUM = tl.constexpr(-1.0e30)  # below every score, yet finite
 
 
 @triton.jit
+def are_keys(begin, num_keys, BLOCK_N: tl.constexpr):
+    """Numbers `begin` and on, and which are keys: not below 0, and below num_keys; [BLOCK_N] each."""
+    number = begin + tl.arange(0, BLOCK_N)
+    # unsigned: a number below 0 is a great one
+    return number, number.to(tl.uint32, bitcast=True) < num_keys.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def ring_rows(
-    first, begin, num_keys, C,
+    first, number, C,
     KV_STRIDE: tl.constexpr,
     IS_RING: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Where keys number `begin` and on are, of the num_keys that start at index `first` of a slot.
+    """Offsets in a slot's head of keys by their number from index `first` on.
 
-    Offsets [BLOCK_N], and which of them are keys: not before number 0, nor past num_keys.  As
-    num_keys <= C, a ring wraps at most once; what is none begins at the index that it is given.
+    There are at most C keys: a ring wraps once.  What is no ring never does.
     """
-    index = begin + tl.arange(0, BLOCK_N)
-    # unsigned: a number below 0 is a great one
-    seen = index.to(tl.uint32, bitcast=True) < num_keys.to(tl.uint32, bitcast=True)
+    index = number
     if IS_RING:
         index += first
         index = tl.where(index >= C, index - C, index)
-    return index * KV_STRIDE, seen
+    return index * KV_STRIDE
 
 
 @triton.jit
@@ -53,29 +57,26 @@ def blocks_of(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Blocks [BLOCK_N] of keys number `begin` and on of the num_keys from position `first` on."""
-    number = begin + tl.arange(0, BLOCK_N)
-    seen = number.to(tl.uint32, bitcast=True) < num_keys.to(tl.uint32, bitcast=True)
-    return tl.load(table_ptr + (first + number) // KV_BLOCK, mask=seen, other=0)
+    number, seen = are_keys(begin, num_keys, BLOCK_N)
+    position = (first + number).to(tl.uint32, bitcast=True)  # divides in one instruction
+    return tl.load(table_ptr + position // KV_BLOCK, mask=seen, other=0)
 
 
 @triton.jit
 def block_rows(
-    block,  # [BLOCK_N]
-    first, begin, num_keys, num_blocks, stride_block,
+    block, first, number,  # [BLOCK_N], .., [BLOCK_N]
+    num_blocks, stride_block,
     KV_STRIDE: tl.constexpr,
     KV_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`ring_rows` of keys that start at position `first`, in blocks; and which of them have a block.
+    """Offsets in a head of keys by their number from position `first` on, and which have a block.
 
-    A key whose entry is no block is not there either: it is not read.
+    What has none is read in block 0, for nobody.
     """
-    number = begin + tl.arange(0, BLOCK_N)
-    seen = number.to(tl.uint32, bitcast=True) < num_keys.to(tl.uint32, bitcast=True)
-    position = first + number
     known = block.to(tl.uint32, bitcast=True) < num_blocks.to(tl.uint32, bitcast=True)
-    offsets = block.to(tl.int64) * stride_block + position % KV_BLOCK * KV_STRIDE
-    return offsets, seen & known, known
+    block = tl.where(known, block, 0).to(tl.int64)
+    position = (first + number).to(tl.uint32, bitcast=True)
+    return block * stride_block + position % KV_BLOCK * KV_STRIDE, known
 
 
 @triton.jit

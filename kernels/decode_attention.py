@@ -38,6 +38,7 @@ from torch import Tensor
 
 from gemcut.kernels.attention_tiles import (
     NO_MAXIMUM,
+    are_keys,
     block_rows,
     blocks_of,
     check_attention,
@@ -168,9 +169,7 @@ def attention_decode_kernel(
     begin_key = tl.maximum(split_begin(split, SPLIT, IS_LOCAL), first // BLOCK_N * BLOCK_N)
     end_key = tl.minimum(split_begin(run_end, SPLIT, IS_LOCAL), end)
     if block_table_ptr is not None:  # a pass ahead
-        block = blocks_of(
-            block_table_ptr, first, begin_key - first, end - first, KV_BLOCK, BLOCK_N
-        )
+        block = blocks_of(block_table_ptr, first, begin_key - first, end - first, KV_BLOCK, BLOCK_N)
     # without licm: addresses of the next loop, computed before it, would cost registers
     for begin in tl.range(begin_key, end_key, BLOCK_N, disable_licm=True):
         if begin == split_end:
@@ -185,13 +184,13 @@ def attention_decode_kernel(
             split += 1
             split_end = split_begin(split + 1, SPLIT, IS_LOCAL)
         offs_n = begin + tl.arange(0, BLOCK_N)
+        number, seen = are_keys(begin - first, end - first, BLOCK_N)
         if block_table_ptr is None:
-            at, seen = ring_rows(index, begin - first, end - first, C, KV_STRIDE, IS_RING, BLOCK_N)
+            at = ring_rows(index, number, C, KV_STRIDE, IS_RING)
         else:
-            at, seen, known = block_rows(
-                block, first, begin - first, end - first, num_blocks, stride_k_s,
-                KV_STRIDE, KV_BLOCK, BLOCK_N,
-            )  # fmt: skip
+            at, known = block_rows(
+                block, first, number, num_blocks, stride_k_s, KV_STRIDE, KV_BLOCK
+            )
             block = blocks_of(
                 block_table_ptr, first, begin + BLOCK_N - first, end - first, KV_BLOCK, BLOCK_N
             )

@@ -43,6 +43,7 @@ from torch import Tensor
 from gemcut.kernels.attention_tiles import (
     MAX_POSITION,
     NO_MAXIMUM,
+    are_keys,
     block_rows,
     blocks_of,
     check_attention,
@@ -156,7 +157,7 @@ def attention_prefill_kernel(
     if block_table_ptr is not None:  # entries are read a pass ahead
         block = blocks_of(block_table_ptr, first, 0, num_keys, KV_BLOCK, BLOCK_N)
         at_next = tl.zeros([BLOCK_N], tl.int64)
-        seen_next = at_next > 0
+        all_known = tl.full([BLOCK_N], True, tl.int1)
     for begin in tl.range(-BLOCK_N, num_keys, BLOCK_N):
         position_n = tl.where(begin < 0, NEVER, begin)  # before the first tile: what no query sees
         offs_n = position_n + tl.arange(0, BLOCK_N)
@@ -167,25 +168,23 @@ def attention_prefill_kernel(
             s, m_i, l_i, is_edge, offs_q, offs_n, W, scale, SOFTCAP, IS_LOCAL, FAST_TANH
         )
         p = p.to(p_dtype)
+        number_k, seen_k = are_keys(begin + BLOCK_N, num_keys, BLOCK_N)
+        number_v, seen_v = are_keys(begin, num_keys, BLOCK_N)
         if block_table_ptr is None:
-            at_k, seen_k = ring_rows(
-                first, begin + BLOCK_N, num_keys, C, KV_STRIDE, IS_RING, BLOCK_N
-            )
-            at_v, seen_v = ring_rows(first, begin, num_keys, C, KV_STRIDE, IS_RING, BLOCK_N)
+            at_k = ring_rows(first, number_k, C, KV_STRIDE, IS_RING)
+            at_v = ring_rows(first, number_v, C, KV_STRIDE, IS_RING)
         else:
-            at_v, seen_v = at_next, seen_next
-            at_k, seen_k, known = block_rows(
-                block, first, begin + BLOCK_N, num_keys, num_blocks, stride_k_s,
-                KV_STRIDE, KV_BLOCK, BLOCK_N,
-            )  # fmt: skip
-            at_next, seen_next = at_k, seen_k
+            at_v = at_next
+            at_k, known = block_rows(
+                block, first, number_k, num_blocks, stride_k_s, KV_STRIDE, KV_BLOCK
+            )
+            at_next = at_k
+            all_known &= known
             block = blocks_of(
                 block_table_ptr, first, begin + 2 * BLOCK_N, num_keys, KV_BLOCK, BLOCK_N
             )
         k = kv_tile(k_head_ptr, at_k, seen_k, HEAD_DIM, BLOCK_K, False)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-        if block_table_ptr is not None:
-            s = tl.where(known[None, :], s, float("nan"))
         v = kv_tile(v_head_ptr, at_v, seen_v, HEAD_DIM, BLOCK_K, IN_PAIRS)
         if IN_PAIRS:
             even, odd = even_and_odd(v, p_dtype, FAST_TANH)
@@ -195,6 +194,8 @@ def attention_prefill_kernel(
         acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
+    if block_table_ptr is not None:
+        is_unknown |= tl.min(all_known.to(tl.int32), axis=0) == 0
     l_i = tl.where(is_unknown, float("nan"), l_i)
     y = acc / l_i[:, None]
     if v_scale_ptr is not None:
