@@ -26,7 +26,7 @@ NO_MAXIMUM = tl.constexpr(-1.0e30)  # below every score, yet finite
 
 @triton.jit
 def are_keys(begin, num_keys, BLOCK_N: tl.constexpr):
-    """Numbers `begin` and on, and which are keys: not below 0, and below num_keys; [BLOCK_N] each."""
+    """Numbers from `begin` on, and which of them, 0 to num_keys - 1, are keys: [BLOCK_N] twice."""
     number = begin + tl.arange(0, BLOCK_N)
     # unsigned: a number below 0 is a great one
     return number, number.to(tl.uint32, bitcast=True) < num_keys.to(tl.uint32, bitcast=True)
