@@ -145,9 +145,10 @@ def test_blocks_that_are_not_there(slot, blocks, message):
 
 
 def test_sizes_that_are_none():
+    model = twin()
+    sizes = {"num_blocks": 1, "block_size": 0, "num_slots": 1, "max_seq_len": 4}
     with pytest.raises(ValueError, match="block_size is 0, must be at least 1"):
-        sizes = {"num_blocks": 1, "block_size": 0, "num_slots": 1, "max_seq_len": 4}
-        PagedKVCache(twin().config, **sizes, device=DEVICE, dtype=torch.float32)
+        PagedKVCache(model.config, **sizes, device=DEVICE, dtype=model.dtype)
 
 
 @pytest.mark.parametrize(
