@@ -27,6 +27,7 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
+from gemcut.kernels.outputs import result
 from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
@@ -157,6 +158,8 @@ def linear_rope_and_store_(
     eps: float = 1e-6,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Few rows' queries, rotated, and their keys and values in the cache: x [M, D] -> [M, HQ, K].
 
@@ -174,10 +177,11 @@ def linear_rope_and_store_(
         return rope_and_store_(
             skinny_linear(x, weight, bias),
             k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps,
-            k_scale, v_scale,
+            k_scale, v_scale, out=out,
         )  # fmt: skip
 
-    q = torch.empty((M, HQ, K), device=x.device, dtype=x.dtype)
+    rotation = (slots, positions, cos, sin, k_scale, v_scale)
+    q = result(out, (M, HQ, K), x, x.dtype, x, weight, bias, k_cache, v_cache, *rotation)
     if M:
         tile = _tile(HQ + 2 * HK, K, x, weight)
         grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, tile["BLOCK_I"]))

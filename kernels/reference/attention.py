@@ -13,9 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gemcut.kernels.outputs import takes_out
 from gemcut.kernels.reference.ops import loaded, widened
 
 
+@takes_out
 def attention_prefill(
     q: Tensor,
     k_cache: Tensor,
@@ -42,6 +44,7 @@ def attention_prefill(
     return y
 
 
+@takes_out
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
