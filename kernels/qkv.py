@@ -173,15 +173,17 @@ def linear_rope_and_store_(
     HQ = count_q_heads("weight", weight.shape[0], HK, K)
     check_rotation(M, K, slots, positions, cos, sin)
     check_head_norms(x, q_norm_weight, k_norm_weight, K)
+    used = (x, weight, bias, k_cache, v_cache, slots, positions, cos, sin, k_scale, v_scale)
     if q_norm_weight is not None or is_int4(weight):
+        if out is not None:
+            result(out, (M, HQ, K), x, x.dtype, *used)
         return rope_and_store_(
             skinny_linear(x, weight, bias),
             k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps,
             k_scale, v_scale, out=out,
         )  # fmt: skip
 
-    rotation = (slots, positions, cos, sin, k_scale, v_scale)
-    q = result(out, (M, HQ, K), x, x.dtype, x, weight, bias, k_cache, v_cache, *rotation)
+    q = result(out, (M, HQ, K), x, x.dtype, *used)
     if M:
         tile = _tile(HQ + 2 * HK, K, x, weight)
         grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, tile["BLOCK_I"]))
