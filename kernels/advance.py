@@ -8,7 +8,7 @@ chosen, scores [B] or [S, B], slots [B]; tokens, positions, limits [num_slots]; 
 [num_slots, V].  So a step that is started before the host has read the last one's tokens already
 knows which rows have ended.
 
-Cost: one program a row, 12 S + 30 bytes; bound by the latency of two dependent loads.
+Cost: one program a row, 12 S + 49 bytes; bound by the latency of two dependent loads.
 """
 
 import torch

@@ -121,7 +121,7 @@ CONTRACTS = {
         },
         moved="3 M D e + D e + 16 M + 2 R M K e",
         computed="6 M D + 3 R M K",
-        where="R kinds of layer: so many inv_freqs and attention_scalings, 1 or 2",
+        where="M is N without rows; R kinds of layer, 1 or 2: a frequency and a scaling of each",
     ),
     "embed": Contract(
         {"token_ids": "[M] int dense", "table": "[V, D] weight dense"},
