@@ -37,6 +37,7 @@ from gemcut.kernels.reference import (
     penalize,
     sample,
 )
+from gemcut.kernels.reference.cache import cache_shape, place_of
 from gemcut.kernels.reference.ops import stored
 
 __all__ = [
@@ -85,9 +86,10 @@ def rope_and_store_(
     eps: float = 1e-6,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k together, fill the cache: qkv [M, (HQ + 2 HK) K] -> q [M, HQ, K]."""
-    _, HK, C, K = k_cache.shape
+    (HK, C), K = cache_shape(k_cache, block_tables), k_cache.shape[-1]
     qkv = rounded(summed(qkv), cos.dtype)
     HQ = qkv.shape[1] // K - 2 * HK
     heads = qkv.view(-1, HQ + 2 * HK, K)
@@ -103,9 +105,13 @@ def rope_and_store_(
     if min(on_host, default=0) < 0:
         active = positions >= 0
         slots, positions, k, v = slots[active], positions[active], k[active], v[active]
-    places = (slots, positions % C if max(on_host, default=0) >= C else positions)
-    k_cache.transpose(1, 2).index_put_(places, stored(k, k_cache.dtype, k_scale))
-    v_cache.transpose(1, 2).index_put_(places, stored(v, v_cache.dtype, v_scale))
+    if block_tables is not None:
+        places, caches = place_of(k_cache, slots, positions, block_tables), (k_cache, v_cache)
+    else:
+        places = (slots, positions % C if max(on_host, default=0) >= C else positions)
+        caches = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    caches[0].index_put_(places, stored(k, k_cache.dtype, k_scale))
+    caches[1].index_put_(places, stored(v, v_cache.dtype, v_scale))
     return rounded(q, qkv.dtype)
 
 
@@ -151,10 +157,11 @@ def linear_rope_and_store_(
     eps: float = 1e-6,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
     rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps, k_scale, v_scale)
-    return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation)
+    return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation, block_tables)
 
 
 # Attention
@@ -173,15 +180,16 @@ def attention_prefill(
     sliding_window: int | None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks over the cache: q [M, HQ, K] -> [M, HQ, K]."""
     if k_scale is not None and v_scale is not None:
-        chunks = (slots, starts, cu_seqlens, scale, softcap, sliding_window)
-        y = attention_prefill(_by_head(q, k_scale), k_cache, v_cache, *chunks)
+        chunks = (slots, starts, cu_seqlens, scale, softcap, sliding_window, None, None)
+        y = attention_prefill(_by_head(q, k_scale), k_cache, v_cache, *chunks, block_tables)
         return rounded(_by_head(y, v_scale), q.dtype)
-    bounds = cu_seqlens.tolist()
+    bounds, cache = cu_seqlens.tolist(), (k_cache, v_cache, block_tables)
     chunks = [
-        _attend(q[None, first:end], k_cache, v_cache, slot, start, scale, softcap, sliding_window)
+        _attend(q[None, first:end], *cache, slot, start, scale, softcap, sliding_window)
         for first, end, slot, start in zip(
             bounds, bounds[1:], slots.tolist(), starts.tolist(), strict=False
         )
@@ -201,16 +209,17 @@ def attention_decode(
     sliding_window: int | None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens over its slot: q [B, T, HQ, K] -> the same shape."""
     if k_scale is not None and v_scale is not None:
-        rows = (slots, positions, scale, softcap, sliding_window)
-        y = attention_decode(_by_head(q, k_scale), k_cache, v_cache, *rows)
+        rows = (slots, positions, scale, softcap, sliding_window, None, None)
+        y = attention_decode(_by_head(q, k_scale), k_cache, v_cache, *rows, block_tables)
         return rounded(_by_head(y, v_scale), q.dtype)
     at, starts = slots.tolist(), positions.tolist()
-    settings = (scale, softcap, sliding_window)
+    cache, settings = (k_cache, v_cache, block_tables), (scale, softcap, sliding_window)
     runs = [
-        _attend(q[first:end], k_cache, v_cache, at[first], starts[first], *settings)
+        _attend(q[first:end], *cache, at[first], starts[first], *settings)
         for first, end in _runs(at, starts)
     ]
     return torch.cat(runs) if len(runs) > 1 else runs[0] if runs else torch.empty_like(q)
@@ -236,8 +245,8 @@ def attention_masked(
     No kernel does this: it runs on a GPU too.
     """
     (T, HQ, K), HK = q.shape, k_cache.shape[1]
-    rows, end = slice(slot * HK, (slot + 1) * HK), first + visible.shape[1]
-    k, v = _tokens(k_cache, rows, first, end), _tokens(v_cache, rows, first, end)  # [HK, S, K]
+    end = first + visible.shape[1]
+    k, v = _tokens(k_cache, slot, 1, first, end), _tokens(v_cache, slot, 1, first, end)
     by_head = widened(q).view(T, HK, -1, K).permute(1, 2, 0, 3).reshape(HK, -1, K)  # [HK, G T, K]
     scores = _scores(by_head, widened(k), scale, softcap).view(HQ, T, -1)
     weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
@@ -265,6 +274,7 @@ def _attend(
     q: Tensor,  # [B, T, HQ, K]
     k_cache: Tensor,  # [slots, HK, C, K]
     v_cache: Tensor,
+    block_tables: Tensor | None,
     slot: int,  # of the first row; the others follow it
     start: int,  # position of the first query, in each row
     scale: float,
@@ -275,11 +285,11 @@ def _attend(
     B, T, HQ, K = q.shape
     if start < 0 or T == 0:
         return torch.zeros_like(q)
-    HK, dtype = k_cache.shape[1], q.dtype
+    HK, dtype = cache_shape(k_cache, block_tables)[0], q.dtype
     end = start + T
     first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-    rows = slice(slot * HK, (slot + B) * HK)
-    k, v = _tokens(k_cache, rows, first, end), _tokens(v_cache, rows, first, end)  # [B HK, S, K]
+    where = slot, B, first, end, block_tables
+    k, v = _tokens(k_cache, *where), _tokens(v_cache, *where)  # [B HK, S, K]
 
     q, k, v = widened(q), widened(k), widened(v)
     if T == 1:  # all keys are visible
@@ -344,17 +354,24 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor
     return times_(product(scale / softcap).tanh_(), softcap)
 
 
-def _tokens(cache: Tensor, rows: slice, first: int, end: int) -> Tensor:
-    """Keys or values of positions first to end - 1, in order: [slots, HK, C, K] -> [R, S, K].
+def _tokens(
+    cache: Tensor, slot: int, B: int, first: int, end: int, block_tables: Tensor | None = None
+) -> Tensor:
+    """Keys or values of positions first to end - 1 of B slots, in order -> [B HK, S, K].
 
-    `rows` are R of the slots' heads, those of each slot after those of the slot before.
+    A view where the cache is one of slots and its strides allow it.
     """
-    C, K = cache.shape[2:]
-    cache = cache.view(-1, C, K)
+    if block_tables is not None:
+        slots, positions = torch.arange(slot, slot + B).unsqueeze(1), torch.arange(first, end)
+        found = cache[place_of(cache, slots, positions, block_tables)]  # [B, S, HK, K]
+        return found.transpose(1, 2).flatten(0, 1)
+    C = cache.shape[2]
     first, end = first % C, first % C + end - first
+    slots = slice(slot, slot + B)
     if end <= C:
-        return cache[rows, first:end]
-    return torch.cat([cache[rows, first:], cache[rows, : end - C]], dim=1)  # the ring's end
+        return cache[slots, :, first:end].flatten(0, 1)
+    wrapped = torch.cat([cache[slots, :, first:], cache[slots, :, : end - C]], dim=2)
+    return wrapped.flatten(0, 1)  # the ring's end, then its beginning
 
 
 def _visible(

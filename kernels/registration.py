@@ -22,6 +22,7 @@ from gemcut.kernels.head import count_ranges
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight
+from gemcut.kernels.reference.cache import cache_shape
 
 
 def _empty(x: Weight, *shape: int) -> Tensor:
@@ -34,17 +35,20 @@ def _matrix(x: Weight, rows: int, columns: int) -> Tensor:
     return _empty(x, rows, columns)
 
 
-def _fake_queries(x: Tensor, width: int, k_cache: Tensor, cos: Tensor) -> Tensor:
-    _, HK, _, K = k_cache.shape
+def _fake_queries(
+    x, width, k_cache, cos, sin, q_norm=None, k_norm=None, eps=0.0, k_scale=None, v_scale=None,
+    block_tables=None,
+):  # fmt: skip
+    HK, K = cache_shape(k_cache, block_tables)[0], k_cache.shape[-1]
     return cos.new_empty(x.shape[-2], width // K - 2 * HK, K)
 
 
-def _fake_linear_rope_and_store_(x, weight, bias, k_cache, v_cache, slots, positions, cos, *_):
-    return _fake_queries(x, weight.shape[0], k_cache, cos)
+def _fake_linear_rope_and_store_(x, weight, bias, k_cache, v_cache, slots, positions, cos, *more):
+    return _fake_queries(x, weight.shape[0], k_cache, cos, *more)
 
 
-def _fake_rope_and_store_(qkv, k_cache, v_cache, slots, positions, cos, *_):
-    return _fake_queries(qkv, qkv.shape[-1], k_cache, cos)
+def _fake_rope_and_store_(qkv, k_cache, v_cache, slots, positions, cos, *more):
+    return _fake_queries(qkv, qkv.shape[-1], k_cache, cos, *more)
 
 
 def _runs_kernels(x: Tensor) -> bool:

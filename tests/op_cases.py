@@ -122,6 +122,27 @@ def in_fp8(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | scales
 
 
+def in_blocks(arguments: dict[str, Any], block_size: int = 3, spare: int = 2) -> dict[str, Any]:
+    """The same call of an op with its cache in blocks, in a random order, among `spare` others.
+
+    Blocks lie as vLLM has them: keys beside values, tokens before heads.  Where no slot holds
+    anything there is NaN.
+    """
+    slots, HK, C, K = arguments["k_cache"].shape
+    N = -(-C // block_size)
+    count = slots * N + spare
+    order = torch.randperm(count, device=DEVICE)[: slots * N].view(slots, N)
+    dtype = arguments["k_cache"].dtype
+    both = torch.full((count, 2, block_size, HK, K), torch.nan, device=DEVICE).to(dtype)
+    for which, name in enumerate(("k_cache", "v_cache")):
+        padded = torch.full((slots, N * block_size, HK, K), torch.nan, device=DEVICE).to(dtype)
+        padded[:, :C] = arguments[name].transpose(1, 2)
+        both[order.flatten(), which] = padded.view(slots * N, block_size, HK, K)
+    k_cache, v_cache = both.unbind(1)
+    tables = order.to(torch.int32)
+    return arguments | {"k_cache": k_cache, "v_cache": v_cache, "block_tables": tables}
+
+
 def quantized_calls(kind: str) -> dict[str, dict[str, Any]]:
     """The same, D 160, of the ops that take a weight: a quantised one, of a kind of accuracy.py."""
     calls = {}

@@ -4,8 +4,8 @@ Letters in shape comments: M tokens, D hidden size, F MLP width, V vocabulary, H
 KV heads, K head_dim, C the capacity of a cache slot, S partial sums.
 
 All arithmetic is at least float32 and the result is rounded once, to the dtype of the input.  A
-cache is a ring: position p is at index p % C, which is p itself where C is the longest sequence.  A
-negative position marks an inactive row: nothing is stored for it, and its attention is zero.
+cache is made of slots, or of blocks that block_tables name (cache.py).  A negative position marks
+an inactive row: nothing is stored for it, and its attention is zero.
 
 A cache has the dtype of the activations, or it is float8_e4m3fn and has scales, k_scale and v_scale
 [HK] in float32, by which a head's stored numbers are multiplied.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemcut.kernels.outputs import takes_out
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
+from gemcut.kernels.reference.cache import cache_shape, store_
 from gemcut.kernels.reference.sampling import gumbel_noise
 
 GREATEST_FP8 = 448.0  # of float8_e4m3fn
@@ -110,15 +111,16 @@ def rope_and_store_(
     eps: float = 1e-6,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
     qkv [M, (HQ + 2 HK) * K], or partial sums of it [S, M, (HQ + 2 HK) * K], which are added up and
-    rounded first; k_cache, v_cache [slots, HK, C, K], written at each token's slot and position;
-    slots, positions [M]; cos, sin [M, 1, K] -> [M, HQ, K].  Gemma 3 normalises q and k over each
-    head first.
+    rounded first; k_cache, v_cache [slots, HK, C, K], written at each token's slot and position, or
+    [blocks, block_size, HK, K] with block_tables [slots, N]; slots, positions [M]; cos, sin
+    [M, 1, K] -> [M, HQ, K].  Gemma 3 normalises q and k over each head first.
     """
-    _, HK, C, K = k_cache.shape
+    HK, K = cache_shape(k_cache, block_tables)[0], k_cache.shape[-1]
     heads = summed(qkv).to(cos.dtype).unflatten(-1, (-1, K))  # [M, HQ + 2 HK, K]
     q, k, v = heads.split([heads.shape[1] - 2 * HK, HK, HK], dim=1)
     if q_norm_weight is not None and k_norm_weight is not None:
@@ -126,9 +128,9 @@ def rope_and_store_(
     q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
 
     active = positions >= 0
-    slots, indices = slots[active], positions[active] % C
-    k_cache[slots, :, indices] = stored(k[active], k_cache.dtype, k_scale)
-    v_cache[slots, :, indices] = stored(v[active], v_cache.dtype, v_scale)
+    where = slots[active], positions[active], block_tables
+    store_(k_cache, stored(k[active], k_cache.dtype, k_scale), *where)
+    store_(v_cache, stored(v[active], v_cache.dtype, v_scale), *where)
     return q.to(cos.dtype)
 
 
@@ -258,10 +260,11 @@ def linear_rope_and_store_(
     eps: float = 1e-6,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_tables: Tensor | None = None,
 ) -> Tensor:
     """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
     rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps, k_scale, v_scale)
-    return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation)
+    return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation, block_tables)
 
 
 # The beginning of a decode step
