@@ -48,8 +48,11 @@ class Contract:
 
 
 CACHE = {
-    "k_cache, v_cache": "[N, HK, C, K] cache dense",
+    "k_cache, v_cache": (
+        "[slots, HK, C, K] cache strided | [blocks, block_size, HK, K] cache strided"
+    ),
     "k_scale, v_scale": "[HK] float32 dense",
+    "block_tables": "[slots, N] int32 strided",
 }
 ROTATION = {
     "slots, positions": "[M] int dense",
@@ -75,8 +78,8 @@ CONTRACTS = {
             "chosen": "[B] int dense | [S, B] int dense",
             "scores": "[B] float32 dense | [S, B] float32 dense",
             "slots": "[B] int dense",
-            "tokens, positions, limits": "[N] int64 dense",
-            "is_end": "[N, V] bool strided",
+            "tokens, positions, limits": "[slots] int64 dense",
+            "is_end": "[slots, V] bool strided",
         },
         {"out": "[B] int64"},
         moved="12 S B + 49 B",

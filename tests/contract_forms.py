@@ -13,13 +13,13 @@ Letters = dict[str, int]
 
 def value(formula: str, letters: Letters) -> int:
     """What "2 (M + 1) K/2" is; KeyError for a letter that is not known."""
-    words = re.findall(r"[A-Za-z]+|\d+|[()+/]", formula)
+    words = re.findall(r"[A-Za-z_]+|\d+|[()+/]", formula)
     assert "".join(words) == formula.replace(" ", ""), formula
     text, before = "", "("
     for word in words:
         if before not in ("(", "+", "/", "//") and word not in (")", "+", "/"):
             text += "*"  # a product is written without a sign
-        text += "//" if word == "/" else str(letters[word]) if word.isalpha() else word
+        text += "//" if word == "/" else str(letters[word]) if word[0].isalpha() else word
         before = word
     return eval(text)
 
@@ -49,7 +49,7 @@ def fits(form: str, shape: tuple[int, ...], letters: Letters) -> bool:
 
 
 def _is(axis: str, size: int, letters: Letters) -> bool:
-    unknown = set(re.findall("[A-Za-z]+", axis)) - letters.keys()
+    unknown = set(re.findall("[A-Za-z_]+", axis)) - letters.keys()
     if not unknown:
         return value(axis, letters) == size
     (letter,) = unknown
@@ -63,6 +63,9 @@ def _is(axis: str, size: int, letters: Letters) -> bool:
 def letters_of(forms: dict[str, list[str]], arguments: dict[str, Any]) -> Letters:
     """The sizes of a call by letter; AssertionError where a tensor has none of its forms."""
     letters: Letters = {}
+    if "block_tables" in forms:  # of which two forms have as many axes
+        is_paged = arguments.get("block_tables") is not None
+        forms = forms | {name: [forms[name][is_paged]] for name in ("k_cache", "v_cache")}
     # a letter alone says what it is, and then what it is in a sum or product is found
     by_size = sorted(forms, key=lambda name: any(" " in x for x in split(forms[name][0])[0]))
     for name in by_size:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import DEVICE, assert_accurate, outcome
 from contract_forms import fits, letters_of, shape_of, split, value
-from op_cases import in_fp8, index, small_calls
+from op_cases import in_blocks, in_fp8, index, small_calls
 from random_models import random_config
 from torch import Tensor
 
@@ -41,14 +41,17 @@ def call_with(name, argument, number):
     arguments, forms = small_calls()[name], CONTRACTS[name].forms
     if "k_cache" in forms and argument.endswith("_scale"):
         arguments = in_fp8(arguments)
-    if arguments.get(argument) is None:
+    if arguments.get(argument) is None and argument != "block_tables":
         arguments |= made(name, {argument: forms[argument]}, letters_of(forms, arguments))
         if argument.endswith("_norm_weight"):
             both = {"q_norm_weight": forms[argument], "k_norm_weight": forms[argument]}
             arguments |= made(name, both, letters_of(forms, arguments))
+    if argument == "block_tables" or (argument.endswith("_cache") and number):
+        arguments = in_blocks(arguments)
+        return arguments | {n: arguments[n].contiguous() for n in ("k_cache", "v_cache")}
     if not has_form(arguments[argument], forms[argument][number]):
         letters = letters_of(forms, arguments) | {"S": 2, "R": 2}
-        several = {n: f for n, f in forms.items() if len(f) == len(forms[argument]) > 1}
+        several = {n: f for n, f in forms.items() if len(f) > 1 and "cache" not in f[0]}
         arguments |= made(name, {n: [f[number]] for n, f in several.items()}, letters)
     return arguments
 
@@ -71,10 +74,11 @@ def made(name, forms, letters, generator=None):
     return found
 
 
-def changed(arguments, argument, change):
-    """The same arguments with one that is changed, or each of a sequence of them."""
+def changed(arguments, argument, change, alike=()):
+    """The same arguments with one changed, or each of a sequence of them, and those alike."""
     x = arguments[argument]
-    return arguments | {argument: [change(y) for y in x] if isinstance(x, list) else change(x)}
+    new = {argument: [change(y) for y in x] if isinstance(x, list) else change(x)}
+    return arguments | {name: change(arguments[name]) for name in alike} | new
 
 
 def with_gaps(x):
@@ -93,9 +97,7 @@ def assert_same(name, arguments, others):
     """Two calls of an op leave the same numbers."""
     found, expected = (outcome(getattr(kernels, name), a) for a in (others, arguments))
     for key, x in expected.items():
-        if not key.startswith("result"):
-            x, found[key] = x.double(), found[key].double()
-        assert torch.equal(x, found[key]), key
+        torch.testing.assert_close(found[key], x, rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_tensor_of_every_op_has_its_form():
@@ -119,13 +121,14 @@ def test_what_is_written_is_what_the_page_says(name):
 def test_strides_are_as_the_page_says(name, argument, number):
     arguments = call_with(name, argument, number)
     strides = split(CONTRACTS[name].forms[argument][number])[2]
+    alike = ("k_cache", "v_cache") if argument.endswith("_cache") else ()
     if strides == "strided":
-        others = changed(arguments, argument, with_gaps)
+        others = changed(arguments, argument, with_gaps, alike)
         if name == "linear":  # cuBLAS and its like take another way then
             assert_accurate(kernels.linear, **others)
         else:
             assert_same(name, arguments, others)
-        refused = changed(arguments, argument, transposed)
+        refused = changed(arguments, argument, transposed, alike)
     else:
         refused = changed(arguments, argument, with_gaps)
     with pytest.raises(ValueError, match=r"contiguous|the last must be 1|no matrix of rows"):
@@ -145,6 +148,7 @@ def test_dtypes_are_as_the_page_says(name, argument, number):
     refused = {
         "int": (torch.int16, torch.float32),
         "int64": (torch.int32,),
+        "int32": (torch.int64,),
         "float32": (torch.float64, torch.bfloat16),
         "bool": (torch.uint8,),
     }.get(dtype, (torch.float64,))
@@ -194,7 +198,9 @@ def test_tensors_of_two_devices_are_refused(name, argument, number):
 def sizes(seed):
     """Random sizes by letter, as ops take them."""
     of = random.Random(seed)
-    letters = {letter: of.randint(1, 5) for letter in "BFMNSTV"}
+    letters = {letter: of.randint(1, 5) for letter in "BFMSTV"}
+    letters |= {name: of.randint(2, 4) for name in ("slots", "blocks")}
+    letters |= {"N": of.randint(3, 6), "block_size": of.randint(3, 5)}
     letters |= {"HK": of.randint(1, 3), "K": 2 * of.randint(1, 12), "D": 32 * of.randint(1, 3)}
     return letters | {"HQ": letters["HK"] * of.randint(1, 3), "C": of.randint(9, 20), "R": 2}
 
@@ -211,6 +217,7 @@ def test_results_have_the_shapes_of_the_page(name, seed):
     arguments |= made(name, forms, letters)
     if "k_scale" in forms:
         arguments |= {"k_scale": None, "v_scale": None}
+        arguments |= {} if number else {"block_tables": None}
     if name == "attention_prefill":
         arguments["cu_seqlens"] = index(0, *[letters["M"]] * letters["B"])
         letters["M"] = min(letters["M"], letters["C"])

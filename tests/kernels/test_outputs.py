@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import GUARD, guarded
-from op_cases import in_fp8, positional, quantized_calls, small_calls
+from op_cases import in_blocks, in_fp8, positional, quantized_calls, small_calls
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
@@ -27,6 +27,11 @@ CASES |= {
 }
 CASES |= {
     f"{name}, fp8 cache": in_fp8(arguments)
+    for name, arguments in small_calls().items()
+    if "k_cache" in arguments
+}
+CASES |= {
+    f"{name}, in blocks": in_blocks(arguments)
     for name, arguments in small_calls().items()
     if "k_cache" in arguments
 }
