@@ -144,7 +144,8 @@ def test_dtypes_are_as_the_page_says(name, argument, number):
         return changed(arguments, argument, lambda x: x.to(other))
 
     if dtype == "int":
-        assert_same(name, arguments, call_in(torch.int32))
+        for other in (torch.int32, torch.int64):
+            assert_same(name, arguments, call_in(other))
     refused = {
         "int": (torch.int16, torch.float32),
         "int64": (torch.int32,),

@@ -35,6 +35,8 @@ CASES |= {
     for name, arguments in small_calls().items()
     if "k_cache" in arguments
 }
+# whose first result is an argument where the caller gives no memory for it
+CASES["begin_step, of all rows"] = small_calls()["begin_step"] | {"rows": None}
 by_case = pytest.mark.parametrize("case", CASES)
 
 
