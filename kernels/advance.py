@@ -8,7 +8,7 @@ chosen, scores [B] or [S, B], slots [B]; tokens, positions, limits [num_slots]; 
 [num_slots, V].  So a step that is started before the host has read the last one's tokens already
 knows which rows have ended.
 
-Cost: one program a row, 12 S + 30 bytes; bound by the latency of two dependent loads.
+Cost: one program a row, 12 S + 49 bytes; bound by the latency of two dependent loads.
 """
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from gemcut.kernels.checks import check_index, check_rows, check_shape, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gumbel import packed, packed_id, packed_value
+from gemcut.kernels.outputs import result
 
 MAX_RANGES = 4096  # they are in registers
 
@@ -63,6 +64,8 @@ def advance_(
     positions: Tensor,
     limits: Tensor,
     is_end: Tensor,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Write each row's choice to its slot: the ids [B] int64, -1 where there is none.
 
@@ -87,7 +90,8 @@ def advance_(
     require(is_end.dtype == torch.bool, f"is_end is {is_end.dtype}, must be torch.bool")
     check_rows("is_end", is_end, is_end.shape[-1])
 
-    ids = torch.empty(B, device=chosen.device, dtype=torch.int64)
+    state = (tokens, positions, limits, is_end)
+    ids = result(out, (B,), chosen, torch.int64, chosen, scores, slots, *state)
     if B:
         block_s = triton.next_power_of_2(S)
         advance_kernel[(B,)](

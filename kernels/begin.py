@@ -14,7 +14,6 @@ bound by the latency of three loads, each of which needs the one before it.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +28,7 @@ from gemcut.kernels.checks import (
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.head import embedding
 from gemcut.kernels.norm import MAX_HIDDEN_SIZE, normalised
+from gemcut.kernels.outputs import result, results
 from gemcut.kernels.product_tiles import operands
 from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.rotary import check_frequencies, store_tables
@@ -67,7 +67,7 @@ def begin_step_kernel(
     exists = (row >= 0) & (row < N)  # others are inactive, and show as NaN
     token_id = tl.load(token_ids_ptr + row, mask=exists, other=-1)
     position = tl.load(positions_ptr + row, mask=exists, other=-1)
-    if rows_ptr is not None:
+    if row_positions_ptr is not None:
         tl.store(row_positions_ptr + m, position)
 
     offs_d = tl.arange(0, BLOCK_D)
@@ -102,6 +102,8 @@ def begin_step(
     eps: float,
     inv_freqs: Sequence[Tensor],
     attention_scalings: Sequence[float],
+    *,
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What stands before the first layer: positions, residual and its norm, cos and sin.
 
@@ -131,12 +133,15 @@ def begin_step(
     half = check_frequencies(inv_freqs[0], M, positions)
     require(check_frequencies(inv_freqs[-1], M, positions) == half, "inv_freqs differ in width")
 
-    device, dtype = table.device, table.dtype
-    row_positions = positions if rows is None else positions.new_empty(M)
-    residual = torch.empty((M, D), device=device, dtype=dtype)
-    y = torch.empty((M, D), device=device, dtype=dtype)
-    cos = torch.empty((kinds, M, 1, 2 * half), device=device, dtype=dtype)
-    sin = torch.empty((kinds, M, 1, 2 * half), device=device, dtype=dtype)
+    dtype = table.dtype
+    given, used = results(out, 5), (token_ids, positions, rows, table, norm_weight, inv_freqs)
+    row_positions = None
+    if rows is not None or out is not None:
+        row_positions = result(given[0], (M,), table, positions.dtype, *used)
+    residual = result(given[1], (M, D), table, dtype, *used, given[0])
+    y = result(given[2], (M, D), table, dtype, *used, given[:2])
+    cos = result(given[3], (kinds, M, 1, 2 * half), table, dtype, *used, given[:3])
+    sin = result(given[4], (kinds, M, 1, 2 * half), table, dtype, *used, given[:4])
     if M:
         strides = [0 if inv_freq.dim() == 1 else half for inv_freq in inv_freqs]
         block_d = triton.next_power_of_2(D)
@@ -151,6 +156,6 @@ def begin_step(
             ATTENTION_SCALING=float(attention_scalings[0]),
             LOCAL_ATTENTION_SCALING=float(attention_scalings[-1]),
             HALF_DIM=half, BLOCK_D=block_d, BLOCK_K=triton.next_power_of_2(half),
-            num_warps=min(16, max(1, block_d // 512)), **dependent_launch(device),
+            num_warps=min(16, max(1, block_d // 512)), **dependent_launch(table.device),
         )  # fmt: skip
-    return row_positions, residual, y, cos, sin
+    return positions if row_positions is None else row_positions, residual, y, cos, sin

@@ -27,6 +27,7 @@ from gemcut.kernels.cpu_rows import (
     times_,
     widened,
 )
+from gemcut.kernels.outputs import takes_out
 from gemcut.kernels.reference import (
     advance_,
     best_of_ranges,
@@ -71,6 +72,7 @@ JOINT_QUERIES, QUERIES = 16, 160
 # Rotary embedding and cache
 
 
+@takes_out
 def rope_and_store_(
     qkv: Tensor,
     k_cache: Tensor,
@@ -116,6 +118,7 @@ def rope_and_store_(
 # Products
 
 
+@takes_out
 def skinny_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """A product of few rows as one partial sum: x [M, D], weight [N, D], bias [N] -> [1, M, N].
 
@@ -124,6 +127,7 @@ def skinny_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     return widened(linear(x, weight, bias)).unsqueeze(0)
 
 
+@takes_out
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh approximation: gate_up [M, 2 F], gate first -> [M, F]."""
     half = gate_up.shape[-1] // 2
@@ -131,11 +135,13 @@ def geglu(gate_up: Tensor) -> Tensor:
     return rounded(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype)
 
 
+@takes_out
 def linear_geglu(x: Tensor, gate_up_weight: PackedWeight) -> Tensor:
     """The first half of the MLP: x [M, D], gate_up_weight [2 F, D], gate first -> [M, F]."""
     return geglu(linear(x, gate_up_weight))
 
 
+@takes_out
 def linear_rope_and_store_(
     x: Tensor,
     weight: PackedWeight,
@@ -161,6 +167,7 @@ def linear_rope_and_store_(
 # Attention
 
 
+@takes_out
 def attention_prefill(
     q: Tensor,
     k_cache: Tensor,
@@ -190,6 +197,7 @@ def attention_prefill(
     return torch.cat(chunks, 1)[0] if chunks else torch.empty_like(q)
 
 
+@takes_out
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,

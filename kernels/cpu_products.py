@@ -28,6 +28,7 @@ from gemcut.kernels.cpu_quantized import (
     is_by_row,
     packed_int4,
 )
+from gemcut.kernels.outputs import takes_out
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
 from gemcut.kernels.reference import gumbel_noise
 
@@ -44,6 +45,7 @@ RUN = 512  # columns of logits whose greatest is found before they are compared
 PackedWeight = Weight | PackedInt4  # [N, D]; a tensor may be oneDNN's
 
 
+@takes_out
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Project rows: x [M, D], weight [N, D], perhaps packed, bias [N] -> [M, N].
 
@@ -201,6 +203,7 @@ def has_bfloat16() -> bool:
     return torch.bfloat16 in _by_onednn()
 
 
+@takes_out
 def lm_head(x: Tensor, weight: Weight | PackedHead, softcap: float | None) -> Tensor:
     """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
@@ -219,6 +222,7 @@ def lm_head(x: Tensor, weight: Weight | PackedHead, softcap: float | None) -> Te
     return _capped(logits, softcap)
 
 
+@takes_out
 def lm_head_argmax(
     x: Tensor,
     weight: Weight | PackedHead,

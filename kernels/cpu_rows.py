@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcut.kernels.cpu_products import WIDE
+from gemcut.kernels.outputs import takes_out
 from gemcut.kernels.quantized_weight import Weight
 from gemcut.kernels.reference import embed
 
@@ -68,6 +69,7 @@ def times_(x: Tensor, factor: float) -> Tensor:
 # Norms
 
 
+@takes_out
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last axis: x [..., D], weight [D] -> new tensor [..., D] in x's dtype."""
     dtype = x.dtype
@@ -80,6 +82,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y if dtype in WIDE else y.to(dtype)
 
 
+@takes_out
 def add_rmsnorm_(
     residual: Tensor, x: Tensor, post_weight: Tensor | None, next_weight: Tensor, eps: float
 ) -> Tensor:
@@ -101,6 +104,7 @@ def summed(x: Tensor) -> Tensor:
 # Rotary embedding
 
 
+@takes_out
 def rope_tables(
     positions: Tensor, inv_freq: Tensor, attention_scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -119,6 +123,7 @@ def rope_tables(
 # The beginning of a decode step
 
 
+@takes_out
 def begin_step(
     token_ids: Tensor,
     positions: Tensor,

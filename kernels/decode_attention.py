@@ -69,6 +69,7 @@ from gemcut.kernels.kv_splits import (
     most_splits,
     rule_split,
 )
+from gemcut.kernels.outputs import result
 from gemcut.kernels.tiles import tuned
 
 MAX_Q_LEN = 8  # tokens of a row; more are a prefill
@@ -256,6 +257,8 @@ def attention_decode(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     block_tables: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T newest tokens: q [B, T, HQ, K] -> new tensor of the same shape.
 
@@ -279,7 +282,8 @@ def attention_decode(
     tokens = max(1, MIN_ROWS // G)  # of a tile of queries
     heads = HK * triton.cdiv(T, tokens)
 
-    y = torch.empty((B, T, HQ, K), device=q.device, dtype=q.dtype)
+    rows = (slots, positions, k_scale, v_scale, block_tables)
+    y = result(out, (B, T, HQ, K), q, q.dtype, q, k_cache, v_cache, *rows)
     if B:
         is_local = sliding_window is not None
         tile = {"SPLIT": rule_split(HK)} | _tile(K, G, q.itemsize, arch_of(q.device))

@@ -38,6 +38,7 @@ from gemcut.kernels.checks import (
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gelu import tanh
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
+from gemcut.kernels.outputs import result, results
 from gemcut.kernels.product_tiles import (
     BLOCK_M,
     check_linear,
@@ -208,7 +209,7 @@ def _tile(weight: Weight, x: Tensor) -> dict[str, int]:
     return {"BLOCK_M": BLOCK_M, "IS_EVEN": is_even, "HAS_TAIL": has_tail, **tile}
 
 
-def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
+def embed(token_ids: Tensor, table: Weight, scale: float, *, out: Tensor | None = None) -> Tensor:
     """Scaled rows of the table: token_ids [M], table [V, D] -> [M, D].
 
     An id outside the table yields a row of NaN: the device cannot raise.
@@ -219,7 +220,7 @@ def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
     check_tensors(table, token_ids=token_ids)
     check_index("token_ids", token_ids, M)
 
-    y = torch.empty((M, D), device=table.device, dtype=table.dtype)
+    y = result(out, (M, D), table, table.dtype, token_ids, table)
     if y.numel():
         block_d = min(MAX_BLOCK_D, triton.next_power_of_2(D))
         embed_kernel[(M, triton.cdiv(D, block_d))](
@@ -229,7 +230,9 @@ def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
     return y
 
 
-def lm_head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
+def lm_head(
+    x: Tensor, weight: Weight, softcap: float | None, *, out: Tensor | None = None
+) -> Tensor:
     """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
     A row's bits do not depend on the others.
@@ -237,7 +240,7 @@ def lm_head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     check_linear(x, weight, None)
     check_softcap(softcap)
     M, (V, D) = x.shape[0], weight.shape
-    logits = torch.empty((M, V), device=x.device, dtype=torch.float32)
+    logits = result(out, (M, V), x, torch.float32, x, weight)
     if M:
         tile = _tile(weight, x)
         lm_head_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(V, tile["BLOCK_V"]))](
@@ -255,6 +258,8 @@ def lm_head_argmax(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     rows: Tensor | None = None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The greatest logit and its token id in each of S ranges of the vocabulary, the lowest first.
 
@@ -273,8 +278,9 @@ def lm_head_argmax(
 
     tile = _tile(weight, x)
     ranges, blocks = _ranges(triton.cdiv(V, tile["BLOCK_V"]))
-    scores = torch.empty((ranges, M), dtype=torch.float32, device=x.device)
-    ids = torch.empty((ranges, M), dtype=torch.int64, device=x.device)
+    given, used = results(out, 2), (x, weight, temperature, seeds, positions, rows)
+    scores = result(given[0], (ranges, M), x, torch.float32, *used)
+    ids = result(given[1], (ranges, M), x, torch.int64, *used, given[0])
     if M:
         lm_head_argmax_kernel[(triton.cdiv(M, BLOCK_M), ranges)](
             x_ptr=x, **operands(weight),

@@ -28,6 +28,7 @@ from gemcut.kernels.dependent_launch import (
     prefetched_bytes,
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
+from gemcut.kernels.outputs import result
 from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
@@ -135,17 +136,21 @@ def count_parts(weight: Weight, x: Tensor) -> int:
     return _tile(weight, x)["SPLITS"]
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Project many rows: x [M, D], weight [N, D], bias [N] -> [M, N], by cuBLAS.
 
     It adds nothing that a kernel here could fuse better; a row's bits may depend on M.  A quantised
     weight is rounded to x's dtype, some rows at a time: at most SCRATCH bytes, or one row.
     """
     check_linear(x, weight, bias)
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor) and out is None:
         return F.linear(x, weight, bias)
     (M, D), N = x.shape, weight.shape[0]
-    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
+    y = result(out, (M, N), x, x.dtype, x, weight, bias)
+    if isinstance(weight, Tensor):
+        return _product_(y, x, weight.T, bias)
     rows = max(1, min(N, SCRATCH // (D * x.itemsize)))
     scratch = torch.empty((rows, D), device=x.device, dtype=x.dtype)
     block_d = min(MAX_BLOCK_D, triton.next_power_of_2(D))
@@ -156,15 +161,20 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
             **operands(weight), y_ptr=scratch,
             first=first, D=D, BLOCK_D=block_d, num_warps=num_warps,
         )  # fmt: skip
-        part, out = scratch.narrow(0, 0, count).T, y.narrow(1, first, count)
-        if bias is None:
-            torch.mm(x, part, out=out)
-        else:
-            torch.addmm(bias.narrow(0, first, count), x, part, out=out)
+        part = None if bias is None else bias.narrow(0, first, count)
+        _product_(y.narrow(1, first, count), x, scratch.narrow(0, 0, count).T, part)
     return y
 
 
-def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def _product_(y: Tensor, x: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, columns, out=y)
+    return torch.addmm(bias, x, columns, out=y)
+
+
+def skinny_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Project few rows: x [M, D], weight [N, D], bias [N] -> partial sums [S, M, N] in float32.
 
     Their sum over S is the product.  S follows from the weight's shape and the GPU alone, and a
@@ -174,7 +184,7 @@ def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     M, (N, D) = x.shape[0], weight.shape
     tile = _tile(weight, x)
     splits, block_d = tile.pop("SPLITS"), tile["BLOCK_D"]
-    y = torch.empty((splits, M, N), device=x.device, dtype=torch.float32)
+    y = result(out, (splits, M, N), x, torch.float32, x, weight, bias)
     if M:
         grid = (triton.cdiv(M, BLOCK_M), triton.cdiv(N, tile["BLOCK_N"]), splits)
         is_even = D % block_d == 0 and N % tile["BLOCK_N"] == 0

@@ -27,6 +27,7 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gelu import gelu
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
+from gemcut.kernels.outputs import result
 from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
@@ -121,7 +122,7 @@ def _share(weight: Weight, x: Tensor, tile: dict[str, int]) -> int:
     return triton.cdiv(F, triton.cdiv(blocks, slots) * slots)
 
 
-def geglu(gate_up: Tensor) -> Tensor:
+def geglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """gelu(gate) * up: gate_up [M, 2 F], gate first -> [M, F].  Rows may have gaps."""
     require(
         gate_up.dim() == 2 and gate_up.shape[1] > 0 and gate_up.shape[1] % 2 == 0,
@@ -131,7 +132,7 @@ def geglu(gate_up: Tensor) -> Tensor:
     M, F = gate_up.shape[0], gate_up.shape[1] // 2
     check_rows("gate_up", gate_up, 2 * F)
 
-    y = torch.empty((M, F), device=gate_up.device, dtype=gate_up.dtype)
+    y = result(out, (M, F), gate_up, gate_up.dtype, gate_up)
     if M:
         geglu_kernel[(M, triton.cdiv(F, COLUMNS))](
             gate_up_ptr=gate_up, y_ptr=y, stride_gate_up_m=gate_up.stride(0),
@@ -140,7 +141,7 @@ def geglu(gate_up: Tensor) -> Tensor:
     return y
 
 
-def linear_geglu(x: Tensor, gate_up_weight: Weight) -> Tensor:
+def linear_geglu(x: Tensor, gate_up_weight: Weight, *, out: Tensor | None = None) -> Tensor:
     """Project few rows to gate and up, and combine: x [M, D], gate_up_weight [2 F, D] -> [M, F].
 
     Gate comes first.  A row's bits do not depend on the others.
@@ -150,7 +151,7 @@ def linear_geglu(x: Tensor, gate_up_weight: Weight) -> Tensor:
     require(rows % 2 == 0, f"gate_up_weight has {rows} rows, must have as many of gate as of up")
 
     M, D, F = *x.shape, rows // 2
-    y = torch.empty((M, F), device=x.device, dtype=x.dtype)
+    y = result(out, (M, F), x, x.dtype, x, gate_up_weight)
     if M:
         tile = _tile(gate_up_weight, x)
         share = _share(gate_up_weight, x, tile)

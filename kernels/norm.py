@@ -13,13 +13,13 @@ in L2), about 5 and 12 operations for each: bound by memory bandwidth.  The one 
 step's row is bound by latency; S partial sums are S loads that it makes at once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gemcut.kernels.checks import check_parts, check_rows, check_shape, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
+from gemcut.kernels.outputs import result
 
 MAX_HIDDEN_SIZE = 16384  # a row lives in registers; wider rows would spill
 
@@ -90,7 +90,7 @@ def _tile(D: int) -> dict[str, int]:
     return {"BLOCK_D": block_d, "num_warps": min(16, max(1, block_d // 512))}
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     """Normalise the last axis: x [..., D], weight [D] -> new tensor [..., D] in x's dtype.
 
     ValueError unless x views as rows and D is at most 16384.
@@ -102,14 +102,14 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x if x.dim() == 2 else _view_rows(x, D)
     check_rows("x", rows, D)
 
-    y = torch.empty(rows.shape, device=x.device, dtype=x.dtype)
+    y = result(out, x.shape, x, x.dtype, x, weight)
     if rows.shape[0]:
         rmsnorm_kernel[(rows.shape[0],)](
             x_ptr=rows, w_ptr=weight, y_ptr=y,
             stride_x_m=rows.stride(0), stride_y_m=D,
             D=D, EPS=eps, **_tile(D), **dependent_launch(x.device),
         )  # fmt: skip
-    return y.view(x.shape)
+    return y
 
 
 def _view_rows(x: Tensor, D: int) -> Tensor:
@@ -122,7 +122,13 @@ def _view_rows(x: Tensor, D: int) -> Tensor:
 
 
 def add_rmsnorm_(
-    residual: Tensor, x: Tensor, post_weight: Tensor | None, next_weight: Tensor, eps: float
+    residual: Tensor,
+    x: Tensor,
+    post_weight: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Add a branch to the residual stream, in place, and normalise the sum for the next branch.
 
@@ -138,7 +144,7 @@ def add_rmsnorm_(
     if post_weight is not None:
         check_shape("post_weight", post_weight, D)
 
-    y = torch.empty((M, D), device=x.device, dtype=residual.dtype)
+    y = result(out, (M, D), x, residual.dtype, residual, x, post_weight, next_weight)
     if M:
         add_rmsnorm_kernel[(M,)](
             residual_ptr=residual, x_ptr=x, post_w_ptr=post_weight, next_w_ptr=next_weight, y_ptr=y,

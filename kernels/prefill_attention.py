@@ -57,6 +57,7 @@ from gemcut.kernels.attention_tiles import (
 from gemcut.kernels.checks import cache_arguments, check_index, check_tensors, require
 from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
+from gemcut.kernels.outputs import result
 from gemcut.kernels.tiles import tuned
 
 IN_PAIRS = ("sm_89", "sm_120", "interpreter")
@@ -251,6 +252,8 @@ def attention_prefill(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     block_tables: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks over the cache: q [M, HQ, K] -> new tensor [M, HQ, K].
 
@@ -270,7 +273,8 @@ def attention_prefill(
     check_index("cu_seqlens", cu_seqlens, B + 1)
     require(M <= B * C, f"{M} rows in {B} chunks do not fit a capacity of {C}")
 
-    y = torch.empty((M, HQ, K), device=q.device, dtype=q.dtype)
+    chunks = (slots, starts, cu_seqlens, k_scale, v_scale, block_tables)
+    y = result(out, (M, HQ, K), q, q.dtype, q, k_cache, v_cache, *chunks)
     if M:
         arch = arch_of(q.device)
         rule = _tile(K, q.itemsize, arch)

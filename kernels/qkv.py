@@ -33,6 +33,7 @@ from gemcut.kernels.dependent_launch import (
 )
 from gemcut.kernels.gpu_arch import PROCESSORS, arch_of
 from gemcut.kernels.matmul import skinny_linear
+from gemcut.kernels.outputs import result
 from gemcut.kernels.product_tiles import (
     BLOCK_M,
     BLOCK_N,
@@ -170,6 +171,8 @@ def linear_rope_and_store_(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     block_tables: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Few rows' queries, rotated, and their keys and values in the cache: x [M, D] -> [M, HQ, K].
 
@@ -183,14 +186,18 @@ def linear_rope_and_store_(
     HQ = count_q_heads("weight", weight.shape[0], HK, K)
     check_rotation(M, K, slots, positions, cos, sin)
     check_head_norms(x, q_norm_weight, k_norm_weight, K)
+    rotation = (slots, positions, cos, sin, k_scale, v_scale, block_tables)
+    used = (x, weight, bias, k_cache, v_cache, *rotation)
     if q_norm_weight is not None or is_int4(weight):
+        if out is not None:
+            result(out, (M, HQ, K), x, x.dtype, *used)
         return rope_and_store_(
             skinny_linear(x, weight, bias),
             k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps,
-            k_scale, v_scale, block_tables,
+            k_scale, v_scale, block_tables, out=out,
         )  # fmt: skip
 
-    q = torch.empty((M, HQ, K), device=x.device, dtype=x.dtype)
+    q = result(out, (M, HQ, K), x, x.dtype, *used)
     if M:
         tile = _tile(HQ + 2 * HK, K, x, weight)
         grid = (triton.cdiv(M, BLOCK_M), HQ + 2 * HK, triton.cdiv(K // 2, tile["BLOCK_I"]))

@@ -4,29 +4,25 @@ Tensors on cuda go to the kernel; tensors on a CPU to cpu.py, or to the kernel w
 interpreter is on.  Each op has a fake implementation (shapes and dtypes without data), so a module
 that uses them is traced whole.  Dispatch costs microseconds: the engine calls the launchers.
 The oracle's signature is the op's schema.  Where the weight is quantised, it is given as values,
-and the rest of it in four more arguments.
+and the rest of it in four more arguments.  `<name>_out` writes its results into arguments, which
+come last and by keyword, and returns nothing.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemcut.kernels import cpu, reference
+from gemcut.kernels.contracts import CONTRACTS
 from gemcut.kernels.head import count_ranges
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight
 from gemcut.kernels.reference.cache import cache_shape
-
-MUTATED = {
-    "add_rmsnorm_": ("residual",),
-    "advance_": ("tokens", "positions"),
-    "linear_rope_and_store_": ("k_cache", "v_cache"),
-    "rope_and_store_": ("k_cache", "v_cache"),
-}
 
 
 def _empty(x: Weight, *shape: int) -> Tensor:
@@ -75,7 +71,8 @@ def _fake_begin_step(token_ids, positions, rows, table, scale, norm_weight, eps,
     M = positions.shape[0] if rows is None else rows.shape[0]
     residual, half = _matrix(table, M, table.shape[1]), inv_freqs[0].shape[-1]
     cos = _empty(table, len(inv_freqs), M, 1, 2 * half)
-    return positions.new_empty(M), residual, residual.clone(), cos, cos.clone()
+    normed, sin = residual.new_empty(residual.shape), cos.new_empty(cos.shape)
+    return positions.new_empty(M), residual, normed, cos, sin
 
 
 def _fake_rope_tables(positions: Tensor, inv_freq: Tensor, attention_scaling, dtype):
@@ -95,7 +92,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight, *_: _matrix(x, x.shape[0], weight.shape[0]),
     "linear_geglu": lambda x, weight: _matrix(x, x.shape[0], weight.shape[0] // 2),
     "linear_rope_and_store_": _fake_linear_rope_and_store_,
-    "lm_head": lambda x, weight, _: _matrix(x, x.shape[0], weight.shape[0]).float(),
+    "lm_head": lambda x, weight, _: x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32),
     "lm_head_argmax": _fake_lm_head_argmax,
     "penalize": lambda logits, *_: logits.new_empty(logits.shape),
     "rmsnorm": lambda x, *_: x.new_empty(x.shape),
@@ -114,15 +111,19 @@ def _owning(function: Callable[..., Any]) -> Callable[..., Any]:
         return result.clone() if is_argument else result.contiguous()
 
     def wrapped(*arguments: Any) -> Any:
-        first = next(x for x in arguments if isinstance(x, Tensor))
-        index = first.device.index if first.is_cuda else None
-        with torch.accelerator.device_index(index):  # where Triton launches
+        with _device_of(arguments):
             result = function(*arguments)
         if isinstance(result, tuple):
             return tuple(owned(x, arguments) for x in result)
         return owned(result, arguments)
 
     return wrapped
+
+
+def _device_of(arguments: Sequence[Any]) -> AbstractContextManager[None]:
+    """The device of the tensors as the current one, where Triton launches."""
+    first = next(x for x in arguments if isinstance(x, Tensor))
+    return torch.accelerator.device_index(first.device.index if first.is_cuda else None)
 
 
 def _of_quantized(
@@ -144,7 +145,7 @@ def _flat(function: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[
     more = inspect.signature(_of_quantized).parameters.values()
     flat = [*own[:at], own[at].replace(annotation=Tensor), *own[at + 1 :], *more]
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **out: Any) -> Any:
         given = list(arguments[: len(own)])
         scales, zero_points, columns, dtype = (*arguments[len(own) :], *[None] * 4)[:4]
         if scales is not None:
@@ -152,23 +153,74 @@ def _flat(function: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[
             columns = columns or values.shape[1] * (2 if values.dtype == torch.uint8 else 1)
             dtype = dtype or torch.bfloat16
             given[at] = QuantizedWeight(values, scales, zero_points, columns, dtype)
-        return function(*given)
+        return function(*given, **out)
 
     call.__signature__ = signature.replace(parameters=flat)  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 
+def _into_outs(
+    function: Callable[..., Any], schema: Callable[..., Any], names: Sequence[str]
+) -> Callable[..., Any]:
+    """A function of that schema whose results are arguments, of these names: it returns nothing.
+
+    They come last.  torch has no tensors by keyword alone, and none without a default after one
+    that has: there they seem optional.
+    """
+    own = inspect.signature(schema)
+    parameters = list(own.parameters.values())
+    has_defaults = any(p.default is not p.empty for p in parameters)
+    annotation, default = (Tensor | None, None) if has_defaults else (Tensor, inspect._empty)
+
+    def call(*arguments: Any) -> None:
+        outs = arguments[len(parameters) :]
+        if len(outs) < len(names) or any(out is None for out in outs):
+            raise ValueError(f"an op that ends in _out needs {' and '.join(names)}")
+        with _device_of(arguments):
+            function(*arguments[: len(parameters)], out=outs if len(names) > 1 else outs[0])
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    more = [inspect.Parameter(n, kind, default=default, annotation=annotation) for n in names]
+    call.__signature__ = own.replace(parameters=[*parameters, *more], return_annotation=None)  # pyright: ignore[reportFunctionMemberAccess]
+    return call
+
+
 def register(kernels: Mapping[str, Callable[..., Any]]) -> None:
-    """Make `torch.ops.gemcut.<name>` of each kernel's launcher, by name."""
+    """Make `torch.ops.gemcut.<name>` and `<name>_out` of each kernel's launcher, by name."""
     for name, kernel in kernels.items():
-        oracle, mutated = getattr(reference, name), MUTATED.get(name, ())
+        oracle, contract = inspect.unwrap(getattr(reference, name)), CONTRACTS[name]
+        on_cpu = kernel if INTERPRETED else getattr(cpu, name)
+        gpu, cpu_, schema, fake = (
+            _flat(function, oracle) for function in (kernel, on_cpu, oracle, FAKES[name])
+        )
         op = torch.library.custom_op(
             f"gemcut::{name}",
-            _owning(_flat(kernel, oracle)),
-            mutates_args=mutated,
+            _owning(gpu),
+            mutates_args=contract.writes,
             device_types="cuda",
-            schema=torch.library.infer_schema(_flat(oracle, oracle), mutates_args=mutated),
+            schema=torch.library.infer_schema(schema, mutates_args=contract.writes),
         )
-        on_cpu = kernel if INTERPRETED else getattr(cpu, name)
-        op.register_kernel("cpu", _owning(_flat(on_cpu, oracle)))
-        op.register_fake(_flat(FAKES[name], oracle))
+        op.register_kernel("cpu", _owning(cpu_))
+        op.register_fake(fake)
+
+        writes = (*contract.writes, *contract.outs)
+        gpu, cpu_, schema = (_into_outs(f, schema, contract.outs) for f in (gpu, cpu_, schema))
+        op = torch.library.custom_op(
+            f"gemcut::{name.rstrip('_')}_out",
+            gpu,
+            mutates_args=writes,
+            device_types="cuda",
+            schema=torch.library.infer_schema(schema, mutates_args=writes),
+        )
+        op.register_kernel("cpu", cpu_)
+        op.register_fake(lambda *_: None)
+
+
+def empty_results(name: str, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    """New tensors for the results of an op of this name, as `out=` takes them: nothing is launched.
+
+    The other arguments are those of the call; under a FakeTensorMode nothing is allocated either.
+    """
+    bound = inspect.signature(inspect.unwrap(getattr(reference, name))).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return FAKES[name](*bound.args)

@@ -40,6 +40,7 @@ from gemcut.kernels.checks import (
     require,
 )
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
+from gemcut.kernels.outputs import result, results
 
 BLOCK_H = 4  # heads of a program
 
@@ -224,7 +225,12 @@ def _tile(K: int) -> dict[str, int]:
 
 
 def rope_tables(
-    positions: Tensor, inv_freq: Tensor, attention_scaling: float, dtype: torch.dtype
+    positions: Tensor,
+    inv_freq: Tensor,
+    attention_scaling: float,
+    dtype: torch.dtype,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The cos and sin by which `rope_and_store_` rotates, in every layer of one kind.
 
@@ -237,8 +243,9 @@ def rope_tables(
     check_index("positions", positions, M)
     require(dtype in DTYPES, f"dtype {dtype} is not supported; float32, bfloat16, float16 are")
 
-    cos = torch.empty((M, 1, 2 * half), device=positions.device, dtype=dtype)
-    sin = torch.empty((M, 1, 2 * half), device=positions.device, dtype=dtype)
+    given, shape = results(out, 2), (M, 1, 2 * half)
+    cos = result(given[0], shape, positions, dtype, positions, inv_freq)
+    sin = result(given[1], shape, positions, dtype, positions, inv_freq, given[0])
     if M:
         block_d = triton.next_power_of_2(half)
         rope_tables_kernel[(M,)](
@@ -277,6 +284,8 @@ def rope_and_store_(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     block_tables: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys; write keys and values into the cache; return the queries.
 
@@ -297,7 +306,9 @@ def rope_and_store_(
     check_rotation(M, K, slots, positions, cos, sin)
     check_head_norms(cos, q_norm_weight, k_norm_weight, K)
 
-    q = torch.empty((M, HQ, K), device=qkv.device, dtype=cos.dtype)
+    rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight)
+    cache = (k_cache, v_cache, k_scale, v_scale, block_tables)
+    q = result(out, (M, HQ, K), qkv, cos.dtype, qkv, *cache, *rotation)
     if M:
         rope_and_store_kernel[(M, triton.cdiv(HQ + 2 * HK, BLOCK_H))](
             qkv_ptr=qkv, q_ptr=q, k_cache_ptr=k_cache, v_cache_ptr=v_cache,

@@ -32,6 +32,7 @@ from torch import Tensor
 from gemcut.kernels.checks import check_index, check_rows, check_shape, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gumbel import noisy_logits, packed, packed_id, packed_value
+from gemcut.kernels.outputs import result
 from gemcut.kernels.top_k_top_p import (
     BUCKETS,
     DECIDED,
@@ -201,6 +202,8 @@ def penalize(
     repetition: Tensor,
     presence: Tensor,
     frequency: Tensor,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Penalised logits [B, V], from how often each token was generated and whether it was prompted.
 
@@ -221,7 +224,8 @@ def penalize(
         require(x.shape[0] == B, f"{name} has {x.shape[0]} rows, the logits {B}")
     _check_settings(logits, repetition=repetition, presence=presence, frequency=frequency)
 
-    y = torch.empty((B, V), device=logits.device, dtype=logits.dtype)
+    settings = (repetition, presence, frequency)
+    y = result(out, (B, V), logits, logits.dtype, logits, output_counts, in_prompt, *settings)
     if B:
         penalize_kernel[(B, triton.cdiv(V, CHUNK))](
             logits_ptr=logits, counts_ptr=output_counts, in_prompt_ptr=in_prompt, y_ptr=y,
@@ -242,6 +246,8 @@ def sample(
     min_p: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One token id for each row: logits [B, V] float32 -> [B] int64.
 
@@ -259,9 +265,10 @@ def sample(
         temperature is None or (seeds is not None and positions is not None),
         "temperature needs seeds and positions, of which one is None",
     )
-    ids = torch.empty(B, device=logits.device, dtype=torch.int64)
+    settings = (temperature, top_k, top_p, min_p, seeds, positions)
+    ids = result(out, (B,), logits, torch.int64, logits, *settings)
     if B:
-        _choose_(ids, logits, temperature, top_k, top_p, min_p, seeds, positions)
+        _choose_(ids, logits, *settings)
     return ids
 
 

@@ -161,7 +161,7 @@ def weight_of(name: str) -> str | None:
 
 def positional(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
     """The same call without names, as `torch.ops` take it: a quantised weight in its parts."""
-    own = inspect.signature(getattr(reference, name)).parameters.values()
+    own = inspect.signature(inspect.unwrap(getattr(reference, name))).parameters.values()
     given = [arguments.get(p.name, p.default) for p in own]
     for i, x in enumerate(given):
         if isinstance(x, QuantizedWeight):

@@ -54,7 +54,7 @@ PUBLIC = {
         AddedToken StopStrings StreamDecoder Tokenizer encode_chat end_of_turn_ids render_chat
     """,
 }
-OPS = PUBLIC["gemcut.kernels"]  # torch.ops.gemcut has each of them too
+OPS = PUBLIC["gemcut.kernels"]  # torch.ops.gemcut has each of them too, and `_out`
 COMMANDS = {"gemcut": "gemcut.engine.cli:main", "gemcut-bench": "gemcut.bench.cli:main"}
 TOOLS = "compile_report gpu_visit predict_step profile_step train_demo tune"
 
@@ -70,6 +70,7 @@ def test_a_package_exports_what_it_promised(package):
 def test_every_op_is_registered():
     for name in OPS.split():
         assert hasattr(torch.ops.gemcut, name), name
+        assert hasattr(torch.ops.gemcut, f"{name.rstrip('_')}_out"), name
 
 
 def test_the_commands_lead_to_their_functions():

@@ -13,10 +13,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gemcut.kernels.outputs import takes_out
 from gemcut.kernels.reference.cache import cache_shape, held
 from gemcut.kernels.reference.ops import loaded, widened
 
 
+@takes_out
 def attention_prefill(
     q: Tensor,
     k_cache: Tensor,
@@ -45,6 +47,7 @@ def attention_prefill(
     return y
 
 
+@takes_out
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemcut.kernels.outputs import takes_out
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight, dequantized
 from gemcut.kernels.reference.cache import cache_shape, store_
 from gemcut.kernels.reference.sampling import gumbel_noise
@@ -26,6 +27,7 @@ GREATEST_FP8 = 448.0  # of float8_e4m3fn
 # Embedding and norms
 
 
+@takes_out
 def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
     """Scaled rows of the table: token_ids [M], table [V, D] -> [M, D]."""
     if isinstance(table, QuantizedWeight):
@@ -34,6 +36,7 @@ def embed(token_ids: Tensor, table: Weight, scale: float) -> Tensor:
     return table.index_select(0, token_ids) * scale
 
 
+@takes_out
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last axis: x [..., D], weight [D] -> new tensor [..., D] in x's dtype.
 
@@ -44,6 +47,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * rstd * (1 + widened(weight))).to(x.dtype)
 
 
+@takes_out
 def add_rmsnorm_(
     residual: Tensor, x: Tensor, post_weight: Tensor | None, next_weight: Tensor, eps: float
 ) -> Tensor:
@@ -73,6 +77,7 @@ def summed(x: Tensor) -> Tensor:
 # Rotary embedding and cache
 
 
+@takes_out
 def rope_tables(
     positions: Tensor, inv_freq: Tensor, attention_scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -92,6 +97,7 @@ def rope_tables(
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
+@takes_out
 def rope_and_store_(
     qkv: Tensor,
     k_cache: Tensor,
@@ -151,6 +157,7 @@ def loaded(x: Tensor, scale: Tensor | None) -> Tensor:
 # Products
 
 
+@takes_out
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """Project rows: x [M, D], weight [N, D], bias [N] -> [M, N].
 
@@ -167,6 +174,7 @@ def _by_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None
     return F.linear(x, dequantized(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+@takes_out
 def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """A product of few rows, as partial sums: x [M, D], weight [N, D], bias [N] -> [S, M, N].
 
@@ -178,12 +186,14 @@ def skinny_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     return widened(F.linear(x, weight, bias)).unsqueeze(0)
 
 
+@takes_out
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh approximation: gate_up [M, 2 F], gate first -> [M, F]."""
     gate, up = widened(gate_up).chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
+@takes_out
 def lm_head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     """Logits in float32 whatever x's dtype: x [M, D], weight [V, D] -> [M, V].
 
@@ -196,6 +206,7 @@ def lm_head(x: Tensor, weight: Weight, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+@takes_out
 def lm_head_argmax(
     x: Tensor,
     weight: Weight,
@@ -227,11 +238,13 @@ def lm_head_argmax(
 # What a decode step does in one kernel
 
 
+@takes_out
 def linear_geglu(x: Tensor, gate_up_weight: Weight) -> Tensor:
     """The first half of the MLP: x [M, D], gate_up_weight [2 F, D], gate first -> [M, F]."""
     return geglu(linear(x, gate_up_weight))
 
 
+@takes_out
 def linear_rope_and_store_(
     x: Tensor,
     weight: Weight,
@@ -257,6 +270,7 @@ def linear_rope_and_store_(
 # The beginning of a decode step
 
 
+@takes_out
 def begin_step(
     token_ids: Tensor,
     positions: Tensor,

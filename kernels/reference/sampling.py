@@ -6,7 +6,10 @@ Letters in shape comments: B rows of a batch, V vocabulary.
 import torch
 from torch import Tensor
 
+from gemcut.kernels.outputs import takes_out
 
+
+@takes_out
 def penalize(
     logits: Tensor,
     output_counts: Tensor,
@@ -28,6 +31,7 @@ def penalize(
     return logits - frequency.unsqueeze(-1) * output_counts - presence.unsqueeze(-1) * generated
 
 
+@takes_out
 def sample(
     logits: Tensor,
     temperature: Tensor | None = None,
@@ -62,6 +66,7 @@ def sample(
     return noisy.argmax(-1)
 
 
+@takes_out
 def advance_(
     chosen: Tensor,
     scores: Tensor,

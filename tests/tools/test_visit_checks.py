@@ -1,12 +1,16 @@
 """The visit's checks see what they are for: rows, replays, scales and waits that are wrong."""
 
 import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gemcut.kernels import launch_switch
-from gemcut.tools.visit import attention, bits, ops, quantized, waits
+from gemcut.tools.visit import attention, bits, capture, ops, quantized, waits
 
 
 class Found(list):
@@ -105,3 +109,98 @@ def test_a_kernel_that_does_not_wait_is_seen():
         ("right, dependent", True, "0 of 2 replays differ from plain launches"),
         ("stale, dependent", False, "2 of 2 replays differ from plain launches"),
     ]
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off")
+def test_a_graph_whose_results_are_elsewhere_is_seen():
+    """The replays of a graph that reads old inputs, or whose last op writes nothing."""
+    found = Found()
+    shapes = ops.shapes_of(capture.CPU_MODEL, found.device)
+    with torch.inference_mode():
+        layer = capture.Layer(shapes, 32)
+        layer.allocate()
+        assert set(layer.write()) == set(CALLED)
+        capture.compare(found, layer, layer.write, 2)
+        old = layer.normed.clone()
+
+        def stale():
+            new = layer.normed.clone()
+            layer.normed.copy_(old)
+            layer.write()
+            layer.normed.copy_(new)
+
+        capture.compare(found, layer, stale, 1)
+
+        def elsewhere():
+            held, layer.outs = layer.outs, {}
+            layer.allocate()
+            layer.write()
+            layer.outs = held
+
+        for out in layer.outs[8]:
+            out.fill_(7)
+        capture.compare(found, layer, elsewhere, 1)
+    assert [passed for _, passed, _ in found] == [True, False, False]
+
+
+CALLED = {
+    "rope_tables": 0,
+    "linear_rope_and_store_": 0,
+    "attention_decode": 3,
+    "skinny_linear": 0,
+    "add_rmsnorm_": 0,
+    "linear_geglu": 0,
+    "lm_head_argmax": 0,
+}
+
+
+def test_an_allocation_too_many_in_a_capture_is_seen():
+    found = Found()
+    capture.check_allocations(found, CALLED)
+    capture.check_allocations(found, CALLED | {"linear_geglu": 1, "attention_decode": 2})
+    told = "2 by attention_decode, 1 by linear_geglu"
+    assert [record[1:] for record in found] == [(True, ""), (False, told)]
+
+
+def test_the_launches_of_the_layer_are_noted():
+    """So that the block before compiles them; outside the interpreter, where launches are made."""
+    code = (
+        "from gemcut.tools.visit import capture\n"
+        "print(*sorted({launch.kernel for launch in capture.record('sm_90')}))\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.split() == NOTED, run.stderr
+
+
+NOTED = [
+    "add_rmsnorm_kernel",
+    "attention_combine_kernel",
+    "attention_decode_kernel",
+    "linear_geglu_kernel",
+    "linear_rope_and_store_kernel",
+    "lm_head_argmax_kernel",
+    "rope_tables_kernel",
+    "skinny_linear_kernel",
+]
+
+
+def test_a_capture_counts_the_allocations_of_each_op(monkeypatch):
+    """With a graph that only looks like one, and an op that allocates twice."""
+    found, made = Found(), []
+
+    class Layer:
+        def write(self, count=int):
+            before = count()
+            made.extend("ab")
+            return {"geglu": count() - before}
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replayed"))
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    statistics = "allocation.all.allocated"
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {statistics: len(made)})
+    assert capture.captured(found, Layer()) == "replayed"
+    assert found == [("allocations of a capture", False, "2 by geglu")]

@@ -27,7 +27,18 @@ from gemcut.kernels.gpu_arch import arch_of
 from gemcut.tools.compile_report import Cell, compile_launch, compiled_kernel
 from gemcut.tools.launches import BATCHES, MAX_SEQ_LEN, Launch, launches
 from gemcut.tools.profile_step import DecodeStep
-from gemcut.tools.visit import attention, bits, memcheck, ops, pdl, peers, quantized, steps, waits
+from gemcut.tools.visit import (
+    attention,
+    bits,
+    capture,
+    memcheck,
+    ops,
+    pdl,
+    peers,
+    quantized,
+    steps,
+    waits,
+)
 from gemcut.tools.visit.block import Visit
 from gemcut.tools.visit.ops import MODELS
 
@@ -62,6 +73,7 @@ def recorders(visit: Visit, name: str) -> dict[str, Callable[[], set[Launch]]]:
     }
     if visit.on_gpu:
         found |= {model: partial(launches, PUBLISHED[model], name) for model in MODELS}
+        found["a graph of one's own"] = partial(capture.record, name)
         found["the waits"] = partial(waits.record, name)
         found["the steps"] = partial(steps.record, name)
         found["dependent launches"] = partial(pdl.record, visit, name)

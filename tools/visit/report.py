@@ -24,7 +24,18 @@ OK, WRONG, FAILED, NO_MEMORY, SKIPPED = "ok", "wrong", "failed", "no memory", "s
 FINISHED = "finished"  # how a block ends without an error
 CEILINGS = ("read_gbps", "copy_gbps", "matmul_tflops")
 # the order of the table, after failures and the blocks' own ends
-ORDER = ("bits", "waits", "ops", "memcheck", "steps", "tiles", "pdl", "attention", "peers")
+ORDER = (
+    "bits",
+    "capture",
+    "waits",
+    "ops",
+    "memcheck",
+    "steps",
+    "tiles",
+    "pdl",
+    "attention",
+    "peers",
+)
 Record = dict[str, Any]
 
 
