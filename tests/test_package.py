@@ -15,7 +15,14 @@ FOLDERS = ("kernels", "tokenizer", "engine", "bench", "tools")
 NEEDS_EXTRA = {"gemcut.tools.train_demo", "gemcut.bench.engines.openai_load"}
 NEEDS_EXTRA |= {
     f"gemcut.engine.adapters.{name}"
-    for name in ("lm_eval_model", "ray_deployment", "sglang_backend")
+    for name in (
+        "lm_eval_model",
+        "ray_deployment",
+        "sglang_backend",
+        "vllm_ir",
+        "vllm_ops",
+        "vllm_vaultgemma",
+    )
 }
 
 

@@ -54,7 +54,7 @@ def takes_fused_add_rms_norm(
 def rms_norm(
     x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> Tensor:
-    """x [..., D], weight [D] or None -> [..., D], rounded once."""
+    """Rows x [..., D], weight [D] or None -> [..., D], rounded once."""
     rows = x.reshape(-1, x.shape[-1])  # a copy where x is a part of other rows: heads of a qkv
     return torch.ops.gemcut.rmsnorm(rows, _offset(x, weight), epsilon).view(x.shape)
 
@@ -66,7 +66,7 @@ def fused_add_rms_norm(
     epsilon: float,
     variance_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x, x_residual [..., D] -> the sum normalised, and the sum, which is in x_residual."""
+    """Rows x, x_residual [..., D] -> the sum normalised, and the sum, now in x_residual."""
     D = x.shape[-1]
     rows, residual = x.reshape(-1, D), x_residual.view(-1, D)
     y = torch.ops.gemcut.add_rmsnorm_(residual, rows, None, _offset(x, weight), epsilon)

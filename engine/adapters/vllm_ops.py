@@ -30,7 +30,7 @@ class GemcutRMSNorm(GemmaRMSNorm):
     def forward_cuda(
         self, x: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x [..., D] -> the same; with a residual [..., D], which takes the sum, it and the sum."""
+        """Rows x [..., D] -> [..., D]; with a residual [..., D], the sum's norm and the sum in it."""
         D = x.shape[-1]
         rows = x.reshape(-1, D)  # a copy where x is a part of other rows: heads of a qkv
         weight, eps = self.weight, self.variance_epsilon
@@ -50,7 +50,7 @@ class GemcutGeluAndMul(GeluAndMul):
         return True
 
     def forward_cuda(self, x: Tensor) -> Tensor:
-        """x [..., 2 F], gate first -> [..., F]."""
+        """Rows [..., 2 F], gate first -> [..., F]."""
         if self.approximate != "tanh":
             return super().forward_cuda(x)
         y = torch.ops.gemcut.geglu(x.reshape(-1, x.shape[-1]))
