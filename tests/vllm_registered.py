@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from vllm import platforms
+from vllm.platforms.cpu import CpuPlatform
+
+platforms.current_platform = CpuPlatform()  # in a CUDA build too, before modules take theirs
+
 from vllm import ModelRegistry, envs, ir, plugins
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.custom_op import op_registry_oot
