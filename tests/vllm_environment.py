@@ -32,7 +32,15 @@ OURS = "VaultGemmaForCausalLM"
 Answers = list[tuple[list[int], Tensor]]
 
 
-def installed(folder: Path) -> list[Path]:
+def environment_of(folder: Path) -> dict[str, str]:
+    """Variables for its processes, which find gemcut as installed; `folder` takes their caches."""
+    # not the paths and settings of this process, some of which are for the kernels' interpreter
+    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    own = {"PYTHONPATH": str(installed(folder)), "VLLM_CACHE_ROOT": str(folder / "cache")}
+    return kept | own | {"HF_HUB_OFFLINE": "1"}
+
+
+def installed(folder: Path) -> Path:
     """What pip would put on the path for gemcut: packages, and metadata with the entry point."""
     entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     site, metadata = folder / "site", folder / "site" / "gemcut-0.1.0.dist-info"
@@ -42,7 +50,7 @@ def installed(folder: Path) -> list[Path]:
     (metadata / "entry_points.txt").write_text(f"[{GROUP}]\ngemcut = {plugin}\n")
     if not (site / "gemcut").exists():
         (site / "gemcut").symlink_to(ROOT, target_is_directory=True)
-    return [site]
+    return site
 
 
 def run_in_vllm(script: str, folder: Path, *arguments: Any, **settings: str) -> str:
@@ -51,10 +59,7 @@ def run_in_vllm(script: str, folder: Path, *arguments: Any, **settings: str) -> 
     `folder` takes what is made for it; `settings` are variables of its environment.
     """
     assert PYTHON is not None
-    path = os.pathsep.join(map(str, installed(folder)))
-    # not the paths and settings of this process, some of which are for the kernels' interpreter
-    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    environment = kept | {"PYTHONPATH": path, "VLLM_CACHE_ROOT": str(folder / "cache")} | settings
+    environment = environment_of(folder) | settings
     command = [PYTHON, "-P", str(ROOT / "tests" / script), *map(str, arguments)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE

@@ -1,4 +1,4 @@
-"""Whether vLLM's loaders fill our VaultGemma: run by the Python of any vLLM, without running a model.
+"""Whether vLLM's loaders fill our VaultGemma: run by the Python of any vLLM; no model runs.
 
     python tests/vllm_loading.py FOLDER
 
@@ -6,6 +6,7 @@ builds the model of the folder's config on vLLM's platform for CPUs, in a CUDA b
 too, loads model.safetensors of the folder, and compares every parameter with the file's.
 """
 
+# ruff: noqa: E402
 import os
 import sys
 from pathlib import Path

@@ -7,6 +7,7 @@ plugins, which classes make its layers, how far our ops are from its own, and ho
 the config.json of each folder CONFIG.
 """
 
+# ruff: noqa: E402
 import json
 import sys
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ class GemcutRMSNorm(GemmaRMSNorm):
     def forward_cuda(
         self, x: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Rows x [..., D] -> [..., D]; with a residual, the norm of the sum, and it with the sum."""
+        """Rows x [..., D] -> [..., D]; with a residual, that of the sum, and the residual."""
         D = x.shape[-1]
         rows = x.reshape(-1, D)  # a copy where x is a part of other rows: heads of a qkv
         weight, eps = self.weight, self.variance_epsilon

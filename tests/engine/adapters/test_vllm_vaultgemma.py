@@ -98,6 +98,22 @@ def save_and_merge_adapter_(model: PreTrainedModel, folder: Path, rank: int = 4)
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def test_on_two_ranks(tmp_path):
+    """Tensor parallel: heads, MLP and vocabulary are divided."""
+    theirs = expected(vaultgemma(tmp_path / "model", tie_word_embeddings=False))
+    settings = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    asked = request(llm={"tensor_parallel_size": 2})
+    found = served(tmp_path / "model", tmp_path, asked, **settings)
+    assert found["layers"][""] == OURS
+    assert_same(found["answers"][""], theirs)
+
+
+def test_its_loaders_fill_every_parameter(tmp_path):
+    """No model runs: this test passes on a CUDA build without a GPU too."""
+    vaultgemma(tmp_path / "model", attention_bias=True, tie_word_embeddings=False)
+    assert "loaded " in run_in_vllm("vllm_loading.py", tmp_path, tmp_path / "model")
+
+
 def test_quantised_by_gemcut(tmp_path):
     """Four-bit matrices keep their scheme, packed ones too."""
     vaultgemma(tmp_path / "source")
