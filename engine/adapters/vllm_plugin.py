@@ -10,9 +10,10 @@ import logging
 import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 MODEL = "VaultGemmaForCausalLM"
-MODEL_CLASS = "gemcut.engine.adapters.vllm_vaultgemma:VaultGemmaForCausalLM"
+MODEL_CLASS = f"{__name__}:{MODEL}"  # see __getattr__
 SETTING = "GEMCUT_VLLM_OPS"  # of the environment: names of CUSTOM_OPS between commas
 CUSTOM_OPS = {"gemma_rms_norm": "GemmaRMSNorm", "gelu_and_mul": "GeluAndMul"}  # vLLM's names
 
@@ -46,8 +47,12 @@ def _attempt(what: str, do: Callable[[], None]) -> None:
     try:
         do()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("gemcut: vLLM %s runs without %s (%s)", _vllm_version(), what, reason)
+        _warn(what, error)
+
+
+def _warn(what: str, error: Exception) -> None:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    logger.warning("gemcut: vLLM %s runs without %s (%s)", _vllm_version(), what, reason)
 
 
 def _vllm_version() -> str:
@@ -66,6 +71,20 @@ def _register_model() -> None:
     # vLLM's own one, should it get one, is left alone; the fallback on transformers is not
     if known is None or "transformers" in getattr(known, "module_name", ""):
         ModelRegistry.register_model(MODEL, MODEL_CLASS)
+
+
+def __getattr__(name: str) -> Any:
+    """The model's class, when vLLM loads it: its fallback where its Gemma 2 has been moved."""
+    if name != MODEL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from gemcut.engine.adapters.vllm_vaultgemma import VaultGemmaForCausalLM
+    except ImportError as error:
+        _warn(f"the native model {MODEL}", error)
+        from vllm.model_executor.models.transformers import TransformersForCausalLM
+
+        return TransformersForCausalLM
+    return VaultGemmaForCausalLM
 
 
 def _register_providers() -> None:

@@ -131,8 +131,8 @@ class VaultGemmaDecoderLayer(nn.Module):
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
-        hidden_states, residual = self.pre_feedforward_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        hidden_states, attended = self.pre_feedforward_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), attended
 
 
 def check_config(config: Any) -> None:

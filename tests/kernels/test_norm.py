@@ -53,7 +53,7 @@ def test_weights_may_be_in_float32(dtype):
     assert_accurate(rmsnorm, x, w, EPS)
     assert_accurate(add_rmsnorm_, residual, x, w, w, EPS)
     if dtype != torch.float32:
-        with pytest.raises(ValueError, match="weight is torch.float64"):
+        with pytest.raises(ValueError, match="weight is"):
             rmsnorm(x, w.double(), EPS)
 
 

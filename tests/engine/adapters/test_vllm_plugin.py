@@ -83,6 +83,23 @@ def test_a_vllm_without_the_rest_gets_the_model_and_a_warning_each(
         assert what in message
 
 
+def test_where_gemma_2_has_been_moved_the_fallback_is_the_model(registry, monkeypatch, caplog):
+    monkeypatch.delitem(sys.modules, "gemcut.engine.adapters.vllm_vaultgemma", raising=False)
+    name = "vllm.model_executor.models.transformers"
+    for end in (1, 2, 3, 4):
+        part = ".".join(name.split(".")[:end])
+        module = ModuleType(part)
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, part, module)
+    fallback = sys.modules[name].TransformersForCausalLM = type("Fallback", (), {})  # pyright: ignore
+    module, _, cls = vllm_plugin.MODEL_CLASS.partition(":")
+    assert getattr(sys.modules[module], cls) is fallback
+    (record,) = caplog.records
+    assert record.getMessage().startswith("gemcut: vLLM 0.99.0 runs without the native model")
+    with pytest.raises(AttributeError, match="has no attribute 'Gemma2'"):
+        vllm_plugin.Gemma2  # noqa: B018
+
+
 @pytest.mark.parametrize("registry", ["vllm.models.vaultgemma"], indirect=True)
 def test_a_native_model_of_vllm_itself_is_left_alone(registry):
     vllm_plugin.register()
