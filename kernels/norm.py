@@ -93,10 +93,11 @@ def _tile(D: int) -> dict[str, int]:
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     """Normalise the last axis: x [..., D], weight [D] -> new tensor [..., D] in x's dtype.
 
-    ValueError unless x views as rows and D is at most 16384.
+    The weight may be in float32 whatever x is.  ValueError unless x views as rows and D is at most
+    16384.
     """
     D = x.shape[-1]
-    check_tensors(x, weight=weight)
+    _check_tensors(x, weight=weight)
     check_shape("weight", weight, D)
     require(0 < D <= MAX_HIDDEN_SIZE, f"hidden size {D} is not in 1 to {MAX_HIDDEN_SIZE}")
     rows = x if x.dim() == 2 else _view_rows(x, D)
@@ -110,6 +111,16 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None)
             D=D, EPS=eps, **_tile(D), **dependent_launch(x.device),
         )  # fmt: skip
     return y
+
+
+def _check_tensors(x: Tensor, **weights: Tensor | None) -> None:
+    """`check_tensors`, but for weights in float32 on x's device: the kernels widen all to that."""
+    others = {
+        name: weight
+        for name, weight in weights.items()
+        if weight is None or weight.dtype != torch.float32 or weight.device != x.device
+    }
+    check_tensors(x, **others)
 
 
 def _view_rows(x: Tensor, D: int) -> Tensor:
@@ -132,10 +143,10 @@ def add_rmsnorm_(
 ) -> Tensor:
     """Add a branch to the residual stream, in place, and normalise the sum for the next branch.
 
-    residual [M, D], x [M, D] or partial sums [S, M, D] in float32; weights [D] -> [M, D].  With
-    `post_weight` the branch is normalised first.
+    residual [M, D], x [M, D] or partial sums [S, M, D] in float32; weights [D], which may
+    be in float32 -> [M, D].  With `post_weight` the branch is normalised first.
     """
-    check_tensors(residual, post_weight=post_weight, next_weight=next_weight)
+    _check_tensors(residual, post_weight=post_weight, next_weight=next_weight)
     parts, M, D = check_parts("x", x, residual)
     require(0 < D <= MAX_HIDDEN_SIZE, f"hidden size {D} is not in 1 to {MAX_HIDDEN_SIZE}")
     check_rows("residual", residual, D)

@@ -64,6 +64,11 @@ LATE |= {
 }
 LATE |= {("engine/requests/grammars.py", "llguidance")}
 LATE |= {("engine/requests/grammar_probe.py", "llguidance")}
+# vLLM and what needs it, once vLLM calls the plugin
+LATE |= {
+    ("engine/adapters/vllm_plugin.py", "vllm"),
+    ("engine/adapters/vllm_plugin.py", "gemcut.engine.adapters"),
+}
 FILES = [path.relative_to(ROOT) for folder in RULES for path in (ROOT / folder).rglob("*.py")]
 
 

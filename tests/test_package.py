@@ -13,9 +13,17 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "tokenizer", "engine", "bench", "tools")
 # modules that need an extra (`pip install gemcut[train]` and the like)
 NEEDS_EXTRA = {"gemcut.tools.train_demo", "gemcut.bench.engines.openai_load"}
+NEEDS_EXTRA |= {"gemcut.tools.vllm_runner"}
 NEEDS_EXTRA |= {
     f"gemcut.engine.adapters.{name}"
-    for name in ("lm_eval_model", "ray_deployment", "sglang_backend")
+    for name in (
+        "lm_eval_model",
+        "ray_deployment",
+        "sglang_backend",
+        "vllm_ir",
+        "vllm_ops",
+        "vllm_vaultgemma",
+    )
 }
 
 

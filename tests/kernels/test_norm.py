@@ -45,6 +45,18 @@ def test_partial_sums_are_added_up(parts, post_norm, dtype):
     assert_accurate(add_rmsnorm_, residual, x, post if post_norm else None, following, EPS)
 
 
+@by_dtype
+def test_weights_may_be_in_float32(dtype):
+    """As other stacks hold a norm's; only there may dtypes differ."""
+    torch.manual_seed(0)
+    x, residual, w = random(3, 300, dtype=dtype), random(3, 300, dtype=dtype), random(300)
+    assert_accurate(rmsnorm, x, w, EPS)
+    assert_accurate(add_rmsnorm_, residual, x, w, w, EPS)
+    if dtype != torch.float32:
+        with pytest.raises(ValueError, match="weight is"):
+            rmsnorm(x, w.double(), EPS)
+
+
 def test_leading_axes_flatten():
     assert_accurate(rmsnorm, random(3, 5, 40), random(40), EPS)
 
