@@ -20,8 +20,6 @@ from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.matmul import count_parts
 from gemcut.kernels.quantized_weight import QuantizedWeight, Weight
 
-NAMESPACE = "gemcut"  # tools/build_hub_kernel.py gives a copy another
-
 MUTATED = {
     "add_rmsnorm_": ("residual",),
     "advance_": ("tokens", "positions"),
@@ -161,7 +159,7 @@ def register(kernels: Mapping[str, Callable[..., Any]]) -> None:
     for name, kernel in kernels.items():
         oracle, mutated = getattr(reference, name), MUTATED.get(name, ())
         op = torch.library.custom_op(
-            f"{NAMESPACE}::{name}",
+            f"gemcut::{name}",
             _owning(_flat(kernel, oracle)),
             mutates_args=mutated,
             device_types="cuda",

@@ -74,7 +74,9 @@ def test_its_metadata_names_its_backend_its_namespace_and_its_files(folder, vari
     metadata = json.loads((base / "metadata.json").read_text())
     assert metadata["backend"]["type"] == variant.removeprefix("torch-")
     assert re.fullmatch(r"_gemcut_(cuda|cpu)_[0-9a-f]{10}", metadata["id"])
-    assert f'NAMESPACE = "{metadata["id"]}"' in (base / "kernels" / "registration.py").read_text()
+    assert f'f"{metadata["id"]}::{{name}}"' in (base / "kernels" / "registration.py").read_text()
+    left = [p for p in base.rglob("*.py") if re.search(r"gemcut::|ops\.gemcut", p.read_text())]
+    assert left == []
     files = {p.relative_to(base).as_posix(): p for p in base.rglob("*") if p.suffix != ".pyc"}
     hashes = {
         place: base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()

@@ -4,11 +4,12 @@ The built folder's first file: every op of `kernels` by its name, registered und
 is this build's alone, the three ops of pointwise.py, and `layers`.  `kernels` holds the launchers.
 """
 
+import torch
+
 from gemcut import kernels
 from gemcut.tools.hub_kernel import layers, pointwise
-from gemcut.tools.hub_kernel.pointwise import OPS
 
 _NAMES = [*kernels.__all__, *pointwise.__all__]
-globals().update({name: getattr(OPS, name) for name in _NAMES})
+globals().update({name: getattr(torch.ops.gemcut, name) for name in _NAMES})
 
 __all__ = ["kernels", "layers", *_NAMES]

@@ -10,9 +10,8 @@ allows no more.  The ops are registered, so torch.compile traces a layer whole; 
 backward, and say so when one is asked for.
 """
 
+import torch
 from torch import Tensor, nn
-
-from gemcut.tools.hub_kernel.pointwise import OPS
 
 TANH_GELU = "GELUTanh"  # transformers' class of it
 
@@ -29,10 +28,9 @@ class GemmaRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X [..., D] -> the same shape."""
         if x.dim() == 4 and not x.is_contiguous():  # heads [B, H, T, K] of tokens that lie in order
-            return OPS.rmsnorm(x.transpose(1, 2).contiguous(), self.weight, self.eps).transpose(
-                1, 2
-            )
-        return OPS.rmsnorm(x.contiguous(), self.weight, self.eps)
+            rows = x.transpose(1, 2).contiguous()
+            return torch.ops.gemcut.rmsnorm(rows, self.weight, self.eps).transpose(1, 2)
+        return torch.ops.gemcut.rmsnorm(x.contiguous(), self.weight, self.eps)
 
 
 class GemmaMLP(nn.Module):
@@ -51,7 +49,7 @@ class GemmaMLP(nn.Module):
         activation = type(self.act_fn).__name__
         if activation != TANH_GELU:
             raise ValueError(f"the MLP's activation is {activation}, must be {TANH_GELU}")
-        return self.down_proj(OPS.gelu_and_mul(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(torch.ops.gemcut.gelu_and_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class RotaryPosEmb(nn.Module):
@@ -65,10 +63,10 @@ class RotaryPosEmb(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Q, k [B, H, T, K], or [B, T, H, K] with unsqueeze_dim=2; cos, sin [B, T, K]."""
         if unsqueeze_dim == 1:
-            return OPS.rotate(q, k, cos, sin)
+            return torch.ops.gemcut.rotate(q, k, cos, sin)
         if unsqueeze_dim != 2:
             raise ValueError(f"unsqueeze_dim is {unsqueeze_dim}, must be 1 or 2")
-        q, k = OPS.rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        q, k = torch.ops.gemcut.rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2)
 
 
@@ -80,4 +78,4 @@ class GeluTanh(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input of any shape -> the same."""
-        return OPS.gelu(input)
+        return torch.ops.gemcut.gelu(input)

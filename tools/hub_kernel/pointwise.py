@@ -25,7 +25,6 @@ from torch import Tensor
 from gemcut.kernels.checks import check_tensors, require
 from gemcut.kernels.gelu import gelu as gelu_of_tile
 from gemcut.kernels.interpreter import INTERPRETED
-from gemcut.kernels.registration import NAMESPACE
 
 __all__ = ["gelu", "gelu_and_mul", "rotate"]
 
@@ -194,7 +193,7 @@ def _register(kernel: Callable[..., Any], on_cpu: Callable[..., Any], fake: Any)
 
     schema = torch.library.infer_schema(kernel, mutates_args=())
     op = torch.library.custom_op(
-        f"{NAMESPACE}::{kernel.__name__}",
+        f"gemcut::{kernel.__name__}",
         on_gpu,
         mutates_args=(),
         device_types="cuda",
@@ -208,7 +207,6 @@ def _dense(x: Tensor, *_: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-OPS: Any = getattr(torch.ops, NAMESPACE)  # those of `kernels` too
 _register(rotate, _rotate_on_cpu, lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)))
 _register(gelu, _gelu_on_cpu, _dense)
 _register(gelu_and_mul, _gelu_and_mul_on_cpu, _dense)
