@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,22 @@ def run_with_kernels(users: str, folder: Path) -> None:
 def test_the_package_kernels_puts_them_in_and_out(tmp_path):
     pytest.importorskip("kernels", minversion="0.14")
     run_with_kernels("kernelize", tmp_path / "gemcut")
+
+
+def test_the_python_of_its_page_runs(tmp_path):
+    """One program, except what needs a GPU."""
+    pytest.importorskip("kernels", minversion="0.14")
+    page = (TESTS.parent / "tools" / "hub_kernel" / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = "\n".join(b for b in blocks if "cuda" not in b or torch.cuda.is_available())
+    build(tmp_path / "gemcut-kernel")
+    code += (
+        "assert model.model.norm.forward.__module__.startswith('_gemcut_')\nassert len(y) == 4\n"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    on_cpu = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run(command, cwd=tmp_path, env=on_cpu, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_kernel_config_takes_them(tmp_path):

@@ -12,4 +12,4 @@ from gemcut.tools.hub_kernel import layers, pointwise
 _NAMES = [*kernels.__all__, *pointwise.__all__]
 globals().update({name: getattr(torch.ops.gemcut, name) for name in _NAMES})
 
-__all__ = ["kernels", "layers", *_NAMES]
+__all__ = ["kernels", "layers", *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
