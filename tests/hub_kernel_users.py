@@ -1,12 +1,15 @@
 """Programs that give the Hub kernel's layers to transformers' models by the package `kernels`.
 
-    python -P hub_kernel_users.py kernelize|configure FOLDER
+    python -P hub_kernel_users.py kernelize|configure|lock FOLDER
 
 Each is run in a process of its own: a class that is marked stays so, and rotation is replaced for
 every model of a family at once.
 """
 
 import importlib
+import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,5 +96,36 @@ def configure(folder: Path) -> None:
             assert_within_budget(model_type, logits(model), eager, exact)
 
 
+def lock(folder: Path) -> None:
+    """From the cache, where the folder lies as if downloaded: by version and by a lock file.
+
+    HF_HUB_OFFLINE and KERNELS_CACHE are set, which the packages read when they are imported.
+    """
+    kernels = importlib.import_module("kernels")
+    name, commit = "me/gemcut", "a" * 40
+    cached = Path(os.environ["KERNELS_CACHE"]) / "kernels--me--gemcut"
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v1").write_text(commit)
+    locked = {"dependency": {"repo-id": name, "version": 1}, "lock": {"commit": commit}}
+    lockfile = cached.parent / "kernels.lock"
+    lockfile.write_text(json.dumps([locked]))
+
+    kernel = kernels.load_kernel(name, lockfile=lockfile)
+    assert kernel.__file__.startswith(str(cached))
+    assert kernels.get_locked_kernel(name, lockfile=lockfile) is kernel
+    assert kernels.get_kernel(name, version=1) is kernel
+    assert kernels.has_kernel(name, version=1)
+    layer = {"layer_name": "GemmaRMSNorm"}
+    by_lock = kernels.LockedLayerRepository(name, lockfile=lockfile, **layer)
+    by_version = kernels.LayerRepository(name, version=1, **layer)
+    for repository in (by_lock, by_version):
+        assert repository.load() is kernel.layers.GemmaRMSNorm
+    os.environ["LOCAL_KERNELS"] = f"you/gemcut={folder}"
+    local = kernels.get_kernel("you/gemcut", version=1)
+    assert local.__file__.startswith(str(folder))
+
+
 if __name__ == "__main__":
-    {"kernelize": kernelize, "configure": configure}[sys.argv[1]](Path(sys.argv[2]))
+    users = {"kernelize": kernelize, "configure": configure, "lock": lock}
+    users[sys.argv[1]](Path(sys.argv[2]))

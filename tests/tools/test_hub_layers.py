@@ -107,13 +107,13 @@ def test_another_activation_is_refused():
         layers.GemmaMLP.forward(mlp, torch.randn(1, 48))
 
 
-def run_with_kernels(users: str, folder: Path) -> None:
+def run_with_kernels(users: str, folder: Path, **environment: str) -> None:
     """In a process of its own: what is marked or replaced stays so, rotation for every model."""
     build(folder)
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
         [sys.executable, "-P", str(TESTS / "hub_kernel_users.py"), users, str(folder)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
         capture_output=True,
         text=True,
     )
@@ -123,6 +123,12 @@ def run_with_kernels(users: str, folder: Path) -> None:
 def test_the_package_kernels_puts_them_in_and_out(tmp_path):
     pytest.importorskip("kernels", minversion="0.14")
     run_with_kernels("kernelize", tmp_path / "gemcut")
+
+
+def test_a_lock_file_and_a_version_find_it_in_the_cache(tmp_path):
+    pytest.importorskip("kernels", minversion="0.17")
+    environment = {"HF_HUB_OFFLINE": "1", "KERNELS_CACHE": str(tmp_path / "cache")}
+    run_with_kernels("lock", tmp_path / "gemcut", **environment)
 
 
 def test_the_python_of_its_page_runs(tmp_path):
