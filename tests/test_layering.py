@@ -32,7 +32,7 @@ ROOMS = {
         "adapters",
     ],
     "bench": ["measure", "ops", "engines", "report"],
-    "tools": ["prediction", "tuning", "visit"],
+    "tools": ["hub_kernel", "prediction", "tuning", "visit"],
 }
 # Imports inside a function: torch after the arguments are read, matplotlib where a page is asked
 # for, and peers only where they take part

@@ -56,7 +56,7 @@ PUBLIC = {
 }
 OPS = PUBLIC["gemcut.kernels"]  # torch.ops.gemcut has each of them too, and `_out`
 COMMANDS = {"gemcut": "gemcut.engine.cli:main", "gemcut-bench": "gemcut.bench.cli:main"}
-TOOLS = "compile_report gpu_visit predict_step profile_step train_demo tune"
+TOOLS = "build_hub_kernel compile_report gpu_visit predict_step profile_step train_demo tune"
 
 
 @pytest.mark.parametrize("package", PUBLIC)
