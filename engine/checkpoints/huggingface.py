@@ -5,7 +5,7 @@ random numbers and drops one that it does not know; here both are errors.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,11 +73,12 @@ def match_tensors(
 
 
 def match_weights(
-    folder: Path,
-    headers: list[TensorHeader],
+    folder: Path | str,
+    headers: Sequence[TensorHeader],
     config: ModelConfig,
     any_head: bool = False,
     may_lack_head: bool = False,
+    may_lack_any: bool = False,
 ) -> dict[str, StoredWeight]:
     """The same as they are; see `_match`."""
     return {
@@ -87,7 +88,9 @@ def match_weights(
             header.layout if isinstance(header, QuantizedHeader) else None,
             header.load,
         )
-        for name, header in _match(folder, headers, config, any_head, may_lack_head).items()
+        for name, header in _match(
+            folder, headers, config, any_head, may_lack_head, may_lack_any
+        ).items()
     }
 
 
@@ -129,16 +132,17 @@ def require_files(folder: Path) -> list[Path]:
 
 
 def _match(
-    folder: Path,
-    headers: list[TensorHeader],
+    folder: Path | str,
+    headers: Sequence[TensorHeader],
     config: ModelConfig,
     any_head: bool = False,
     may_lack_head: bool = False,
+    may_lack_any: bool = False,
 ) -> dict[str, TensorHeader | QuantizedHeader]:
     """The headers of the tensors of `config` by name: exactly those, or ValueError.
 
     With `any_head` the files may hold other heads too; with `may_lack_head` the model's own may be
-    missing.
+    missing, and with `may_lack_any` whatever they have not.
     """
     expected = {tensor.name: tensor for tensor in checkpoint_tensors(config)}
     stored: dict[str, TensorHeader | QuantizedHeader] = dict(_by_model_name(headers, config))
@@ -150,6 +154,8 @@ def _match(
         _drop_tied_head(stored)
     if may_lack_head:
         expected = {n: tensor for n, tensor in expected.items() if n in stored or not is_head(n)}
+    if may_lack_any:
+        expected = {name: tensor for name, tensor in expected.items() if name in stored}
     _check(folder, stored, expected)
     return stored
 
@@ -159,7 +165,7 @@ def is_head(name: str) -> bool:
     return name.startswith(("lm_head.", "score."))
 
 
-def _by_model_name(headers: list[TensorHeader], config: ModelConfig) -> dict[str, TensorHeader]:
+def _by_model_name(headers: Sequence[TensorHeader], config: ModelConfig) -> dict[str, TensorHeader]:
     """The tensors of the language model by the names that `checkpoint_tensors` gives them."""
     stored: dict[str, TensorHeader] = {}
     for header in headers:
@@ -184,14 +190,14 @@ def _drop_tied_head(stored: dict[str, TensorHeader | QuantizedHeader]) -> None:
         return
     if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
         both = zip(pieces(head.load()), pieces(embedding.load()), strict=True)
-        if all(torch.equal(a, b) for a, b in both):
+        if all(torch.equal(a, b.to(a.device)) for a, b in both):
             del stored["lm_head.weight"]
             return
     raise ValueError(f"{head} differs from the embedding, but tie_word_embeddings is true")
 
 
 def _check(
-    folder: Path,
+    folder: Path | str,
     stored: Mapping[str, TensorHeader | QuantizedHeader],
     expected: Mapping[str, CheckpointTensor],
 ) -> None:
