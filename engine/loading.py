@@ -21,6 +21,7 @@ from gemcut.engine.checkpoints.load import (
     load_settings,
     load_tokenizer,
 )
+from gemcut.engine.checkpoints.lora import open_adapter
 from gemcut.engine.checkpoints.state_dict import (
     Tensors,
     match_tensors,
@@ -75,6 +76,7 @@ class Loading:
         skip_tokenizer_init: bool = False,
         quantization: Literal["int8", "int4", "fp8"] | None = None,
         kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+        lora: str | Path | None = None,
         ops: str = "auto",
         generation_config: str | Path = "auto",
         default_params: SamplingParams | None = None,
@@ -94,7 +96,8 @@ class Loading:
         takes ids alone.  quantization: "int8", "int4" or "fp8" quantises the matrices of a plain
         checkpoint while they are read; one that is quantised needs nothing.  kv_cache_dtype:
         "fp8" halves the cache's bytes, see `Engine`; the scales are those of a checkpoint that has
-        some for e4m3.
+        some for e4m3.  lora: a folder or Hugging Face id of a LoRA adapter that peft has saved as
+        safetensors; it is merged into the weights while they are read (checkpoints/lora.py).
 
         generation_config: the file that publishes the settings of a call that gives none: "auto" is
         the model's generation_config.json, a folder has one of its own, and with "none" only the
@@ -106,20 +109,20 @@ class Loading:
         op_table = choose_ops(ops, target)
         choose_dtype(dtype, target)  # a bad one is refused before anything is fetched
         check_bool("skip_tokenizer_init", skip_tokenizer_init)
-        fetch = partial(
-            resolve_checkpoint,
-            model,
-            token=token,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        from_hub: dict[str, Any] = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        fetch = partial(resolve_checkpoint, model, revision=revision, **from_hub)
         folder = fetch(files=SMALL_FILES, gguf=True)
         if (folder / "adapter_config.json").exists():  # weights tell an adapter from a model
             folder = fetch()
         check_holds_model(folder)
         config = load_config(folder)
         _refuse_classifier(config, folder)
+        adapter = None if lora is None else open_adapter(lora, config, **from_hub)
+        own_config, config = config, config if adapter is None else adapter.config
         layouts = expected_layouts(config, quantization, folder)
         weights_dtype = choose_dtype(dtype, target, is_quantized=bool(layouts))
         tokenizer = None if skip_tokenizer_init else load_tokenizer(folder, config)
@@ -147,11 +150,12 @@ class Loading:
         def load() -> Weights:
             return load_checkpoint(
                 folder,
-                config,
+                own_config,
                 device=target,
                 dtype=weights_dtype,
                 quantization=quantization,
                 has_cache_scales=kv_scales is not None,
+                adapter=adapter,
             )
 
         engine = cls._made(
@@ -186,6 +190,7 @@ class Loading:
         dependent_launches: bool = True,
         quantization: Literal["int8", "int4", "fp8"] | None = None,
         kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+        lora: str | Path | None = None,
         ops: str = "auto",
         eos_ids: Sequence[int] | None = None,
         default_params: SamplingParams | None = None,
@@ -199,16 +204,19 @@ class Loading:
         them.  tokenizer: a Tokenizer, a folder, a Hugging Face id or a tokenizer of transformers;
         without one the engine takes ids alone.
 
-        eos_ids and default_params are those of `Engine`, all else that of `from_pretrained`.
+        eos_ids and default_params are those of `Engine`; all else that of `from_pretrained`.
         ValueError says in one line what is wrong with an argument or a tensor.
         """
         target = choose_device(device)
         op_table = choose_ops(ops, target)
         config = read_config(config)
         _refuse_classifier(config, "config")
+        stored = match_tensors(tensors, config)
+        if lora is not None:
+            adapter = open_adapter(lora, config)
+            stored, config = adapter.merge(stored), adapter.config
         layouts = expected_layouts(config, quantization)
         weights_dtype = choose_dtype(dtype, target, is_quantized=bool(layouts))
-        stored = match_tensors(tensors, config)
         chosen_tokenizer = read_tokenizer(tokenizer, config)
         build = Build(
             config,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemcut.engine.checkpoints.compressed_tensors import QuantizedHeader, gather
-from gemcut.engine.checkpoints.safetensor_headers import FLOATS, TensorHeader, open_file
+from gemcut.engine.checkpoints.safetensor_headers import FLOATS, TensorHeader, open_headers
 from gemcut.engine.checkpoints.stored_tensors import (
     StoredTensor,
     TensorSpec,
@@ -46,14 +46,10 @@ def open_tensors(path: Path) -> list[TensorHeader]:
     """Every tensor in the folder's weight files; an index must agree with the files it names."""
     found: dict[str, TensorHeader] = {}
     for file in require_files(path):
-        with open_file(file) as shard:
-            for key in sorted(shard.keys()):
-                if key in found:
-                    raise ValueError(f"{path}: {key} is in {found[key].file.name} and {file.name}")
-                header = shard.get_slice(key)
-                found[key] = TensorHeader(
-                    file, key, tuple(header.get_shape()), str(header.get_dtype())
-                )
+        for header in open_headers(file):
+            if (key := header.key) in found:
+                raise ValueError(f"{path}: {key} is in {found[key].file.name} and {file.name}")
+            found[key] = header
     if not (path / SINGLE).exists():
         held = {key: tensor.file.name for key, tensor in found.items()}
         check_index(path / INDEX, read_weight_map(path / INDEX), held)
@@ -169,18 +165,23 @@ def _by_model_name(headers: Sequence[TensorHeader], config: ModelConfig) -> dict
     """The tensors of the language model by the names that `checkpoint_tensors` gives them."""
     stored: dict[str, TensorHeader] = {}
     for header in headers:
-        if _BUFFER.search(header.key):
+        if (name := model_name(header.key, config)) is None:
             continue
-        name = header.key
-        if config.model_type == "gemma3_text":
-            if _VISION.match(name):
-                continue
-            name = _TEXT_PREFIX.sub("", name)
-        name = _BARE.sub("model.", name)
         if name in stored:
             raise ValueError(f"{stored[name]} and {header} are the same weight")
         stored[name] = header
     return stored
+
+
+def model_name(key: str, config: ModelConfig) -> str | None:
+    """The name that this package has for a tensor or module; None where it needs none of it."""
+    if _BUFFER.search(key):
+        return None
+    if config.model_type == "gemma3_text":
+        if _VISION.match(key):
+            return None
+        key = _TEXT_PREFIX.sub("", key)
+    return _BARE.sub("model.", key)
 
 
 def _drop_tied_head(stored: dict[str, TensorHeader | QuantizedHeader]) -> None:

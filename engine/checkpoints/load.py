@@ -30,6 +30,7 @@ from gemcut.engine.checkpoints.huggingface import (
     open_tensors,
     require_files,
 )
+from gemcut.engine.checkpoints.lora import Adapter
 from gemcut.engine.checkpoints.safetensor_headers import open_file
 from gemcut.engine.checkpoints.stored_tensors import pieces
 from gemcut.engine.checkpoints.stored_weights import check_quantization, fill_weights
@@ -94,6 +95,7 @@ def load_checkpoint(
     any_head: bool = False,
     new_head: Callable[[str, Tensor], object] | None = None,
     has_cache_scales: bool = False,
+    adapter: Adapter | None = None,
 ) -> Weights:
     """The weights at `path`, on `device` in `dtype`; ValueError names what is at fault.
 
@@ -104,6 +106,7 @@ def load_checkpoint(
     belongs to the vision part of a multimodal Gemma 3; with `any_head`, for models that stop at
     hidden states, heads too.  `new_head` fills a classifier's tensors where the files have none.
     With `has_cache_scales` those are in use, and no warning says that they are left aside.
+    `adapter` was opened for this config; the weights are then those of its own.
     """
     if dtype == torch.float16:
         raise ValueError("dtype float16 is refused: Gemma's activations overflow it; use bfloat16")
@@ -119,6 +122,8 @@ def load_checkpoint(
     for note in () if config.quantization is None else config.quantization.notes:
         if note != CACHE_NOTE or not has_cache_scales:
             warn_caller(f"{folder}: {note}")
+    if adapter is not None:
+        stored, config = adapter.merge(stored), adapter.config
     weights = fill_weights(
         config,
         stored,
