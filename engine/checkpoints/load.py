@@ -6,7 +6,7 @@ Tensors are copied one at a time out of the memory-mapped file into their rows o
 that the model is in memory once; quantised or not (stored_weights.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,15 @@ def load_checkpoint(
 
 def find_nonfinite(path: str | Path) -> list[str]:
     """The names of the tensors at `path` that hold a NaN or an infinity."""
-    found = []
     if is_gguf(Path(path)):
         return nonfinite_in_gguf(Path(path))
-    for file in require_files(Path(path)):
+    return nonfinite_in(require_files(Path(path)))
+
+
+def nonfinite_in(files: Iterable[Path]) -> list[str]:
+    """The same of safetensors files."""
+    found = []
+    for file in files:
         with open_file(file) as shard:
             for key in sorted(shard.keys()):
                 tensor = shard.get_tensor(key)

@@ -77,6 +77,11 @@ class Adapter:
     config: ModelConfig  # of the merged model: perhaps no longer tied
     changes: Mapping[str, Change]  # by the names of checkpoint tensors
 
+    @property
+    def file(self) -> Path:
+        """The file of its tensors."""
+        return self.folder / WEIGHTS
+
     def merge(self, stored: Mapping[str, Stored]) -> dict[str, Stored]:
         """A model's tensors with the adapter in them; ValueError where one is quantised."""
         merged = dict(stored)

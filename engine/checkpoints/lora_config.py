@@ -80,7 +80,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
     values = read_json_object(file)
     try:
         return _read(file, dict(values))
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
@@ -128,10 +128,20 @@ def _read(file: Path, values: dict[str, Any]) -> LoraConfig:
     for name, value in values.items():
         if value and name not in _NEUTRAL:
             raise ValueError(f"{name} {shorten(value)} is not supported")
-    for pattern in (config.target_modules, config.exclude_modules, *config.rank_pattern):
-        if isinstance(pattern, str):
-            re.compile(pattern)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(config, name), str):
+            _check_pattern(name, pattern)
+    for name in ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name):
+            _check_pattern(name, pattern)
     return config
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} {shorten(pattern)} is no pattern ({error})") from None
 
 
 def _names(name: str, values: dict[str, Any]) -> str | tuple[str, ...]:

@@ -64,9 +64,8 @@ def _pairs(tensors: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(tensors, Mapping):
         return tensors.items()
     if isinstance(tensors, Tensor | str) or not isinstance(tensors, Iterable):
-        raise ValueError(
-            f"{_PLACE} are a {type(tensors).__name__}, not a mapping or (name, tensor)"
-        )
+        kind = type(tensors).__name__
+        raise ValueError(f"{_PLACE} are a {kind}, not a mapping or pairs (name, tensor)")
     pairs = []
     for pair in tensors:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
