@@ -209,6 +209,38 @@ def test_patterns_of_rank_and_alpha_count(saved):
         assert_within_budget(name, found[f"{name}.weight"], eager, wide)
 
 
+def test_commands_take_one(saved, run, tmp_path):
+    folder, adapter = saved
+    options = [
+        "--temperature",
+        "3",
+        "--seed",
+        "1",
+        "--max-tokens",
+        "12",
+        "--ignore-eos",
+        "--device",
+        "cpu",
+    ]
+    merged_to = tmp_path / "merged"
+    code, out, _ = run("convert", str(folder), str(merged_to), "--lora", str(adapter))
+    assert (code, out.startswith(f"{merged_to}: huggingface to huggingface")) == (0, True)
+    _, expected, _ = run("generate", "It was", "--model", str(merged_to), *options)
+    given = ["--model", str(folder), "--lora", str(adapter), *options]
+    assert run("generate", "It was", *given) == (0, expected, "")
+    assert run("generate", "It was", *given[:2], *options)[1] != expected
+    code, out, _ = run("info", str(folder), "--lora", str(adapter), "--check")
+    assert code == 0
+    assert f"{folder} with {adapter}" in out
+    change_tensors(adapter, lambda x: x[A].fill_(torch.nan))
+    code, out, _ = run("info", str(folder), "--lora", str(adapter), "--check", "--json")
+    (problem,) = json.loads(out)["problems"]
+    assert (code, problem.endswith(f"{A} holds a NaN or an infinity")) == (1, True)
+    change_tensors(adapter, lambda x: x.pop(A))
+    code, out, err = run("info", str(folder), "--lora", str(adapter))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+
+
 # What is refused, before a weight is read
 
 
