@@ -29,6 +29,7 @@ from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
 from gemcut.engine.loading import Loading
 from gemcut.engine.memory import Build
+from gemcut.engine.placement import release_freed_memory
 from gemcut.engine.requests.outputs import Delta
 from gemcut.engine.requests.prompts import Prompt
 from gemcut.engine.requests.request_builder import RequestBuilder
@@ -38,7 +39,7 @@ from gemcut.engine.serving.metrics import costs, prometheus_text, snapshot
 from gemcut.engine.serving.scheduler import Scheduler
 from gemcut.engine.serving.step_loop import StepLoop
 from gemcut.engine.serving.worker import Worker
-from gemcut.engine.weight_updates import WeightUpdate, check_running, write_scales
+from gemcut.engine.weight_updates import WeightUpdate, check_running
 from gemcut.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -198,15 +199,13 @@ class Engine(Calls, Loading):
         dead.
         """
         check_bool("partial", partial)
-        check_running(running, scales_change=self._scales_follow_weights)
-        update = WeightUpdate(self.model, tensors, partial=partial)
-
-        def write() -> None:
-            update.write()
-            if self._scales_follow_weights:
-                write_scales(self.model, self.cache)
-
-        self._worker.call(lambda: self._loop.change_weights(update.check, write, running))
+        check_running(running, scales_change=(scales_change := self._scales_follow_weights))
+        update = WeightUpdate(
+            self.model, tensors, partial=partial, cache=self.cache if scales_change else None
+        )
+        self._worker.call(lambda: self._loop.change_weights(update.check, update.write, running))
+        if self.model.device.type == "cpu":
+            release_freed_memory()
 
     # State
 
