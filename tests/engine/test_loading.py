@@ -18,6 +18,7 @@ from gemcut.engine.execution.weights import checkpoint_tensors
 from gemcut.tokenizer import Tokenizer
 
 PROMPT = [2, 5, 9, 11, 30]
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 SMALL = {"device": "cpu", "max_batch_size": 2, "reuse_prefixes": False}
 
@@ -64,6 +65,19 @@ def test_floats_of_any_dtype_are_taken(dtype):
         found = logits_of(engine, PROMPT)
     with Engine.from_state_dict(model.config, model.float().state_dict(), **options) as engine:
         assert torch.equal(found, logits_of(engine, PROMPT))
+
+
+def test_tensors_may_lie_in_any_order():
+    model = random_model("gemma2", hidden_size=64)
+    state = model.state_dict()
+    other = {name: x.mT.contiguous().mT if x.dim() == 2 else x for name, x in state.items()}
+    assert not other[EMBEDDING].is_contiguous()
+    for quantization in (None, "int8"):
+        options = SMALL | {"dtype": "float32", "quantization": quantization}
+        with Engine.from_state_dict(model.config, state, **options) as engine:
+            expected = logits_of(engine, PROMPT)
+        with Engine.from_state_dict(model.config, other, **options) as engine:
+            assert torch.equal(logits_of(engine, PROMPT), expected)
 
 
 def test_names_are_those_that_files_may_have():
@@ -161,8 +175,6 @@ def test_eos_ids_and_default_settings_are_the_callers():
 
 
 # Bad input
-
-NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 
 
 def sparse(x: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import resident, tensor_bytes, tensors
+from allocations import peak_bytes, resident, tensor_bytes, tensors
 from engines import logits_of, one_line, replay, run_as_on_a_gpu
 from random_models import MODEL_TYPES
 from torch import Tensor
 from updated_engines import PROMPT, bits, make, pair_of
 
 from gemcut.engine import Engine, EngineFault, weight_updates
+from gemcut.engine.execution.weights import checkpoint_tensors
 from gemcut.engine.weight_updates import WeightUpdate
 from gemcut.kernels.cpu_products import PackedHead, has_bfloat16
 from gemcut.kernels.cpu_quantized import PackedInt4
@@ -184,6 +185,8 @@ BAD = {
         lambda s: s.update({Q: torch.full_like(s[Q], torch.nan)}),
         f"{Q} holds a NaN or an inf",
     ),
+    "infinite": (lambda s: s.update({Q: torch.full_like(s[Q], -torch.inf)}), f"{Q} holds a NaN or"),
+    "too great below": (lambda s: s.update({Q: -1e300 * s[Q].double().abs()}), "has numbers up to"),
     "too great": (
         lambda s: s.update({Q: s[Q].double() * 1e300}),
         f"{Q} has numbers up to .*, too great for scales in torch.float32",
@@ -298,3 +301,45 @@ def test_a_hundred_updates_leak_nothing(dtype, quantization):
         assert resident()["RssAnon"] - before < 2 * tensor_bytes(engine.model.weights)
         with make(second, **options) as new:
             assert bits(engine) == bits(new)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [("float32", None), ("bfloat16", "int4"), ("float32", "int8")],
+    ids=str,
+)
+def test_beside_old_and_new_weights_there_is_less_than_a_layer(dtype, quantization, monkeypatch):
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64, "vocab_size": 512}
+    first, second = pair_of(**sizes)
+    state = second.state_dict()
+    monkeypatch.setattr(weight_updates, "in_temporary_thread", lambda work: work())
+    with make(first, dtype=dtype, quantization=quantization) as engine:
+        engine.update_weights(state)
+        layer = [x for x in checkpoint_tensors(engine.config) if x.layer == 0]
+        size = sum(4 * torch.Size(x.shape).numel() for x in layer)
+        assert peak_bytes(lambda: engine.update_weights(state)) < size
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_captured_graphs_read_tensors_that_another_stream_makes(quantization):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 1024}
+    first, second = (model.cuda() for model in pair_of(**sizes))
+    options = {"device": "cuda", "dtype": "bfloat16", "quantization": quantization}
+    with make(first, **options) as engine, make(second, **options) as new:
+        expected = logits_of(new, PROMPT)
+        engine.warmup()
+        logits_of(engine, PROMPT)
+        before, captured = addresses(engine), engine.metrics()["graph_captures"]
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(10**8)  # the tensors are not there yet when they are handed over
+            state = {name: x + 0 for name, x in second.state_dict().items()}
+            engine.update_weights(state)
+            for x in state.values():
+                x.zero_()  # in order: after they were read
+        assert torch.equal(logits_of(engine, PROMPT), expected)
+        assert (addresses(engine), engine.metrics()["graph_captures"]) == (before, captured)
