@@ -57,7 +57,7 @@ class WeightUpdate:
             if missing and _is_packed(self._current(place), layout):
                 raise ValueError(
                     f"tensors: {missing[0][0].name} is missing: on this CPU it is packed with "
-                    f"{next(x.name for x, there in parts if there)}, and both come together"
+                    f"{next(x.name for x, there in parts if there)}, and they come together"
                 )
 
     def check(self) -> None:

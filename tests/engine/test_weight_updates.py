@@ -305,7 +305,7 @@ def test_a_hundred_updates_leak_nothing(dtype, quantization):
 
 @pytest.mark.parametrize(
     ("dtype", "quantization"),
-    [("float32", None), ("bfloat16", None), ("float32", "int8")],
+    [("float32", None), ("float32", "int4"), ("float32", "int8")],
     ids=str,
 )
 def test_beside_old_and_new_weights_there_is_less_than_a_layer(dtype, quantization, monkeypatch):
@@ -314,6 +314,7 @@ def test_beside_old_and_new_weights_there_is_less_than_a_layer(dtype, quantizati
     state = second.state_dict()
     monkeypatch.setattr(weight_updates, "in_temporary_thread", lambda work: work())
     with make(first, dtype=dtype, quantization=quantization) as engine:
+        # nothing is packed: a profiler misses what is let go of that was there before
         engine.update_weights(state)
         layer = [x for x in checkpoint_tensors(engine.config) if x.layer == 0]
         size = sum(4 * torch.Size(x.shape).numel() for x in layer)
