@@ -108,7 +108,17 @@ def add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default="auto",
         help="of keys and values; fp8 takes half the memory of bfloat16 (default: the model's)",
     )
+    add_lora(group)
     return group
+
+
+def add_lora(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """An adapter of the model."""
+    group.add_argument(
+        "--lora",
+        metavar="FOLDER_OR_ID",
+        help="merge a LoRA adapter, which peft has saved as safetensors, into the weights",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -283,6 +293,7 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
         help="write the matrices of layers as compressed-tensors has them, embedding and head "
         "plain, for transformers and vLLM too (default: as they are)",
     )
+    add_lora(parser)
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",

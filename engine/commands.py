@@ -11,6 +11,7 @@ import torch
 
 from gemcut.engine.checkpoints.convert import convert as convert_checkpoint
 from gemcut.engine.checkpoints.load import expected_layouts
+from gemcut.engine.checkpoints.lora import open_adapter
 from gemcut.engine.engine import Engine
 from gemcut.engine.info import describe, find_model, find_problems, lines
 from gemcut.engine.placement import choose_device, choose_dtype
@@ -94,6 +95,8 @@ def info(args: argparse.Namespace) -> int:
     """Print the facts of a model; 0, or 1 where --check has found a problem."""
     device = choose_device(args.device)
     config, path = find_model(args.model)
+    adapter = None if args.lora is None else open_adapter(args.lora, config)
+    own_config, config = config, config if adapter is None else adapter.config
     is_quantized = bool(expected_layouts(config, args.quantization, path))
     dtype = choose_dtype(args.dtype, device, is_quantized)
     facts = describe(
@@ -107,13 +110,20 @@ def info(args: argparse.Namespace) -> int:
         args.kv_cache_dtype,
         choose_dtype(args.dtype, device, is_quantized=True),
     )
-    problems = find_problems(args.model, config) if args.check else None
+    problems = find_problems(args.model, own_config, adapter) if args.check else None
     if args.json:
         checked = {} if problems is None else {"problems": problems}
-        values = {"model": args.model, **asdict(facts), "config": config.to_dict(), **checked}
+        values = {
+            "model": args.model,
+            "lora": args.lora,
+            **asdict(facts),
+            "config": config.to_dict(),
+            **checked,
+        }
         _print_json(values)
         return int(bool(problems))
-    for label, value in lines(args.model, config, facts):
+    name = args.model if args.lora is None else f"{args.model} with {args.lora}"
+    for label, value in lines(name, config, facts):
         print(f"{label:<13} {value}")
     if problems is not None:
         for problem in problems or ["names, shapes and values are right"]:
@@ -131,6 +141,7 @@ def convert(args: argparse.Namespace) -> int:
         config=args.config,
         dtype=None if args.dtype == "keep" else getattr(torch, args.dtype),
         quantization=args.quantization,
+        lora=args.lora,
         tokenizer=args.tokenizer,
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,
@@ -185,6 +196,7 @@ def _engine(
             default_params=SamplingParams(**args.unpublished),
             revision=args.revision,
             quantization=args.quantization,
+            lora=args.lora,
         )
     for warning in found:
         note(f"warning: {' '.join(str(warning.message).split())}")

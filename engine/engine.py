@@ -1,4 +1,6 @@
-"""Engine: a model, its cache and what runs it, made and kept; calls.py has its calls.
+"""Engine: a model, its cache and what runs it, made and kept.
+
+loading.py makes one of a checkpoint or of tensors in memory, and calls.py has its calls.
 
 Any number of threads and asyncio tasks may call one engine.  Their requests share the decode batch;
 worker.py says which thread makes the steps.
@@ -6,29 +8,18 @@ worker.py says which thread makes the steps.
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from gemcut.engine.calls import Calls, shows
 from gemcut.engine.checkpoints.gguf_choice import is_gguf
 from gemcut.engine.checkpoints.gguf_model import write_tokenizer
-from gemcut.engine.checkpoints.hub import SMALL_FILES, check_holds_model, resolve_checkpoint
-from gemcut.engine.checkpoints.load import (
-    expected_layouts,
-    load_cache_scales,
-    load_checkpoint,
-    load_config,
-    load_settings,
-    load_tokenizer,
-)
+from gemcut.engine.checkpoints.state_dict import Tensors
 from gemcut.engine.checks import check_bool, check_int
-from gemcut.engine.config.generation_file import settings_folder, stop_token_ids
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.cache_scales import Scales, chosen_scales
 from gemcut.engine.execution.graphed_steps import choose_steps
@@ -36,14 +27,9 @@ from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.runner import Runner
 from gemcut.engine.execution.slot_state import SlotState
 from gemcut.engine.execution.steps import Steps
+from gemcut.engine.loading import Loading
 from gemcut.engine.memory import Build
-from gemcut.engine.placement import (
-    choose_device,
-    choose_dtype,
-    choose_ops,
-    in_temporary_thread,
-    release_freed_memory,
-)
+from gemcut.engine.placement import release_freed_memory
 from gemcut.engine.requests.outputs import Delta
 from gemcut.engine.requests.prompts import Prompt
 from gemcut.engine.requests.request_builder import RequestBuilder
@@ -53,7 +39,7 @@ from gemcut.engine.serving.metrics import costs, prometheus_text, snapshot
 from gemcut.engine.serving.scheduler import Scheduler
 from gemcut.engine.serving.step_loop import StepLoop
 from gemcut.engine.serving.worker import Worker
-from gemcut.kernels import cpu
+from gemcut.engine.weight_updates import WeightUpdate, check_running
 from gemcut.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -62,7 +48,7 @@ if TYPE_CHECKING:
 MakeSteps = Callable[[Gemma, KVCache, SlotState], Steps]
 
 
-class Engine(Calls):
+class Engine(Calls, Loading):
     """A model with its tokenizer and cache, ready for requests.  `from_pretrained` makes one."""
 
     def __init__(
@@ -152,131 +138,7 @@ class Engine(Calls):
         self._worker = Worker(self._loop, max_waiting, dependent_launches=dependent_launches)
         self._stop = weakref.finalize(self, self._worker.stop)
         self._step_interface = output_queues.StepInterface(self._worker)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path = "demo",
-        *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        max_batch_size: int | Literal["auto"] = 8,
-        max_seq_len: int | Literal["auto"] | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
-        reuse_prefixes: bool = True,
-        max_waiting: int | None = None,
-        cuda_graphs: bool = True,
-        dependent_launches: bool = True,
-        skip_tokenizer_init: bool = False,
-        quantization: Literal["int8", "int4", "fp8"] | None = None,
-        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
-        ops: str = "auto",
-        generation_config: str | Path = "auto",
-        default_params: SamplingParams | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> "Engine":
-        """An engine for "demo", a local folder, a GGUF file or a Hugging Face id.
-
-        Where a folder or repository holds several GGUF files, "owner/name:Q4_0" is one of them.
-
-        device "auto" is cuda where there is one; dtype "auto" is bfloat16 on cuda and, with
-        quantised weights, on a CPU that multiplies it, else float32; max_batch_size "auto" is the
-        most of 16, 8, 4, 2, 1 slots that free memory holds; max_seq_len None or "auto" is the
-        model's own limit, or less if free memory holds less; with skip_tokenizer_init the engine
-        takes ids alone.  quantization: "int8", "int4" or "fp8" quantises the matrices of a plain
-        checkpoint while they are read; one that is quantised needs nothing.  kv_cache_dtype:
-        "fp8" halves the cache's bytes, see `Engine`; the scales are those of a checkpoint that has
-        some for e4m3.
-
-        generation_config: the file that publishes the settings of a call that gives none: "auto" is
-        the model's generation_config.json, a folder has one of its own, and with "none" only the
-        EOS of the model's counts.  default_params: those settings where the file has none.  token,
-        revision, cache_dir, local_files_only: for the Hub, as huggingface_hub has them.
-        ValueError says in one line what is wrong with an argument or the checkpoint.
-        """
-        target = choose_device(device)
-        op_table = choose_ops(ops, target)
-        choose_dtype(dtype, target)  # a bad one is refused before anything is fetched
-        check_bool("skip_tokenizer_init", skip_tokenizer_init)
-        fetch = partial(
-            resolve_checkpoint,
-            model,
-            token=token,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        folder = fetch(files=SMALL_FILES, gguf=True)
-        if (folder / "adapter_config.json").exists():  # weights tell an adapter from a model
-            folder = fetch()
-        check_holds_model(folder)
-        config = load_config(folder)
-        if config.classifier is not None:
-            raise ValueError(
-                f"{folder} holds a {config.architectures[0]}, which generates no text; "
-                f"gemcut.engine has a class of that name"
-            )
-        layouts = expected_layouts(config, quantization, folder)
-        weights_dtype = choose_dtype(dtype, target, is_quantized=bool(layouts))
-        tokenizer = None if skip_tokenizer_init else load_tokenizer(folder, config)
-        published_in = settings_folder(generation_config, folder)
-        eos_ids = stop_token_ids(published_in, config)
-        defaults = SamplingParams() if default_params is None else default_params
-        if generation_config != "none":
-            defaults = replace(defaults, **load_settings(published_in))
-        check_bool("cuda_graphs", cuda_graphs)
-        check_bool("dependent_launches", dependent_launches)
-        build = Build(
-            config,
-            target,
-            weights_dtype,
-            op_table,
-            prefill_chunk,
-            reuse_prefixes,
-            cuda_graphs,
-            layouts,
-            kv_cache_dtype=kv_cache_dtype,
-        )
-        slots, length = build.choose(max_batch_size, max_seq_len)  # before anything is loaded
-        if folder.is_dir():
-            folder = fetch()  # with the weights
-        kv_scales = load_cache_scales(folder, config, target) if kv_cache_dtype == "fp8" else None
-
-        def load() -> Engine:
-            weights = load_checkpoint(
-                folder,
-                config,
-                device=target,
-                dtype=weights_dtype,
-                quantization=quantization,
-                has_cache_scales=kv_scales is not None,
-            )
-            if op_table is cpu:
-                weights.pack_()
-            engine = cls(
-                Gemma(config, weights, op_table),
-                tokenizer,
-                eos_ids=eos_ids,
-                default_params=defaults,
-                max_batch_size=slots,
-                max_seq_len=length,
-                prefill_chunk=prefill_chunk,
-                reuse_prefixes=reuse_prefixes,
-                max_waiting=max_waiting,
-                cuda_graphs=cuda_graphs,
-                dependent_launches=dependent_launches,
-                kv_cache_dtype=kv_cache_dtype,
-                kv_scales=kv_scales,
-            )
-            engine._folder = folder
-            return engine
-
-        engine = in_temporary_thread(load) if target.type == "cpu" else load()
-        release_freed_memory()
-        return engine
+        self._scales_follow_weights = is_fp8 and kv_scales is None
 
     # The step interface, for a caller that makes the steps itself
 
@@ -311,6 +173,39 @@ class Engine(Calls):
     def has_work(self) -> bool:
         """Whether a request of `add` has not ended, or `step` has yet to return its last delta."""
         return self._step_interface.has_work
+
+    # Weights
+
+    def update_weights(
+        self,
+        tensors: Tensors,
+        *,
+        partial: bool = False,
+        running: Literal["refuse", "abort", "keep"] = "refuse",
+    ) -> None:
+        """Take new weights in place of the model's, between two steps; no graph is lost.
+
+        tensors: as in `from_state_dict`, in any float dtype and on any device, all of the model's
+        or, with `partial`, some.  They are copied in the engine's stream, after what the caller's
+        stream holds.  Pairs of an iterable are all held until they have been checked: send what
+        does not fit in several calls with `partial`.  What is quantised is quantised anew, scales
+        of an fp8 cache that follow from the weights are computed anew, and no prefix that a slot
+        holds is reused.
+
+        running: what becomes of requests that have begun: "refuse" raises RuntimeError, "abort"
+        ends them and those that wait, "keep" lets them go on with the new weights, over the keys
+        and values that the old ones made.  ValueError names what is wrong with the tensors.  With
+        either nothing is changed; after any other error, in the midst of writing, the engine is
+        dead.
+        """
+        check_bool("partial", partial)
+        check_running(running, scales_change=(scales_change := self._scales_follow_weights))
+        update = WeightUpdate(
+            self.model, tensors, partial=partial, cache=self.cache if scales_change else None
+        )
+        self._worker.call(lambda: self._loop.change_weights(update.check, update.write, running))
+        if self.model.device.type == "cpu":
+            release_freed_memory()
 
     # State
 

@@ -18,8 +18,10 @@ from gemcut.engine.checkpoints.load import (
     load_cache_scales,
     load_checkpoint,
     load_config,
+    nonfinite_in,
     open_tokenizer,
 )
+from gemcut.engine.checkpoints.lora import Adapter
 from gemcut.engine.checkpoints.stored_weights import check_quantization
 from gemcut.engine.config.generation_file import stop_token_ids
 from gemcut.engine.config.model_config import PUBLISHED, ModelConfig
@@ -300,12 +302,15 @@ def _rotation(rope: RopeParameters) -> str:
     return f"base {rope.rope_theta:,.0f}{scaling}{factor}"
 
 
-def find_problems(model: str, config: ModelConfig) -> list[str]:
-    """The problems in the files of `model`, a line each; reads every weight."""
+def find_problems(model: str, config: ModelConfig, adapter: Adapter | None = None) -> list[str]:
+    """The problems in the files of `model` and of an adapter, a line each; reads every weight."""
     if _is_published(model):
         raise ValueError(f"{model} is known by its size alone: --check needs a folder or a Hub id")
     folder = resolve_checkpoint(model, gguf=True)
     problems = [*_weight_problems(folder, config), *_token_problems(folder, config)]
+    if adapter is not None:
+        found = nonfinite_in([adapter.file])
+        problems += [f"{adapter.folder}: {name} holds a NaN or an infinity" for name in found]
     return list(dict.fromkeys(problems))  # a damaged file is reported twice
 
 

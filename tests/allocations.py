@@ -114,7 +114,7 @@ def peak_on_cpu(work: Callable[[], Any], mapped: Path) -> int:
     pages that the page cache gives back.  Nor do the 25 MB of what is measured once in a process.
     """
     blocks_are_fast()
-    with mock.patch("gemcut.engine.engine.in_temporary_thread", lambda load: load()):
+    with mock.patch("gemcut.engine.loading.in_temporary_thread", lambda load: load()):
         return peak_bytes(work, aside=mapped.stat().st_size)
 
 

@@ -10,7 +10,7 @@ from random_models import random_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemcut.engine import Engine
+from gemcut.engine import Engine, SamplingParams
 from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.cuda_graphs import Captured, Graphs, Step
 from gemcut.engine.execution.graphed_steps import GraphedSteps
@@ -94,6 +94,19 @@ class Dictation:
 
     def __call__(self, generated: list[int], logits: Tensor) -> Tensor:
         return dictate(self.token_ids)[0](generated, logits)
+
+
+def logits_of(engine: Engine, prompt: Sequence[int], count: int = 4) -> Tensor:
+    """The logits [count, V] of greedy tokens after a prompt, through prefill and decode."""
+    seen = []
+
+    def keep(generated: list[int], logits: Tensor) -> Tensor:
+        seen.append(logits.clone())
+        return logits
+
+    settings = {"max_tokens": count, "ignore_eos": True, "logits_processors": [keep]}
+    engine.generate(list(prompt), SamplingParams(temperature=0.0, **settings))
+    return torch.stack(seen)
 
 
 def assert_serves(engine: Engine) -> None:

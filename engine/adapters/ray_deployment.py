@@ -63,6 +63,7 @@ class Arguments(BaseModel, extra="forbid"):
     dtype: str = "auto"
     quantization: Literal["int8", "int4", "fp8"] | None = None
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    lora: str | None = None  # an adapter, merged into the model
     served_model_name: str | None = None  # None: the model's
     api_key: str | None = Field(None, repr=False)  # None: GEMCUT_API_KEY, where that is set
     merge_system: bool = False
@@ -119,6 +120,7 @@ class Replica:
             dtype=arguments.dtype,
             quantization=arguments.quantization,
             kv_cache_dtype=arguments.kv_cache_dtype,
+            lora=arguments.lora,
         )
         warm_up(self._engine)
         self._app = create_app(self._engine, settings)

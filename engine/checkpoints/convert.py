@@ -21,6 +21,7 @@ from gemcut.engine.checkpoints.source import (
     find_source,
     folder_of,
     open_source,
+    with_adapter,
 )
 from gemcut.engine.checkpoints.stored_tensors import same_bits
 from gemcut.engine.checkpoints.target import (
@@ -61,6 +62,7 @@ def convert(
     config: str | Path | None = None,
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
+    lora: str | Path | None = None,
     tokenizer: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -71,7 +73,9 @@ def convert(
     its files.  `config` is a config.json, its folder or a published size.  Tensors keep their dtype
     unless `dtype` is given; int8 ones, and those of a GGUF file, become bfloat16.  `quantization`
     is int8, int4 or fp8: the matrices of layers are written as compressed-tensors has them
-    (compressed_target.py).  ValueError or OSError say what is wrong; the target is then as it was.
+    (compressed_target.py).  `lora` is a folder or Hugging Face id of an adapter, which is merged
+    into weights in Hugging Face's format (lora.py).  ValueError or OSError say what is wrong; the
+    target is then as it was.
     """
     for name, known in ((to, FORMATS), (source_format, SOURCES)):
         if name is not None and name not in known:
@@ -80,9 +84,15 @@ def convert(
         raise ValueError(f"quantization {quantization!r} has no place in format {to!r}")
     path, folder = find_source(source), Path(target).expanduser()
     source_format = detect_format(path, source_format)
+    if lora is not None and source_format != "huggingface":
+        raise ValueError(
+            f"an adapter is merged into weights in Hugging Face's format, and {path} is in that of "
+            f"{source_format}; convert it first"
+        )
     _check_target(path, folder, overwrite)
     companions = find_companions(path, tokenizer)
     opened = open_source(path, SOURCES[source_format], config)
+    opened = opened if lora is None else with_adapter(opened, lora)
 
     new = lay_out(opened, folder, FORMATS[to], dtype, max_shard_bytes, quantization)
     with staging_folder(folder) as stage:

@@ -228,8 +228,8 @@ def check_holds_model(folder: Path) -> None:
         return
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} holds a PEFT adapter, no model: merge it into its model with peft's "
-            f"merge_and_unload(), save that and give its folder"
+            f"{folder} holds a PEFT adapter, no model: Engine.from_pretrained merges it into its "
+            f"model by lora=, the commands by --lora, and `gemcut convert --lora` saves that"
         )
     if any(folder.glob("*.gguf")):
         raise ValueError(f"{folder} holds {_GGUF}")

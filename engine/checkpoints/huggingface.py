@@ -5,7 +5,7 @@ random numbers and drops one that it does not know; here both are errors.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemcut.engine.checkpoints.compressed_tensors import QuantizedHeader, gather
-from gemcut.engine.checkpoints.safetensor_headers import FLOATS, TensorHeader, open_file
+from gemcut.engine.checkpoints.safetensor_headers import FLOATS, TensorHeader, open_headers
 from gemcut.engine.checkpoints.stored_tensors import (
     StoredTensor,
     TensorSpec,
@@ -46,14 +46,10 @@ def open_tensors(path: Path) -> list[TensorHeader]:
     """Every tensor in the folder's weight files; an index must agree with the files it names."""
     found: dict[str, TensorHeader] = {}
     for file in require_files(path):
-        with open_file(file) as shard:
-            for key in sorted(shard.keys()):
-                if key in found:
-                    raise ValueError(f"{path}: {key} is in {found[key].file.name} and {file.name}")
-                header = shard.get_slice(key)
-                found[key] = TensorHeader(
-                    file, key, tuple(header.get_shape()), str(header.get_dtype())
-                )
+        for header in open_headers(file):
+            if (key := header.key) in found:
+                raise ValueError(f"{path}: {key} is in {found[key].file.name} and {file.name}")
+            found[key] = header
     if not (path / SINGLE).exists():
         held = {key: tensor.file.name for key, tensor in found.items()}
         check_index(path / INDEX, read_weight_map(path / INDEX), held)
@@ -73,11 +69,12 @@ def match_tensors(
 
 
 def match_weights(
-    folder: Path,
-    headers: list[TensorHeader],
+    folder: Path | str,
+    headers: Sequence[TensorHeader],
     config: ModelConfig,
     any_head: bool = False,
     may_lack_head: bool = False,
+    may_lack_any: bool = False,
 ) -> dict[str, StoredWeight]:
     """The same as they are; see `_match`."""
     return {
@@ -87,7 +84,9 @@ def match_weights(
             header.layout if isinstance(header, QuantizedHeader) else None,
             header.load,
         )
-        for name, header in _match(folder, headers, config, any_head, may_lack_head).items()
+        for name, header in _match(
+            folder, headers, config, any_head, may_lack_head, may_lack_any
+        ).items()
     }
 
 
@@ -129,16 +128,17 @@ def require_files(folder: Path) -> list[Path]:
 
 
 def _match(
-    folder: Path,
-    headers: list[TensorHeader],
+    folder: Path | str,
+    headers: Sequence[TensorHeader],
     config: ModelConfig,
     any_head: bool = False,
     may_lack_head: bool = False,
+    may_lack_any: bool = False,
 ) -> dict[str, TensorHeader | QuantizedHeader]:
     """The headers of the tensors of `config` by name: exactly those, or ValueError.
 
     With `any_head` the files may hold other heads too; with `may_lack_head` the model's own may be
-    missing.
+    missing, and with `may_lack_any` whatever they have not.
     """
     expected = {tensor.name: tensor for tensor in checkpoint_tensors(config)}
     stored: dict[str, TensorHeader | QuantizedHeader] = dict(_by_model_name(headers, config))
@@ -150,6 +150,8 @@ def _match(
         _drop_tied_head(stored)
     if may_lack_head:
         expected = {n: tensor for n, tensor in expected.items() if n in stored or not is_head(n)}
+    if may_lack_any:
+        expected = {name: tensor for name, tensor in expected.items() if name in stored}
     _check(folder, stored, expected)
     return stored
 
@@ -159,22 +161,27 @@ def is_head(name: str) -> bool:
     return name.startswith(("lm_head.", "score."))
 
 
-def _by_model_name(headers: list[TensorHeader], config: ModelConfig) -> dict[str, TensorHeader]:
+def _by_model_name(headers: Sequence[TensorHeader], config: ModelConfig) -> dict[str, TensorHeader]:
     """The tensors of the language model by the names that `checkpoint_tensors` gives them."""
     stored: dict[str, TensorHeader] = {}
     for header in headers:
-        if _BUFFER.search(header.key):
+        if (name := model_name(header.key, config)) is None:
             continue
-        name = header.key
-        if config.model_type == "gemma3_text":
-            if _VISION.match(name):
-                continue
-            name = _TEXT_PREFIX.sub("", name)
-        name = _BARE.sub("model.", name)
         if name in stored:
             raise ValueError(f"{stored[name]} and {header} are the same weight")
         stored[name] = header
     return stored
+
+
+def model_name(key: str, config: ModelConfig) -> str | None:
+    """The name that this package has for a tensor or module; None where it needs none of it."""
+    if _BUFFER.search(key):
+        return None
+    if config.model_type == "gemma3_text":
+        if _VISION.match(key):
+            return None
+        key = _TEXT_PREFIX.sub("", key)
+    return _BARE.sub("model.", key)
 
 
 def _drop_tied_head(stored: dict[str, TensorHeader | QuantizedHeader]) -> None:
@@ -184,14 +191,14 @@ def _drop_tied_head(stored: dict[str, TensorHeader | QuantizedHeader]) -> None:
         return
     if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
         both = zip(pieces(head.load()), pieces(embedding.load()), strict=True)
-        if all(torch.equal(a, b) for a, b in both):
+        if all(torch.equal(a, b.to(a.device)) for a, b in both):
             del stored["lm_head.weight"]
             return
     raise ValueError(f"{head} differs from the embedding, but tie_word_embeddings is true")
 
 
 def _check(
-    folder: Path,
+    folder: Path | str,
     stored: Mapping[str, TensorHeader | QuantizedHeader],
     expected: Mapping[str, CheckpointTensor],
 ) -> None:

@@ -6,7 +6,7 @@ Tensors are copied one at a time out of the memory-mapped file into their rows o
 that the model is in memory once; quantised or not (stored_weights.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from gemcut.engine.checkpoints.huggingface import (
     open_tensors,
     require_files,
 )
+from gemcut.engine.checkpoints.lora import Adapter
 from gemcut.engine.checkpoints.safetensor_headers import open_file
 from gemcut.engine.checkpoints.stored_tensors import pieces
 from gemcut.engine.checkpoints.stored_weights import check_quantization, fill_weights
@@ -94,6 +95,7 @@ def load_checkpoint(
     any_head: bool = False,
     new_head: Callable[[str, Tensor], object] | None = None,
     has_cache_scales: bool = False,
+    adapter: Adapter | None = None,
 ) -> Weights:
     """The weights at `path`, on `device` in `dtype`; ValueError names what is at fault.
 
@@ -104,6 +106,7 @@ def load_checkpoint(
     belongs to the vision part of a multimodal Gemma 3; with `any_head`, for models that stop at
     hidden states, heads too.  `new_head` fills a classifier's tensors where the files have none.
     With `has_cache_scales` those are in use, and no warning says that they are left aside.
+    `adapter` was opened for this config; the weights are then those of its own.
     """
     if dtype == torch.float16:
         raise ValueError("dtype float16 is refused: Gemma's activations overflow it; use bfloat16")
@@ -119,6 +122,8 @@ def load_checkpoint(
     for note in () if config.quantization is None else config.quantization.notes:
         if note != CACHE_NOTE or not has_cache_scales:
             warn_caller(f"{folder}: {note}")
+    if adapter is not None:
+        stored, config = adapter.merge(stored), adapter.config
     weights = fill_weights(
         config,
         stored,
@@ -136,10 +141,15 @@ def load_checkpoint(
 
 def find_nonfinite(path: str | Path) -> list[str]:
     """The names of the tensors at `path` that hold a NaN or an infinity."""
-    found = []
     if is_gguf(Path(path)):
         return nonfinite_in_gguf(Path(path))
-    for file in require_files(Path(path)):
+    return nonfinite_in(require_files(Path(path)))
+
+
+def nonfinite_in(files: Iterable[Path]) -> list[str]:
+    """The same of safetensors files."""
+    found = []
+    for file in files:
         with open_file(file) as shard:
             for key in sorted(shard.keys()):
                 tensor = shard.get_tensor(key)

@@ -43,3 +43,14 @@ def open_file(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file}: damaged or cut short ({error})") from None
+
+
+def open_headers(file: Path) -> list[TensorHeader]:
+    """Every tensor of one file, by name."""
+    found = []
+    with open_file(file) as shard:
+        for key in sorted(shard.keys()):
+            header = shard.get_slice(key)
+            shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
+            found.append(TensorHeader(file, key, shape, dtype))
+    return found

@@ -5,8 +5,9 @@ these names and shapes.
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gemcut.engine.checkpoints.gguf_header import read_header
 from gemcut.engine.checkpoints.gguf_model import gguf_config, gguf_settings
 from gemcut.engine.checkpoints.gguf_vocabulary import read_vocabulary
 from gemcut.engine.checkpoints.hub import FILES, resolve_checkpoint
+from gemcut.engine.checkpoints.lora import open_adapter
 from gemcut.engine.checkpoints.stored_tensors import StoredTensor, TensorSpec, read_rows
 from gemcut.engine.checkpoints.weight_files import check_file
 from gemcut.engine.config.config_file import key_of, read_json_object
@@ -115,14 +117,27 @@ def open_source(path: Path, form: SourceFormat, config: str | Path | None = None
     chosen = PUBLISHED[inferred] if inferred is not None else found
     assert chosen is not None
     stored = form.match_tensors(path, opened, chosen)
+    places = _places(form.tensor_specs(chosen))
+    used = sum(tensor.count + (tensor.scaler is not None) for tensor in stored.values())
+    return Source(path, chosen, inferred, stored, places, left_aside=len(opened) - used)
+
+
+def with_adapter(source: Source, lora: str | Path) -> Source:
+    """The same checkpoint, in Hugging Face's format, with a LoRA adapter merged into it."""
+    adapter = open_adapter(lora, source.config)
+    places = _places(FORMATS["huggingface"].tensor_specs(adapter.config))
+    stored = adapter.merge(source.stored)
+    return replace(source, config=adapter.config, stored=stored, places=places)
+
+
+def _places(specs: Iterable[TensorSpec]) -> dict[str, tuple[TensorSpec, int]]:
     places: dict[str, tuple[TensorSpec, int]] = {}
-    for spec in form.tensor_specs(chosen):
+    for spec in specs:
         start = 0
         for tensor in spec.members:
             places[tensor.name] = (spec, start)
             start += tensor.shape[0]
-    used = sum(tensor.count + (tensor.scaler is not None) for tensor in stored.values())
-    return Source(path, chosen, inferred, stored, places, left_aside=len(opened) - used)
+    return places
 
 
 def _choose_config(path: Path, given: str | Path | None) -> ModelConfig | None:

@@ -5,7 +5,7 @@ read.  `fill_weights` then reads one after another into its rows of the fused ma
 ones as they are, plain ones quantised on the way where that is asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from gemcut.engine.execution.weights import (
 )
 from gemcut.kernels.quantized_weight import Weight, dequantized
 
-__all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights", "refuse_quantized"]
+__all__ = ["Layout", "StoredWeight", "check_quantization", "fill_weights", "write_tensor"]
 
 PIECE = 2**18  # elements converted at a time, and beside them some of these in float32
 
@@ -98,11 +98,21 @@ def fill_weights(
         for tensor in checkpoint_tensors(config):
             if tensor.name not in stored:
                 continue
-            weight, target = stored[tensor.name], tensor.of(weights)
-            source = weight.load()
-            for rows in row_ranges(tensor.shape, PIECE):
-                bar.update(_fill(target[rows], source[rows], weight.place))
+            for written in write_tensor(stored[tensor.name], tensor.of(weights)):
+                bar.update(written)
     return weights
+
+
+def write_tensor(
+    stored: StoredWeight, target: Weight, layout: Layout | None = None
+) -> Iterator[int]:
+    """Write a tensor into its place, as that holds it, while the bytes of each piece are yielded.
+
+    layout: that of the place, where it is no longer what it was made with.
+    """
+    source = stored.load()
+    for rows in row_ranges(stored.shape, PIECE):
+        yield _fill(target[rows], source[rows], stored.place, layout)
 
 
 def _stored_layouts(
@@ -136,14 +146,14 @@ def check_finite(place: str, weight: Tensor) -> None:
         raise ValueError(f"{place} holds a NaN or an infinity, which cannot be quantised")
 
 
-def _fill(target: Weight, source: Weight, place: str) -> int:
+def _fill(target: Weight, source: Weight, place: str, layout: Layout | None) -> int:
     """Write rows into their place, as it holds them; the bytes written."""
     if isinstance(target, Tensor):
         is_plain = isinstance(source, Tensor)
         target.copy_(source if is_plain else dequantized(source, target.dtype))
         return target.nbytes
     if isinstance(source, Tensor):
-        layout = layout_of(target)
+        layout = layout or layout_of(target)
         assert layout is not None
         check_finite(place, source)
         source = layout.quantize(source.to(target.device))

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.weight_layouts import Layout, Layouts
+from gemcut.engine.execution.weight_layouts import Layout, Layouts, layout_of
 from gemcut.kernels.cpu_products import PackedHead, packed, packed_head
 from gemcut.kernels.quantized_weight import FEWEST, QuantizedWeight, Weight
 
 QUANTIZATIONS = ("int8", "int4", "fp8")  # of a plain checkpoint, while it is read
+MATRICES = ("qkv", "o", "gate_up", "down")  # of a layer
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Weights:
     lm_head: Weight | PackedHead  # [V, D]
     score: Tensor | None = None  # [num_labels, D], of a classifier
     score_bias: Tensor | None = None  # [num_labels], where it classifies tokens
+    packed_from: Layouts | None = None  # `layouts` before `pack_`
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Weights":
         """The same weights on `device` in `dtype`; tied ones stay tied."""
@@ -70,6 +72,19 @@ class Weights:
         return self.lm_head.plain if isinstance(self.lm_head, PackedHead) else self.lm_head
 
     @property
+    def layouts(self) -> Layouts:
+        """The layouts of the quantised matrices, as they were before `pack_`."""
+        if self.packed_from is not None:
+            return self.packed_from
+        fields = {(None, "embedding"): self.embedding}
+        if self.lm_head is not self.embedding:
+            fields[None, "lm_head"] = self.head_table
+        for i, layer in enumerate(self.layers):
+            fields |= {(i, name): getattr(layer, name) for name in MATRICES}
+        found = {place: layout_of(weight) for place, weight in fields.items()}
+        return {place: layout for place, layout in found.items() if layout is not None}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors; a tied head counts once."""
         fields = [x for layer in self.layers for x in vars(layer).values()]
@@ -90,8 +105,9 @@ class Weights:
 
         Nothing but kernels/cpu.py can read them then.  Of the head there are two.
         """
+        self.packed_from = self.layouts
         for layer in self.layers:
-            for name in ("qkv", "o", "gate_up", "down"):
+            for name in MATRICES:
                 setattr(layer, name, packed(getattr(layer, name)))
         self.lm_head = packed_head(self.lm_head)
 

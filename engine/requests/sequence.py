@@ -58,6 +58,7 @@ class TokenSequence:
     stop_reason: int | str | None = None
     error: Exception | None = None
     is_spoiled: bool = False  # its slot holds NaN: nobody else must see that
+    is_stale: bool = False  # its slot holds keys of other weights than the model's
     lookup: Lookup | None = None  # of its text so far, once drafts were asked for
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -130,6 +131,8 @@ class TokenSequence:
 
     def held(self) -> Held:
         """The tokens of its slot that others can reuse: all except the newest, not yet computed."""
+        if self.is_stale:
+            return Held()
         return Held(self.prompt_ids[: self.prefilled] + self.output_ids[:-1], self.written)
 
     @property

@@ -122,6 +122,12 @@ class Scheduler:
         self._free[slot] = Held()
         return slot
 
+    def forget_prefixes(self) -> None:
+        """Let no sequence take over what a slot holds now: the model has other weights."""
+        self._free = dict.fromkeys(self._free, Held())
+        for sequence in self._running.values():
+            sequence.is_stale = True
+
     def remove(self, sequence: TokenSequence) -> None:
         """Forget a sequence that has ended or was cancelled; its slot is free again."""
         if sequence in self._waiting:

@@ -97,6 +97,33 @@ class StepLoop:
         for run in shown(self.runner.steps.warm_up_calls()):
             run()
 
+    def change_weights(self, check: Work, write: Work, running: str) -> None:
+        """Write other weights between two steps, if `check` finds nothing; what is cached is old.
+
+        running: what becomes of requests that have begun: "refuse" raises RuntimeError, "abort"
+        ends them and those that wait, "keep" lets them go on.
+        """
+        if self.fault is not None:
+            raise self.fault
+        begun = self.scheduler.running
+        if begun and running == "refuse":
+            raise RuntimeError(
+                f"{len(begun)} completions run, and would go on with other weights: let them end, "
+                f"or give running='abort' or 'keep'"
+            )
+        check()
+        self._collect(0)
+        if running == "abort":
+            for sequence in self.scheduler.all():
+                sequence.abort()
+                self._settle(sequence)
+        self.scheduler.forget_prefixes()
+        try:
+            write()
+        except Exception as error:  # some are new: no token must come of that
+            self.die(error)
+            raise
+
     # The parts of a step
 
     def _prefill(self) -> None:

@@ -241,7 +241,7 @@ def test_an_error_of_a_size_chosen_here_says_what_may_be_taken(set_free):
 def test_nothing_is_loaded_that_does_not_fit(folders, set_free, monkeypatch):
     """Or a machine would swap, or kill the process, before it could say so."""
     monkeypatch.setattr(
-        "gemcut.engine.engine.load_checkpoint", lambda *a, **k: pytest.fail("loaded")
+        "gemcut.engine.loading.load_checkpoint", lambda *a, **k: pytest.fail("loaded")
     )
     set_free(2e6)
     for sizes in ((2, 128, 32), ("auto", 128, 32), (2, "auto", 32), ("auto", "auto", 32)):

@@ -234,8 +234,8 @@ def pickles(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fill", "message"),
     [
-        (adapter, r"holds a PEFT adapter, no model: merge it .* merge_and_unload\(\), save that"),
-        (adapter_with_config, r"holds a PEFT adapter, no model: merge it .* merge_and_unload\(\)"),
+        (adapter, r"holds a PEFT adapter, no model: .* by lora=, .* `gemcut convert --lora` saves"),
+        (adapter_with_config, r"holds a PEFT adapter, no model: .* by lora="),
         (gguf, r"holds a GGUF file, which Engine\.from_pretrained .* `gemcut convert` makes"),
         (tokenizer, "holds a tokenizer and no model: config.json is missing"),
         (pickles, "pickles .* are read by `gemcut convert` alone"),

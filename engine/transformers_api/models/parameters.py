@@ -68,8 +68,16 @@ class Parameters:
 
         ValueError where there are any, unless strict is False, and where a shape is another.
         With `assign` the weights have to be of the model's dtype: they are copied all the same.
+        A tied head may be there too, as transformers' models have it, equal to the embeddings.
         """
         own = self.state_dict()
+        table, head = "model.embed_tokens.weight", "lm_head.weight"
+        if head in state_dict and head not in own and table in own and table in state_dict:
+            if not torch.equal(state_dict[head], state_dict[table]):
+                raise ValueError(
+                    f"state_dict: {head} differs from {table}, but tie_word_embeddings is true"
+                )
+            state_dict = {name: x for name, x in state_dict.items() if name != head}
         keys = LoadedKeys(
             [name for name in own if name not in state_dict],
             [name for name in state_dict if name not in own],

@@ -88,6 +88,14 @@ class TestFiles:
         assert not torch.equal(fresh(IDS).logits, ours(IDS).logits)
         fresh.load_state_dict(ours.state_dict())
         assert torch.equal(fresh(IDS).logits, ours(IDS).logits)
+        fresh = type(ours)(ours.config)
+        fresh.load_state_dict(theirs.state_dict())
+        assert torch.equal(fresh(IDS).logits, ours(IDS).logits)
+        other = theirs.state_dict() | {
+            "lm_head.weight": 1 + ours.state_dict()["model.embed_tokens.weight"]
+        }
+        with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens"):
+            fresh.load_state_dict(other)
         assert sum(x.numel() for x in ours.parameters()) == ours.num_parameters()
         _, bare = twins("AutoModel", "gemma2")
         assert "embed_tokens.weight" in bare.state_dict()
