@@ -65,7 +65,7 @@ CONTRACTS = {
         {
             "residual": "[M, D] float strided",
             "x": "[M, D] float strided | [S, M, D] float32 dense",
-            "post_weight, next_weight": "[D] float dense",
+            "post_weight, next_weight": "[D] float dense | [D] float32 dense",
         },
         {"out": "[M, D] float"},
         moved="4 M D e + n D e",
@@ -203,7 +203,7 @@ CONTRACTS = {
         computed="11 B V",
     ),
     "rmsnorm": Contract(
-        {"x": "[..., D] float strided", "weight": "[D] float dense"},
+        {"x": "[..., D] float strided", "weight": "[D] float dense | [D] float32 dense"},
         {"out": "[..., D] float"},
         moved="2 M D e + D e",
         computed="5 M D",

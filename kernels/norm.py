@@ -13,6 +13,7 @@ in L2), about 5 and 12 operations for each: bound by memory bandwidth.  The one 
 step's row is bound by latency; S partial sums are S loads that it makes at once.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
