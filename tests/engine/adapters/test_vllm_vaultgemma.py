@@ -4,6 +4,7 @@ vLLM runs on a CPU, in an environment of its own: see tests/vllm_environment.py.
 """
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 pytest.importorskip("tomllib")
 
+from accuracy import assert_within_budget
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from twins import all_logits, assert_same_logits, load_model, random_ids
@@ -58,6 +60,19 @@ def test_the_fallback_gives_the_same(tmp_path):
     found = served(tmp_path / "model", tmp_path, request())
     assert found["layers"][""] == OURS
     assert_same(found["answers"][""], theirs)
+
+
+def test_in_bfloat16_it_errs_no_more_than_transformers(tmp_path):
+    """By the rule, on the prompts; with our ops in place of vLLM's too."""
+    model = vaultgemma(tmp_path / "model", tie_word_embeddings=False)
+    asked = request(llm={"dtype": "bfloat16"}) | {"count": 1}
+    for settings in ({}, {"GEMCUT_VLLM_OPS": "gemma_rms_norm,gelu_and_mul"}):
+        found = served(tmp_path / "model", tmp_path, asked, **settings)
+        for ids, (_, logprobs) in zip(PROMPTS, found["answers"][""], strict=True):
+            given = torch.tensor([ids])
+            theirs = deepcopy(model).bfloat16()(given).logits[0].float().log_softmax(-1)
+            exact = deepcopy(model).double()(given).logits[0].log_softmax(-1)
+            assert_within_budget("logits", logprobs, theirs.detach(), exact.detach())
 
 
 def test_compiled(tmp_path):
