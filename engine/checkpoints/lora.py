@@ -163,26 +163,27 @@ def _read_changes(
     for name, header in whole.items():
         _check_shape(header, shapes[name])
     _check_complete(whole, modules, settings, config)
-    return {
-        name: _change(parts.get(name), whole.get(name), modules.get(name), shapes[name], settings)
-        for name in [*shapes]
-        if name in whole or name in parts
-    }
+    changes = {name: Change(header) for name, header in whole.items()}
+    for name, of_module in parts.items():
+        low_rank = _change(name, modules[name], of_module, shapes[name], settings)
+        changes[name] = replace(low_rank, whole=whole.get(name))
+    return changes
 
 
 def _change(
-    parts: Mapping[str, TensorHeader] | None,
-    whole: TensorHeader | None,
-    module: str | None,
+    name: str,
+    module: str,
+    parts: Mapping[str, TensorHeader],
     shape: tuple[int, ...],
     settings: LoraConfig,
 ) -> Change:
     """What the parts of one module make of its weight, their shapes checked."""
-    if parts is None or module is None:
-        return Change(whole)
     some = next(iter(parts.values()))
-    of_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    of_embedding = name == EMBEDDING
     kinds = ("lora_embedding_A", "lora_embedding_B") if of_embedding else ("lora_A", "lora_B")
+    for kind in parts:
+        if kind not in (*kinds, "lora_magnitude_vector") or len(shape) != 2:
+            raise ValueError(f"{parts[kind]} is for no such module of this model")
     for kind in kinds:
         if kind not in parts:
             raise ValueError(f"{some.file}: {module}.{kind} is missing")
@@ -200,7 +201,7 @@ def _change(
         if of_embedding:
             raise ValueError(f"{magnitude}: use_dora on embeddings is not supported")
         _check_shape(magnitude, (N,))
-    return Change(whole, down, up, magnitude, settings.scaling(module), of_embedding)
+    return Change(None, down, up, magnitude, settings.scaling(module), of_embedding)
 
 
 def _check_complete(
@@ -210,12 +211,10 @@ def _check_complete(
     config: ModelConfig,
 ) -> None:
     """Nothing, or ValueError unless the file has what its config promises, and no more."""
+    file = settings.file.parent / WEIGHTS
     if not whole and not modules:
-        raise ValueError(f"{settings.file.parent / WEIGHTS} changes nothing of this model")
-    prefix = next(
-        (m.removesuffix(name.removeprefix("model.").removesuffix(".weight"))
-         for name, m in modules.items() if name.startswith("model.")), "model."
-    )  # fmt: skip
+        raise ValueError(f"{file} changes nothing of this model")
+    prefix = _prefix(modules)
     tied = config.tie_word_embeddings and settings.ensure_weight_tying
     missing = []
     for tensor in checkpoint_tensors(replace(config, tie_word_embeddings=False)):
@@ -232,14 +231,19 @@ def _check_complete(
                 f"{settings.file}: {module} is no target by it, but {WEIGHTS} has a change of it"
             )
     if missing:
-        raise ValueError(f"{settings.file.parent / WEIGHTS}: {first_of(missing)} missing")
+        raise ValueError(f"{file}: {first_of(missing)} missing")
     for saved in settings.modules_to_save:
-        if not any(re.search(rf"(^|\.){saved}\.", name) for name in whole) and not (
-            tied and saved == "lm_head"
-        ):
-            raise ValueError(
-                f"{settings.file.parent / WEIGHTS}: {saved} is missing, a module to save"
-            )
+        is_there = any(re.search(rf"(^|\.){saved}\.", name) for name in whole)
+        if not is_there and not (tied and saved == "lm_head"):
+            raise ValueError(f"{file}: {saved} is missing, a module to save")
+
+
+def _prefix(modules: Mapping[str, str]) -> str:
+    """What the adapted model's names have where ours have "model."."""
+    for tensor, module in modules.items():
+        if tensor.startswith("model."):
+            return module.removesuffix(tensor.removeprefix("model.").removesuffix(".weight"))
+    return "model."
 
 
 def _check_shape(header: TensorHeader, shape: tuple[int, ...]) -> None:
