@@ -11,6 +11,11 @@ from reprlib import repr as shorten  # a hostile value must not fill the message
 from typing import Any
 
 
+def printable(name: str) -> str:
+    """A name from a file for a message: as it is, or shortened where it would fill or break it."""
+    return name if name.isprintable() and len(name) <= 200 else shorten(name)
+
+
 def check_int(name: str, value: Any, low: int, high: int) -> None:
     """Nothing, or ValueError where `value` is no integer in low..high (a bool is none)."""
     if not isinstance(value, Integral) or isinstance(value, bool):

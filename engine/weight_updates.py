@@ -8,7 +8,7 @@ The values are those of an engine that is made of the new weights, bit for bit.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,9 @@ class WeightUpdate:
         self._model, self._cache = model, cache
         self._stored = match_tensors(tensors, model.config, partial=partial)
         self._layouts = model.weights.layouts
-        for place, parts in _by_matrix(model.config, self._stored).items():
+        by_matrix = _by_matrix(model.config, self._stored)
+        self._check_memory([self._current(place) for place in by_matrix])
+        for place, parts in by_matrix.items():
             layout, missing = self._layouts.get(place), [x for x in parts if not x[1]]
             if layout is not None and layout.has_zero_points:
                 raise ValueError(
@@ -59,6 +61,16 @@ class WeightUpdate:
                     f"tensors: {missing[0][0].name} is missing: on this CPU it is packed with "
                     f"{next(x.name for x, there in parts if there)}, and they come together"
                 )
+
+    def _check_memory(self, written: Sequence[Any]) -> None:
+        """Nothing, or ValueError where a new tensor is read from what is written before."""
+        plain = (x for x in written if isinstance(x, Tensor) and not x.is_mkldnn)
+        own = {x.untyped_storage().data_ptr() for x in plain}
+        for stored in self._stored.values():
+            tensor = stored.load()
+            assert isinstance(tensor, Tensor)
+            if tensor.untyped_storage().data_ptr() in own:
+                raise ValueError(f"tensors: {stored.place} lies in the engine's own; give a clone")
 
     def check(self) -> None:
         """Nothing, or ValueError where values cannot be quantised; reads what is to be."""

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemcut.engine.checkpoints.weight_files import check_file
+from gemcut.engine.checks import printable
 
 FLOATS = {  # by the names in safetensors' headers
     "BF16": torch.bfloat16,
@@ -28,7 +29,7 @@ class TensorHeader:
     dtype: str
 
     def __str__(self) -> str:
-        return f"{self.file.name}: {self.key}"
+        return f"{self.file.name}: {printable(self.key)}"
 
     def load(self) -> Tensor:
         """The tensor itself, from the memory-mapped file."""

@@ -104,6 +104,8 @@ def check_model_type(model_type: Any) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError where the file is missing or holds none."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe, or without an end
+            raise ValueError(f"{path}: neither a file nor a folder")
         content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None

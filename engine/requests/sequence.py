@@ -292,6 +292,8 @@ class Request:
     def score(self) -> ScoreOutput:
         """The output of a request that is scored."""
         (sequence,) = self.sequences
+        if sequence.finish_reason == "abort":  # by new weights: there is no half of a score
+            raise RuntimeError("the text is not scored: its request was aborted")
         logprobs, is_greedy = ([*each] for each in zip(*sequence.scores, strict=True))
         ids = [*sequence.prompt_ids, sequence.next_id]
         return ScoreOutput(self.prompt, ids, logprobs, is_greedy)

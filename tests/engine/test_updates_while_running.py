@@ -137,6 +137,29 @@ def test_another_thread_may_update_while_requests_run():
             assert torch.equal(logits_of(engine, PROMPT[1:]), logits_of(new, PROMPT[1:]))
 
 
+def test_a_score_that_is_ended_is_an_error(monkeypatch):
+    first, second = pair_of()
+    with make(first, prefill_chunk=2) as engine:
+        step, threads = engine._loop.step, []
+
+        def update() -> None:
+            engine.update_weights(second.state_dict(), running="abort")
+
+        def step_and_update() -> None:
+            step()
+            if not threads:
+                threads.append(threading.Thread(target=update))
+                threads[0].start()
+                while not engine._worker._commands:
+                    threads[0].join(0.001)
+
+        monkeypatch.setattr(engine._loop, "step", step_and_update)
+        with pytest.raises(RuntimeError, match="the text is not scored: its request was aborted"):
+            engine.score(PROMPT * 2)
+        threads[0].join()
+        assert len(engine.score(PROMPT * 2).logprobs) == 9
+
+
 def test_a_closed_engine_takes_none():
     first, second = pair_of()
     engine = make(first)

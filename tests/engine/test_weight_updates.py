@@ -174,12 +174,28 @@ def test_pairs_are_read_once_and_before_anything_changes():
 
 # What is wrong changes nothing
 
+
+def freed(tensor: Tensor) -> Tensor:
+    """A tensor whose memory was given back, as FSDP does with what it shards."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def nested() -> Tensor:
+    return torch._nested_tensor_from_mask(torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool))
+
+
 BAD = {
     "missing": (lambda s: s.pop(NORM), f"tensors: {NORM} is missing"),
     "extra": (lambda s: s.update(extra=s[NORM]), "tensors: extra is not part of the model"),
     "shape": (lambda s: s.update({Q: s[Q][:, 1:]}), f"{Q} is \\[128, 63\\], the config says"),
     "dtype": (lambda s: s.update({NORM: s[NORM].int()}), f"{NORM} is int32"),
     "meta": (lambda s: s.update({NORM: s[NORM].to("meta")}), f"{NORM} is on the meta device"),
+    "freed": (lambda s: s.update({NORM: freed(s[NORM])}), f"{NORM} has no memory of its own"),
+    "nested": (lambda s: s.update({NORM: nested()}), f"{NORM} has no memory of its own"),
+    "lines": (lambda s: s.update({"a\nb": s[NORM]}), r"tensors: 'a\\nb' is not part of the model"),
+    "long": (lambda s: s.update({"a" * 9999: s[NORM]}), r"tensors: 'a+\.\.\.a+' is not part of the"),
     "head": (lambda s: s.update({"lm_head.weight": 1 + s["lm_head.weight"]}), "differs from the e"),
     "nan": (
         lambda s: s.update({Q: torch.full_like(s[Q], torch.nan)}),
@@ -231,6 +247,33 @@ def test_a_bad_argument_changes_nothing(arguments, message):
             engine.update_weights(second.state_dict(), **arguments)
         one_line(error)
         assert bits(engine) == before
+
+
+def test_memory_of_the_engine_itself_is_refused():
+    (model, _), names = pair_of(), [f"model.layers.0.self_attn.{x}_proj.weight" for x in "kv"]
+    with make(model) as engine:
+        k, v = engine.model.weights.layers[0].qkv[-64:].split(32)
+        assert torch.equal(v, model.get_parameter(names[1]))
+        before = bits(engine)
+        with pytest.raises(ValueError, match=rf"{names[0]} lies in the engine's own") as error:
+            engine.update_weights(zip(names, (v, k), strict=True), partial=True)
+        one_line(error)
+        assert bits(engine) == before
+        engine.update_weights(zip(names, (v.clone(), k.clone()), strict=True), partial=True)
+        assert torch.equal(k, model.get_parameter(names[1]))
+
+
+def test_a_tied_head_comes_with_the_embedding():
+    first, second = pair_of()
+    state = second.state_dict()
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    with make(first) as engine:
+        before = bits(engine)
+        with pytest.raises(ValueError, match=r"lm_head.weight is the embedding here: leave it out"):
+            engine.update_weights({head: state[head]}, partial=True)
+        assert bits(engine) == before
+        engine.update_weights({head: state[head], table: state[table]}, partial=True)
+        assert torch.equal(engine.model.weights.embedding, state[table])
 
 
 def test_zero_points_are_refused():
