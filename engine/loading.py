@@ -4,7 +4,7 @@ Nothing large is read, fetched or allocated before the arguments, the config, th
 sizes have been found right.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from gemcut.engine.checkpoints.state_dict import (
     read_tokenizer,
 )
 from gemcut.engine.checkpoints.stored_weights import fill_weights
-from gemcut.engine.checks import check_bool
+from gemcut.engine.checks import check_bool, check_int, shorten
 from gemcut.engine.config.generation_file import settings_folder, stop_token_ids
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.cache import PREFILL_CHUNK
@@ -43,7 +43,7 @@ from gemcut.engine.placement import (
     in_temporary_thread,
     release_freed_memory,
 )
-from gemcut.engine.requests.sampling_params import SamplingParams
+from gemcut.engine.requests.sampling_params import INT64_MAX, SamplingParams
 from gemcut.kernels import cpu
 from gemcut.tokenizer import Tokenizer
 
@@ -107,6 +107,7 @@ class Loading:
         """
         target = choose_device(device)
         op_table = choose_ops(ops, target)
+        _check_requests(max_waiting, default_params)
         choose_dtype(dtype, target)  # a bad one is refused before anything is fetched
         check_bool("skip_tokenizer_init", skip_tokenizer_init)
         from_hub: dict[str, Any] = {
@@ -211,6 +212,8 @@ class Loading:
         op_table = choose_ops(ops, target)
         config = read_config(config)
         _refuse_classifier(config, "config")
+        _check_requests(max_waiting, default_params)
+        _check_eos(eos_ids, config)
         stored = match_tensors(tensors, config)
         if lora is not None:
             adapter = open_adapter(lora, config)
@@ -284,6 +287,23 @@ def _chosen_sizes(
     check_bool("dependent_launches", dependent_launches)
     slots, length = build.choose(max_batch_size, max_seq_len)
     return {"max_batch_size": slots, "max_seq_len": length}
+
+
+def _check_requests(max_waiting: Any, default_params: Any) -> None:
+    """Nothing, or ValueError where an engine could take no request so."""
+    if max_waiting is not None:
+        check_int("max_waiting", max_waiting, 0, INT64_MAX)
+    if not isinstance(default_params, SamplingParams | None):
+        kind = type(default_params).__name__
+        raise ValueError(f"default_params must be a SamplingParams, got {kind}")
+
+
+def _check_eos(eos_ids: Any, config: ModelConfig) -> None:
+    """Nothing, or ValueError where these are no ids of the model's tokens."""
+    if isinstance(eos_ids, str) or not isinstance(eos_ids, Iterable | None):
+        raise ValueError(f"eos_ids {shorten(eos_ids)} are no list of token ids")
+    for eos_id in eos_ids or ():
+        check_int("eos_ids: the token id", eos_id, 0, config.vocab_size - 1)
 
 
 def _refuse_classifier(config: ModelConfig, place: Path | str) -> None:

@@ -27,6 +27,7 @@ from gemcut.engine.checkpoints.lora_config import CONFIG, LoraConfig, read_lora_
 from gemcut.engine.checkpoints.safetensor_headers import FLOATS, TensorHeader, open_headers
 from gemcut.engine.checkpoints.stored_tensors import StoredTensor, first_of, row_ranges
 from gemcut.engine.checkpoints.stored_weights import PIECE, StoredWeight
+from gemcut.engine.checks import printable
 from gemcut.engine.config.model_config import ModelConfig
 from gemcut.engine.execution.weights import checkpoint_tensors
 
@@ -215,27 +216,31 @@ def _check_complete(
     if not whole and not modules:
         raise ValueError(f"{file} changes nothing of this model")
     prefix = _prefix(modules)
+    settings.check_patterns({*modules.values(), *whole, *_targets(prefix, config).values()})
     tied = config.tie_word_embeddings and settings.ensure_weight_tying
     missing = []
-    for tensor in checkpoint_tensors(replace(config, tie_word_embeddings=False)):
-        if len(tensor.shape) != 2 or (tied and tensor.name == HEAD):
+    for name, module in _targets(prefix, config).items():
+        if tied and name == HEAD:
             continue
-        module = tensor.name.removesuffix(".weight")
-        if module.startswith("model."):
-            module = prefix + module.removeprefix("model.")
         is_target = settings.targets(module)
-        if is_target and settings.target_modules is not None and tensor.name not in modules:
+        if is_target and settings.target_modules is not None and name not in modules:
             missing.append(module)
-        if not is_target and tensor.name in modules:
+        if not is_target and name in modules:
             raise ValueError(
                 f"{settings.file}: {module} is no target by it, but {WEIGHTS} has a change of it"
             )
     if missing:
         raise ValueError(f"{file}: {first_of(missing)} missing")
     for saved in settings.modules_to_save:
-        is_there = any(re.search(rf"(^|\.){saved}\.", name) for name in whole)
-        if not is_there and not (tied and saved == "lm_head"):
-            raise ValueError(f"{file}: {saved} is missing, a module to save")
+        if not settings.is_saved(saved, whole) and not (tied and saved == "lm_head"):
+            raise ValueError(f"{file}: {printable(saved)} is missing, a module to save")
+
+
+def _targets(prefix: str, config: ModelConfig) -> dict[str, str]:
+    """Every module that may be a target, as the adapted model names it, by its tensor."""
+    tensors = checkpoint_tensors(replace(config, tie_word_embeddings=False))
+    names = (tensor.name for tensor in tensors if len(tensor.shape) == 2)
+    return {name: re.sub(r"^model\.", lambda _: prefix, name[: -len(".weight")]) for name in names}
 
 
 def _prefix(modules: Mapping[str, str]) -> str:

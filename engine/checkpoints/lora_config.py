@@ -4,14 +4,17 @@ Rules and defaults are those of peft (0.21).  A field that changes what the adap
 supported is refused by name, and so is one that is not known here, unless it asks for nothing.
 """
 
+import json
 import math
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemcut.engine.checks import check_bool, check_int, check_number, shorten
+from gemcut.engine.checks import check_bool, check_int, check_number, printable, shorten
 from gemcut.engine.config.config_file import read_json_object
 
 CONFIG = "adapter_config.json"
@@ -25,6 +28,20 @@ _NEUTRAL = {
 }  # fmt: skip
 # Beginnings of A and B that leave the model's own weights as they were.
 _BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+# How peft matches what is no whole pattern of its own.
+_SAVED, _LAYER, _END = r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(\d+)\.", r"(.*\.)?({})$"
+_TENSOR = r"(^|\.){}\."  # of a module to save
+_CHOICES = re.compile(r"[*+?{|]")  # what takes no more steps than a name is long has none of them
+# Reads [[[method of re, pattern], ...], names].  It runs alone, without gemcut.
+_PROBE = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for method, pattern in patterns:
+    for name in names:
+        getattr(re, method)(pattern, name)
+"""
+_PATIENCE = 5  # seconds; an honest pattern takes milliseconds
+MOST = 1e30  # an alpha; a number in float32
 
 
 @dataclass(frozen=True)
@@ -59,19 +76,63 @@ class LoraConfig:
         """Whether a module, by its name in the adapted model, has an A and a B."""
         if _is_named(self.exclude_modules, module):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+        if any(re.match(_SAVED.format(name), module) for name in self.modules_to_save):
             return False
         if self.target_modules is None:
             return True
         if not isinstance(self.target_modules, str) and self.layers_to_transform:
             patterns = self.layers_pattern or (r"[^.]*",)
-            found = (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module) for name in patterns)
+            found = (re.match(_LAYER.format(name), module) for name in patterns)
             layer = next((int(match[1]) for match in found if match), None)
             if layer not in self.layers_to_transform:
                 return False
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             return not re.search(r"(^|\.)(embed_tokens|lm_head)$", module)
         return _is_named(self.target_modules, module)
+
+    def is_saved(self, module: str, tensors: Iterable[str]) -> bool:
+        """Whether there is a tensor of a module to save among the names of tensors."""
+        return any(re.search(_TENSOR.format(module), name) for name in tensors)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Nothing, or ValueError where a pattern is broken, or takes too long for these names.
+
+        Some take years, and nothing stops them in this process: what could be one of them is tried
+        in another first.
+        """
+        for field, own, _, pattern in self._patterns():
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"{self.file}: {field} {shorten(own)} is no pattern ({error})"
+                ) from None
+        tried = [each for each in self._patterns() if _CHOICES.search(each[1])]
+        if not tried:
+            return
+        task = json.dumps([[each[2:] for each in tried], sorted(names)]).encode()
+        program = [sys.executable, "-I", "-S", "-c", _PROBE]
+        try:
+            subprocess.run(program, input=task, capture_output=True, timeout=_PATIENCE, check=True)
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+            fields = " or ".join(dict.fromkeys(each[0] for each in tried))
+            raise ValueError(
+                f"{self.file}: a pattern of {fields} takes too much time or memory to match"
+            ) from None
+
+    def _patterns(self) -> Iterator[tuple[str, str, str, str]]:
+        """The field of each pattern, itself, and the method of re and pattern that are used."""
+        for field in ("target_modules", "exclude_modules"):
+            if isinstance(own := getattr(self, field), str):
+                yield field, own, "fullmatch", own
+        for own in self.modules_to_save:
+            yield "modules_to_save", own, "match", _SAVED.format(own)
+            yield "modules_to_save", own, "search", _TENSOR.format(own)
+        for own in self.layers_pattern:
+            yield "layers_pattern", own, "match", _LAYER.format(own)
+        for field in ("rank_pattern", "alpha_pattern"):
+            for own in getattr(self, field):
+                yield field, own, "match", _END.format(own)
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
@@ -96,14 +157,14 @@ def _read(file: Path, values: dict[str, Any]) -> LoraConfig:
     r, alpha = values.pop("r", 8), values.pop("lora_alpha", 8)
     ranks, alphas = values.pop("rank_pattern", None), values.pop("alpha_pattern", None)
     check_int("r", r, 1, 2**20)
-    check_number("lora_alpha", alpha)
+    check_number("lora_alpha", alpha, at_least=-MOST, below=MOST)
     for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(pattern, Mapping | None):
             raise ValueError(f"{name} {shorten(pattern)} is not an object")
     for key, rank in (ranks or {}).items():
         check_int(f"rank_pattern {shorten(key)}", rank, 1, 2**20)
     for key, value in (alphas or {}).items():
-        check_number(f"alpha_pattern {shorten(key)}", value)
+        check_number(f"alpha_pattern {shorten(key)}", value, at_least=-MOST, below=MOST)
     flags = {name: values.pop(name, False) for name in ("use_rslora", "use_dora")}
     flags["ensure_weight_tying"] = values.pop("ensure_weight_tying", None) or False
     for name, value in flags.items():
@@ -127,21 +188,8 @@ def _read(file: Path, values: dict[str, Any]) -> LoraConfig:
     )
     for name, value in values.items():
         if value and name not in _NEUTRAL:
-            raise ValueError(f"{name} {shorten(value)} is not supported")
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(pattern := getattr(config, name), str):
-            _check_pattern(name, pattern)
-    for name in ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, name):
-            _check_pattern(name, pattern)
+            raise ValueError(f"{printable(name)} {shorten(value)} is not supported")
     return config
-
-
-def _check_pattern(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} {shorten(pattern)} is no pattern ({error})") from None
 
 
 def _names(name: str, values: dict[str, Any]) -> str | tuple[str, ...]:
@@ -167,6 +215,6 @@ def _is_named(names: str | tuple[str, ...], module: str) -> bool:
 def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
     """The value of the first pattern that the end of a module's name matches."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_END.format(pattern), module):
             return value
     return otherwise

@@ -195,7 +195,10 @@ BAD = {
     "freed": (lambda s: s.update({NORM: freed(s[NORM])}), f"{NORM} has no memory of its own"),
     "nested": (lambda s: s.update({NORM: nested()}), f"{NORM} has no memory of its own"),
     "lines": (lambda s: s.update({"a\nb": s[NORM]}), r"tensors: 'a\\nb' is not part of the model"),
-    "long": (lambda s: s.update({"a" * 9999: s[NORM]}), r"tensors: 'a+\.\.\.a+' is not part of the"),
+    "long": (
+        lambda s: s.update({"a" * 9999: s[NORM]}),
+        r"tensors: 'a+\.\.\.a+' is not part of the",
+    ),
     "head": (lambda s: s.update({"lm_head.weight": 1 + s["lm_head.weight"]}), "differs from the e"),
     "nan": (
         lambda s: s.update({Q: torch.full_like(s[Q], torch.nan)}),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemcut.engine import Engine, ModelConfig
 from gemcut.engine.checkpoints import load as load_module
+from gemcut.engine.checkpoints import lora_config
 from gemcut.engine.checkpoints.convert import convert
 from gemcut.engine.checkpoints.load import load_checkpoint
 from gemcut.engine.checkpoints.lora import open_adapter
@@ -253,6 +254,7 @@ def reshape(name: str, *shape: int):
 
 
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+SLOW = r"(\w+\.?)+!"  # seconds for the names of this model, years for longer ones
 BAD_TENSORS = {
     "no A": (drop("1.self_attn.q_proj.lora_A.weight"), f"{Q}.lora_A is missing"),
     "no B": (drop("1.self_attn.q_proj.lora_B.weight"), f"{Q}.lora_B is missing"),
@@ -275,6 +277,7 @@ BAD_TENSORS = {
     "bias of B": (reshape(f"{Q}.lora_B.bias", 64), "lora_B.bias is not supported"),
     "magnitude": (reshape(f"{Q}.lora_magnitude_vector", 64), "is there, and use_dora is false"),
     "whole": (reshape(NORM, 3), r"model.norm.weight is \[3\], for this model it is \[48\]"),
+    "lines": (reshape("a\nb", 3), r"'base_model\.model\.a\\nb' is for no tensor of this model"),
     "unknown": (reshape("model.other.weight", 3), "model.other.weight is for no tensor of this"),
 }  # fmt: skip
 BAD_CONFIGS = {
@@ -294,6 +297,11 @@ BAD_CONFIGS = {
     "pattern": ({"rank_pattern": {"q_proj": 2}}, r"is \[4, 48\], for this model it is \[2, 48\]"),
     "no pattern": ({"rank_pattern": [2]}, r"rank_pattern \[2\] is not an object"),
     "regex": ({"target_modules": "q_proj("}, r"target_modules 'q_proj\(' is no pattern"),
+    "flags": ({"rank_pattern": {"(?i)q_proj": 4}}, r"rank_pattern '\(\?i\)q_proj' is no pattern"),
+    "repeat": ({"target_modules": "a{99999999999}"}, r"target_modules 'a\{9+\}' is no pattern"),
+    "depth": ({"alpha_pattern": {"(" * 3000 + ")" * 3000: 4}}, "alpha_pattern .* is no pattern"),
+    "too great": ({"lora_alpha": 1e308}, "lora_alpha 1e\\+308 must be below 1e\\+30"),
+    "lines": ({"a\nb": 1}, r"'a\\nb' 1 is not supported"),
     "targets": ({"target_modules": 3}, "target_modules 3 is neither a pattern nor a list"),
     "more": ({"target_modules": ["q_proj", "down_proj", "o_proj"]}, "o_proj and 3 more are missi"),
     "fewer": ({"target_modules": ["q_proj"]}, "down_proj is no target by it"),
@@ -315,6 +323,36 @@ def test_what_does_not_fit_is_named_before_weights_are_read(kind, saved, monkeyp
     with pytest.raises(ValueError, match=message) as error:
         Engine.from_pretrained(folder, lora=adapter, **SMALL)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": SLOW},
+        {"exclude_modules": SLOW},
+        {"modules_to_save": [SLOW]},
+        {"layers_pattern": [SLOW], "layers_to_transform": [1]},
+        {"rank_pattern": {SLOW: 4}},
+        {"alpha_pattern": {SLOW: 4}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_pattern_that_takes_too_long_is_refused(values, saved, monkeypatch):
+    folder, adapter = saved
+    monkeypatch.setattr(lora_config, "_PATIENCE", 0.1)
+    change_config(adapter, **values)
+    message = f"a pattern of {next(iter(values))} takes too much time or memory to match"
+    with pytest.raises(ValueError, match=message) as error:
+        open_adapter(adapter, ModelConfig.from_file(folder))
+    one_line(error)
+
+
+def test_a_config_that_is_no_file_is_refused(saved):
+    folder, adapter = saved
+    (adapter / "adapter_config.json").unlink()
+    (adapter / "adapter_config.json").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: neither a file nor a folder"):
+        open_adapter(adapter, ModelConfig.from_file(folder))
 
 
 def test_a_folder_that_is_no_adapter_says_so(saved, tmp_path):
