@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
 # what is copied, and to where
@@ -157,10 +158,14 @@ def build(out: Path, variants: Sequence[str] = tuple(VARIANTS), version: int = 1
     for variant in variants:
         files = variant_files(variant, version)
         texts |= {f"build/{variant}/{place}": text for place, text in files.items()}
-    for place, text in texts.items():
-        path = out / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=out) as stage:  # an interrupted build leaves nothing
+        for place, text in texts.items():
+            path = Path(stage) / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode())
+        for path in Path(stage).iterdir():
+            path.rename(out / path.name)
     return [out / place for place in texts]
 
 

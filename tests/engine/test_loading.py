@@ -11,9 +11,9 @@ from allocations import peak_bytes, tensor_bytes
 from engines import logits_of, one_line, save_random_model
 from random_models import MODEL_TYPES, random_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gemcut.engine import AutoTokenizer, Engine, ModelConfig, SamplingParams
+from gemcut.engine import AutoTokenizer, Engine, ModelConfig, SamplingParams, loading
 from gemcut.engine.execution.weights import checkpoint_tensors
 from gemcut.tokenizer import Tokenizer
 
@@ -245,6 +245,7 @@ def test_what_is_no_state_dict_is_refused(tensors, message):
     ("config", "message"),
     [
         (None, "config is a NoneType, not a ModelConfig"),
+        (ModelConfig, "config is a type, not a ModelConfig"),
         ({"model_type": "llama"}, "config: model_type 'llama' is not supported"),
         (
             {"model_type": "gemma", "quantization_config": {"quant_method": "gptq"}},
@@ -255,12 +256,47 @@ def test_what_is_no_state_dict_is_refused(tensors, message):
             "config holds a GemmaForSequenceClassification, which generates no text",
         ),
     ],
-    ids=["none", "family", "quantised", "classifier"],
+    ids=["none", "class", "family", "quantised", "classifier"],
 )
 def test_a_bad_config_is_named(config, message):
     with pytest.raises(ValueError, match=message) as error:
         Engine.from_state_dict(config, {}, **SMALL)
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eos_ids": "ab"}, "eos_ids 'ab' are no list of token ids"),
+        ({"eos_ids": 1}, "eos_ids 1 are no list of token ids"),
+        ({"eos_ids": [97]}, "eos_ids: the token id 97 is outside 0..96"),
+        ({"eos_ids": [1.0]}, "eos_ids: the token id 1.0 is not an integer"),
+        ({"default_params": {"top_k": 1}}, "default_params must be a SamplingParams, got dict"),
+        ({"max_waiting": -1}, "max_waiting -1 is outside"),
+    ],
+    ids=lambda x: str(next(iter(x.items()))) if isinstance(x, dict) else "",
+)
+def test_what_no_request_could_use_is_named_before_weights_are_read(options, message, monkeypatch):
+    monkeypatch.setattr(loading, "fill_weights", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(loading, "load_checkpoint", lambda *_, **__: pytest.fail("read"))
+    model = random_model("gemma2")
+    with pytest.raises(ValueError, match=message) as error:
+        Engine.from_state_dict(model.config, model.state_dict(), **SMALL, **options)
+    one_line(error)
+    if "eos_ids" not in options:
+        with pytest.raises(ValueError, match=message):
+            Engine.from_pretrained("demo", device="cpu", **options)
+
+
+def test_a_tokenizer_that_is_none_writes_nothing(monkeypatch):
+    model = random_model("gemma2")
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *_: pytest.fail("written"))
+    for given, kind in ((model, "Gemma2ForCausalLM"), (PreTrainedTokenizerFast, "type")):
+        with pytest.raises(ValueError, match=f"tokenizer is a {kind}, not a Tokenizer") as error:
+            Engine.from_state_dict(model.config, model.state_dict(), given, **SMALL)
+        one_line(error)
+    with pytest.raises(ValueError, match="tokenizer: model 'nowhere' is neither"):
+        Engine.from_state_dict(model.config, model.state_dict(), "nowhere", **SMALL)
 
 
 def test_what_cannot_be_quantised_is_named():

@@ -182,6 +182,24 @@ def test_bad_arguments_are_one_line_and_write_nothing(tmp_path, capsys):
     assert [p.name for p in (new / "build").iterdir()] == ["torch-cpu"]
 
 
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk", "key"])
+def test_an_interrupted_build_leaves_nothing(error, tmp_path, monkeypatch):
+    write, left = Path.write_bytes, [20]
+
+    def interrupted(self: Path, data: bytes) -> int:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    with pytest.raises(type(error)):
+        build(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    paths = build(tmp_path / "new")
+    assert {p for p in (tmp_path / "new").rglob("*") if p.is_file()} == set(paths)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
