@@ -45,6 +45,7 @@ class WeightUpdate:
         cache: KVCache | None = None,  # whose scales follow from the weights
     ) -> None:
         self._model, self._cache = model, cache
+        self._is_begun = False  # the writing
         self._stored = match_tensors(tensors, model.config, partial=partial)
         self._layouts = model.weights.layouts
         by_matrix = _by_matrix(model.config, self._stored)
@@ -74,10 +75,12 @@ class WeightUpdate:
 
     def check(self) -> None:
         """Nothing, or ValueError where values cannot be quantised; reads what is to be."""
-        self._compute(self._check_all)
+        if not self._is_begun:  # else they may have changed since: what was interrupted must end
+            self._compute(self._check_all)
 
     def write(self) -> None:
         """Write all of them, and the scales; it may be done twice, after an interruption."""
+        self._is_begun = True
         self._compute(self._write_all)
 
     def _compute(self, work: Callable[[], None]) -> None:

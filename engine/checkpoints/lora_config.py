@@ -31,7 +31,7 @@ _BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 # How peft matches what is no whole pattern of its own.
 _SAVED, _LAYER, _END = r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(\d+)\.", r"(.*\.)?({})$"
 _TENSOR = r"(^|\.){}\."  # of a module to save
-_CHOICES = re.compile(r"[*+?{|]")  # what takes no more steps than a name is long has none of them
+_CHOICES = re.compile(r"[*+?{|[]")  # a pattern without one is soon compiled and matched
 # Reads [[[method of re, pattern], ...], names].  It runs alone, without gemcut.
 _PROBE = """
 import json, re, sys
@@ -100,6 +100,12 @@ class LoraConfig:
         Some take years, and nothing stops them in this process: what could be one of them is tried
         in another first.
         """
+        tried = [each for each in self._patterns() if _CHOICES.search(each[1])]
+        if tried and not _ends_soon([each[2:] for each in tried], sorted(names)):
+            fields = " or ".join(dict.fromkeys(each[0] for each in tried))
+            raise ValueError(
+                f"{self.file}: a pattern of {fields} takes too much time or memory to match"
+            )
         for field, own, _, pattern in self._patterns():
             try:
                 re.compile(pattern)
@@ -107,18 +113,6 @@ class LoraConfig:
                 raise ValueError(
                     f"{self.file}: {field} {shorten(own)} is no pattern ({error})"
                 ) from None
-        tried = [each for each in self._patterns() if _CHOICES.search(each[1])]
-        if not tried:
-            return
-        task = json.dumps([[each[2:] for each in tried], sorted(names)]).encode()
-        program = [sys.executable, "-I", "-S", "-c", _PROBE]
-        try:
-            subprocess.run(program, input=task, capture_output=True, timeout=_PATIENCE, check=True)
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
-            fields = " or ".join(dict.fromkeys(each[0] for each in tried))
-            raise ValueError(
-                f"{self.file}: a pattern of {fields} takes too much time or memory to match"
-            ) from None
 
     def _patterns(self) -> Iterator[tuple[str, str, str, str]]:
         """The field of each pattern, itself, and the method of re and pattern that are used."""
@@ -133,6 +127,17 @@ class LoraConfig:
         for field in ("rank_pattern", "alpha_pattern"):
             for own in getattr(self, field):
                 yield field, own, "match", _END.format(own)
+
+
+def _ends_soon(patterns: list[tuple[str, str]], names: list[str]) -> bool:
+    """Whether methods of re with their patterns, tried on names elsewhere, end or raise in time."""
+    program = [sys.executable, "-I", "-S", "-c", _PROBE]
+    task = json.dumps([patterns, names]).encode()
+    try:
+        probe = subprocess.run(program, input=task, capture_output=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return False
+    return probe.returncode in (0, 1)
 
 
 def read_lora_config(folder: Path) -> LoraConfig:

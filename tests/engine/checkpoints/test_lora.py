@@ -329,6 +329,7 @@ def test_what_does_not_fit_is_named_before_weights_are_read(kind, saved, monkeyp
     "values",
     [
         {"target_modules": SLOW},
+        {"target_modules": "[\0-\U0010ffff]" * 999},  # to compile
         {"exclude_modules": SLOW},
         {"modules_to_save": [SLOW]},
         {"layers_pattern": [SLOW], "layers_to_transform": [1]},
