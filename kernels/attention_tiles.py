@@ -21,7 +21,7 @@ needed, and the block size is a constant, by which positions are divided.  Nothi
 is what a row of the table holds, and a window hides.  An entry that no key needs is not read.
 
 Cost of blocks: 4 bytes for each key, in L1 after the first of 32 entries; in a pass of sm_90 15 to
-29 % more cycles of a warp in prefill and 14 to 38 % in decode (compiled, not timed).
+29 % more cycles of a warp in prefill and 15 to 46 % in decode (compiled, not timed).
 """
 
 import math
