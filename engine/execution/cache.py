@@ -51,6 +51,8 @@ class Cache(Protocol):
     @property
     def layers(self) -> Sequence[LayerCache]: ...
 
+    num_slots: int
+    max_seq_len: int
     prefill_chunk: int
 
     def check_room(self, slot: int, start: int, end: int) -> None:
