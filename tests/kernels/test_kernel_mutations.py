@@ -260,6 +260,7 @@ PAGED_MISTAKES = {
     ),
     "entries of the same tile again": (
         DECODE, ("decode_attention", "first, begin + BLOCK_N - first,", "first, begin - first,"),
+        ("kv_splits", "return 32 if num_kv_heads <= 4 else 64", "return 64"),  # of two tiles
     ),
     "entries of the same tile again in prefill": (
         PREFILL, ("prefill_attention", "begin + 2 * BLOCK_N", "begin + BLOCK_N"),
@@ -291,7 +292,7 @@ def paged_call(op: str) -> dict:
     if op.endswith("store_"):
         return in_blocks(small_calls()[op], 3)
     torch.manual_seed(0)
-    arguments = {name: random(2, 1, 96, 16) for name in ("k_cache", "v_cache")}
+    arguments = {name: random(2, 2, 96, 16) for name in ("k_cache", "v_cache")}
     arguments |= {"slots": index(1), "scale": 1.0, "softcap": None, "sliding_window": 75}
     if op == "attention_decode":
         arguments |= {"q": random(1, 4, 2, 16), "positions": index(91)}
