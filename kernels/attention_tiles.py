@@ -1,4 +1,4 @@
-"""Code shared by prefill and decode attention: tiles of a ring, one step of online softmax, checks.
+"""Code shared by prefill and decode attention: tiles of keys, a step of online softmax, checks.
 
 Scores come from tl.dot in float32.  Softmax runs in base 2: log2(e) is part of the factor that
 multiplies a score, after the softcap where there is one, so that either way
@@ -25,28 +25,78 @@ NO_MAXIMUM = tl.constexpr(-1.0e30)  # below every score, yet finite
 
 
 @triton.jit
-def ring_tile(
-    head_ptr,  # one slot's head [C, K]
-    first, begin, num_keys, C,
-    HEAD_DIM: tl.constexpr,
-    IS_LOCAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Keys or values number `begin` and on of the num_keys that start at index `first`.
-
-    [BLOCK_N, BLOCK_K], zero before number 0, past num_keys and past HEAD_DIM.  As num_keys <= C,
-    the ring wraps at most once, and without a window, where `first` is 0, never.
-    """
-    offs_k = tl.arange(0, BLOCK_K)
-    index = begin + tl.arange(0, BLOCK_N)
+def are_keys(begin, num_keys, BLOCK_N: tl.constexpr):
+    """Numbers from `begin` on, and which of them, 0 to num_keys - 1, are keys: [BLOCK_N] twice."""
+    number = begin + tl.arange(0, BLOCK_N)
     # unsigned: a number below 0 is a great one
-    seen = index.to(tl.uint32, bitcast=True) < num_keys.to(tl.uint32, bitcast=True)
-    mask = seen[:, None] & (offs_k < HEAD_DIM)[None, :]
-    if IS_LOCAL:
+    return number, number.to(tl.uint32, bitcast=True) < num_keys.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def ring_rows(
+    first, number, C,
+    KV_STRIDE: tl.constexpr,
+    IS_RING: tl.constexpr,
+):  # fmt: skip
+    """Offsets in a slot's head of keys by their number from index `first` on.
+
+    There are at most C keys: a ring wraps once.  What is no ring never does.
+    """
+    index = number
+    if IS_RING:
         index += first
         index = tl.where(index >= C, index - C, index)
-    return tl.load(head_ptr + index[:, None] * HEAD_DIM + offs_k[None, :], mask=mask, other=0.0)
+    return index * KV_STRIDE
+
+
+@triton.jit
+def blocks_of(
+    table_ptr,  # one slot's blocks
+    first, begin, num_keys,
+    KV_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Blocks [BLOCK_N] of keys number `begin` and on of the num_keys from position `first` on."""
+    number, seen = are_keys(begin, num_keys, BLOCK_N)
+    position = (first + number).to(tl.uint32, bitcast=True)  # divides in one instruction
+    return tl.load(table_ptr + position // KV_BLOCK, mask=seen, other=0)
+
+
+@triton.jit
+def block_rows(
+    block, first, number,  # [BLOCK_N], .., [BLOCK_N]
+    num_blocks, stride_block,
+    KV_STRIDE: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Offsets in a head of keys by their number from position `first` on, and which have a block.
+
+    What has none is read in block 0, for nobody.
+    """
+    known = block.to(tl.uint32, bitcast=True) < num_blocks.to(tl.uint32, bitcast=True)
+    block = tl.where(known, block, 0).to(tl.int64)
+    position = (first + number).to(tl.uint32, bitcast=True)
+    return block * stride_block + position % KV_BLOCK * KV_STRIDE, known
+
+
+@triton.jit
+def kv_tile(
+    head_ptr, offsets, seen,  # one head's keys or values, [BLOCK_N] twice
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys or values, zero where they are not seen and past HEAD_DIM: [BLOCK_N, BLOCK_K].
+
+    IN_PAIRS: two neighbours of fp8 in each int16.
+    """
+    PARTS: tl.constexpr = 2 if IN_PAIRS else 1
+    ptrs = head_ptr + offsets[:, None]
+    if IN_PAIRS:
+        ptrs = ptrs.to(tl.pointer_type(tl.int16))
+    offs_k = tl.arange(0, BLOCK_K // PARTS)
+    mask = seen[:, None] & (offs_k < HEAD_DIM // PARTS)[None, :]
+    return tl.load(ptrs + offs_k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -105,17 +155,18 @@ def check_attention(
     sliding_window: int | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-) -> None:
-    """What holds for every query tensor [..., HQ, K]; ValueError otherwise."""
+    block_tables: Tensor | None,
+) -> tuple[int, int, int, int]:
+    """Slots, KV heads, capacity, head_dim; ValueError unless q [..., HQ, K] can read them."""
     check_tensors(q)
-    _, HK, C, K = check_cache(q, k_cache, v_cache, k_scale, v_scale)
+    num_slots, HK, C, K = check_cache(q, k_cache, v_cache, k_scale, v_scale, block_tables)
     HQ = q.shape[-2]
     require(q.shape[-1] == K, f"q has head_dim {q.shape[-1]}, the cache {K}")
     require(HQ > 0 and HQ % HK == 0, f"{HQ} query heads cannot share {HK} KV heads evenly")
-    require(C * K < 2**31, f"capacity {C} x head_dim {K} is not below 2**31")
     require(q.stride(-1) == 1, f"q has strides {list(q.stride())}, the last must be 1")
     require(0 < scale < math.inf, f"scale {scale} is not above 0 and finite")
     check_softcap(softcap)
     require(
         sliding_window is None or sliding_window >= 1, f"sliding_window {sliding_window} is below 1"
     )
+    return num_slots, HK, C, K

@@ -1,6 +1,7 @@
 """Checks before a launch: a kernel launched on wrong shapes reads foreign memory."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,25 +109,32 @@ def check_cache(
     v_cache: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    block_tables: Tensor | None,
 ) -> tuple[int, int, int, int]:
-    """Slots, KV heads, capacity and head_dim of a cache [num_slots, HK, C, K] of x's dtype.
+    """Slots, KV heads, capacity and head_dim of a cache of x's dtype.
 
-    Or of float8_e4m3fn, and then with scales [HK] in float32.
+    Or of float8_e4m3fn, and then with scales [HK] in float32.  k and v [num_slots, HK, C, K], or
+    with block_tables [num_slots, N] in blocks, [blocks, block_size, HK, K], both with one set of
+    strides, of which the last is 1.
     """
-    require(k_cache.dim() == 4, f"k_cache is {list(k_cache.shape)}, must be [slots, HK, C, K]")
+    shape = "[slots, HK, C, K]" if block_tables is None else "[blocks, block_size, HK, K]"
+    require(k_cache.dim() == 4, f"k_cache is {list(k_cache.shape)}, must be {shape}")
     num_slots, HK, C, K = k_cache.shape
+    if block_tables is not None:
+        num_slots, C, HK = _check_block_tables(x, k_cache, block_tables)
     require(HK > 0 and C > 0, f"k_cache is {list(k_cache.shape)}, must hold heads and positions")
     require(
         0 < K <= MAX_HEAD_DIM and K % 2 == 0, f"head_dim {K} is not even and in 2 to {MAX_HEAD_DIM}"
     )
-    check_shape("k_cache", k_cache, num_slots, HK, C, K)
-    check_shape("v_cache", v_cache, num_slots, HK, C, K)
+    _check_strides(k_cache, v_cache, 2 if block_tables is None else 1)
     if k_cache.dtype != FP8:
         check_tensors(x, k_cache=k_cache, v_cache=v_cache)
         require(k_scale is v_scale is None, f"scales are for a cache of fp8, not {k_cache.dtype}")
         return num_slots, HK, C, K
     require(v_cache.dtype == FP8, f"v_cache is {v_cache.dtype}, k_cache {k_cache.dtype}")
     check_converts_fp8(x.device)
+    strides = k_cache.stride()
+    require(not any(n % 2 for n in strides[:3]), f"k_cache has strides {list(strides)}, not even")
     for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
         require(scale is not None, f"a cache of fp8 needs {name}_scale [{HK}]")
         assert scale is not None
@@ -135,6 +143,55 @@ def check_cache(
         for other in (cache, scale):
             require(other.device == x.device, f"{name} is on {other.device}, not on {x.device}")
     return num_slots, HK, C, K
+
+
+def _check_block_tables(x: Tensor, k_cache: Tensor, block_tables: Tensor) -> tuple[int, int, int]:
+    """Slots, capacity and KV heads of a cache in blocks."""
+    shape, strides = list(block_tables.shape), list(block_tables.stride())
+    require(len(shape) == 2, f"block_tables is {shape}, must be [slots, N]")
+    dtype = block_tables.dtype
+    require(dtype == torch.int32, f"block_tables is {dtype}, must be torch.int32")
+    require(
+        strides[1] == 1 or shape[1] == 1, f"block_tables has strides {strides}, the last must be 1"
+    )
+    check_tensors(x, block_tables=block_tables)
+    capacity = shape[1] * k_cache.shape[1]
+    require(capacity < 2**31, f"{shape[1]} blocks of {k_cache.shape[1]} tokens are not below 2**31")
+    return shape[0], capacity, k_cache.shape[2]
+
+
+def _check_strides(k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
+    """ValueError unless k and v have one shape and lie alike; `tokens` is the axis of these."""
+    shape, strides = k_cache.shape, k_cache.stride()
+    require(
+        v_cache.shape == shape,
+        f"v_cache is {list(v_cache.shape)}, must be {list(shape)}, as k_cache",
+    )
+    require(strides[3] == 1, f"k_cache has strides {list(strides)}, the last must be 1")
+    require(
+        v_cache.stride() == strides,
+        f"v_cache has strides {list(v_cache.stride())}, must have {list(strides)}, as k_cache",
+    )
+    require(  # offsets within a head are 32-bit
+        shape[tokens] * strides[tokens] < 2**31,
+        f"{shape[tokens]} tokens of a head, {strides[tokens]} elements apart, are not below 2**31",
+    )
+
+
+def cache_arguments(k_cache: Tensor, block_tables: Tensor | None) -> dict[str, Any]:
+    """How a cache lies, as arguments of a kernel: slots are KV_BLOCK 0, without a table."""
+    if block_tables is None:
+        slot, head, token, _ = k_cache.stride()
+        return {
+            "block_table_ptr": None, "stride_table": 0, "num_blocks": 0,
+            "stride_k_s": slot, "stride_k_h": head, "KV_STRIDE": token, "KV_BLOCK": 0,
+        }  # fmt: skip
+    block, token, head, _ = k_cache.stride()
+    return {
+        "block_table_ptr": block_tables, "stride_table": block_tables.stride(0),
+        "num_blocks": k_cache.shape[0],
+        "stride_k_s": block, "stride_k_h": head, "KV_STRIDE": token, "KV_BLOCK": k_cache.shape[1],
+    }  # fmt: skip
 
 
 def check_converts_fp8(device: torch.device) -> None:

@@ -38,12 +38,16 @@ from torch import Tensor
 
 from gemcut.kernels.attention_tiles import (
     NO_MAXIMUM,
+    are_keys,
+    block_rows,
+    blocks_of,
     check_attention,
     even_and_odd,
-    ring_tile,
+    kv_tile,
+    ring_rows,
     softmax_tile,
 )
-from gemcut.kernels.checks import check_index, check_tensors, require
+from gemcut.kernels.checks import cache_arguments, check_index, check_tensors, require
 from gemcut.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
@@ -76,7 +80,8 @@ MANY_PROGRAMS = 396
 # splits and columns that a program of one warp, which has no barriers, loads at once
 COMBINED = {"BLOCK_S": 64, "BLOCK_D": 16, "num_warps": 1}
 
-PLAIN = ["stride_q_b", "stride_q_t", "stride_q_h", "num_slots", "C", "W", "T"]
+PLAIN = ["stride_q_b", "stride_q_t", "stride_q_h", "stride_table", "num_slots", "num_blocks"]
+PLAIN += ["C", "W", "T"]
 PLAIN += ["num_rows", "most_splits"]
 
 
@@ -86,9 +91,11 @@ PLAIN += ["num_rows", "most_splits"]
 def attention_decode_kernel(
     q_ptr, k_ptr, v_ptr,  # [B, T, HQ, K], [slots, HK, C, K] twice
     slots_ptr, positions_ptr, k_scale_ptr,  # [B] x 2, [HK] where the cache is fp8
+    block_table_ptr,  # [slots, N] where the cache is in blocks, [blocks, block_size, HK, K]
     acc_ptr, m_ptr, l_ptr,  # [B, tiles, HK, partials, num_rows, K], [.., num_rows, partials] twice
     stride_q_b, stride_q_t, stride_q_h,  # in units of Q_UNIT elements
-    num_slots, C, W, T, num_rows, most_splits,
+    stride_k_s, stride_k_h,  # v as k
+    stride_table, num_slots, num_blocks, C, W, T, num_rows, most_splits,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -96,6 +103,9 @@ def attention_decode_kernel(
     NUM_KV_HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     Q_UNIT: tl.constexpr,
+    KV_STRIDE: tl.constexpr,  # from a token to the next
+    KV_BLOCK: tl.constexpr,  # tokens of a block; 0: slots
+    IS_RING: tl.constexpr,  # a local layer's slot
     IS_LOCAL: tl.constexpr,
     FAST_TANH: tl.constexpr,
     COMPILED: tl.constexpr,  # not interpreted
@@ -117,7 +127,7 @@ def attention_decode_kernel(
     q_ptrs = q_ptr + q_row[:, None] * Q_UNIT + offs_k[None, :]
     q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_k < HEAD_DIM)[None, :], other=0.0)
 
-    slot, position, is_unknown = find_row(slots_ptr, positions_ptr, b, num_slots, C, W, T, IS_LOCAL)
+    slot, position, is_unknown = find_row(slots_ptr, positions_ptr, b, num_slots, C, W, T, IS_RING)
     if (position < 0) | is_unknown:
         return
     first_query = position + first_token
@@ -130,13 +140,15 @@ def attention_decode_kernel(
     if split >= run_end:
         return
 
-    kv_offset = (slot.to(tl.int64) * NUM_KV_HEADS + kv_head) * C * HEAD_DIM
+    kv_offset = kv_head.to(tl.int64) * stride_k_h
+    if block_table_ptr is None:
+        kv_offset += slot.to(tl.int64) * stride_k_s
+    else:
+        block_table_ptr += slot.to(tl.int64) * stride_table
     k_head_ptr, v_head_ptr = k_ptr + kv_offset, v_ptr + kv_offset
     # of fp8 values are taken in pairs: acc holds the even dimensions and odd_acc the others
     PARTS: tl.constexpr = 1 if k_scale_ptr is None else 2
     p_dtype: tl.constexpr = q.dtype if PARTS == 1 or q.dtype == tl.float32 else tl.float16
-    if PARTS == 2:
-        v_head_ptr = v_head_ptr.to(tl.pointer_type(tl.int16))
     head = b * tl.num_programs(1) + pid_h
     row = head * most_splits * num_rows  # where this head's workspace begins
     acc_ptr += row * HEAD_DIM
@@ -144,7 +156,7 @@ def attention_decode_kernel(
     l_ptr += row
 
     offs_q = first_query + offs_m // GROUP_SIZE
-    index = first % C if IS_LOCAL else first  # of the first key in the ring
+    index = first % C if IS_RING else first  # of the first key in its slot
     if k_scale_ptr is None:
         scale: tl.constexpr = SCALE
     else:
@@ -156,6 +168,8 @@ def attention_decode_kernel(
     split_end = split_begin(split + 1, SPLIT, IS_LOCAL)
     begin_key = tl.maximum(split_begin(split, SPLIT, IS_LOCAL), first // BLOCK_N * BLOCK_N)
     end_key = tl.minimum(split_begin(run_end, SPLIT, IS_LOCAL), end)
+    if block_table_ptr is not None:  # a pass ahead
+        block = blocks_of(block_table_ptr, first, begin_key - first, end - first, KV_BLOCK, BLOCK_N)
     # without licm: addresses of the next loop, computed before it, would cost registers
     for begin in tl.range(begin_key, end_key, BLOCK_N, disable_licm=True):
         if begin == split_end:
@@ -170,14 +184,21 @@ def attention_decode_kernel(
             split += 1
             split_end = split_begin(split + 1, SPLIT, IS_LOCAL)
         offs_n = begin + tl.arange(0, BLOCK_N)
-        k = ring_tile(
-            k_head_ptr, index, begin - first, end - first, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
-        )
-        v = ring_tile(
-            v_head_ptr, index, begin - first, end - first, C, HEAD_DIM // PARTS,
-            IS_LOCAL, BLOCK_N, BLOCK_K // PARTS,
-        )  # fmt: skip
+        number, seen = are_keys(begin - first, end - first, BLOCK_N)
+        if block_table_ptr is None:
+            at = ring_rows(index, number, C, KV_STRIDE, IS_RING)
+        else:
+            at, known = block_rows(
+                block, first, number, num_blocks, stride_k_s, KV_STRIDE, KV_BLOCK
+            )
+            block = blocks_of(
+                block_table_ptr, first, begin + BLOCK_N - first, end - first, KV_BLOCK, BLOCK_N
+            )
+        k = kv_tile(k_head_ptr, at, seen, HEAD_DIM, BLOCK_K, False)
+        v = kv_tile(v_head_ptr, at, seen, HEAD_DIM, BLOCK_K, PARTS == 2)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if block_table_ptr is not None:
+            s = tl.where(known[None, :], s, float("nan"))
         p, alpha, m_i, l_i = softmax_tile(
             s, m_i, l_i, True, offs_q, offs_n, W, scale, SOFTCAP, IS_LOCAL, FAST_TANH
         )
@@ -241,11 +262,12 @@ def attention_decode(
     positions[b] + t, and its key is in the cache.  T is 1 to 8.  ValueError for shapes and numbers
     that no kernel takes.
     """
-    require(block_tables is None, "block_tables are not read yet")
     require(q.dim() == 4, f"q is {list(q.shape)}, must be [B, T, HQ, K]")
-    check_attention(q, k_cache, v_cache, scale, softcap, sliding_window, k_scale, v_scale)
+    num_slots, HK, C, K = check_attention(
+        q, k_cache, v_cache, scale, softcap, sliding_window, k_scale, v_scale, block_tables
+    )
     check_tensors(q, slots=slots, positions=positions)
-    (B, T, HQ, K), (num_slots, HK, C, _) = q.shape, k_cache.shape
+    B, T, HQ, _ = q.shape
     G = HQ // HK
     check_index("slots", slots, B)
     check_index("positions", positions, B)
@@ -274,7 +296,8 @@ def attention_decode(
             "num_slots": num_slots, "C": C, "W": min(sliding_window or 0, MAX_POSITION.value),
             "T": T, "num_rows": tokens_of_tile * G, "most_splits": splits,
             "HEAD_DIM": K, "GROUP_SIZE": G, "NUM_KV_HEADS": HK, "TOKENS": tokens,
-            "IS_LOCAL": is_local, "SPLIT": split, **dependent_launch(q.device),
+            "IS_RING": is_local and block_tables is None, "IS_LOCAL": is_local, "SPLIT": split,
+            **dependent_launch(q.device),
         }  # fmt: skip
         # of axes with one element no stride counts, so that it changes no kernel
         strides = [n * (size > 1) for n, size in zip(q.stride()[:3], q.shape[:3], strict=True)]
@@ -284,7 +307,7 @@ def attention_decode(
             q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, k_scale_ptr=k_scale,
             stride_q_b=strides[0] // unit, stride_q_t=strides[1] // unit,
             stride_q_h=strides[2] // unit,
-            SCALE=scale, SOFTCAP=softcap, Q_UNIT=unit,
+            SCALE=scale, SOFTCAP=softcap, Q_UNIT=unit, **cache_arguments(k_cache, block_tables),
             FAST_TANH=not INTERPRETED and q.dtype != torch.float32, COMPILED=not INTERPRETED,
             BLOCK_M=max(MIN_ROWS, block_m), BLOCK_K=block_k, **tile, **common,
         )  # fmt: skip

@@ -57,7 +57,7 @@ def run_begin(pid, first, end, first_split, end_split, SPLIT: tl.constexpr, IS_L
 
 
 @triton.jit
-def find_row(slots_ptr, positions_ptr, b, num_slots, C, W, T, IS_LOCAL: tl.constexpr):
+def find_row(slots_ptr, positions_ptr, b, num_slots, C, W, T, IS_RING: tl.constexpr):
     """Slot and first position of row b, and whether no slot holds what it sees.
 
     The position is -1 where the row is inactive, and at most MAX_POSITION.
@@ -66,7 +66,7 @@ def find_row(slots_ptr, positions_ptr, b, num_slots, C, W, T, IS_LOCAL: tl.const
     position = tl.load(positions_ptr + b)
     is_unknown = (slot < 0) | (slot >= num_slots) | (position > MAX_POSITION)
     position = tl.maximum(tl.minimum(position, MAX_POSITION), -1).to(tl.int32)
-    is_unknown |= position + T - first_key(position, W, IS_LOCAL) > C
+    is_unknown |= position + T - first_key(position, W, IS_RING) > C
     return slot, position, is_unknown & (position >= 0)
 
 
@@ -131,6 +131,7 @@ def attention_combine_kernel(
     GROUP_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
+    IS_RING: tl.constexpr,
     IS_LOCAL: tl.constexpr,
     SPLIT: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -139,7 +140,7 @@ def attention_combine_kernel(
 ):  # fmt: skip
     wait_for_predecessor(DEPENDENT)
     pid_d, query, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    _, position, is_unknown = find_row(slots_ptr, positions_ptr, b, num_slots, C, W, T, IS_LOCAL)
+    _, position, is_unknown = find_row(slots_ptr, positions_ptr, b, num_slots, C, W, T, IS_RING)
     token, head = query // (NUM_KV_HEADS * GROUP_SIZE), query % (NUM_KV_HEADS * GROUP_SIZE)
     tile, token_of_tile = token // TOKENS, token % TOKENS
     # the splits that the token sees, and the first of its tile

@@ -43,12 +43,16 @@ from torch import Tensor
 from gemcut.kernels.attention_tiles import (
     MAX_POSITION,
     NO_MAXIMUM,
+    are_keys,
+    block_rows,
+    blocks_of,
     check_attention,
     even_and_odd,
-    ring_tile,
+    kv_tile,
+    ring_rows,
     softmax_tile,
 )
-from gemcut.kernels.checks import check_index, check_tensors, require
+from gemcut.kernels.checks import cache_arguments, check_index, check_tensors, require
 from gemcut.kernels.gpu_arch import arch_of
 from gemcut.kernels.interpreter import INTERPRETED
 from gemcut.kernels.tiles import tuned
@@ -77,13 +81,16 @@ def chunk_of(cu_seqlens_ptr, tile, B, BLOCK_M: tl.constexpr):
 def attention_prefill_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr,  # [M, HQ, K], [slots, HK, C, K] twice, [M, HQ, K]
     slots_ptr, starts_ptr, cu_seqlens_ptr,  # [B], [B], [B + 1]
+    block_table_ptr,  # [slots, N] where the cache is in blocks, [blocks, block_size, HK, K]
     k_scale_ptr, v_scale_ptr,  # [HK] x 2 where the cache is fp8
     stride_q_m, stride_q_h, stride_k_s, stride_k_h, stride_y_m, stride_y_h,  # v as k
-    M, B, num_slots, C, W,
+    stride_table, M, B, num_slots, num_blocks, C, W,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    KV_STRIDE: tl.constexpr,  # from a token to the next
+    KV_BLOCK: tl.constexpr,  # tokens of a block; 0: slots
     IS_LOCAL: tl.constexpr,
     FAST_TANH: tl.constexpr,
     IN_PAIRS: tl.constexpr,  # values of fp8 are loaded so
@@ -106,8 +113,10 @@ def attention_prefill_kernel(
     position = start + row - chunk_begin  # of the tile's first query
     oldest = tl.zeros((), tl.int64)  # first key that the chunk sees, and that the tile sees
     first = tl.zeros((), tl.int64)
-    if IS_LOCAL:
+    IS_RING: tl.constexpr = IS_LOCAL and block_table_ptr is None
+    if IS_RING:
         oldest = tl.maximum(start - W + 1, oldest)
+    if IS_LOCAL:
         first = tl.maximum(position - W + 1, first)
     num_needed = start + chunk_end - chunk_begin - oldest
     is_unknown = (slot < 0) | (slot >= num_slots) | (num_needed > C) | (start > MAX_POSITION)
@@ -118,7 +127,7 @@ def attention_prefill_kernel(
     # from here on positions are counted from the tile's first key, and fit 32 bits
     first_query = tl.where(is_empty, 0, position - first).to(tl.int32)
     num_keys = tl.where(is_empty, 0, first_query + num_queries)
-    first = tl.where(is_empty, 0, first % C).to(tl.int32)
+    first = tl.where(is_empty, 0, first % C if IS_RING else first).to(tl.int32)
 
     offs_m = tl.arange(0, BLOCK_M)
     wide_m = offs_m[:, None].to(tl.int64)
@@ -126,7 +135,11 @@ def attention_prefill_kernel(
     mask = (offs_m < num_queries)[:, None] & (offs_k < HEAD_DIM)[None, :]
     q_ptrs = q_ptr + row * stride_q_m + head * stride_q_h
     q = tl.load(q_ptrs + wide_m * stride_q_m + offs_k[None, :], mask=mask, other=0.0)
-    kv_offset = slot * stride_k_s + head // GROUP_SIZE * stride_k_h
+    kv_offset = head // GROUP_SIZE * stride_k_h
+    if block_table_ptr is None:
+        kv_offset += slot * stride_k_s
+    else:
+        block_table_ptr += slot * stride_table
     k_head_ptr, v_head_ptr = k_ptr + kv_offset, v_ptr + kv_offset
 
     if k_scale_ptr is None:
@@ -135,14 +148,16 @@ def attention_prefill_kernel(
         scale = SCALE * tl.load(k_scale_ptr + head // GROUP_SIZE)
     is_wide: tl.constexpr = k_scale_ptr is None or q.dtype == tl.float32
     p_dtype: tl.constexpr = q.dtype if is_wide else tl.float16
-    if IN_PAIRS:
-        v_head_ptr = v_head_ptr.to(tl.pointer_type(tl.int16))
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     m_i = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     offs_q = first_query + offs_m
     # tile `begin` has its softmax and meets its values while the next one's scores are computed
     s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if block_table_ptr is not None:  # entries are read a pass ahead
+        block = blocks_of(block_table_ptr, first, 0, num_keys, KV_BLOCK, BLOCK_N)
+        at_next = tl.zeros([BLOCK_N], tl.int64)
+        all_known = tl.full([BLOCK_N], True, tl.int1)
     for begin in tl.range(-BLOCK_N, num_keys, BLOCK_N):
         position_n = tl.where(begin < 0, NEVER, begin)  # before the first tile: what no query sees
         offs_n = position_n + tl.arange(0, BLOCK_N)
@@ -153,25 +168,34 @@ def attention_prefill_kernel(
             s, m_i, l_i, is_edge, offs_q, offs_n, W, scale, SOFTCAP, IS_LOCAL, FAST_TANH
         )
         p = p.to(p_dtype)
-        k = ring_tile(
-            k_head_ptr, first, begin + BLOCK_N, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
-        )
+        number_k, seen_k = are_keys(begin + BLOCK_N, num_keys, BLOCK_N)
+        number_v, seen_v = are_keys(begin, num_keys, BLOCK_N)
+        if block_table_ptr is None:
+            at_k = ring_rows(first, number_k, C, KV_STRIDE, IS_RING)
+            at_v = ring_rows(first, number_v, C, KV_STRIDE, IS_RING)
+        else:
+            at_v = at_next
+            at_k, known = block_rows(
+                block, first, number_k, num_blocks, stride_k_s, KV_STRIDE, KV_BLOCK
+            )
+            at_next = at_k
+            all_known &= known
+            block = blocks_of(
+                block_table_ptr, first, begin + 2 * BLOCK_N, num_keys, KV_BLOCK, BLOCK_N
+            )
+        k = kv_tile(k_head_ptr, at_k, seen_k, HEAD_DIM, BLOCK_K, False)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        v = kv_tile(v_head_ptr, at_v, seen_v, HEAD_DIM, BLOCK_K, IN_PAIRS)
         if IN_PAIRS:
-            v = ring_tile(
-                v_head_ptr, first, begin, num_keys, C, HEAD_DIM // 2,
-                IS_LOCAL, BLOCK_N, BLOCK_K // 2,
-            )  # fmt: skip
             even, odd = even_and_odd(v, p_dtype, FAST_TANH)
             v = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K)
         else:
-            v = ring_tile(
-                v_head_ptr, first, begin, num_keys, C, HEAD_DIM, IS_LOCAL, BLOCK_N, BLOCK_K
-            )
             v = v.to(p_dtype)
         acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # no key: zeros
+    if block_table_ptr is not None:
+        is_unknown |= tl.min(all_known.to(tl.int32), axis=0) == 0
     l_i = tl.where(is_unknown, float("nan"), l_i)
     y = acc / l_i[:, None]
     if v_scale_ptr is not None:
@@ -232,11 +256,12 @@ def attention_prefill(
     sequence b, whose first token has position starts[b] and whose keys are in slots[b].  slots,
     starts [B], cu_seqlens [B + 1].  ValueError for shapes and numbers that no kernel takes.
     """
-    require(block_tables is None, "block_tables are not read yet")
     require(q.dim() == 3, f"q is {list(q.shape)}, must be [M, HQ, K]")
-    check_attention(q, k_cache, v_cache, scale, softcap, sliding_window, k_scale, v_scale)
+    num_slots, HK, C, K = check_attention(
+        q, k_cache, v_cache, scale, softcap, sliding_window, k_scale, v_scale, block_tables
+    )
     check_tensors(q, slots=slots, starts=starts, cu_seqlens=cu_seqlens)
-    (M, HQ, K), (num_slots, HK, C, _), B = q.shape, k_cache.shape, slots.numel()
+    M, HQ, B = q.shape[0], q.shape[1], slots.numel()
     check_index("slots", slots, B)
     check_index("starts", starts, B)
     check_index("cu_seqlens", cu_seqlens, B + 1)
@@ -252,12 +277,12 @@ def attention_prefill(
             slots_ptr=slots, starts_ptr=starts, cu_seqlens_ptr=cu_seqlens,
             k_scale_ptr=k_scale, v_scale_ptr=v_scale,
             stride_q_m=q.stride(0), stride_q_h=q.stride(1),
-            stride_k_s=k_cache.stride(0), stride_k_h=C * K,
             stride_y_m=HQ * K, stride_y_h=K,
             M=M, B=B, num_slots=num_slots, C=C, W=sliding_window or 0,
             SCALE=scale, SOFTCAP=softcap, HEAD_DIM=K, GROUP_SIZE=HQ // HK,
             IS_LOCAL=sliding_window is not None,
             FAST_TANH=not INTERPRETED and q.dtype != torch.float32,
+            **cache_arguments(k_cache, block_tables),
             IN_PAIRS=k_scale is not None and q.itemsize == 2 and arch in IN_PAIRS,
             BLOCK_K=max(16, triton.next_power_of_2(K)), **tile,
         )  # fmt: skip

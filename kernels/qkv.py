@@ -18,7 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcut.kernels.checks import check_cache, check_rotation, check_tensors, count_q_heads
+from gemcut.kernels.checks import (
+    cache_arguments,
+    check_cache,
+    check_rotation,
+    check_tensors,
+    count_q_heads,
+)
 from gemcut.kernels.dependent_launch import (
     dependent_launch,
     let_next_begin,
@@ -39,7 +45,7 @@ from gemcut.kernels.product_tiles import (
     tuned_tile,
 )
 from gemcut.kernels.quantized_weight import Weight
-from gemcut.kernels.rotary import check_head_norms, rope_and_store_, stored
+from gemcut.kernels.rotary import check_head_norms, place_of, rope_and_store_, stored
 from gemcut.kernels.skinny_product import halves, prefetch_scales, product
 
 
@@ -47,17 +53,20 @@ from gemcut.kernels.skinny_product import halves, prefetch_scales, product
 def linear_rope_and_store_kernel(
     x_ptr, w_ptr, scales_ptr, zeros_ptr,  # [M, D], [N, D], [N, G] x 2; N = (HQ + 2 HK) K
     bias_ptr,  # [N]
-    q_ptr, k_cache_ptr, v_cache_ptr,  # [M, HQ, K], [num_slots, HK, C, K] x 2
+    q_ptr, k_cache_ptr, v_cache_ptr,  # [M, HQ, K], [slots, HK, C, K] or in blocks x 2
     slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, 1, K] x 2
     k_scale_ptr, v_scale_ptr,  # [HK] x 2 where the cache is fp8
-    stride_x_m,
-    M, D, C, num_slots,
+    block_table_ptr,  # [slots, N] where the cache is in blocks, [blocks, block_size, HK, K]
+    stride_x_m, stride_k_s, stride_k_h, stride_table,  # v as k
+    M, D, C, num_slots, num_blocks,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KV_STRIDE: tl.constexpr,  # from a token to the next
+    KV_BLOCK: tl.constexpr,  # tokens of a block; 0: slots
     IS_EVEN: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     IN_STEPS: tl.constexpr,
@@ -97,10 +106,14 @@ def linear_rope_and_store_kernel(
 
     slot = tl.load(slots_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     position = tl.load(positions_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
-    active, known = position >= 0, (slot >= 0) & (slot < num_slots)
+    active = position >= 0
+    place, known = place_of(
+        slot, position, block_table_ptr, stride_table, stride_k_s, num_slots, num_blocks, C,
+        KV_STRIDE, KV_BLOCK,
+    )  # fmt: skip
     dtype = q_ptr.dtype.element_ty
     if head < NUM_Q_HEADS:
-        # a slot outside the cache would show nowhere else
+        # a place outside the cache would show nowhere else
         lost = (active & (known == 0))[None, :]
         low, high = tl.where(lost, float("nan"), low), tl.where(lost, float("nan"), high)
         q_ptrs = q_ptr + (offs_m * NUM_Q_HEADS + head)[None, :] * HEAD_DIM + offs_i[:, None]
@@ -109,8 +122,7 @@ def linear_rope_and_store_kernel(
     else:
         is_key = head < NUM_Q_HEADS + NUM_KV_HEADS
         kv_head = head - NUM_Q_HEADS - tl.where(is_key, 0, NUM_KV_HEADS)
-        place = (slot * NUM_KV_HEADS + kv_head) * C + position % C
-        offs = place[None, :] * HEAD_DIM + offs_i[:, None]
+        offs = (place + kv_head * stride_k_h)[None, :] + offs_i[:, None]
         mask = mask & (active & known)[None, :]
         cached: tl.constexpr = k_cache_ptr.dtype.element_ty
         scale = 1.0
@@ -164,10 +176,8 @@ def linear_rope_and_store_(
     weight [(HQ + 2 HK) K, D], bias [(HQ + 2 HK) K]; the rest as in `rope_and_store_`.  A slot
     outside the cache gives NaN and stores nothing.
     """
-    if block_tables is not None:
-        raise ValueError("block_tables are not read yet")
     check_linear(x, weight, bias)
-    num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale)
+    num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale, block_tables)
     check_tensors(x, slots=slots, positions=positions, cos=cos, sin=sin)
     M, D = x.shape
     HQ = count_q_heads("weight", weight.shape[0], HK, K)
@@ -177,7 +187,7 @@ def linear_rope_and_store_(
         return rope_and_store_(
             skinny_linear(x, weight, bias),
             k_cache, v_cache, slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps,
-            k_scale, v_scale,
+            k_scale, v_scale, block_tables,
         )  # fmt: skip
 
     q = torch.empty((M, HQ, K), device=x.device, dtype=x.dtype)
@@ -192,6 +202,7 @@ def linear_rope_and_store_(
             positions_ptr=positions, cos_ptr=cos, sin_ptr=sin,
             k_scale_ptr=k_scale, v_scale_ptr=v_scale,
             stride_x_m=x.stride(0), M=M, D=D, C=C, num_slots=num_slots,
+            **cache_arguments(k_cache, block_tables),
             HAS_BIAS=bias is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K,
             IS_EVEN=is_even, HAS_TAIL=D % tile["BLOCK_D"] != 0, IN_STEPS=x.dtype == torch.float32,

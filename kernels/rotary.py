@@ -28,6 +28,7 @@ from torch import Tensor
 from gemcut.kernels.checks import (
     DTYPES,
     MAX_HEAD_DIM,
+    cache_arguments,
     check_cache,
     check_index,
     check_parts,
@@ -92,6 +93,26 @@ def stored(x, scale, dtype: tl.constexpr):
 
 
 @triton.jit
+def place_of(
+    slot, position, block_table_ptr,
+    stride_table, stride_k_s, num_slots, num_blocks, C,
+    KV_STRIDE: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where a cache has the first head of tokens at positions of slots, and whether it has them."""
+    known = (slot >= 0) & (slot < num_slots)
+    if block_table_ptr is None:
+        place = slot * stride_k_s + position % C * KV_STRIDE
+    else:
+        known &= position < C
+        entries = block_table_ptr + slot * stride_table + position // KV_BLOCK
+        block = tl.load(entries, mask=known & (position >= 0), other=-1).to(tl.int64)
+        known &= (block >= 0) & (block < num_blocks)
+        place = block * stride_k_s + position % KV_BLOCK * KV_STRIDE
+    return place, known
+
+
+@triton.jit
 def _widened_half(ptr, offs, mask):
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
@@ -99,16 +120,19 @@ def _widened_half(ptr, offs, mask):
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def rope_and_store_kernel(
     qkv_ptr, q_ptr,  # [S, M, (HQ + 2 HK) K], [M, HQ, K]
-    k_cache_ptr, v_cache_ptr,  # [slots, HK, C, K] each
+    k_cache_ptr, v_cache_ptr,  # [slots, HK, C, K] or [blocks, block_size, HK, K] each
     slots_ptr, positions_ptr, cos_ptr, sin_ptr,  # [M], [M], [M, K], [M, K]
     q_norm_ptr, k_norm_ptr, k_scale_ptr, v_scale_ptr,  # [K] x 2, [HK] x 2 where the cache is fp8
-    stride_qkv_s, stride_qkv_m,
-    num_slots, C,
+    block_table_ptr,  # [slots, N] where the cache is in blocks
+    stride_qkv_s, stride_qkv_m, stride_k_s, stride_k_h, stride_table,  # v as k
+    num_slots, num_blocks, C,
     EPS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KV_STRIDE: tl.constexpr,  # from a token to the next
+    KV_BLOCK: tl.constexpr,  # tokens of a block; 0: slots
     SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -162,31 +186,32 @@ def rope_and_store_kernel(
     y_1 = x_1 * cos_1 + x_2 * sin_1
     y_2 = x_2 * cos_2 + x_1 * sin_2
 
-    # A slot that does not exist shows as NaN; nothing is written outside the cache.
+    # A place that does not exist shows as NaN; nothing is written outside the cache.
     is_active = position >= 0
-    has_slot = (slot >= 0) & (slot < num_slots)
-    lost = is_active & (has_slot == 0)
+    place, has_place = place_of(
+        slot, position, block_table_ptr, stride_table, stride_k_s, num_slots, num_blocks, C,
+        KV_STRIDE, KV_BLOCK,
+    )  # fmt: skip
+    lost = is_active & (has_place == 0)
     q_1 = tl.where(lost, float("nan"), y_1).to(dtype)
     q_2 = tl.where(lost, float("nan"), y_2).to(dtype)
     q_ptrs = q_ptr + (m * NUM_Q_HEADS + heads) * HEAD_DIM + offs_d
     tl.store(q_ptrs, q_1, mask=mask & is_q)
     tl.store(q_ptrs + HALF_DIM, q_2, mask=mask & is_q)
 
-    if is_active & has_slot:
+    if is_active & has_place:
         cached: tl.constexpr = k_cache_ptr.dtype.element_ty
         k_scale, v_scale = 1.0, 1.0
         if k_scale_ptr is not None:
             k_scale = tl.load(k_scale_ptr + heads - NUM_Q_HEADS, mask=is_k, other=1.0)
             of_v = heads - NUM_Q_HEADS - NUM_KV_HEADS
             v_scale = tl.load(v_scale_ptr + of_v, mask=is_v & (of_v < NUM_KV_HEADS), other=1.0)
-        first = slot * NUM_KV_HEADS  # heads of the slots before
-        index = position % C
-        k_rows = (first + heads - NUM_Q_HEADS) * C + index
-        k_ptrs = k_cache_ptr + k_rows * HEAD_DIM + offs_d
+        of_head = (heads - NUM_Q_HEADS).to(tl.int64) * stride_k_h
+        k_ptrs = k_cache_ptr + place + of_head + offs_d
         tl.store(k_ptrs, stored(y_1, k_scale, cached), mask=mask & is_k)
         tl.store(k_ptrs + HALF_DIM, stored(y_2, k_scale, cached), mask=mask & is_k)
-        v_rows = (first + heads - NUM_Q_HEADS - NUM_KV_HEADS) * C + index
-        v_ptrs = v_cache_ptr + v_rows * HEAD_DIM + offs_d
+        of_head = (heads - NUM_Q_HEADS - NUM_KV_HEADS).to(tl.int64) * stride_k_h
+        v_ptrs = v_cache_ptr + place + of_head + offs_d
         tl.store(v_ptrs, stored(v_1, v_scale, cached), mask=mask & is_v)
         tl.store(v_ptrs + HALF_DIM, stored(v_2, v_scale, cached), mask=mask & is_v)
 
@@ -261,10 +286,9 @@ def rope_and_store_(
     A negative position stores nothing.  A slot outside the cache stores nothing and yields NaN:
     the host cannot check it without stopping the device.
     """
-    require(block_tables is None, "block_tables are not read yet")
     require(qkv.dim() in (2, 3), f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
     x = qkv if qkv.dim() == 2 else cos
-    num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale)
+    num_slots, HK, C, K = check_cache(x, k_cache, v_cache, k_scale, v_scale, block_tables)
     check_tensors(x, slots=slots, positions=positions, cos=cos, sin=sin)
     parts, M, width = check_parts("qkv", qkv, cos)
     HQ = count_q_heads("qkv", width, HK, K)
@@ -279,7 +303,8 @@ def rope_and_store_(
             q_norm_ptr=q_norm_weight, k_norm_ptr=k_norm_weight,
             k_scale_ptr=k_scale, v_scale_ptr=v_scale,
             stride_qkv_s=M * width, stride_qkv_m=qkv.stride(-2),
-            num_slots=num_slots, C=C, EPS=eps, HAS_NORM=q_norm_weight is not None,
+            num_slots=num_slots, C=C, **cache_arguments(k_cache, block_tables),
+            EPS=eps, HAS_NORM=q_norm_weight is not None,
             NUM_Q_HEADS=HQ, NUM_KV_HEADS=HK, HEAD_DIM=K, SPLITS=parts,
             BLOCK_H=BLOCK_H, **_tile(K), **dependent_launch(qkv.device),
             maxnreg=128,  # ptxas would rather spill the last addresses than take more than 64

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from gemcut import kernels
 from gemcut.engine.config.model_config import ModelConfig
+from gemcut.engine.execution.borrowed_cache import PagedKVCache
 from gemcut.engine.execution.cache import PREFILL_CHUNK, KVCache
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.execution.model import Gemma
@@ -82,13 +83,15 @@ def launches(
     max_seq_len: int = MAX_SEQ_LEN,
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
+    block_size: int | None = None,
 ) -> set[Launch]:
     """What a model launches on an arch: a prefill chunk, decode steps, every choice of tokens.
 
-    The last of `batches` is the greatest, and so many slots there are.
+    The last of `batches` is the greatest, and so many slots there are.  block_size: of a paged
+    cache, in place of slots.
     """
     with recorded(name) as found:
-        _run(config, batches, max_seq_len, quantization, kv_cache_dtype)
+        _run(config, batches, max_seq_len, quantization, kv_cache_dtype, block_size)
     return found
 
 
@@ -217,13 +220,15 @@ def _steps_of_six_layers(
     max_seq_len: int,
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
+    block_size: int | None = None,
 ) -> Steps:
     """Six layers show every kind: Gemma 3 has a global one in six."""
     device, dtype = torch.device("cuda", 0), torch.bfloat16
     config = replace(config, num_layers=6, layer_types=config.layer_types[:6])
     model = Gemma(config, fake_weights(config, device, dtype, quantization), kernels)
     max_seq_len = min(max_seq_len, config.context_length)
-    cache = _cache(config, num_slots, max_seq_len, device, dtype, kv_cache_dtype)
+    sizes = config, num_slots, max_seq_len, device, dtype
+    cache = _cache(*sizes, kv_cache_dtype, block_size)
     return Steps(model, cache, SlotState(num_slots, config.vocab_size, device))
 
 
@@ -234,19 +239,21 @@ def _cache(
     device: torch.device,
     dtype: torch.dtype,
     kv_cache_dtype: str,
-) -> KVCache:
-    """A cache without data, as an engine makes it."""
+    block_size: int | None = None,
+) -> KVCache | PagedKVCache:
+    """A cache without data, as an engine makes it, or in blocks."""
     scale = torch.empty(config.num_kv_heads, dtype=torch.float32, device=device)
     scales = [(scale, torch.empty_like(scale))] * config.num_layers
-    return KVCache(
-        config,
-        num_slots=num_slots,
-        max_seq_len=max_seq_len,
-        prefill_chunk=PREFILL_CHUNK,
-        device=device,
-        dtype=choose_cache_dtype(kv_cache_dtype, dtype, device),
-        scales=None if kv_cache_dtype == "auto" else scales,
-    )
+    sizes = {"num_slots": num_slots, "max_seq_len": max_seq_len, "prefill_chunk": PREFILL_CHUNK}
+    held = {
+        "device": device,
+        "dtype": choose_cache_dtype(kv_cache_dtype, dtype, device),
+        "scales": None if kv_cache_dtype == "auto" else scales,
+    }
+    if block_size is None:
+        return KVCache(config, **sizes, **held)
+    num_blocks = num_slots * -(-max_seq_len // block_size)
+    return PagedKVCache(config, num_blocks=num_blocks, block_size=block_size, **sizes, **held)
 
 
 def _run(
@@ -255,11 +262,13 @@ def _run(
     max_seq_len: int,
     quantization: str | None,
     kv_cache_dtype: str,
+    block_size: int | None,
 ) -> None:
-    steps = _steps_of_six_layers(config, batches[-1], max_seq_len, quantization, kv_cache_dtype)
+    sizes = batches[-1], max_seq_len
+    steps = _steps_of_six_layers(config, *sizes, quantization, kv_cache_dtype, block_size)
     device = steps.model.device
     token_ids = torch.empty(PREFILL_CHUNK, dtype=torch.int64, device=device)
-    steps.model.prefill(token_ids, steps.cache, slot=0)
+    steps.model.prefill_chunk(token_ids, steps.cache, 0, 0, PREFILL_CHUNK)
     for batch in batches:
         slots = torch.empty(batch, dtype=torch.int64, device=device)
         steps.logits(slots)

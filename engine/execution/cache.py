@@ -11,6 +11,7 @@ no key that they still see.  The drafts of one decode step are such a chunk.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,17 +27,35 @@ PREFILL_CHUNK = 512  # tokens; the default
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer: k, v [slots, HK, capacity, K], scales [HK] of those in fp8."""
+    """Keys and values of one layer: k, v [slots, HK, capacity, K], scales [HK] of those in fp8.
+
+    Or in blocks: k, v [blocks, block_size, HK, K], which block_tables [slots, N] in int32 names.
+    """
 
     k: Tensor
     v: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    block_tables: Tensor | None = None
 
     @property
-    def scales(self) -> dict[str, Tensor | None]:
-        """The scales as keyword arguments of an op."""
-        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
+    def arguments(self) -> dict[str, Tensor | None]:
+        """How k and v are read, as keyword arguments of an op."""
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return scales if self.block_tables is None else scales | {"block_tables": self.block_tables}
+
+
+class Cache(Protocol):
+    """What `Gemma` takes of a cache; borrowed_cache.py has those of other programs."""
+
+    @property
+    def layers(self) -> Sequence[LayerCache]: ...
+
+    prefill_chunk: int
+
+    def check_room(self, slot: int, start: int, end: int) -> None:
+        """ValueError unless a slot has room for the tokens start to end - 1."""
+        ...
 
 
 class KVCache:
@@ -77,6 +96,14 @@ class KVCache:
             ) from error
         self.layers = layers
         self.ring = ring_of(config, max_seq_len, prefill_chunk)
+
+    def check_room(self, slot: int, start: int, end: int) -> None:
+        """ValueError unless a slot has room for the tokens start to end - 1."""
+        if not (0 <= slot < self.num_slots and 0 <= start < end <= self.max_seq_len):
+            raise ValueError(
+                f"tokens {start} to {end - 1} in slot {slot} do not fit a cache of "
+                f"{self.num_slots} slots of {self.max_seq_len} tokens"
+            )
 
     def holds_nan(self, slot: int, written: int) -> bool:
         """Whether a value at the first `written` positions of a slot is NaN; waits for the device.

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 
 from torch import Tensor
 
-from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.cache import Cache
 from gemcut.engine.execution.cpu_steps import CpuSteps
 from gemcut.engine.execution.cuda_graphs import Blank, Graphs, Step, can_be_captured, graph_sizes
 from gemcut.engine.execution.model import Gemma
@@ -23,7 +23,7 @@ Key = tuple[str, Features | None, int]  # method of Steps, features, batch size 
 
 
 def choose_steps(
-    model: Gemma, cache: KVCache, state: SlotState, *, cuda_graphs: bool = True
+    model: Gemma, cache: Cache, state: SlotState, *, cuda_graphs: bool = True
 ) -> Steps:
     """The steps that suit the model's device: graphs on a GPU, unless `cuda_graphs` is False."""
     if not can_be_captured(model.device, model.ops):
@@ -37,7 +37,7 @@ class GraphedSteps(Steps):
     """`Steps` whose calls replay graphs; what a call returns is overwritten by the next one."""
 
     def __init__(
-        self, model: Gemma, cache: KVCache, state: SlotState, prefill_sizes: Sequence[int] = ()
+        self, model: Gemma, cache: Cache, state: SlotState, prefill_sizes: Sequence[int] = ()
     ) -> None:
         super().__init__(model, cache, state, prefill_sizes)
         self.batch_sizes = graph_sizes(state.num_slots)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.cache import Cache
 from gemcut.engine.execution.rope import Rope
 from gemcut.engine.execution.weights import Weights
 from gemcut.engine.placement import check_process
@@ -70,7 +70,7 @@ class Gemma:
     def prefill(
         self,
         token_ids: Tensor,
-        cache: KVCache,
+        cache: Cache,
         slot: int,
         start: int = 0,
         length: int | None = None,
@@ -83,11 +83,7 @@ class Gemma:
         must not see how it was cut.
         """
         end = start + token_ids.shape[0]
-        if not (0 <= slot < cache.num_slots and 0 <= start < end <= cache.max_seq_len):
-            raise ValueError(
-                f"tokens {start} to {end - 1} in slot {slot} do not fit a cache of "
-                f"{cache.num_slots} slots of {cache.max_seq_len} tokens"
-            )
+        cache.check_room(slot, start, end)
         states = []
         for chunk in token_ids.split(cache.prefill_chunk):
             states.append(self.prefill_chunk(chunk, cache, slot, start, length or end))
@@ -95,7 +91,7 @@ class Gemma:
         return states[0] if len(states) == 1 else torch.cat(states)
 
     def prefill_chunk(
-        self, token_ids: Tensor, cache: KVCache, slot: int, start: int, length: int
+        self, token_ids: Tensor, cache: Cache, slot: int, start: int, length: int
     ) -> Tensor:
         """`prefill` of one chunk: token_ids [T], no more than a ring has room for -> [T, D]."""
         T = token_ids.shape[0]
@@ -109,7 +105,7 @@ class Gemma:
         slots, lengths = torch.full_like(positions, slot), torch.full_like(positions, length)
         return self._prefill_rows(token_ids, cache, slots, positions, lengths, chunk)
 
-    def prefill_padded(self, token_ids: Tensor, cache: KVCache, place: Tensor) -> Tensor:
+    def prefill_padded(self, token_ids: Tensor, cache: Cache, place: Tensor) -> Tensor:
         """Normed hidden states of a chunk padded at its end; the host knows only its size T.
 
         token_ids [T]; place [4], on the device: slot, position of the first token, how many tokens
@@ -132,7 +128,7 @@ class Gemma:
     def _prefill_rows(
         self,
         token_ids: Tensor,
-        cache: KVCache,
+        cache: Cache,
         slots: Tensor,
         positions: Tensor,
         lengths: Tensor,
@@ -148,7 +144,7 @@ class Gemma:
         def attend(layer: int, q: Tensor) -> Tensor:
             kv = cache.layers[layer]
             return ops.attention_prefill(
-                q, kv.k, kv.v, **chunks, **self.attention(layer), **kv.scales
+                q, kv.k, kv.v, **chunks, **self.attention(layer), **kv.arguments
             )
 
         tables = self.rope_tables(positions, lengths)
@@ -162,7 +158,7 @@ class Gemma:
     def run_layers(
         self,
         residual: Tensor,
-        cache: KVCache,
+        cache: Cache,
         slots: Tensor,
         positions: Tensor,
         tables: Tables,
@@ -191,7 +187,7 @@ class Gemma:
                 layer.q_norm,
                 layer.k_norm,
                 eps,
-                **kv.scales,
+                **kv.arguments,
             )  # [M, HQ, K]
             branch = ops.linear(attend(i, q).flatten(1), layer.o, layer.o_bias)
             h = ops.add_rmsnorm_(
@@ -204,7 +200,7 @@ class Gemma:
     def decode(
         self,
         token_ids: Tensor,
-        cache: KVCache,
+        cache: Cache,
         slots: Tensor,
         positions: Tensor,
         tables: Tables | None = None,
@@ -249,7 +245,7 @@ class Gemma:
                 layer.q_norm,
                 layer.k_norm,
                 eps,
-                **kv.scales,
+                **kv.arguments,
             )  # [B * T, HQ, K]
             attended = ops.attention_decode(
                 q.unflatten(0, (-1, T)),
@@ -258,7 +254,7 @@ class Gemma:
                 slots,
                 positions,
                 **self.attention(i),
-                **kv.scales,
+                **kv.arguments,
             )
             branch = ops.skinny_linear(attended.reshape(q.shape[0], -1), layer.o, layer.o_bias)
             h = ops.add_rmsnorm_(

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gemcut.engine.execution.cache import KVCache
+from gemcut.engine.execution.cache import Cache
 from gemcut.engine.execution.cuda_graphs import ROWS
 from gemcut.engine.execution.model import Gemma
 from gemcut.engine.execution.sampler import (
@@ -46,7 +46,7 @@ class Steps:
     batch_sizes: Sequence[int] = (1,)  # that a warm-up runs, the largest first
 
     def __init__(
-        self, model: Gemma, cache: KVCache, state: SlotState, prefill_sizes: Sequence[int] = ()
+        self, model: Gemma, cache: Cache, state: SlotState, prefill_sizes: Sequence[int] = ()
     ) -> None:
         self.model, self.cache, self.state = model, cache, state
         self.prefill_sizes = sorted(prefill_sizes)
