@@ -25,14 +25,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from gemcut import kernels
+from gemcut.engine.adapters.transformers_cpu import (
+    BOUNDS,
+    FEW_QUERIES,
+    PADS,
+    SLOTS,
+    STARTS,
+    masked_attention,
+)
 from gemcut.kernels import cpu
 
 NAME = "gemcut"
 PAGED = f"paged|{NAME}"  # what continuous batching asks for
 FAMILIES = ("gemma", "gemma2", "vaultgemma", "gemma3_text")
-# rows of a plan: each chunk's first position and slot, and where it begins among the queries; and,
-# where any row is padded, how many keys each row has before its first real one
-STARTS, SLOTS, BOUNDS, PADS = range(4)
 
 
 def register_attention() -> None:
@@ -79,8 +84,8 @@ def plan_attention(
 
     A plan is int32 [3, 1, R + 1, 1], or [4, 1, R + 1, 1] with padding; chunk r of the queries, from
     BOUNDS[r] on, has its keys in slot SLOTS[r] and begins at position STARTS[r] of it.  Without
-    padding R is B.  Padding makes two chunks of each row of several tokens: the first holds what
-    stands before the text, has no keys, and yields zeros.
+    padding R is B.  PADS says how many keys a row has before its first real one, and then a row of
+    several tokens is two chunks: the first holds what stands before the text, and has no keys.
 
     It has four axes, as transformers hands a mask of four on as it is; no mask of tokens has this
     shape, as none has fewer keys than queries.  ValueError for masks that the kernel does not have.
@@ -183,6 +188,9 @@ def attention(
     if plan is None or plan.dtype != torch.int32 or plan.dim() != 4 or plan.shape[0] not in (3, 4):
         given = "no mask" if plan is None else f"a mask {list(plan.shape)} of {plan.dtype}"
         raise ValueError(f'attention "gemcut" takes a mask of padding [B, S], and got {given}')
+    ops = ops_on(query.device)
+    if ops is cpu and T < FEW_QUERIES:
+        return masked_attention(plan, query, key, value, *settings), None
     chunks = plan.shape[2] - 1
     rows = plan[:, 0, :, 0].contiguous()
     starts, slots, bounds = rows[STARTS, :chunks], rows[SLOTS, :chunks], rows[BOUNDS]
@@ -192,7 +200,6 @@ def attention(
     if len(rows) > PADS:
         tables = _tables(plan, rows[PADS], T, key)
         key, value = _tokens(key), _tokens(value)
-    ops = ops_on(query.device)
     if T == 1:
         q, where = query.transpose(1, 2), (slots, starts)
         y = ops.attention_decode(q, key, value, *where, *settings, None, None, tables)
