@@ -1,7 +1,9 @@
-"""Attention of few queries, or of padded rows, on a CPU: by torch, with one mask for all rows.
+"""What a patched model of transformers leaves to torch on a CPU: few queries, and rotation.
 
-`kernels.cpu` goes from row to row, which pays for many queries alone.  Here all rows are one call of
+`kernels.cpu` attends row by row, which pays for many queries alone.  Here all rows are one call of
 torch's scaled_dot_product_attention, or, with a softcap, which that does not have, two products.
+Rotated keys are views that the cache copies once; a store by position, as `rope_and_store_` does
+it, takes more time than the rotation.
 """
 
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gemcut.kernels.cpu_rows import rmsnorm, rounded, widened
 
 STARTS, SLOTS, BOUNDS, PADS = range(4)  # rows of a plan (transformers_attention.py)
 # Fewer queries of a row than this are left to torch.  On one core of an AMD EPYC 64 took 0.7 to
@@ -43,6 +47,31 @@ def masked_attention(
         scores = scores.view(B, HQ, T, -1).masked_fill_(~visible, -torch.inf)
     weights = scores.softmax(-1).to(q.dtype).view(B, HK, -1, k.shape[2])
     return torch.matmul(weights, v).view(B, HQ, T, K).transpose(1, 2).to(dtype)
+
+
+def rotated(
+    qkv: Tensor,  # [B T, (HQ + 2 HK) K]
+    B: int,
+    HK: int,
+    cos: Tensor,  # [B T, 1, K], as rope_tables has them
+    sin: Tensor,
+    q_norm_weight: Tensor | None,  # [K]
+    k_norm_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, HQ, T, K], keys and values [B, HK, T, K]: what `rope_and_store_` computes."""
+    K = cos.shape[-1]
+    heads = qkv.view(len(qkv), -1, K)
+    HQ = heads.shape[1] - 2 * HK
+    qk, v = heads.split_with_sizes([HQ + HK, HK], dim=1)
+    if q_norm_weight is not None and k_norm_weight is not None:
+        norms = torch.cat([q_norm_weight.expand(HQ, K), k_norm_weight.expand(HK, K)])
+        qk = rmsnorm(qk, norms, eps)
+    qk = widened(qk)
+    qk = rounded(torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin), qkv.dtype)
+    q, k = qk.split_with_sizes([HQ, HK], dim=1)
+    q, k, v = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (q, k, v))
+    return q, k, v
 
 
 def _mask(

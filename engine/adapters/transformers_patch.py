@@ -7,7 +7,9 @@ forward passes:
     rotary       rope_tables, and rope_and_store_ in attention: q and k norm, rotation and the new
                  keys and values in the cache's layout, one pass
     attention    "gemcut" (transformers_attention.py): attention_prefill, attention_decode
-    GeGLU        geglu on a GPU; on a CPU torch's GELU, in place
+    GeGLU        geglu
+
+On a CPU torch itself rotates (transformers_cpu.py) and has the GELU, where its ops are as fast.
 
 Weights are neither copied nor changed, and products stay torch's: on a GPU they write side by side
 what the next op reads as one matrix, on a CPU they are oneDNN's (`kernels.cpu.linear`).  Caches,
@@ -42,6 +44,8 @@ from gemcut.engine.adapters.transformers_attention import (
     ops_on,
     register_attention,
 )
+from gemcut.engine.adapters.transformers_cpu import rotated
+from gemcut.kernels import cpu
 
 TEXT_MODELS = (GemmaModel, Gemma2Model, VaultGemmaModel, Gemma3TextModel)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -221,13 +225,14 @@ def _attention_forward(
     norms = [getattr(self, name, None) for name in ("q_norm", "k_norm")]
     weights = [None if norm is None else norm.weight for norm in norms]
     eps = 1e-6 if norms[0] is None else norms[0].eps
-    # the new keys and values, as a cache of B slots of T tokens
-    HK = self.k_proj.out_features // K
-    keys, values = x.new_empty(2, B, HK, T, K).unbind()
-    places = torch.arange(B * T, device=x.device)
-    slots, positions = places // T, places % T
-    q = ops.rope_and_store_(qkv, keys, values, slots, positions, cos, sin, *weights, eps)
-    q = q.view(B, T, -1, K).transpose(1, 2)
+    HK, rotation = self.k_proj.out_features // K, (cos, sin, *weights, eps)
+    if ops is cpu:
+        q, keys, values = rotated(qkv, B, HK, *rotation)
+    else:  # the new keys and values are a cache of B slots of T tokens
+        keys, values = x.new_empty(2, B, HK, T, K).unbind()
+        places = torch.arange(B * T, device=x.device)
+        q = ops.rope_and_store_(qkv, keys, values, places // T, places % T, *rotation)
+        q = q.view(B, T, -1, K).transpose(1, 2)
     # transformers 5.24 renamed past_key_values, and continuous batching has another `cache`
     if past_key_values is None and isinstance(kwargs.get("cache"), Cache):
         past_key_values = kwargs.pop("cache")
