@@ -13,10 +13,12 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "tokenizer", "engine", "bench", "tools")
 # modules that need an extra (`pip install gemcut[train]` and the like)
 NEEDS_EXTRA = {"gemcut.tools.train_demo", "gemcut.bench.engines.openai_load"}
+NEEDS_EXTRA |= {"gemcut.tools.patched_transformers"}
 NEEDS_EXTRA |= {
     f"gemcut.engine.adapters.{name}"
     for name in ("lm_eval_model", "ray_deployment", "sglang_backend")
 }
+NEEDS_EXTRA |= {f"gemcut.engine.adapters.transformers_{name}" for name in ("attention", "patch")}
 
 
 def module_name(path: Path) -> str:

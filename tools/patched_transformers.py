@@ -124,7 +124,8 @@ def _seconds(model: Any, run: Callable[[], object], is_patched: bool) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0; 1 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -P -m gemcut.tools.patched_transformers", description=__doc__.split("\n")[0]
+        prog="python -P -m gemcut.tools.patched_transformers",
+        description="Logits and times of a patched model of transformers beside the plain one.",
     )
     add_model_arguments(parser)
     parser.add_argument("--device", default="auto")

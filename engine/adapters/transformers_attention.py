@@ -16,7 +16,6 @@ head_dim, R chunks.
 """
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -151,19 +150,24 @@ def _pads(seen: Tensor, used: int | Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two mask functions of transformers are the same code over the same values."""
-    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-        return all(_same(a, b) for a, b in zip(one, other, strict=True))
-    if not (hasattr(one, "__code__") and hasattr(other, "__code__")):
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if not (callable(one) and callable(other)):
         return type(one) is type(other) and isinstance(one, int) and one == other
-    cells = [tuple(c.cell_contents for c in f.__closure__ or ()) for f in (one, other)]
-    return one.__code__ is other.__code__ and _same(*cells)
+    codes, cells = zip(*map(_code_and_cells, (one, other)), strict=True)
+    return codes[0] is not None and codes[0] is codes[1] and _same(*cells)
+
+
+def _code_and_cells(function: Any) -> tuple[Any, tuple[Any, ...]]:
+    cells = getattr(function, "__closure__", None) or ()
+    return getattr(function, "__code__", None), tuple(cell.cell_contents for cell in cells)
 
 
 # Attention
 
 
 def attention(
-    module: torch.nn.Module,
+    module: Any,  # of transformers' attention
     query: Tensor,  # [B, HQ, T, K]
     key: Tensor,  # [B, HK, S, K]
     value: Tensor,
@@ -209,7 +213,7 @@ def attention(
     return y.view(B, T, HQ, K), None
 
 
-def _check(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def _check(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:
     config = module.config
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -253,7 +257,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _paged(
-    module: torch.nn.Module,
+    module: Any,  # of transformers' attention
     query: Tensor,  # [1, HQ, M, K]: tokens of all requests, one after the other
     key: Tensor,
     value: Tensor,

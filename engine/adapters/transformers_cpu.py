@@ -74,9 +74,7 @@ def rotated(
     return q, k, v
 
 
-def _mask(
-    plan: Any, B: int, T: int, sliding_window: int | None
-) -> tuple[slice, Tensor | None]:
+def _mask(plan: Any, B: int, T: int, sliding_window: int | None) -> tuple[slice, Tensor | None]:
     """The keys that any query sees, and which of them each one does, [B, 1, T, S]; None for all.
 
     It is the same in all layers of one kind, and kept with the plan.

@@ -57,7 +57,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class TransformersPatch:
     """What `patch_transformers` changed.  As a context manager it is undone at the end."""
 
-    model: PreTrainedModel
+    model: Any
     modules: list[nn.Module]
     attn_implementation: Any
 
@@ -82,7 +82,7 @@ class TransformersPatch:
         self.undo()
 
 
-def patch_transformers(model: PreTrainedModel) -> TransformersPatch:
+def patch_transformers(model: Any) -> TransformersPatch:
     """Let this model compute with gemcut's ops, until `undo` of what is returned.
 
     For models that contain a GemmaModel, Gemma2Model, VaultGemmaModel or Gemma3TextModel, whole on
@@ -92,7 +92,7 @@ def patch_transformers(model: PreTrainedModel) -> TransformersPatch:
     """
     text = _text_model(model)
     forwards = [pair for pair in map(_forward, text.modules()) if pair is not None]
-    _check(model, text, [module for module, _ in forwards])
+    _check(model, text)
     register_attention()
     patch = TransformersPatch(
         model, [module for module, _ in forwards], model.config._attn_implementation
@@ -100,11 +100,11 @@ def patch_transformers(model: PreTrainedModel) -> TransformersPatch:
     model.set_attn_implementation(NAME)
     for module, forward in forwards:
         module.forward = MethodType(forward, module)
-    model._gemcut_patch = patch  # pyright: ignore[reportAttributeAccessIssue]
+    model._gemcut_patch = patch
     return patch
 
 
-def unpatch_transformers(model: PreTrainedModel) -> None:
+def unpatch_transformers(model: Any) -> None:
     """Undo `patch_transformers`; ValueError where the model is not patched."""
     patch = getattr(model, "_gemcut_patch", None)
     if patch is None:
@@ -115,9 +115,10 @@ def unpatch_transformers(model: PreTrainedModel) -> None:
 # What is checked before anything is changed
 
 
-def _text_model(model: Any) -> PreTrainedModel:
+def _text_model(model: Any) -> Any:
     """The one decoder in a model."""
-    found = [m for m in model.modules() if type(m) in TEXT_MODELS] if _is_model(model) else []
+    modules = model.modules() if isinstance(model, PreTrainedModel) else ()
+    found = [module for module in modules if type(module) in TEXT_MODELS]
     if len(found) != 1:
         names = ", ".join(kind.__name__ for kind in TEXT_MODELS)
         raise ValueError(
@@ -127,11 +128,7 @@ def _text_model(model: Any) -> PreTrainedModel:
     return found[0]
 
 
-def _is_model(model: Any) -> bool:
-    return isinstance(model, PreTrainedModel)
-
-
-def _check(model: PreTrainedModel, text: PreTrainedModel, modules: Sequence[nn.Module]) -> None:
+def _check(model: Any, text: Any) -> None:
     """ValueError unless every module of the decoder is as transformers made it, and supported."""
     name, config = type(model).__name__, text.config
     for path, module in text.named_modules():
@@ -225,7 +222,7 @@ def _attention_forward(
     norms = [getattr(self, name, None) for name in ("q_norm", "k_norm")]
     weights = [None if norm is None else norm.weight for norm in norms]
     eps = 1e-6 if norms[0] is None else norms[0].eps
-    HK, rotation = self.k_proj.out_features // K, (cos, sin, *weights, eps)
+    HK, rotation = self.k_proj.out_features // K, (cos, sin, weights[0], weights[1], eps)
     if ops is cpu:
         q, keys, values = rotated(qkv, B, HK, *rotation)
     else:  # the new keys and values are a cache of B slots of T tokens

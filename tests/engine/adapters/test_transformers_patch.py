@@ -45,7 +45,9 @@ def assert_within_rule(model, dtype: torch.dtype, padded: bool = True) -> None:
     ids, mask = inputs()
     mask = mask if padded else torch.ones_like(mask)
     real, wide = mask.bool(), copy.deepcopy(model).double()
-    exact = torch.cat([wide(row[seen][None]).logits[0] for row, seen in zip(ids, real, strict=True)])
+    exact = torch.cat(
+        [wide(row[seen][None]).logits[0] for row, seen in zip(ids, real, strict=True)]
+    )
     model = model.to(dtype)
     eager = model(ids, attention_mask=mask).logits
     with patch_transformers(model):
