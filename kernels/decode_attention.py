@@ -3,7 +3,8 @@
     s[t, j] = softcap(q[t] . k[j] * scale)     token t sees key j iff
     y[t]    = sum_j softmax_j(s[t, j]) * v[j]  position + t - W < j <= position + t
 
-q, y [B, T, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C.
+q, y [B, T, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C; or in blocks, see
+attention_tiles.py.
 
 The queries that share a KV head are one tile of tl.dot: those of one token, or of several while
 they are at most 16.  The keys are cut into splits at absolute positions (kv_splits.py).  A program
@@ -18,8 +19,8 @@ arch, and nothing is counted or waited for within a launch.
 
 Scores, softmax and partial sums are float32; p is rounded to v's dtype for the second product, and
 y once.  A row yields zeros where positions[b] < 0, and NaN where its slot does not exist, where it
-sees more than C keys or is at a position beyond 2 ** 30: wrong input shows, and never reads foreign
-memory.
+sees more than C keys or is at a position beyond 2 ** 30; so does a token that sees a key whose
+block does not exist: wrong input shows, and never reads foreign memory.
 
 Of a cache in fp8 the keys' scale is a factor of the scores, and the values' scale one of the sum of
 splits.  Keys take q's dtype in registers; values and p float16, which holds e4m3 exactly and takes
@@ -258,7 +259,8 @@ def attention_decode(
 ) -> Tensor:
     """Attention of each row's T newest tokens: q [B, T, HQ, K] -> new tensor of the same shape.
 
-    k_cache, v_cache [slots, HK, C, K]; slots, positions [B]; query t of row b has position
+    k_cache, v_cache [slots, HK, C, K], or [blocks, block_size, HK, K] with block_tables [slots, N]
+    int32, of any strides whose last is 1; slots, positions [B]; query t of row b has position
     positions[b] + t, and its key is in the cache.  T is 1 to 8.  ValueError for shapes and numbers
     that no kernel takes.
     """

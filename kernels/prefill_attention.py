@@ -3,7 +3,8 @@
     s[i, j] = softcap(q[i] . k[j] * scale)     query i sees key j iff i - W < j <= i
     y[i]    = sum_j softmax_j(s[i, j]) * v[j]
 
-q, y [M, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C.  One program holds
+q, y [M, HQ, K]; k_cache, v_cache [slots, HK, C, K], position p at index p % C; or in blocks, see
+attention_tiles.py.  One program holds
 BLOCK_M queries of one head and walks over the keys that any of them sees (flash attention, Dao,
 2023).  Keys that no query sees are never read.  Only the tiles at the diagonal and at the window's
 far edge branch to the mask; the branch is the same for all threads, and one loop with it takes so
@@ -26,8 +27,9 @@ rows in B chunks can need: chunk b owns the tiles from cu_seqlens[b] // BLOCK_M 
 with the most keys start first, for all heads, so that none of them is left over at the end.
 
 cu_seqlens runs from 0 to M; rows that it leaves out are not written.  A row yields zeros where
-starts[b] < 0, and NaN where its slot does not exist or where the chunk and what it sees exceed C
-keys: wrong input shows, and never reads foreign memory.
+starts[b] < 0, and NaN where its slot does not exist, where the chunk and what it sees exceed C keys
+and, in its tile of queries, where a block does not: wrong input shows, and never reads foreign
+memory.
 
 Cost: 4 K operations for each pair of query and key that sees it, HQ M (M + 1) / 2 pairs for a first
 chunk without a window, at most HQ M W with one; (2 M HQ + 2 S HK) K elements move, the cache once
@@ -252,7 +254,8 @@ def attention_prefill(
 ) -> Tensor:
     """Causal attention of chunks over the cache: q [M, HQ, K] -> new tensor [M, HQ, K].
 
-    k_cache, v_cache [slots, HK, C, K]; rows cu_seqlens[b] to cu_seqlens[b + 1] are the chunk of
+    k_cache, v_cache [slots, HK, C, K], or [blocks, block_size, HK, K] with block_tables [slots, N]
+    int32, of any strides whose last is 1; rows cu_seqlens[b] to cu_seqlens[b + 1] are the chunk of
     sequence b, whose first token has position starts[b] and whose keys are in slots[b].  slots,
     starts [B], cu_seqlens [B + 1].  ValueError for shapes and numbers that no kernel takes.
     """

@@ -173,7 +173,7 @@ def linear_rope_and_store_(
 ) -> Tensor:
     """Few rows' queries, rotated, and their keys and values in the cache: x [M, D] -> [M, HQ, K].
 
-    weight [(HQ + 2 HK) K, D], bias [(HQ + 2 HK) K]; the rest as in `rope_and_store_`.  A slot
+    weight [(HQ + 2 HK) K, D], bias [(HQ + 2 HK) K]; the rest as in `rope_and_store_`.  A place
     outside the cache gives NaN and stores nothing.
     """
     check_linear(x, weight, bias)

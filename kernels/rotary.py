@@ -4,6 +4,7 @@
                        sin[m, i + K/2] = -sin[m, i] = sin(p[m] * f[i]) * c
     rope_and_store_    y[i] = x[i] * cos[i] + x[(i + K/2) % K] * sin[i]         for q and k
                        k_cache, v_cache [slot, head, p % C] = y, v              / scale in fp8
+                                   or in blocks, see attention_tiles.py
 
 M tokens, K head_dim, C the capacity of a cache slot, f the inverse frequencies, c the scaling of
 the RoPE type.  Tables come from the caller, so every type rotates by the same kernel.  Dimension i
@@ -281,10 +282,11 @@ def rope_and_store_(
 
     qkv [M, (HQ + 2 HK) * K], rows may have gaps, or partial sums of them [S, M, (HQ + 2 HK) * K] in
     float32, which are added up and rounded first; k_cache, v_cache [slots, HK, C, K], written at
-    each token's slot and position % C; slots, positions [M] int; cos, sin [M, 1, K] -> [M, HQ, K].
-    k_scale, v_scale [HK] float32 where the cache is float8_e4m3fn.
-    A negative position stores nothing.  A slot outside the cache stores nothing and yields NaN:
-    the host cannot check it without stopping the device.
+    each token's slot and position % C, or [blocks, block_size, HK, K] with block_tables [slots, N]
+    int32, of any strides whose last is 1; slots, positions [M] int; cos, sin [M, 1, K] -> [M, HQ,
+    K].  k_scale, v_scale [HK] float32 where the cache is float8_e4m3fn.
+    A negative position stores nothing.  A slot, a block or a position of a table outside the cache
+    stores nothing and yields NaN: the host cannot check it without stopping the device.
     """
     require(qkv.dim() in (2, 3), f"qkv is {list(qkv.shape)}, must be [M, (HQ + 2 HK) * K]")
     x = qkv if qkv.dim() == 2 else cos

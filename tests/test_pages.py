@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemcut.engine import Engine, SamplingParams
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 FOLDERS = ("kernels", "engine", "tokenizer", "bench", "tools")
@@ -55,6 +57,22 @@ def test_the_python_of_the_documented_classes_runs():
     names, ran = run_blocks(ROOT / "engine" / "transformers_api" / "README.md")
     assert ran == 1
     assert names["second"].logits.shape[:2] == (1, 1)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_python_of_ones_own_cache_runs():
+    """All but the captured step, which is compiled; the tokens are those of an engine."""
+    page = ROOT / "engine" / "EMBEDDING.md"
+    blocks = blocks_of(page)
+    names, ran = run_blocks(page)
+    assert ran >= len(blocks) - 1
+    for block in blocks:
+        compile(block, str(page), "exec")
+    engine = Engine.from_pretrained("demo", max_batch_size=2, max_seq_len=128)
+    texts = ["It was a bright cold morning", "Once"]
+    settings = SamplingParams(max_tokens=21, temperature=0, ignore_eos=True)
+    ids = [list(output.token_ids) for output in engine.generate(texts, settings)]
+    engine.close()
+    assert torch.stack(names["generated"], 1).tolist() == ids  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS)

@@ -5,6 +5,7 @@
     python -P -m gemcut.tools.compile_report --quantization int8 int4 fp8       quantised weights
     python -P -m gemcut.tools.compile_report --models gemma-3-1b --archs sm_80 sm_120
     python -P -m gemcut.tools.compile_report --kv-cache-dtype fp8   what launches otherwise with it
+    python -P -m gemcut.tools.compile_report --block-size 16        and with a paged cache
 
 No GPU is needed.  The real model runs, on fake tensors, and each launch is recorded instead of
 made (launches.py); so what is compiled is what the engine launches, tile and argument for argument.
@@ -238,18 +239,19 @@ def report(
     jobs: int,
     formats: Sequence[str | None] = (None,),
     kv_cache_dtype: str = "auto",
+    block_size: int | None = None,
 ) -> list[Cell]:
     """Compile what these models launch on these archs, each distinct kernel once.
 
-    formats: of their weights, plain or quantised.  With a cache in fp8: only what it launches
-    otherwise.
+    formats: of their weights, plain or quantised.  With a cache in fp8 or in blocks: only what it
+    launches otherwise.
     """
     wanted: dict[Launch, list[str]] = {}
     for model in models:
         for name, quantization in product(archs, formats):
             of_model = partial(launches, PUBLISHED[model], name, quantization=quantization)
-            recorded = of_model(kv_cache_dtype=kv_cache_dtype)
-            if kv_cache_dtype != "auto":
+            recorded = of_model(kv_cache_dtype=kv_cache_dtype, block_size=block_size)
+            if kv_cache_dtype != "auto" or block_size is not None:
                 recorded -= of_model()
             for launch in recorded:
                 found = wanted.setdefault(launch, [])
@@ -316,6 +318,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of keys and values"
     )
+    parser.add_argument(
+        "--block-size", type=int, metavar="TOKENS", help="of a paged cache, in place of slots"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every cell here")
     arguments = parser.parse_args(argv)
@@ -330,7 +335,8 @@ def main(argv: list[str] | None = None) -> int:
 
     weights = ", ".join(format or "bf16" for format in formats)
     print(f"triton {triton.__version__}, {weights}, {', '.join(models)}\n{HEADER}")
-    cells = report(models, names, arguments.jobs, formats, arguments.kv_cache_dtype)
+    of_cache = arguments.kv_cache_dtype, arguments.block_size
+    cells = report(models, names, arguments.jobs, formats, *of_cache)
     broken = sum(any(cell.problems()) for cell in cells)
     seconds = sum(cell.seconds for cell in cells)
     print(f"\nregisters / KB of shared memory, the most of each kernel\n\n{summary(cells)}\n")

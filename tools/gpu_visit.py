@@ -69,7 +69,7 @@ class Block:
 
 
 # Where the expected seconds come from; the start of the machine is not in them, and four of each
-# block are its imports; 594 in all.
+# block are its imports; 595 in all.
 #   machine    eight small kernels compiled, 2 s each; five rounds of 2 GB and of 1.4 ms
 #   compile    237 variants of 1 to 6 s (155 took 288 s on two busy cores), 16 at a time,
 #              and as many stubs of gcc; then five steps of two layers a model, kernel by kernel
@@ -82,7 +82,7 @@ class Block:
 #   quantized  15 products and 8 ops on a cache in fp8 in two forms, 1 s each for inputs, float64,
 #              a capture and rounds
 #   pdl        20 forms: a capture of 26 launches, 130 replays of 0.2 ms each
-#   attention  10 cases of 2 to 5 tiles, 1 s each for inputs, float64, capture and rounds
+#   attention  10 cases of 2 to 6 tiles, 1 s each for inputs, float64, capture and rounds
 #   patched    transformers' import 10 s, four layers of two models, 20 variants of 1 s compiled
 #   memcheck   imports and three small calls, five times as slow as without it
 #   peers      two runs: weights and token check 10 s, transformers' import 10 s, two compilations
@@ -97,7 +97,7 @@ BLOCKS = (
     Block("tiles", f"{PACKAGE}.tiles", seconds=80, expected=70, lines=12, interpreted=False),
     Block("quantized", f"{PACKAGE}.quantized", seconds=60, expected=33, lines=5),
     Block("pdl", f"{PACKAGE}.pdl", seconds=45, expected=20, lines=10),
-    Block("attention", f"{PACKAGE}.attention", seconds=60, expected=35, lines=12),
+    Block("attention", f"{PACKAGE}.attention", seconds=60, expected=36, lines=14),
     Block("patched", f"{PACKAGE}.patched", seconds=60, expected=30, lines=8, interpreted=False),
     Block("memcheck", f"{PACKAGE}.memcheck", seconds=60, expected=30, lines=3),
     Block("peers", f"{PACKAGE}.peers", seconds=170, expected=105, lines=5),

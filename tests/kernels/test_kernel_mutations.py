@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_accurate, assert_row_invariant, random
-from op_cases import index, small_calls
+from op_cases import in_blocks, index, small_calls
 from sampling_cases import (
     assert_draws_are_exact,
     assert_top_k_is_exact,
@@ -67,7 +67,7 @@ MISTAKES = {
         ("qkv", "linear_rope_and_store_"), ("qkv", "low * cos - high", "low * cos + high"),
     ),
     "stored at the position": (
-        ("qkv", "linear_rope_and_store_"), ("qkv", "+ position % C", "+ (position + 1) % C"),
+        ("qkv", "linear_rope_and_store_"), ("rotary", "+ position % C", "+ (position + 1) % C"),
     ),
     "window one too long": (PREFILL, (*WINDOW, "offs_n[None, :] <= W")),
     "window one too short": (PREFILL, (*WINDOW, "offs_n[None, :] < W - 1")),
@@ -84,7 +84,7 @@ MISTAKES = {
                   "tl.where(visible, s, -1.0)"),
     ),
     "scores of the same tile again": (
-        PREFILL, ("prefill_attention", "begin + BLOCK_N, num_keys", "begin, num_keys"),
+        PREFILL, ("prefill_attention", "are_keys(begin + BLOCK_N,", "are_keys(begin,"),
     ),
     "no causal mask": (
         PREFILL, ("attention_tiles", "offs_q[:, None] >= offs_n", "offs_q[:, None] + 9 >= offs_n"),
@@ -244,6 +244,74 @@ def test_splits_added_up_in_the_order_of_the_tile_are_seen(is_mistaken, mutated,
     assert_accurate(op, **draft(8))
     last = op(**draft(8))[:, 7:]
     assert torch.equal(last, op(**draft(1))) != is_mistaken
+
+
+# over a paged cache
+PAGED_MISTAKES = {
+    "no index in a block": (
+        DECODE, ("attention_tiles", "position % KV_BLOCK * KV_STRIDE", "position % 1 * KV_STRIDE"),
+    ),
+    "the table of another slot": (
+        DECODE, ("decode_attention", "slot.to(tl.int64) * stride_table", "0 * stride_table"),
+    ),
+    "the table of another slot in prefill": (
+        PREFILL, ("prefill_attention", "block_table_ptr += slot * stride_table",
+                  "block_table_ptr += 0 * stride_table"),
+    ),
+    "entries of the same tile again": (
+        DECODE, ("decode_attention", "first, begin + BLOCK_N - first,", "first, begin - first,"),
+        ("kv_splits", "return 32 if num_kv_heads <= 4 else 64", "return 64"),  # of two tiles
+    ),
+    "entries of the same tile again in prefill": (
+        PREFILL, ("prefill_attention", "begin + 2 * BLOCK_N", "begin + BLOCK_N"),
+    ),
+    "values of the next tile": (
+        PREFILL, ("prefill_attention", "            at_next = at_k\n", "            at_v = at_k\n"),
+    ),
+    "entries counted from the window's first key": (
+        DECODE, ("attention_tiles", "position = (first + number).to(tl.uint32, bitcast=True)  #",
+                 "position = number.to(tl.uint32, bitcast=True)  #"),
+    ),
+    "tokens as far apart as head_dim": (
+        DECODE, ("checks", '"KV_STRIDE": token, "KV_BLOCK": k_cache.shape[1]',
+                 '"KV_STRIDE": k_cache.shape[3], "KV_BLOCK": k_cache.shape[1]'),
+    ),
+    "stored in the next block": (
+        ("rotary", "rope_and_store_"), ("rotary", "+ position // KV_BLOCK",
+                                        "+ (position + 1) // KV_BLOCK"),
+    ),
+    "stored in another slot's block": (
+        ("qkv", "linear_rope_and_store_"), ("rotary", "block_table_ptr + slot * stride_table",
+                                            "block_table_ptr + (1 - slot) * stride_table"),
+    ),
+}  # fmt: skip
+
+
+def paged_call(op: str) -> dict:
+    """An op over blocks of 5 tokens; keys of attention are three tiles, in the second slot."""
+    if op.endswith("store_"):
+        return in_blocks(small_calls()[op], 3)
+    torch.manual_seed(0)
+    arguments = {name: random(2, 2, 96, 16) for name in ("k_cache", "v_cache")}
+    arguments |= {"slots": index(1), "scale": 1.0, "softcap": None, "sliding_window": 75}
+    if op == "attention_decode":
+        arguments |= {"q": random(1, 4, 2, 16), "positions": index(91)}
+    else:
+        arguments |= {"q": random(7, 2, 16), "starts": index(88), "cu_seqlens": index(0, 7)}
+    return in_blocks(arguments, 5)
+
+
+@pytest.mark.parametrize("op", sorted({op for (_, op), *_ in PAGED_MISTAKES.values()}))
+def test_no_mistake_in_blocks_of_tokens_is_no_difference(op):
+    assert_accurate(getattr(kernels, op), **paged_call(op))
+
+
+@pytest.mark.parametrize("mistake", PAGED_MISTAKES)
+def test_a_mistake_in_a_paged_cache_is_seen(mistake, mutated):
+    (module, op), *changes = PAGED_MISTAKES[mistake]
+    wrong = getattr(mutated(module, changes), op)
+    with pytest.raises(AssertionError, match=r"exceeds the budget|NaN at"):
+        assert_accurate(wrong, **paged_call(op))
 
 
 @pytest.mark.parametrize("check", [K, P, DRAW])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemcut.kernels import launch_switch
-from gemcut.tools.visit import bits, ops, quantized, waits
+from gemcut.tools.visit import attention, bits, ops, quantized, waits
 
 
 class Found(list):
@@ -55,6 +55,21 @@ def test_a_scale_of_the_cache_that_is_forgotten_is_seen(monkeypatch):
         monkeypatch.setattr(kernels, op, unscaled)
         ops.check(found, case, ops.Worst())
     assert [passed for _, passed, _ in found] == [True, False, True, False]
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off")
+def test_a_table_of_other_blocks_is_seen(monkeypatch):
+    found, right = Found(), attention.in_blocks
+    case = attention.decode_case(found, "demo", 24)
+    attention.compare_paged(found, case)
+
+    def turned(arguments):
+        of_blocks = right(arguments)
+        return of_blocks | {"block_tables": of_blocks["block_tables"].flip(1)}
+
+    monkeypatch.setattr(attention, "in_blocks", turned)
+    attention.compare_paged(found, case)
+    assert [passed for _, passed, _ in found] == [True, False]
 
 
 def test_a_replay_that_differs_is_seen():

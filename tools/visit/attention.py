@@ -2,7 +2,8 @@
 
 Decode attention of one row at 1k, 8k and 32k tokens, through its launcher: by its rule, and with
 three lengths of a split where the kernel has that constant.  Prefill of 4k tokens with three tiles,
-with the model's softcap and without it, there beside scaled_dot_product_attention.
+with the model's softcap and without it, there beside scaled_dot_product_attention.  At 8k and with
+the softcap also over a paged cache, whose bits must be those of slots.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from gemcut.kernels.tiles import Tile
 from gemcut.tools.launches import Launch, applied, recorded
 from gemcut.tools.tuning.search_space import looked_up
 from gemcut.tools.visit.block import Visit
-from gemcut.tools.visit.ops import shapes_of
+from gemcut.tools.visit.ops import bits, shapes_of
 from gemcut.tools.visit.report import CEILINGS, ceilings_of
 
 MODELS, CPU_MODELS = ("gemma-2-2b", "gemma-2-9b"), ("demo",)
@@ -33,6 +34,7 @@ SPLITS = (32, 64, 128)
 TILES = ((128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 4, 2))
 TILE_NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 ROUNDS, CPU_ROUNDS = 7, 1
+BLOCK_SIZE = 16  # tokens of a block; the common default
 
 
 def run(visit: Visit) -> None:
@@ -54,6 +56,10 @@ def record(visit: Visit, name: str) -> set[Launch]:
     for model in MODELS:
         for case in find_cases(visit, model):
             keys = looked_up(case, name)
+            if is_paged(visit, case):
+                with recorded(name) as launches:
+                    getattr(kernels, case.op)(**in_blocks(case.make()))
+                    found |= launches
             for tile in ({}, *tiles_of(case)):
                 with recorded(name) as launches, applied(name, keys[0], tile):
                     getattr(kernels, case.op)(**case.make())
@@ -128,6 +134,13 @@ def measure(visit: Visit, case: Case, bench: Bench) -> None:
     for tile in tiles_of(case) if visit.on_gpu else ():
         name = " ".join(map(str, tile.values()))
         by_name[f"SPLIT={name}" if "SPLIT" in tile else name] = tiled(visit, case, tile)
+    if is_paged(visit, case):
+        with visit.attempt(f"{case.name} paged"):
+            compare_paged(visit, case)
+        settings = f"blocks of {BLOCK_SIZE}"
+        by_name["paged"] = OpPeer(
+            "gemcut", settings, lambda given: _build(case, "", {}, [], in_blocks(given))
+        )
     by_name |= {n: p for n, p in torch_peers(case, visit.device).items() if n == "sdpa"}
     for record in measure_case(case, bench, by_name):
         name = f"{case.name} {'rule' if record['contestant'] == 'gemcut' else record['contestant']}"
@@ -140,6 +153,41 @@ def measure(visit: Visit, case: Case, bench: Bench) -> None:
             line["line"] = f"{name}: {cold['median']:.1f} us, {rate}, {share}"
         rest = {k: v for k, v in record.items() if k not in ("case", "contestant", "status")}
         visit.add(name, record["status"], **rest, **line)
+
+
+def is_paged(visit: Visit, case: Case) -> bool:
+    """Whether a case is also run over a paged cache: one context, and the model's own softcap."""
+    if case.op == "attention_decode":
+        return case.facts["context"] in (CONTEXTS[1], *CPU_CONTEXTS)
+    return case.facts["variant"] == "softcap"
+
+
+def in_blocks(arguments: Arguments) -> Arguments:
+    """The same call with its cache in blocks, in random order, as vLLM lays them."""
+    slots, HK, C, K = arguments["k_cache"].shape
+    N = -(-C // BLOCK_SIZE)
+    device = arguments["k_cache"].device
+    order = torch.randperm(slots * N, device=device)
+    shape = (2, slots * N, BLOCK_SIZE, HK, K)
+    both = torch.zeros(shape, dtype=arguments["k_cache"].dtype, device=device)
+    for blocks, name in zip(both, ("k_cache", "v_cache"), strict=True):
+        tokens = torch.zeros((slots, N * BLOCK_SIZE, HK, K), dtype=blocks.dtype, device=device)
+        tokens[:, :C] = arguments[name].transpose(1, 2)
+        blocks[order] = tokens.view(-1, BLOCK_SIZE, HK, K)
+    k_cache, v_cache = both.unbind(0)
+    tables = order.view(slots, N).to(torch.int32)
+    return arguments | {"k_cache": k_cache, "v_cache": v_cache, "block_tables": tables}
+
+
+def compare_paged(visit: Visit, case: Case) -> None:
+    """Keep a record of whether blocks give the bits of slots."""
+    op: Callable[..., torch.Tensor] = getattr(kernels, case.op)
+    arguments = case.make()
+    expected, found = op(**arguments), op(**in_blocks(arguments))
+    count = int((bits(found) != bits(expected)).sum())
+    told = f"{count} of {expected.numel()} numbers differ from those of slots"
+    name = f"{case.name} paged"
+    visit.check(name, count == 0, told, line=f"{name}: the bits of slots")
 
 
 def tiles_of(case: Case) -> Iterator[Tile]:
