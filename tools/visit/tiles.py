@@ -14,7 +14,7 @@ from gemcut.bench.measure.report_file import OK, Record
 from gemcut.tools.visit.block import Visit
 
 KERNELS = ("linear_geglu", "skinny_linear", "linear_rope_and_store", "lm_head")
-OPTIONS = ("--models", "gemma-2-2b", "gemma-2-9b", "--kernels", *KERNELS, "--minutes", "0.35")
+OPTIONS = ("--models", "gemma-2-2b", "gemma-2-9b", "--kernels", *KERNELS, "--minutes", "0.85")
 CPU_OPTIONS = ("--models", "gemma-3-270m", "--kernels", "linear_geglu", "--minutes", "0.25")
 CPU_OPTIONS += ("--compile-only", "--arch", "sm_90", "--jobs", "2")
 
