@@ -1,6 +1,7 @@
 """A patched model of transformers: the logits of the plain one, by the rule, and its way back."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -237,3 +238,12 @@ def test_gradients_are_refused():
             model(ids)
         model.requires_grad_(False)
         model(ids)  # nothing is asked for
+
+
+def test_the_page_runs(capsys):
+    """The snippet of engine/adapters/README.md."""
+    page = (Path(transformers_patch.__file__).parent / "README.md").read_text()
+    section = page.partition("\n## transformers\n")[2]
+    snippet = section.partition("```python\n")[2].partition("```")[0]
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert "It was a bright cold morning" in capsys.readouterr().out
