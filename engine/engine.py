@@ -134,7 +134,7 @@ class Engine(Calls, Loading):
         )
         make = make_steps or partial(choose_steps, cuda_graphs=cuda_graphs)
         runner = Runner(make(model, self.cache, state), tokenizer)
-        self._loop = StepLoop(runner, self._scheduler)
+        self._loop = StepLoop(runner, self._scheduler, self.cache)
         self._worker = Worker(self._loop, max_waiting, dependent_launches=dependent_launches)
         self._stop = weakref.finalize(self, self._worker.stop)
         self._step_interface = output_queues.StepInterface(self._worker)

@@ -161,21 +161,22 @@ def _check_block_tables(x: Tensor, k_cache: Tensor, block_tables: Tensor) -> tup
 
 
 def _check_strides(k_cache: Tensor, v_cache: Tensor, tokens: int) -> None:
-    """ValueError unless k and v have one shape and lie alike; `tokens` is the axis of these."""
-    shape, strides = k_cache.shape, k_cache.stride()
-    require(
-        v_cache.shape == shape,
-        f"v_cache is {list(v_cache.shape)}, must be {list(shape)}, as k_cache",
-    )
-    require(strides[3] == 1, f"k_cache has strides {list(strides)}, the last must be 1")
-    require(
-        v_cache.stride() == strides,
-        f"v_cache has strides {list(v_cache.stride())}, must have {list(strides)}, as k_cache",
-    )
-    require(  # offsets within a head are 32-bit
-        shape[tokens] * strides[tokens] < 2**31,
-        f"{shape[tokens]} tokens of a head, {strides[tokens]} elements apart, are not below 2**31",
-    )
+    """ValueError unless k and v have one shape and lie alike; `tokens` is the axis of these.
+
+    Without `require`: messages that nobody sees would cost microseconds of a launch.
+    """
+    shape, strides, of_v = k_cache.shape, k_cache.stride(), v_cache.stride()
+    if v_cache.shape != shape:
+        raise ValueError(f"v_cache is {list(v_cache.shape)}, must be {list(shape)}, as k_cache")
+    if strides[3] != 1:
+        raise ValueError(f"k_cache has strides {list(strides)}, the last must be 1")
+    if of_v != strides:
+        raise ValueError(f"v_cache has strides {list(of_v)}, must have {list(strides)}, as k_cache")
+    if shape[tokens] * strides[tokens] >= 2**31:  # offsets within a head are 32-bit
+        raise ValueError(
+            f"{shape[tokens]} tokens of a head, {strides[tokens]} elements apart, "
+            f"are not below 2**31"
+        )
 
 
 def cache_arguments(k_cache: Tensor, block_tables: Tensor | None) -> dict[str, Any]:

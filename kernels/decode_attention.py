@@ -193,6 +193,7 @@ def attention_decode_kernel(
             at, known = block_rows(
                 block, first, number, num_blocks, stride_k_s, KV_STRIDE, KV_BLOCK
             )
+            seen &= known
             block = blocks_of(
                 block_table_ptr, first, begin + BLOCK_N - first, end - first, KV_BLOCK, BLOCK_N
             )

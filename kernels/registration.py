@@ -221,6 +221,8 @@ def empty_results(name: str, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor
 
     The other arguments are those of the call; under a FakeTensorMode nothing is allocated either.
     """
+    if name not in FAKES:
+        raise ValueError(f"there is no op {name!r}; there are {', '.join(FAKES)}")
     bound = inspect.signature(inspect.unwrap(getattr(reference, name))).bind(*args, **kwargs)
     bound.apply_defaults()
     return FAKES[name](*bound.args)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "tokenizer", "engine", "bench", "tools")
 # modules that need an extra (`pip install gemcut[train]` and the like)
 NEEDS_EXTRA = {"gemcut.tools.train_demo", "gemcut.bench.engines.openai_load"}
-NEEDS_EXTRA |= {"gemcut.tools.vllm_runner"}
+NEEDS_EXTRA |= {"gemcut.tools.vllm_runner", "gemcut.tools.patched_transformers"}
 NEEDS_EXTRA |= {
     f"gemcut.engine.adapters.{name}"
     for name in (
@@ -25,6 +25,7 @@ NEEDS_EXTRA |= {
         "vllm_vaultgemma",
     )
 }
+NEEDS_EXTRA |= {f"gemcut.engine.adapters.transformers_{name}" for name in ("attention", "patch")}
 
 
 def module_name(path: Path) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemcut.engine.config.model_config import ModelConfig
-from gemcut.engine.execution.cache import PREFILL_CHUNK, LayerCache, layer_capacity
+from gemcut.engine.execution.cache import PREFILL_CHUNK, LayerCache, check_tokens, layer_capacity
 from gemcut.engine.execution.slot_state import upload
 
 NO_BLOCK = -1  # an entry of a table beyond a slot's blocks
@@ -48,11 +48,7 @@ class BorrowedCache:
 
     def check_room(self, slot: int, start: int, end: int) -> None:
         """ValueError unless a slot has room for the tokens start to end - 1."""
-        if not (0 <= slot < self.num_slots and 0 <= start < end <= self.max_seq_len):
-            raise ValueError(
-                f"tokens {start} to {end - 1} in slot {slot} do not fit a cache of "
-                f"{self.num_slots} slots of {self.max_seq_len} tokens"
-            )
+        check_tokens(self, slot, start, end)
 
 
 class PagedKVCache(BorrowedCache):

@@ -51,6 +51,8 @@ class Cache(Protocol):
     @property
     def layers(self) -> Sequence[LayerCache]: ...
 
+    num_slots: int
+    max_seq_len: int
     prefill_chunk: int
 
     def check_room(self, slot: int, start: int, end: int) -> None:
@@ -99,11 +101,7 @@ class KVCache:
 
     def check_room(self, slot: int, start: int, end: int) -> None:
         """ValueError unless a slot has room for the tokens start to end - 1."""
-        if not (0 <= slot < self.num_slots and 0 <= start < end <= self.max_seq_len):
-            raise ValueError(
-                f"tokens {start} to {end - 1} in slot {slot} do not fit a cache of "
-                f"{self.num_slots} slots of {self.max_seq_len} tokens"
-            )
+        check_tokens(self, slot, start, end)
 
     def holds_nan(self, slot: int, written: int) -> bool:
         """Whether a value at the first `written` positions of a slot is NaN; waits for the device.
@@ -139,6 +137,15 @@ class KVCache:
         for new, old in zip(self.layers, smaller.layers, strict=True):
             new.k[:, :, : old.k.shape[2]].copy_(old.k)
             new.v[:, :, : old.v.shape[2]].copy_(old.v)
+
+
+def check_tokens(cache: Cache, slot: int, start: int, end: int) -> None:
+    """ValueError unless a cache has the slot and, in it, the tokens start to end - 1."""
+    if not (0 <= slot < cache.num_slots and 0 <= start < end <= cache.max_seq_len):
+        raise ValueError(
+            f"tokens {start} to {end - 1} in slot {slot} do not fit a cache of "
+            f"{cache.num_slots} slots of {cache.max_seq_len} tokens"
+        )
 
 
 def layer_capacity(config: ModelConfig, layer: int, max_seq_len: int, prefill_chunk: int) -> int:

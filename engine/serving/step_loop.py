@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from gemcut.engine.execution.cache import KVCache
 from gemcut.engine.execution.pending_tokens import PendingTokens, TokenCollector
 from gemcut.engine.execution.runner import Runner
 from gemcut.engine.requests.sequence import Request, TokenSequence
@@ -36,8 +37,8 @@ class EngineClosedError(RuntimeError):
 class StepLoop:
     """A scheduler, a runner, and the requests under way; `step` is called again and again."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
-        self.runner, self.scheduler = runner, scheduler
+    def __init__(self, runner: Runner, scheduler: Scheduler, cache: KVCache) -> None:
+        self.runner, self.scheduler, self._cache = runner, scheduler, cache
         self.metrics = EngineMetrics()
         self.background: set[Request] = set()  # unfinished, stepped by the engine's own thread
         self.fault: Exception | None = None
@@ -90,7 +91,7 @@ class StepLoop:
         """
         self._collect(0)
         if (slot := self.scheduler.empty_slot()) is not None:
-            end = self.runner.cache.max_seq_len
+            end = self._cache.max_seq_len
             longest = self.scheduler.chunk_at(0, end, others_decode=False)
             usual = self.scheduler.chunk_at(0, end, others_decode=True)
             self.runner.warm_up_prefill(slot, {longest, usual, 1})
@@ -139,7 +140,7 @@ class StepLoop:
                 sequence = admission.sequence
                 if admission.source is not None:
                     copied = (admission.source, admission.slot, admission.reused)
-                    self._guarded([sequence], lambda c=copied: self.runner.cache.copy_prefix(*c))
+                    self._guarded([sequence], lambda c=copied: self._cache.copy_prefix(*c))
                 self.metrics.reused_tokens += admission.reused
                 if sequence.finished:
                     continue
@@ -243,9 +244,9 @@ class StepLoop:
         """Clear the slot of a sequence that leaves NaN in it."""
         if sequence.slot is None or sequence.is_proven or self.fault is not None:
             return
-        if self.runner.cache.holds_nan(sequence.slot, sequence.written):
+        if self._cache.holds_nan(sequence.slot, sequence.written):
             sequence.is_spoiled = True
-            self.runner.cache.clear(sequence.slot)
+            self._cache.clear(sequence.slot)
 
     def _is_fatal(self, error: Exception) -> bool:
         """Whether the device itself has failed, so that nothing runs on it any more."""

@@ -256,6 +256,13 @@ def test_empty_results_are_like_those_of_the_call(case):
     assert len({x.data_ptr() for x in made} - used) == len(made)
 
 
+def test_results_of_what_is_no_op_are_refused():
+    with pytest.raises(
+        ValueError, match=r"there is no op 'best_of_ranges'; there are add_rmsnorm_, "
+    ):
+        empty_results("best_of_ranges", torch.zeros(2, 3))
+
+
 def test_signatures_end_in_out():
     for name in kernels.__all__:
         for table in TABLES.values():

@@ -203,7 +203,7 @@ def test_words_are_those_of_the_benchmarks():
 
 
 def test_a_block_gives_way_to_the_limit():
-    assert sum(block.expected for block in BLOCKS) <= LIMIT - RESERVE
+    assert sum(block.expected for block in BLOCKS if not block.by_name) <= LIMIT - RESERVE
     assert all(block.expected <= block.seconds for block in BLOCKS)
 
 
