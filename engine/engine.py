@@ -193,10 +193,10 @@ class Engine(Calls, Loading):
         holds is reused.
 
         running: what becomes of requests that have begun: "refuse" raises RuntimeError, "abort"
-        ends them and those that wait, "keep" lets them go on with the new weights, over the keys
-        and values that the old ones made.  ValueError names what is wrong with the tensors.  With
-        either nothing is changed; after any other error, in the midst of writing, the engine is
-        dead.
+        ends them and those that wait (a score by an error), "keep" lets them go on with the new
+        weights, over the keys and values that the old ones made.  ValueError names what is wrong
+        with the tensors.  With either nothing is changed; after any other error, in the midst of
+        writing, the engine is dead.  What Ctrl-C interrupts is finished before the next step.
         """
         check_bool("partial", partial)
         check_running(running, scales_change=(scales_change := self._scales_follow_weights))

@@ -8,7 +8,8 @@ from engines import logits_of, one_line, run_as_on_a_gpu
 from torch import Tensor
 from updated_engines import PROMPT, bits, make, pair_of
 
-from gemcut.engine import Engine, SamplingParams
+from gemcut.engine import Engine, EngineFault, SamplingParams
+from gemcut.engine.weight_updates import WeightUpdate
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["read at once", "read late"])
@@ -158,6 +159,24 @@ def test_a_score_that_is_ended_is_an_error(monkeypatch):
             engine.score(PROMPT * 2)
         threads[0].join()
         assert len(engine.score(PROMPT * 2).logprobs) == 9
+
+
+def test_an_interrupted_update_that_cannot_be_finished_ends_the_engine(monkeypatch):
+    (first, second), name = pair_of(), "model.layers.1.self_attn.q_proj.weight"
+    with make(first, quantization="int8") as engine:
+        state, write = second.state_dict(), WeightUpdate._write_matrix
+
+        def interrupted(self, place, parts):
+            write(self, place, parts)
+            monkeypatch.setattr(WeightUpdate, "_write_matrix", write)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(WeightUpdate, "_write_matrix", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.update_weights(state)
+        state[name].fill_(torch.nan)  # while the caller still holds what is half written
+        with pytest.raises(EngineFault, match=f"{name} holds a NaN"):
+            engine.generate(PROMPT)
 
 
 def test_a_closed_engine_takes_none():

@@ -215,6 +215,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_bad_tensor_changes_nothing(kind, dtype):
     change, message = BAD[kind]
     first, second = pair_of(**BLOCKS)
@@ -321,24 +322,6 @@ def test_an_interrupted_update_is_finished_before_the_next_step(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             engine.update_weights(second.state_dict())
         assert torch.equal(logits_of(engine, PROMPT), expected)
-
-
-def test_an_interrupted_update_that_cannot_be_finished_ends_the_engine(monkeypatch):
-    first, second = pair_of(**BLOCKS)
-    with make(first, quantization="int8") as engine:
-        state, write = second.state_dict(), WeightUpdate._write_matrix
-
-        def interrupted(self, place, parts):
-            write(self, place, parts)
-            monkeypatch.setattr(WeightUpdate, "_write_matrix", write)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(WeightUpdate, "_write_matrix", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            engine.update_weights(state)
-        state[Q].fill_(torch.nan)  # while the caller still holds what is half written
-        with pytest.raises(EngineFault, match=f"{Q} holds a NaN"):
-            engine.generate(PROMPT)
 
 
 # Memory
