@@ -8,6 +8,7 @@ The values are those of an engine that is made of the new weights, bit for bit.
 """
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ class WeightUpdate:
     ) -> None:
         self._model, self._cache = model, cache
         self._is_begun = False  # the writing
+        self._lock = threading.Lock()  # of the thread that reads or writes
         self._stored = match_tensors(tensors, model.config, partial=partial)
         self._layouts = model.weights.layouts
         by_matrix = _by_matrix(model.config, self._stored)
@@ -89,8 +91,13 @@ class WeightUpdate:
         Beside other programs on two cores, Gemma 3 270M in int4 took 122 s in the stepping thread,
         whose helpers spin, and 11 to 15 s so.
         """
-        work = torch.inference_mode()(work)
-        in_temporary_thread(work) if self._model.device.type == "cpu" else work()
+
+        @torch.inference_mode()
+        def alone() -> None:
+            with self._lock:  # after a thread that a second Ctrl-C has left behind
+                work()
+
+        in_temporary_thread(alone) if self._model.device.type == "cpu" else alone()
 
     def _check_all(self) -> None:
         for tensor in checkpoint_tensors(self._model.config):

@@ -5,10 +5,11 @@ import threading
 import pytest
 import torch
 from engines import logits_of, one_line, run_as_on_a_gpu
+from random_models import random_model
 from torch import Tensor
 from updated_engines import PROMPT, bits, make, pair_of
 
-from gemcut.engine import Engine, EngineFault, SamplingParams
+from gemcut.engine import Engine, EngineFault, SamplingParams, weight_updates
 from gemcut.engine.weight_updates import WeightUpdate
 
 
@@ -177,6 +178,36 @@ def test_an_interrupted_update_that_cannot_be_finished_ends_the_engine(monkeypat
         state[name].fill_(torch.nan)  # while the caller still holds what is half written
         with pytest.raises(EngineFault, match=f"{name} holds a NaN"):
             engine.generate(PROMPT)
+
+
+def test_a_thread_that_ctrl_c_leaves_behind_ends_before_other_weights_come(monkeypatch):
+    (first, second), third = pair_of(), random_model("gemma2", seed=2)
+    with make(first) as engine, make(third) as new:
+        write, compute = WeightUpdate._write_matrix, weight_updates.in_temporary_thread
+        left_behind, go_on = [], threading.Event()
+
+        def slow_write(self, place, parts):
+            if threading.current_thread() in left_behind:
+                go_on.wait()
+            write(self, place, parts)
+
+        def interrupted(work):
+            if checks.pop():
+                return compute(work)
+            monkeypatch.setattr(weight_updates, "in_temporary_thread", compute)
+            left_behind.append(threading.Thread(target=work))
+            left_behind[0].start()
+            raise KeyboardInterrupt
+
+        checks = [False, True]  # from the end: the check, and the writing
+        monkeypatch.setattr(WeightUpdate, "_write_matrix", slow_write)
+        monkeypatch.setattr(weight_updates, "in_temporary_thread", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.update_weights(second.state_dict())
+        threading.Timer(0.2, go_on.set).start()
+        engine.update_weights(third.state_dict())
+        left_behind[0].join()
+        assert bits(engine) == bits(new)
 
 
 def test_a_closed_engine_takes_none():
