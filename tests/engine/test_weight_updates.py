@@ -345,7 +345,7 @@ def test_a_hundred_updates_leak_nothing(dtype, quantization):
             engine.update_weights(states[i % 2])
         assert tensor_bytes(engine) == held
         # a model a time would be a hundred of them
-        assert resident()["RssAnon"] - before < 2 * tensor_bytes(engine.model.weights)
+        assert resident()["RssAnon"] - before < 10 * tensor_bytes(engine.model.weights)
         with make(second, **options) as new:
             assert bits(engine) == bits(new)
 
