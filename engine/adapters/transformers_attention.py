@@ -103,6 +103,11 @@ def plan_attention(
     first = q_offset - kv_offset  # position of the first query where no row is padded
     pads = None
     if attention_mask is not None:
+        if attention_mask.dim() != 2 or len(attention_mask) != batch_size:
+            raise ValueError(
+                f'attention "gemcut" takes a mask of padding [B, S] for {batch_size} rows, and got '
+                f"attention_mask {list(attention_mask.shape)}"
+            )
         pads = _pads(attention_mask[:, kv_offset : kv_offset + kv_length], first + q_length)
     rows = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
     if pads is None:
@@ -128,17 +133,24 @@ def _pads(seen: Tensor, used: int | Tensor) -> tuple[Tensor, Tensor] | None:
     """Of a mask of padding [B, S]: each row's keys before its first real one, and its slot.
 
     None where no row has any.  Only the first `used` keys count.  ValueError where a row has
-    padding between real tokens; where a graph is captured or traced the host cannot know it, and
-    the row's slot is then -1, for which attention yields NaN.
+    padding between real tokens, or the mask fewer keys than that; where a graph is captured or
+    traced the host cannot know it, and the slots are then -1, for which attention yields NaN.
     """
-    seen = seen.bool() & (torch.arange(seen.shape[1], device=seen.device) < used)
+    S = seen.shape[1]
+    places = torch.arange(S, device=seen.device)
+    seen = seen.bool() & (places < used)
     begins = seen & ~torch.nn.functional.pad(seen, (1, 0))[:, :-1]  # a real token after none
     runs = begins.sum(-1)
-    pads = torch.where(runs > 0, begins.int().argmax(-1), used)
+    pads = torch.where(runs > 0, (begins * places).sum(-1), used)  # right for one run
     slots = torch.arange(len(seen), device=seen.device)
     if torch.compiler.is_compiling() or (seen.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return pads, torch.where(runs > 1, -1, slots)
-    on_host = torch.stack([pads, runs]).tolist()  # waits for the device, once a forward
+        return pads, torch.where((runs > 1) | (used > S), -1, slots)
+    on_host = torch.stack([pads, runs, runs * 0 + used]).tolist()  # waits for the device
+    if max(on_host[2], default=0) > S:
+        raise ValueError(
+            f'attention "gemcut" takes a mask of padding [B, S] of all keys, those in the cache '
+            f"too: attention_mask is {on_host[2][0] - S} short"
+        )
     if max(on_host[1], default=0) > 1:
         row = next(row for row, count in enumerate(on_host[1]) if count > 1)
         raise ValueError(

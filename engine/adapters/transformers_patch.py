@@ -20,7 +20,7 @@ is changed.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -58,16 +58,17 @@ class TransformersPatch:
     """What `patch_transformers` changed.  As a context manager it is undone at the end."""
 
     model: Any
+    text: Any  # the decoder in it
     modules: list[nn.Module]
-    attn_implementation: Any
+    attn_implementation: str
 
     def undo(self) -> None:
         """The model as it was, bit for bit; ValueError where it is that already."""
         if getattr(self.model, "_gemcut_patch", None) is not self:
             raise ValueError(f"this {type(self.model).__name__} is not patched, or patched anew")
         for module in self.modules:
-            del module.forward
-        self.model.set_attn_implementation(self.attn_implementation)
+            vars(module).pop("forward", None)
+        self.text.set_attn_implementation(self.attn_implementation)
         del self.model._gemcut_patch
 
     def __enter__(self) -> PreTrainedModel:
@@ -79,7 +80,13 @@ class TransformersPatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.undo()
+        if getattr(self.model, "_gemcut_patch", None) is self:  # not undone within
+            self.undo()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickled model, in a process that may not know the attention."""
+        register_attention()
+        vars(self).update(state)
 
 
 def patch_transformers(model: Any) -> TransformersPatch:
@@ -95,11 +102,11 @@ def patch_transformers(model: Any) -> TransformersPatch:
     _check(model, text)
     register_attention()
     patch = TransformersPatch(
-        model, [module for module, _ in forwards], model.config._attn_implementation
+        model, text, [module for module, _ in forwards], text.config._attn_implementation
     )
-    model.set_attn_implementation(NAME)
+    text.set_attn_implementation(NAME)  # a vision tower keeps its own
     for module, forward in forwards:
-        module.forward = MethodType(forward, module)
+        module.forward = partial(forward, module)  # which can be pickled
     model._gemcut_patch = patch
     return patch
 
@@ -146,13 +153,11 @@ def _check(model: Any, text: Any) -> None:
             allowed = "one device" if known is None else f"one of {', '.join(map(str, known))}"
             raise ValueError(f"the weights of {name} are {has}, and must be {allowed}")
     for path, module in text.named_modules():
-        if path.rpartition(".")[2] in LINEARS and (
-            type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks
-        ):
-            raise ValueError(
-                f"{path} of {name} is a {type(module).__name__}, or has hooks; a patch takes plain "
-                f"torch.nn.Linear: merge adapters and load quantised weights elsewhere"
-            )
+        if path.rpartition(".")[2] in LINEARS:
+            _check_linear(module, f"{path} of {name}")
+            if type(module.weight) is not nn.Parameter:
+                kind = type(module.weight).__name__
+                raise ValueError(f"the weight of {path} of {name} is a {kind}: not a plain one")
     act_fn = text.layers[0].mlp.act_fn
     if type(act_fn) is not type(ACT2FN["gelu_pytorch_tanh"]):
         raise ValueError(f"{name} has the activation {act_fn}, and GeGLU is gelu_pytorch_tanh")
@@ -167,6 +172,15 @@ def _check(model: Any, text: Any) -> None:
         raise ValueError(
             f"{name} has {HQ} query heads on {HK} KV heads of {K}; head_dim must be even and at "
             f"most 256, and a KV head have at most 64 query heads"
+        )
+
+
+def _check_linear(module: nn.Module, name: str) -> None:
+    """ValueError for what computes more than a product: its own forward pass would be left out."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, or has hooks; a patch takes plain "
+            f"torch.nn.Linear: merge adapters and load quantised weights elsewhere"
         )
 
 
@@ -272,6 +286,8 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 def _products(x: Tensor, linears: Sequence[nn.Linear], ops: Any) -> Tensor:
     """Products with the weights of some layers, side by side: x [M, D] -> [M, N]."""
+    for one in linears:
+        _check_linear(one, "a projection of this patched model")  # which may have changed since
     if ops is kernels and len(linears) > 1:
         y = x.new_empty(len(x), sum(one.out_features for one in linears))
         for one, part in zip(

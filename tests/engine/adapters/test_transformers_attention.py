@@ -48,15 +48,19 @@ def with_attention(model, name: str):
     return model
 
 
+def on(model, cache) -> dict[str, object]:
+    """The argument that gives a model its cache: transformers 5.24 renamed it."""
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
 def stepwise(model, ids: Tensor, mask: Tensor | None, cache) -> Tensor:
     """Logits of a prefill, a chunk of three and single tokens, on one cache: [B, T, V]."""
     bounds = [0, LENGTH - 6, LENGTH - 3, *range(LENGTH - 2, ids.shape[1] + 1)]
-    names = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
     logits = []
     for first, end in pairwise(bounds):
         seen = None if mask is None else mask[:, :end]
-        out = model(ids[:, first:end], attention_mask=seen, use_cache=True, **{name: cache})
+        out = model(ids[:, first:end], attention_mask=seen, use_cache=True, **on(model, cache))
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -306,6 +310,20 @@ def test_masks_that_the_kernel_does_not_have_are_refused():
         model(ids, attention_mask=holes)
 
 
+@by_family
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_mask_of_other_rows_or_too_few_keys_is_refused(family, static):
+    model = with_attention(random_model(family, num_hidden_layers=2), "gemcut")
+    ids = tokens()
+    for mask in (mask_of(ids)[1:], mask_of(ids)[1:2], mask_of(ids)[:, None].expand(3, LENGTH, -1)):
+        with pytest.raises(ValueError, match=r"\[B, S\] for 3 rows, and got attention_mask \["):
+            model(ids, attention_mask=mask)
+    cache = new_cache(model, static)
+    model(ids[:, :8], **on(model, cache))
+    with pytest.raises(ValueError, match="attention_mask is 8 short"):
+        model(ids[:, 8:], attention_mask=torch.ones(3, 4), **on(model, cache))
+
+
 def test_tokens_that_see_later_ones_are_refused():
     model = with_attention(random_model("gemma3_text"), "gemcut")
     model.config.use_bidirectional_attention = True
@@ -346,7 +364,9 @@ def test_a_traced_model_yields_nan_where_it_cannot_check():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         _, slots = transformers_attention._pads(seen, 6)
+        _, short = transformers_attention._pads(torch.ones(2, 6), 7)
     assert slots.tolist() == [0, -1]
+    assert short.tolist() == [-1, -1]
 
 
 def test_the_families_have_windows_shorter_than_the_prompts():

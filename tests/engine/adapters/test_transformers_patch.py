@@ -1,6 +1,8 @@
 """A patched model of transformers: the logits of the plain one, by the rule, and its way back."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +135,41 @@ def test_one_instance_is_patched_and_no_other():
     assert torch.equal(twin(ids).logits, before)
 
 
+def test_a_pickled_model_is_patched_too(tmp_path):
+    """Read by a process that has not registered the attention, and undone there."""
+    model = random_model("gemma2")
+    ids, _ = inputs()
+    before = model(ids).logits
+    patch_transformers(model)
+    torch.save((model, ids, before, model(ids).logits), tmp_path / "model.pt")
+    check = """
+import sys, torch
+torch.set_grad_enabled(False)
+model, ids, before, patched = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(model(ids).logits, patched)
+model._gemcut_patch.undo()
+assert torch.equal(model(ids).logits, before)
+"""
+    subprocess.run([sys.executable, "-P", "-c", check, tmp_path / "model.pt"], check=True)
+
+
+def test_what_is_undone_within_stays_undone():
+    model = random_model("gemma2")
+    with patch_transformers(model):
+        unpatch_transformers(model)
+
+    def undone_before_an_error():
+        with patch_transformers(model):
+            unpatch_transformers(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):  # which no other error hides
+        undone_before_an_error()
+    del patch_transformers(model).text.norm.forward  # somebody else's undo
+    unpatch_transformers(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 @pytest.mark.parametrize("mistake", ["norm", "rotation", "gate", "softcap"])
 def test_mistakes_are_seen(mistake, monkeypatch):
     """One op of kernels.cpu each, changed."""
@@ -158,18 +195,30 @@ def test_a_base_model_and_the_text_of_a_multimodal_one():
     with patch_transformers(base):
         found = base(ids, attention_mask=mask).last_hidden_state
     assert_same_logits(found[mask.bool()], expected[mask.bool()])
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 1, "image_size": 16, "patch_size": 8}
-    text = random_model("gemma3_text").config.to_dict()
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = Gemma3ForConditionalGeneration(config).eval()
-    model.set_attn_implementation("eager")
+    model = multimodal_model()
+    model.set_attn_implementation({"": "eager", "text_config": "eager", "vision_config": "sdpa"})
     expected = model(input_ids=ids, attention_mask=mask).logits
     with patch_transformers(model):
         found = model(input_ids=ids, attention_mask=mask).logits
         assert not torch.equal(found, expected)
+        images = {"pixel_values": torch.randn(1, 3, 16, 16)}
+        ids[0, 3:7] = model.config.image_token_id
+        with pytest.raises(ValueError, match="tokens that see later ones"):
+            model(input_ids=ids, token_type_ids=(ids == ids[0, 3]).long(), **images)
     assert_same_logits(found[mask.bool()], expected[mask.bool()])
+    ids[:] = inputs()[0]
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def multimodal_model():
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 1, "image_size": 16, "patch_size": 8}
+    text = random_model("gemma3_text").config.to_dict()
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=3
+    )
+    return Gemma3ForConditionalGeneration(config).eval()
 
 
 # What is refused, with nothing changed
@@ -207,7 +256,13 @@ def test_a_half_patched_model_is_refused():
     assert_refused(model, "norm has its own forward")
 
 
-@pytest.mark.parametrize("change", ["dtype", "mixed", "device", "linear", "hook", "act", "rope"])
+class Quantised(torch.Tensor):
+    """As torchao has one."""
+
+
+@pytest.mark.parametrize(
+    "change", ["dtype", "mixed", "device", "linear", "hook", "weight", "act", "rope"]
+)
 def test_a_model_that_is_not_plain_is_refused(change):
     if change == "act":
         return assert_refused(random_model("gemma2", hidden_activation="silu"), "activation")
@@ -223,11 +278,33 @@ def test_a_model_that_is_not_plain_is_refused(change):
     if change == "device":
         return assert_refused(model.to("meta"), "are meta, and must be one of cuda, cpu")
     layer = model.model.layers[1].mlp
+    if change == "weight":
+        layer.up_proj.weight = nn.Parameter(layer.up_proj.weight.as_subclass(Quantised))
+        return assert_refused(model, r"layers\.1\.mlp\.up_proj of .* is a Quantised")
     if change == "hook":
         layer.up_proj.register_forward_hook(lambda *_: None)
     else:
         layer.up_proj = nn.Sequential(layer.up_proj)
     return assert_refused(model, r"layers\.1\.mlp\.up_proj of Gemma2ForCausalLM")
+
+
+@by_family
+@pytest.mark.parametrize("change", ["hook", "adapter"])
+def test_what_a_patched_layer_would_leave_out_is_refused(family, change):
+    """An adapter that is added afterwards, as peft has it: a layer around a Linear."""
+    model = random_model(family)
+    ids, _ = inputs()
+    for name in transformers_patch.LINEARS:
+        twin = copy.deepcopy(model)
+        patch_transformers(twin)
+        parent = twin.model.layers[1].self_attn if name[0] in "qkvo" else twin.model.layers[1].mlp
+        layer = getattr(parent, name)
+        if change == "hook":
+            layer.register_forward_hook(lambda *_: None)
+        else:
+            layer.__class__ = type("Adapted", (nn.Linear,), {})
+        with pytest.raises(ValueError, match="a projection of this patched model is a"):
+            twin(ids)
 
 
 def test_gradients_are_refused():
