@@ -93,9 +93,11 @@ def test_a_closed_loop_keeps_so_many_requests_under_way(measure):
             with lock:
                 under_way[0] += 1
                 seen.append(under_way[0])
-            yield from well(asked, 0.01).parts
-            with lock:
+            *before, end = well(asked, 0.01).parts
+            yield from before
+            with lock:  # before the client can know that it ends, and ask again
                 under_way[0] -= 1
+            yield end
 
         return Reply(parts())
 

@@ -62,7 +62,7 @@ def test_a_progress_bar_on_a_terminal_alone(source, target):
 
 def test_every_option_reaches_the_conversion(monkeypatch):
     arguments = """convert a b --to flax --from original --config gemma-2b --dtype float32
-        --quantization fp8 --tokenizer t --max-shard-size 2MB --overwrite"""
+        --quantization fp8 --tokenizer t --max-shard-size 2MB --overwrite --lora l"""
     asked = cli._parser().parse_args(arguments.split())
     seen = {}
 
@@ -84,6 +84,7 @@ def test_every_option_reaches_the_conversion(monkeypatch):
         "tokenizer": "t",
         "max_shard_bytes": 2_000_000,
         "overwrite": True,
+        "lora": "l",
     }
     plain = cli._parser().parse_args(["convert", "a", "b"])
     with pytest.raises(ValueError, match="seen"):

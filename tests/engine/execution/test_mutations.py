@@ -15,7 +15,7 @@ from twins import all_logits, assert_same_logits, gemcut_twin, random_ids, stepw
 
 from gemcut.engine.execution.model import Gemma
 from gemcut.kernels import reference
-from gemcut.kernels.reference import attention, ops
+from gemcut.kernels.reference import attention, cache, ops
 
 LENGTH = 40  # eight windows
 
@@ -30,8 +30,8 @@ IN_THE_OPS = {
     "window one too long in decode": (DECODED, f"{DECODED} and sliding_window + 1"),
     "window one too short in decode": (DECODED, f"{DECODED} and sliding_window - 1"),
     "ring off by one": (
-        "torch.arange(first, first + visible.shape[1], device=q.device) % C",
-        "torch.arange(first + 1, first + 1 + visible.shape[1], device=q.device) % C",
+        "positions = torch.arange(first, end, device=cache.device)",
+        "positions = torch.arange(first + 1, end + 1, device=cache.device)",
     ),
     "cap after the mask": (
         "masked_fill(~visible, -torch.inf)",
@@ -73,7 +73,7 @@ def expected(theirs):
 
 
 def mutated_ops(old: str, new: str) -> ModuleType:
-    sources = [inspect.getsource(one) for one in (ops, attention)]
+    sources = [inspect.getsource(one) for one in (ops, attention, cache)]
     found = sum(source.count(old) for source in sources)
     assert found == 1, f"the oracles hold {old!r} {found} times"
     module = ModuleType("mutated")
