@@ -10,6 +10,7 @@ keys that are read, R heads of several slots.
 """
 
 from collections.abc import Iterator
+from inspect import unwrap
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,9 @@ __all__ = [
 JOINT_QUERIES, QUERIES = 16, 160
 
 
+# A call within an op has no `out`, and need not pay for one
+_linear = unwrap(linear)
+
 # Rotary embedding and cache
 
 
@@ -115,6 +119,9 @@ def rope_and_store_(
     return rounded(q, qkv.dtype)
 
 
+_rope_and_store_ = unwrap(rope_and_store_)
+
+
 # Products
 
 
@@ -124,7 +131,7 @@ def skinny_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 
     It is rounded to x's dtype first: torch's products give no other.
     """
-    return widened(linear(x, weight, bias)).unsqueeze(0)
+    return widened(_linear(x, weight, bias)).unsqueeze(0)
 
 
 @takes_out
@@ -135,10 +142,13 @@ def geglu(gate_up: Tensor) -> Tensor:
     return rounded(F.gelu(gate, approximate="tanh").mul_(up), gate_up.dtype)
 
 
+_geglu = unwrap(geglu)
+
+
 @takes_out
 def linear_geglu(x: Tensor, gate_up_weight: PackedWeight) -> Tensor:
     """The first half of the MLP: x [M, D], gate_up_weight [2 F, D], gate first -> [M, F]."""
-    return geglu(linear(x, gate_up_weight))
+    return _geglu(_linear(x, gate_up_weight))
 
 
 @takes_out
@@ -161,7 +171,8 @@ def linear_rope_and_store_(
 ) -> Tensor:
     """The first part of a layer, up to the cache write: x [M, D] -> q [M, HQ, K]."""
     rotation = (slots, positions, cos, sin, q_norm_weight, k_norm_weight, eps, k_scale, v_scale)
-    return rope_and_store_(linear(x, weight, bias), k_cache, v_cache, *rotation, block_tables)
+    qkv = _linear(x, weight, bias)
+    return _rope_and_store_(qkv, k_cache, v_cache, *rotation, block_tables)
 
 
 # Attention

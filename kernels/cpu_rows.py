@@ -9,6 +9,7 @@ Letters in shape comments: M tokens, D hidden size, K head_dim, N slots, R kinds
 
 from collections.abc import Sequence
 from functools import lru_cache
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -82,6 +83,9 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y if dtype in WIDE else y.to(dtype)
 
 
+_rmsnorm = unwrap(rmsnorm)  # a call within an op has no `out`, and need not pay for one
+
+
 @takes_out
 def add_rmsnorm_(
     residual: Tensor, x: Tensor, post_weight: Tensor | None, next_weight: Tensor, eps: float
@@ -89,9 +93,9 @@ def add_rmsnorm_(
     """Add a branch x [M, D] or [S, M, D] to the residual [M, D] and normalise the sum -> [M, D]."""
     x = summed(x)
     if post_weight is not None:
-        x = rmsnorm(x, post_weight, eps)
+        x = _rmsnorm(x, post_weight, eps)
     residual.add_(x)
-    return rmsnorm(residual, next_weight, eps)
+    return _rmsnorm(residual, next_weight, eps)
 
 
 def summed(x: Tensor) -> Tensor:
