@@ -4,6 +4,7 @@ They have the names of Hugging Face's files, are checked as the tensors of a fil
 headers would say, and are read as those are: each is copied, none is kept.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,9 +53,9 @@ def match_tensors(
     An iterable of pairs is read to its end, and held until the weights are read.
     """
     given = [_given(name, tensor) for name, tensor in _pairs(tensors)]
-    names = [each.key for each in given]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    names = Counter(each.key for each in given)
+    if len(names) < len(given):
+        twice = next(name for name, count in names.items() if count > 1)
         raise ValueError(f"{_PLACE}: {printable(twice)} is there twice")
     plain = replace(config, quantization=None)
     if partial and config.tie_word_embeddings:

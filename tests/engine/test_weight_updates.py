@@ -344,7 +344,8 @@ def test_a_hundred_updates_leak_nothing(dtype, quantization):
         for i in range(100):
             engine.update_weights(states[i % 2])
         assert tensor_bytes(engine) == held
-        # a model a time would be a hundred of them
+        # A model a time would be a hundred of them.  What the allocator keeps swings by 2.9 MB,
+        # eight of these small ones, in 50 updates, without a trend.
         assert resident()["RssAnon"] - before < 10 * tensor_bytes(engine.model.weights)
         with make(second, **options) as new:
             assert bits(engine) == bits(new)

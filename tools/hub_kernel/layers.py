@@ -26,7 +26,7 @@ class GemmaRMSNorm(nn.Module):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., D] -> the same shape."""
+        """The normalised rows of x [..., D], in its shape."""
         if x.dim() == 4 and not x.is_contiguous():  # heads [B, H, T, K] of tokens that lie in order
             rows = x.transpose(1, 2).contiguous()
             return torch.ops.gemcut.rmsnorm(rows, self.weight, self.eps).transpose(1, 2)
@@ -45,7 +45,7 @@ class GemmaMLP(nn.Module):
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., D] -> the same shape; ValueError where the activation is another."""
+        """The MLP of x [..., D], in its shape; ValueError where the activation is another."""
         activation = type(self.act_fn).__name__
         if activation != TANH_GELU:
             raise ValueError(f"the MLP's activation is {activation}, must be {TANH_GELU}")
@@ -61,7 +61,7 @@ class RotaryPosEmb(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Q, k [B, H, T, K], or [B, T, H, K] with unsqueeze_dim=2; cos, sin [B, T, K]."""
+        """Rotated q, k [B, H, T, K], [B, T, H, K] with unsqueeze_dim=2; cos, sin [B, T, K]."""
         if unsqueeze_dim == 1:
             return torch.ops.gemcut.rotate(q, k, cos, sin)
         if unsqueeze_dim != 2:
@@ -77,5 +77,5 @@ class GeluTanh(nn.Module):
     has_backward = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input of any shape -> the same."""
+        """GELU of each number, in the shape of the input."""
         return torch.ops.gemcut.gelu(input)
